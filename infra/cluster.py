@@ -1,0 +1,84 @@
+"""The Ray session: local by default, a cluster when asked, never a stranger's.
+
+Ray puts the driver's current directory first on its workers' import path, so a user's own `model/` or
+`pipeline/` folder there would shadow ours (tried: it does). The session therefore starts with a
+`working_dir` of its own, empty, and `PYTHONPATH` pointing at this checkout; paths are made absolute at
+the door (`infra.storage.absolute`).
+"""
+
+import logging
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from infra.config import Config
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+
+
+class RayConfig(Config):
+    """Where the job runs."""
+
+    address: str = "local"
+    """`local` = a session of its own on this machine; `auto` or `ray://host:port` = a running cluster.
+    The environment variable RAY_ADDRESS, when set, wins over `local`."""
+    num_cpus: int | None = Field(default=None, ge=1)
+    """CPUs of a local session; None = all."""
+    dashboard: bool = False
+    """Start Ray's dashboard in a local session (costs about 3 s)."""
+    object_store_bytes: int = Field(default=400_000_000, ge=80_000_000)
+    """Shared memory of a local session, bytes."""
+    log_level: Literal["error", "warning", "info"] = "error"
+    """How much Ray itself says on the terminal."""
+
+
+@contextmanager
+def ray_session(config: RayConfig) -> Iterator[None]:
+    """Run the body inside a Ray session; one that is already connected is used and left alone."""
+    quiet()
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    level = getattr(logging, config.log_level.upper())
+    address = os.environ.get("RAY_ADDRESS") or config.address
+    with tempfile.TemporaryDirectory(prefix="vimi-ray-") as empty:
+        runtime_env = {"working_dir": empty, "env_vars": worker_environment()}
+        if address == "local":
+            ray.init(
+                address="local",
+                num_cpus=config.num_cpus,
+                include_dashboard=config.dashboard,
+                object_store_memory=config.object_store_bytes,
+                runtime_env=runtime_env,
+                logging_level=level,
+                log_to_driver=config.log_level == "info",
+            )
+        else:
+            # On a cluster the image holds the code: PYTHONPATH of this machine would be wrong there.
+            ray.init(address=address, runtime_env={"working_dir": empty}, logging_level=level)
+        try:
+            yield
+        finally:
+            ray.shutdown()
+
+
+def worker_environment() -> dict[str, str]:
+    """Environment of the local workers: our checkout is importable, their threads don't multiply."""
+    paths = [str(CHECKOUT), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    return {"PYTHONPATH": os.pathsep.join(dict.fromkeys(paths)), "TOKENIZERS_PARALLELISM": "false"}
+
+
+def quiet() -> None:
+    """Keep Ray's progress bars and usage note off the terminal: jobs print their own progress."""
+    os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    logging.getLogger("ray.data").setLevel(logging.ERROR)

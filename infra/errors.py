@@ -1,0 +1,38 @@
+"""What can go wrong, from the catcher's chair.
+
+    VimiError
+    ├── ConfigError      the command or its config is wrong: refused at the door, exit code 2
+    ├── DataError        a table, shard or index breaks its contract: exit code 1
+    │   └── TooManyFailuresError   more bad rows than `max_failed_frac` allows
+    └── TrainingError    non-finite loss, unusable checkpoint: exit code 1
+
+A bad *row* is none of these: it leaves its job with a `status` and an `error` (pipeline/schema.py).
+"""
+
+
+class VimiError(Exception):
+    """Base of every error that this project raises on purpose."""
+
+
+class ConfigError(VimiError, ValueError):
+    """A wrong command or config; the message says what we got, what is legal and how to cure it."""
+
+    def __init__(self, got: str, *, legal: str = "", cure: str = "") -> None:
+        parts = [got]
+        if legal:
+            parts.append(f"legal: {legal}")
+        if cure:
+            parts.append(f"cure: {cure}")
+        super().__init__("; ".join(parts))
+
+
+class DataError(VimiError):
+    """A table, shard or index that breaks its contract."""
+
+
+class TooManyFailuresError(DataError):
+    """More rows failed than the config's `max_failed_frac` allows."""
+
+
+class TrainingError(VimiError):
+    """Training can't go on: a non-finite loss, or a checkpoint that can't be used."""

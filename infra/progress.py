@@ -1,0 +1,58 @@
+"""Progress that a person can read: done / total, rate, ETA, and what went wrong so far."""
+
+import sys
+import time
+from collections import Counter
+
+
+class Progress:
+    """Prints one line that renews itself on a terminal, and a line every `every_s` elsewhere."""
+
+    def __init__(self, what: str, total: int | None, *, unit: str = "rows", every_s: float = 5.0):
+        self.what, self.total, self.unit = what, total, unit
+        self.every_s = every_s if not sys.stderr.isatty() else 0.25
+        self.done = 0
+        self.notes: Counter[str] = Counter()
+        self.started_s = self.printed_s = time.monotonic()
+
+    def add(self, count: int = 1, notes: dict[str, int] | None = None) -> None:
+        self.done += count
+        self.notes.update(notes or {})
+        if time.monotonic() - self.printed_s >= self.every_s:
+            self.print()
+
+    def print(self, *, last: bool = False) -> None:
+        self.printed_s = time.monotonic()
+        end = "\n" if last or not sys.stderr.isatty() else ""
+        start = "\r\x1b[2K" if sys.stderr.isatty() else ""
+        print(start + self.line(), end=end, file=sys.stderr, flush=True)
+
+    def line(self) -> str:
+        elapsed_s = max(time.monotonic() - self.started_s, 1e-9)
+        rate = self.done / elapsed_s
+        parts = [f"  {self.what}: {self.done:,}"]
+        if self.total is not None:
+            parts[0] += f" / {self.total:,} {self.unit}"
+            if 0 < self.done < self.total:
+                parts.append(f"ETA {span((self.total - self.done) / rate)}")
+        else:
+            parts[0] += f" {self.unit}"
+        parts.insert(1, f"{rate:,.1f} {self.unit}/s")
+        bad = ", ".join(f"{name} {count}" for name, count in sorted(self.notes.items()))
+        if bad:
+            parts.append(bad)
+        return " · ".join(parts)
+
+    def close(self) -> None:
+        self.print(last=True)
+
+
+def span(seconds: float) -> str:
+    """12 s, 3 min 20 s, 5 h 10 min, 2.1 days."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    if seconds < 3600:
+        return f"{int(seconds // 60)} min {int(seconds % 60)} s"
+    if seconds < 48 * 3600:
+        return f"{int(seconds // 3600)} h {int(seconds % 3600 // 60)} min"
+    return f"{seconds / 86400:.1f} days"

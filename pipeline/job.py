@@ -1,0 +1,303 @@
+"""A job that may be killed at any moment: units in, receipts out, certificate last.
+
+Ray Data runs the work; this file gives what Ray Data's own checkpoint does not (it loses rows after
+fan-out): a unit of work is done only when its whole receipt stands in a journal.
+
+    units (a list or a generator, in a fixed order)
+      -> windows -> ray.data map over blocks -> worker(payload) -> one receipt a unit,
+         appended to the block's own journal file as one whole line
+      -> `Receipts`, read back in unit order: the same for any number of workers and any kills
+      -> the job writes its tables from them and certifies
+
+Killed in the middle, the same command reads the journals and runs what is missing: at most the unit
+that each worker had in hand is done again.
+"""
+
+import itertools
+import json
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from infra.config import Config, canonical_json
+from infra.errors import ConfigError
+from infra.progress import Progress
+from infra.storage import (
+    Certificate,
+    absolute,
+    check_writable,
+    delete,
+    exists,
+    filesystem,
+    is_remote,
+    join,
+    list_files,
+    read_certificate,
+    read_json,
+    write_bytes,
+    write_json,
+)
+from pipeline.schema import content_id
+
+JOURNAL, JOB_FILE = "journal", "job.json"
+Receipt = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One replayable piece of work: a stable id and what the worker needs, as JSON values."""
+
+    id: str
+    payload: dict[str, Any]
+
+
+def open_job(
+    out: str, *, job: str, config: Config, inputs: dict[str, str], hash_exclude: set[str] | None = None
+) -> Certificate | None:
+    """Claim the folder `out` for this job, or recognise it as ours.
+
+    Args:
+        out: output folder.
+        job: the job's name, as in its certificate.
+        config: the resolved config; saved beside the output.
+        inputs: name -> content hash of each input.
+        hash_exclude: fields that can't change the output (worker counts, where Ray runs, `out`).
+
+    Returns:
+        The certificate when the output is already whole; None when there is work to do.
+
+    Raises:
+        ConfigError: `out` is not writable, or holds the output of another config or input.
+    """
+    check_writable(out)
+    exclude = {"out", "ray", "num_workers", *(hash_exclude or ())}
+    claim = {"job": job, "config": config.model_dump(mode="json", exclude=exclude), "inputs": inputs}
+    place = join(out, JOB_FILE)
+    if exists(place):
+        differences = _differences(read_json(place), claim)
+        if differences:
+            raise ConfigError(
+                f"{out} holds the output of another {job} run ({'; '.join(differences)})",
+                cure="choose another --out, or delete that folder",
+            )
+    else:
+        write_json(place, claim)
+        write_bytes(join(out, "config.yaml"), config.to_yaml().encode())
+    return read_certificate(out, job=job)
+
+
+def _differences(saved: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
+    found = []
+    for key in sorted({*saved, *now}):
+        before, after = saved.get(key), now.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            found += _differences(before, after, f"{prefix}{key}.")
+        elif before != after:
+            found.append(f"{prefix}{key}: {_short(before)} there, {_short(after)} now")
+    return found
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+class Receipts:
+    """The receipts of finished units, found by unit id; a torn last line counts as never written."""
+
+    def __init__(self, out: str) -> None:
+        self.folder = join(out, JOURNAL)
+        self._files: list[str] = []
+        self._places: dict[str, tuple[int, int, int]] = {}  # unit id -> file, offset, length
+        self.refresh()
+
+    def __contains__(self, unit_id: str) -> bool:
+        return unit_id in self._places
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def refresh(self) -> None:
+        """Read the journals again: workers have written since."""
+        self._files = list_files(self.folder, suffix=".jsonl")
+        self._places.clear()
+        for number, file in enumerate(self._files):
+            for unit_id, offset, length in _scan(file):
+                self._places.setdefault(unit_id, (number, offset, length))
+
+    def get(self, unit_id: str) -> Receipt:
+        number, offset, length = self._places[unit_id]
+        fs, path = filesystem(self._files[number])
+        with fs.open_input_file(path) as file:
+            return json.loads(file.read_at(length, offset))
+
+    def in_order(self, units: Iterable[Unit]) -> Iterator[tuple[Unit, Receipt]]:
+        """Each unit with its receipt, in the units' own order; what lets outputs be byte-identical."""
+        for unit in units:
+            yield unit, self.get(unit.id)
+
+    def clear(self) -> None:
+        """Delete the journals: only after the certificate is written."""
+        delete(self.folder)
+
+
+def _scan(file: str) -> Iterator[tuple[str, int, int]]:
+    fs, path = filesystem(file)
+    offset = 0
+    with fs.open_input_stream(path, compression=None) as stream:
+        rest = b""
+        while chunk := stream.read(1 << 22):
+            *lines, rest = (rest + chunk).split(b"\n")
+            for line in lines:
+                unit_id, sep, body = line.partition(b"\t")
+                if sep and body.endswith(b"}"):
+                    yield unit_id.decode(), offset + len(unit_id) + 1, len(body)
+                offset += len(line) + 1
+
+
+class JournalWriter:
+    """Appends whole lines: locally by one write() each, on an object store one object each."""
+
+    def __init__(self, folder: str, name: str) -> None:
+        self.folder, self.name, self.count = folder, name, 0
+        self.file = None
+        if not is_remote(folder):
+            path = Path(absolute(folder))
+            path.mkdir(parents=True, exist_ok=True)
+            self.file = (path / f"{name}.jsonl").open("ab", buffering=0)
+            if self.file.tell():
+                self.file.write(b"\n")  # closes a line that a kill may have torn
+
+    def append(self, unit_id: str, receipt: Receipt) -> None:
+        line = unit_id.encode() + b"\t" + canonical_json(receipt) + b"\n"
+        if self.file is not None:
+            self.file.write(line)
+        else:
+            write_bytes(join(self.folder, f"{self.name}-{self.count:06d}.jsonl"), line)
+        self.count += 1
+
+    def close(self) -> None:
+        if self.file is not None:
+            self.file.close()
+
+
+class BlockRunner:
+    """The Ray Data callable: runs a block of units with one worker and journals each receipt."""
+
+    def __init__(self, make_worker: Callable[[], Callable[[dict[str, Any]], Receipt]], folder: str):
+        self.make_worker, self.folder = make_worker, folder
+        self.worker: Callable[[dict[str, Any]], Receipt] | None = None
+
+    def __call__(self, block: pa.Table) -> pa.Table:
+        if self.worker is None:
+            self.worker = self.make_worker()
+        ids, payloads = block["unit_id"].to_pylist(), block["payload"].to_pylist()
+        name = content_id(*ids)
+        finished = {u for u, _, _ in _finished(self.folder, name)}  # a retried block: a worker died
+        journal = JournalWriter(self.folder, name)
+        notes = []
+        try:
+            for unit_id, payload in zip(ids, payloads, strict=True):
+                receipt: Receipt = {}
+                if unit_id not in finished:
+                    receipt = self.worker(json.loads(payload))
+                    journal.append(unit_id, receipt)
+                notes.append(json.dumps(receipt.get("notes", {})))
+        finally:
+            journal.close()
+        return pa.table({"unit_id": ids, "notes": notes})
+
+
+def _finished(folder: str, name: str) -> list[tuple[str, int, int]]:
+    files = [f for f in list_files(folder, suffix=".jsonl") if f.rpartition("/")[2].startswith(name)]
+    return [place for file in files for place in _scan(file)]
+
+
+def run_units(
+    out: str,
+    units: Iterable[Unit],
+    make_worker: Callable[[], Callable[[dict[str, Any]], Receipt]],
+    *,
+    what: str,
+    total: int | None = None,
+    num_workers: int | None = None,
+    units_per_task: int = 1,
+    window_units: int = 4096,
+    num_cpus: float = 1.0,
+    num_gpus: float = 0.0,
+    actors: bool = False,
+) -> Receipts:
+    """Run every unit that has no receipt yet; call inside a `ray_session`.
+
+    Args:
+        out: the job's folder; journals lie below it.
+        units: in a fixed order; ids unique. A generator is consumed window by window.
+        make_worker: picklable; makes the function payload -> receipt in the worker process, where it
+            loads its model. The receipt is JSON; its optional `notes` {word: count} go to the progress
+            line. It must not raise for bad content: that is a row with a status.
+        what: name for the progress line.
+        total: number of units, for the ETA.
+        num_workers: workers at once; None = as many as the CPUs allow.
+        units_per_task: units of one Ray task; more costs less overhead.
+        window_units: units in flight, the bound of the driver's memory.
+        num_cpus: CPUs a worker.
+        num_gpus: GPUs a worker.
+        actors: keep workers (and the model in them) alive over the whole run; else Ray tasks.
+
+    Returns:
+        All receipts, earlier runs' included.
+    """
+    import ray.data
+
+    receipts = Receipts(out)
+    progress = Progress(what, total, unit="units")
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    for window in _windows(units, window_units):
+        todo = [unit for unit in window if unit.id not in receipts]
+        progress.add(len(window) - len(todo))
+        if not todo:
+            continue
+        blocks = [_block(todo[i : i + units_per_task]) for i in range(0, len(todo), units_per_task)]
+        compute = (
+            ray.data.ActorPoolStrategy(size=num_workers or 1)
+            if actors
+            else ray.data.TaskPoolStrategy(size=num_workers)
+        )
+        runner: Any = BlockRunner
+        arguments: dict[str, Any] = {"fn_constructor_args": (make_worker, receipts.folder)}
+        if not actors:
+            runner, arguments = BlockRunner(make_worker, receipts.folder), {}
+        results = ray.data.from_arrow(blocks).map_batches(
+            runner,
+            batch_size=None,
+            batch_format="pyarrow",
+            compute=compute,
+            num_cpus=num_cpus,
+            num_gpus=num_gpus or None,
+            **arguments,
+        )
+        for batch in results.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+            notes: dict[str, int] = {}
+            for text in batch["notes"].to_pylist():
+                for word, count in json.loads(text).items():
+                    notes[word] = notes.get(word, 0) + count
+            progress.add(len(batch), notes)
+    progress.close()
+    receipts.refresh()
+    return receipts
+
+
+def _windows(units: Iterable[Unit], size: int) -> Iterator[list[Unit]]:
+    iterator = iter(units)
+    while window := list(itertools.islice(iterator, size)):
+        yield window
+
+
+def _block(units: list[Unit]) -> pa.Table:
+    return pa.table(
+        {"unit_id": [u.id for u in units], "payload": [json.dumps(u.payload) for u in units]}
+    )

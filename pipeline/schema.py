@@ -1,0 +1,260 @@
+"""Every table of the house: column, type, unit, meaning. Imports pyarrow and nothing else.
+
+    CLIPS    what crawl makes      one row per clip or picture, good or bad
+    MEMORY   what build-index makes one row per document (LanceDB)
+    PROMPTS  what augment and instruct make: one schema for both stages, one row per training clip
+
+Ids are content hashes: the same content has the same id on every machine, in any order.
+"""
+
+import hashlib
+from enum import StrEnum
+
+import pyarrow as pa
+
+SCHEMA_VERSION = 1
+
+
+class Status(StrEnum):
+    """What became of a row. `OK` goes on; `FILTERED_*` was left out on purpose; the rest failed."""
+
+    OK = "ok"
+    # left out on purpose
+    FILTERED_NO_CAPTION = "filtered_no_caption"
+    FILTERED_TOO_SHORT = "filtered_too_short"
+    FILTERED_TOO_LONG = "filtered_too_long"
+    FILTERED_TOO_SMALL = "filtered_too_small"
+    FILTERED_STATIC = "filtered_static"
+    FILTERED_DUPLICATE = "filtered_duplicate"
+    FILTERED_NEAR_DUPLICATE = "filtered_near_duplicate"
+    FILTERED_PLUGIN = "filtered_plugin"
+    FILTERED_NO_SUBJECT = "filtered_no_subject"
+    FILTERED_EVAL_SPLIT = "filtered_eval_split"
+    # failed: a retry may help
+    UNREACHABLE = "unreachable"
+    TIMEOUT = "timeout"
+    RATE_LIMITED = "rate_limited"
+    CRASHED = "crashed"
+    # failed: a retry will not help
+    NOT_FOUND = "not_found"
+    REFUSED = "refused"
+    OPTED_OUT = "opted_out"
+    TOO_LARGE = "too_large"
+    EMPTY = "empty"
+    WRONG_TYPE = "wrong_type"
+    NO_VIDEO = "no_video"
+    UNDECODABLE = "undecodable"
+    BAD_CAPTION = "bad_caption"
+    BAD_RANGE = "bad_range"
+    BAD_ROW = "bad_row"
+
+    @property
+    def is_filtered(self) -> bool:
+        return self.value.startswith("filtered_")
+
+    @property
+    def is_dead(self) -> bool:
+        return self is not Status.OK and not self.is_filtered
+
+    @property
+    def is_retriable(self) -> bool:
+        return self in RETRIABLE
+
+
+RETRIABLE = frozenset({Status.UNREACHABLE, Status.TIMEOUT, Status.RATE_LIMITED, Status.CRASHED})
+
+
+class Media(StrEnum):
+    VIDEO = "video"
+    IMAGE = "image"
+
+
+class Role(StrEnum):
+    """What a segment of a prompt is for. The order is the id that the model embeds: only append."""
+
+    CAPTION = "caption"
+    INSTRUCTION = "instruction"
+    RETRIEVED = "retrieved"
+    SUBJECT = "subject"
+    BACKGROUND = "background"
+    FIRST_FRAME = "first_frame"
+
+
+class Task(StrEnum):
+    """What the generator is asked to do (paper.md 1.2; PRETRAIN is stage 1)."""
+
+    PRETRAIN = "pretrain"
+    SUBJECT_DRIVEN = "subject_driven"
+    VIDEO_PREDICTION = "video_prediction"
+    TEXT_TO_VIDEO = "text_to_video"
+
+
+class TargetKind(StrEnum):
+    FRAMES = "frames"
+    """uint8 t h w 3, already at the training size."""
+    VIDEO = "video"
+    """Encoded video bytes (mp4) of the clip."""
+    REFERENCE = "reference"
+    """`source_uri` and `[start_s, end_s]` only."""
+
+
+def _field(name: str, kind: pa.DataType, meaning: str, nullable: bool = True) -> pa.Field:
+    return pa.field(name, kind, nullable=nullable, metadata={"meaning": meaning})
+
+
+_ORIGIN = [
+    _field("source_uri", pa.string(), "path or URL of the parent video or picture"),
+    _field("source_sha256", pa.string(), "hex sha256 of the parent's bytes; null if never read"),
+    _field("start_s", pa.float64(), "start of the clip in its parent, seconds; 0 for pictures"),
+    _field("end_s", pa.float64(), "end of the clip in its parent, seconds; 0 for pictures"),
+    _field("width_px", pa.int32(), "display width (rotation applied)"),
+    _field("height_px", pa.int32(), "display height (rotation applied)"),
+    _field("source_name", pa.string(), "name of the corpus that the row came from"),
+    _field("licence", pa.string(), "licence if the corpus states one"),
+    _field("split", pa.string(), "train, val or test if the corpus states one"),
+]
+
+CLIPS = pa.schema(
+    [
+        _field("clip_id", pa.string(), "content hash, see clip_id()", False),
+        _field("media", pa.string(), "video or image", False),
+        _field("caption", pa.string(), "text as found, stripped; null if none"),
+        *_ORIGIN,
+        _field("local_uri", pa.string(), "where the fetched bytes lie; equals source_uri for files"),
+        _field("fps", pa.float64(), "average frames per second of the parent; null for pictures"),
+        _field("num_frames", pa.int64(), "frames in the clip; 1 for pictures"),
+        _field("phash", pa.uint64(), "64-bit perceptual hash of the middle frame"),
+        _field("etag", pa.string(), "HTTP ETag, for a conditional re-crawl"),
+        _field("last_modified", pa.string(), "HTTP Last-Modified, likewise"),
+        _field("attempt", pa.int32(), "how many times the parent was tried"),
+        _field("status", pa.string(), "a Status", False),
+        _field("error", pa.string(), "why, if not ok"),
+    ],
+    metadata={"table": "clips", "schema_version": str(SCHEMA_VERSION)},
+)
+
+
+def memory_schema(embedding_dim: int) -> pa.Schema:
+    """Schema of the LanceDB table of documents; embeddings are unit vectors in float16."""
+    vector = pa.list_(pa.float16(), embedding_dim)
+    return pa.schema(
+        [
+            pa.field(
+                "doc_id",
+                pa.string(),
+                nullable=False,
+                # Without this, concurrent merge_insert duplicates keys silently (measured).
+                metadata={"lance-schema:unenforced-primary-key": "true"},
+            ),
+            _field("text", pa.string(), "the document's text: what BM25 reads"),
+            _field("image", pa.binary(), "JPEG of the picture or key frame, bounded size"),
+            _field("image_embedding", vector, "CLIP image tower; mean of key frames, unit norm"),
+            _field("text_embedding", vector, "CLIP text tower, unit norm"),
+            _field("document_embedding", vector, "RA-CM3 document vector: unit mean of both"),
+            _field("phash", pa.uint64(), "64-bit perceptual hash of the picture"),
+            _field("media", pa.string(), "video (key frame of a clip) or image"),
+            *_ORIGIN,
+        ],
+        metadata={"table": "memory", "schema_version": str(SCHEMA_VERSION)},
+    )
+
+
+DOCUMENT = pa.struct(
+    [
+        _field("doc_id", pa.string(), "document of the memory"),
+        _field("retriever", pa.string(), "bm25, clip or hybrid"),
+        _field("rank", pa.int32(), "1 = best, after the guard"),
+        _field("score", pa.float32(), "the retriever's own score"),
+        _field("clip_similarity", pa.float32(), "cosine of the caption's and the picture's CLIP vectors"),
+        _field("source_uri", pa.string(), "parent of the picture"),
+        _field("source_sha256", pa.string(), "hash of the parent"),
+        _field("start_s", pa.float64(), "seconds"),
+        _field("end_s", pa.float64(), "seconds"),
+    ]
+)
+
+SEGMENT = pa.struct(
+    [
+        _field("type", pa.string(), "text or image"),
+        _field("role", pa.string(), "a Role"),
+        _field("text", pa.string(), "for text; for a subject image the word that it replaces"),
+        _field("image", pa.binary(), "JPEG or PNG bytes, bounded size; null for text"),
+        _field("document", DOCUMENT, "provenance of a retrieved segment; null otherwise"),
+    ]
+)
+
+TARGET = pa.struct(
+    [
+        _field("kind", pa.string(), "a TargetKind"),
+        _field("data", pa.binary(), "frames: uint8 t h w 3, C order; video: mp4; reference: null"),
+        _field("num_frames", pa.int32(), "t"),
+        _field("height_px", pa.int32(), "h"),
+        _field("width_px", pa.int32(), "w"),
+        _field("fps", pa.float64(), "frame rate of these frames; inf for pictures"),
+    ]
+)
+
+PROMPTS = pa.schema(
+    [
+        _field("prompt_id", pa.string(), "content hash, see prompt_id()", False),
+        _field("task", pa.string(), "a Task", False),
+        _field("clip_id", pa.string(), "the target clip", False),
+        _field("media", pa.string(), "video or image: what the target is", False),
+        _field("caption", pa.string(), "the clip's own caption", False),
+        _field("segments", pa.list_(SEGMENT), "the prompt in order: retrieved (rank order), then content"),
+        _field("num_documents", pa.int32(), "retrieved documents; below k if the guard left fewer"),
+        _field("flags", pa.list_(pa.string()), "e.g. fewer_than_k"),
+        _field("target", TARGET, "what the generator learns to make"),
+        *_ORIGIN,
+        _field("fps", pa.float64(), "original frames per second: the generator conditions on it"),
+        _field("memory_version", pa.string(), "tag of the memory's committed version"),
+        _field("model_hash", pa.string(), "identity of the CLIP that embedded the memory"),
+        _field("config_hash", pa.string(), "of the job that made the row"),
+    ],
+    metadata={"table": "prompts", "schema_version": str(SCHEMA_VERSION)},
+)
+
+REJECTED = pa.schema(
+    [
+        _field("row_id", pa.string(), "clip_id or doc_id of the row", False),
+        _field("source_uri", pa.string(), "where it came from"),
+        _field("status", pa.string(), "a Status", False),
+        _field("error", pa.string(), "why"),
+    ],
+    metadata={"table": "rejected", "schema_version": str(SCHEMA_VERSION)},
+)
+
+
+def content_id(*parts: str | int | float | None) -> str:
+    """24 hex digits of sha256 over the parts, each length-prefixed so that no two lists collide."""
+    digest = hashlib.sha256()
+    for part in parts:
+        data = b"\xff" if part is None else str(part).encode("utf-8", "surrogatepass")
+        digest.update(len(data).to_bytes(8, "little"))
+        digest.update(data)
+    return digest.hexdigest()[:24]
+
+
+def clip_id(source: str, start_s: float, end_s: float, caption: str | None) -> str:
+    """Id of a clip: `source` is the parent's sha256, or its URI when its bytes could not be read."""
+    return content_id("clip", source, round(start_s * 1000), round(end_s * 1000), caption)
+
+
+def doc_id(source: str, start_s: float, end_s: float, text: str) -> str:
+    return content_id("doc", source, round(start_s * 1000), round(end_s * 1000), text)
+
+
+def prompt_id(task: str, clip: str, config_hash: str) -> str:
+    return content_id("prompt", task, clip, config_hash)
+
+
+def check_table(found: pa.Schema, expected: pa.Schema, what: str) -> None:
+    """Raise ValueError unless `found` has the columns and types of `expected`, in order."""
+    missing = [f"{f.name}: {f.type}" for f in expected if f.name not in found.names]
+    wrong = [
+        f"{f.name}: {found.field(f.name).type}, expected {f.type}"
+        for f in expected
+        if f.name in found.names and not found.field(f.name).type.equals(f.type)
+    ]
+    if missing or wrong:
+        raise ValueError(f"{what}: missing columns {missing or 'none'}, wrong types {wrong or 'none'}")
