@@ -1,0 +1,267 @@
+"""From an encoded prompt to the tokens that the generator's latents read.
+
+    Segment, Prompt      what the user says: ordered text and pictures, each with a role
+    Condition            the same, encoded by a frozen encoder (model/prompt.py makes it)
+    ConditionEmbedder    the trained part: [sigma, frame rate, original size] ++ prompt ++ references
+
+Snap Video reads `[sigma, frame rate, original resolution] ++ T5 tokens` (2402.14797, section 3.3); VIMI swaps
+the text tokens for those of a multimodal language model and keeps them interleaved (2407.06304, figure 2).
+`plus` adds pixel patches of the reference pictures, because references that pass through the frozen
+encoder alone lose their identity (UniVideo, 2510.08377, table 6).
+"""
+
+import math
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+ROLES: tuple[str, ...] = (
+    "caption",
+    "instruction",
+    "retrieved",
+    "subject",
+    "background",
+    "first_frame",
+)
+"""Same order as `pipeline.schema.Role` (a test holds them equal); the index is what is embedded."""
+
+KINDS: dict[str, tuple[str, ...]] = {
+    "text": ("caption", "instruction"),
+    "retrieved": ("retrieved",),
+    "subject": ("subject", "background"),
+    "frame": ("first_frame",),
+}
+"""Condition kinds that dropout and guidance switch on and off, and the roles that each one covers."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One piece of a prompt: text, or an encoded JPEG/PNG picture."""
+
+    type: Literal["text", "image"]
+    role: str
+    text: str | None = None
+    image: bytes | None = None
+
+
+Prompt = tuple[Segment, ...]
+
+
+@dataclass(frozen=True)
+class Condition:
+    """A batch of encoded prompts, right padded.
+
+    Attributes:
+        tokens: `b l e` states of the frozen encoder.
+        mask: `b l` bool, True where the token is real.
+        role: `b l` int64, index in ROLES.
+        segment: `b l` int64, position of the token's segment in its prompt.
+        fps: `b` frames per second of the target; inf for pictures.
+        original_size_px: `b 2` (height, width) of the target before it was resized.
+        references: `b n c h w` in [-1, 1], reference pictures of `plus` mode.
+        reference_mask: `b n` bool, True where the reference is real.
+    """
+
+    tokens: Tensor
+    mask: Tensor
+    role: Tensor
+    segment: Tensor
+    fps: Tensor
+    original_size_px: Tensor
+    references: Tensor | None = None
+    reference_mask: Tensor | None = None
+
+    def __len__(self) -> int:
+        return self.tokens.shape[0]
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "Condition":
+        """Move to `device`; `dtype` is for tokens and references only (fps and sizes stay float32)."""
+        references, present = self.references, self.reference_mask
+        return Condition(
+            tokens=self.tokens.to(device, dtype, non_blocking=True),
+            mask=self.mask.to(device, non_blocking=True),
+            role=self.role.to(device, non_blocking=True),
+            segment=self.segment.to(device, non_blocking=True),
+            fps=self.fps.to(device, non_blocking=True),
+            original_size_px=self.original_size_px.to(device, non_blocking=True),
+            references=None if references is None else references.to(device, dtype),
+            reference_mask=None if present is None else present.to(device),
+        )
+
+    def select(self, rows: Tensor) -> "Condition":
+        """The prompts named by `rows` (int64 indices or a bool mask), in that order."""
+        kept = {k: v[rows] for k, v in vars(self).items() if v is not None}
+        return replace(self, **kept)
+
+    def without_prompt(self) -> "Condition":
+        """The unconditional counterpart: frame rate and size stay, every other token is hidden."""
+        present = self.reference_mask
+        return replace(
+            self,
+            mask=torch.zeros_like(self.mask),
+            reference_mask=None if present is None else torch.zeros_like(present),
+        )
+
+
+def concat_conditions(conditions: list[Condition]) -> Condition:
+    """Stack batches of different lengths into one, padding tokens and references with hidden ones.
+
+    Raises:
+        ValueError: some of the batches have references and others have none.
+    """
+    if len({c.references is None for c in conditions}) != 1:
+        raise ValueError("cannot mix conditions with and without references in one batch")
+    length = max(c.tokens.shape[1] for c in conditions)
+    count = max(0 if c.references is None else c.references.shape[1] for c in conditions)
+
+    def stack(name: str, to: int | None) -> Tensor:
+        parts = [getattr(c, name) for c in conditions]
+        return torch.cat(parts if to is None else [_pad_dim1(p, to) for p in parts])
+
+    return Condition(
+        **{name: stack(name, length) for name in ("tokens", "mask", "role", "segment")},
+        **{name: stack(name, None) for name in ("fps", "original_size_px")},
+        references=stack("references", count) if count else None,
+        reference_mask=stack("reference_mask", count) if count else None,
+    )
+
+
+def _pad_dim1(x: Tensor, to: int) -> Tensor:
+    return F.pad(x, (0, 0) * (x.ndim - 2) + (0, to - x.shape[1]))
+
+
+@dataclass(frozen=True)
+class ConditionConfig:
+    """Shapes of the trained condition embedder.
+
+    Attributes:
+        token_dim: width `e` of the frozen encoder's states (T5-11B and CLIP ViT-H: 1024).
+        mode: `faithful` reads references through the frozen encoder only, as VIMI's figures show;
+            `plus` also reads their pixel patches.
+        max_segments: positions of the segment embedding; later segments share the last one.
+        max_references: positions of the reference index embedding.
+        reference_patch_px: side of a reference patch, pixels.
+        reference_channels: 3 for pixels; the autoencoder's channels when references are latents.
+    """
+
+    token_dim: int = 1024
+    mode: Literal["faithful", "plus"] = "faithful"
+    max_segments: int = 16
+    max_references: int = 8
+    reference_patch_px: int = 8
+    reference_channels: int = 3
+
+
+NUM_SCALARS = 3
+"""Tokens that every sample has: sigma, frame rate, original size."""
+
+
+class ConditionEmbedder(nn.Module):
+    """Trained embedding of a `Condition` and the noise level: `b k dim` tokens and their mask."""
+
+    def __init__(self, config: ConditionConfig, dim: int) -> None:
+        super().__init__()
+        self.config = config
+        self.norm = nn.LayerNorm(config.token_dim, elementwise_affine=False)
+        self.project = _mlp(config.token_dim, dim)
+        self.role = nn.Embedding(len(ROLES), dim)
+        self.segment = nn.Embedding(config.max_segments, dim)
+        self.sigma = _mlp(NUM_FEATURES, dim)
+        self.fps = _mlp(NUM_FEATURES, dim)
+        self.size = _mlp(2 * NUM_FEATURES, dim)
+        self.references = ReferenceEmbedder(config, dim) if config.mode == "plus" else None
+        for table in (self.role, self.segment):
+            nn.init.normal_(table.weight, std=0.02)
+
+    def forward(self, sigma: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
+        """Tokens that the latents read.
+
+        Args:
+            sigma: `b` noise levels.
+            condition: the encoded prompts.
+
+        Returns:
+            `b k dim` tokens and the `b k` bool mask, k = 3 + l (+ reference patches in `plus` mode).
+        """
+        tokens = [self._scalars(sigma, condition), self._prompt(condition)]
+        masks = [condition.mask.new_ones(len(condition), NUM_SCALARS), condition.mask]
+        if self.references is not None and condition.references is not None:
+            extra, extra_mask = self.references(condition.references, condition.reference_mask)
+            tokens.append(extra)
+            masks.append(extra_mask)
+        return torch.cat([t.to(tokens[0].dtype) for t in tokens], dim=1), torch.cat(masks, dim=1)
+
+    def _scalars(self, sigma: Tensor, condition: Condition) -> Tensor:
+        noise = fourier_features(sigma.float().log() / 4)  # EDM's c_noise
+        rate = fourier_features(_pace(condition.fps))
+        size = fourier_features((condition.original_size_px.float() / 64).log2() / 4)
+        parts = [self.sigma(noise), self.fps(rate), self.size(size.flatten(-2))]
+        return torch.stack(parts, dim=1)
+
+    def _prompt(self, condition: Condition) -> Tensor:
+        places = condition.segment.clamp(max=self.config.max_segments - 1)
+        projected = self.project(self.norm(condition.tokens.to(self.role.weight.dtype)))
+        return projected + self.role(condition.role) + self.segment(places)
+
+
+class ReferenceEmbedder(nn.Module):
+    """Patches of reference pictures, with their place and the index of their picture (`plus` mode)."""
+
+    def __init__(self, config: ConditionConfig, dim: int) -> None:
+        super().__init__()
+        self.patch_px = config.reference_patch_px
+        self.patch = nn.Linear(config.reference_channels * self.patch_px**2, dim)
+        self.place = nn.Linear(2 * NUM_FEATURES, dim)
+        self.index = nn.Embedding(config.max_references, dim)
+        self.norm = nn.LayerNorm(dim)
+        nn.init.normal_(self.index.weight, std=0.02)
+
+    def forward(self, pictures: Tensor, present: Tensor | None) -> tuple[Tensor, Tensor]:
+        """`b n c h w` pictures and `b n` mask to `b (n p) dim` tokens and `b (n p)` mask."""
+        b, n, c, h, w = pictures.shape
+        p = self.patch_px
+        if h % p or w % p:
+            raise ValueError(f"reference of {h}x{w} px does not divide into patches of {p} px")
+        grid = pictures.reshape(b, n, c, h // p, p, w // p, p).permute(0, 1, 3, 5, 2, 4, 6)
+        tokens = self.patch(
+            grid.reshape(b, n, (h // p) * (w // p), c * p * p).to(self.index.weight.dtype)
+        )
+        tokens = tokens + self.place(_grid_features(h // p, w // p, tokens.device))
+        tokens = self.norm(tokens + self.index.weight[:n, None])
+        if present is None:
+            present = torch.ones(b, n, dtype=torch.bool, device=tokens.device)
+        return tokens.flatten(1, 2), present.repeat_interleave(tokens.shape[2], dim=1)
+
+
+NUM_FEATURES = 64
+"""Fourier features of one scalar: 32 sines and 32 cosines."""
+
+
+def fourier_features(x: Tensor) -> Tensor:
+    """Sines and cosines of `x` (about [-2, 2]) at 32 frequencies, 1/4 ... 64 rad per unit: `... 64`.
+
+    The frequencies are this project's choice; Snap Video does not state its own.
+    """
+    octaves = torch.linspace(-2.0, 6.0, NUM_FEATURES // 2, device=x.device)
+    angles = x.float()[..., None] * octaves.exp2()
+    return torch.cat([angles.sin(), angles.cos()], dim=-1)
+
+
+def _pace(fps: Tensor) -> Tensor:
+    """Frame rate on a scale without infinities: 0 for pictures (infinite rate), 1/2 at 24 fps."""
+    return 1.0 / (1.0 + fps.float() / 24.0)
+
+
+def _grid_features(height: int, width: int, device: torch.device) -> Tensor:
+    """`(height width) 2*NUM_FEATURES` features of the centres of a grid of patches in [-1, 1]."""
+    ys = (torch.arange(height, device=device) + 0.5) / height * 2 - 1
+    xs = (torch.arange(width, device=device) + 0.5) / width * 2 - 1
+    grid = torch.stack(torch.meshgrid(ys, xs, indexing="ij"), dim=-1)
+    return fourier_features(grid * math.pi / 2).reshape(height * width, 2 * NUM_FEATURES)
+
+
+def _mlp(inputs: int, dim: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(inputs, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim))
