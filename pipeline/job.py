@@ -22,27 +22,15 @@ from typing import Any
 
 import pyarrow as pa
 
-from infra.config import Config, canonical_json
-from infra.errors import ConfigError
+from infra.claim import open_job
+from infra.config import canonical_json
 from infra.progress import Progress
-from infra.storage import (
-    Certificate,
-    absolute,
-    check_writable,
-    delete,
-    exists,
-    filesystem,
-    is_remote,
-    join,
-    list_files,
-    read_certificate,
-    read_json,
-    write_bytes,
-    write_json,
-)
+from infra.storage import absolute, delete, filesystem, is_remote, join, list_files, write_bytes
 from pipeline.schema import content_id
 
-JOURNAL, JOB_FILE = "journal", "job.json"
+__all__ = ["JournalWriter", "Receipt", "Receipts", "Unit", "open_job", "run_units"]
+
+JOURNAL = "journal"
 Receipt = dict[str, Any]
 
 
@@ -52,57 +40,6 @@ class Unit:
 
     id: str
     payload: dict[str, Any]
-
-
-def open_job(
-    out: str, *, job: str, config: Config, inputs: dict[str, str], hash_exclude: set[str] | None = None
-) -> Certificate | None:
-    """Claim the folder `out` for this job, or recognise it as ours.
-
-    Args:
-        out: output folder.
-        job: the job's name, as in its certificate.
-        config: the resolved config; saved beside the output.
-        inputs: name -> content hash of each input.
-        hash_exclude: fields that can't change the output (worker counts, where Ray runs, `out`).
-
-    Returns:
-        The certificate when the output is already whole; None when there is work to do.
-
-    Raises:
-        ConfigError: `out` is not writable, or holds the output of another config or input.
-    """
-    check_writable(out)
-    exclude = {"out", "ray", "num_workers", *(hash_exclude or ())}
-    claim = {"job": job, "config": config.model_dump(mode="json", exclude=exclude), "inputs": inputs}
-    place = join(out, JOB_FILE)
-    if exists(place):
-        differences = _differences(read_json(place), claim)
-        if differences:
-            raise ConfigError(
-                f"{out} holds the output of another {job} run ({'; '.join(differences)})",
-                cure="choose another --out, or delete that folder",
-            )
-    else:
-        write_json(place, claim)
-        write_bytes(join(out, "config.yaml"), config.to_yaml().encode())
-    return read_certificate(out, job=job)
-
-
-def _differences(saved: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
-    found = []
-    for key in sorted({*saved, *now}):
-        before, after = saved.get(key), now.get(key)
-        if isinstance(before, dict) and isinstance(after, dict):
-            found += _differences(before, after, f"{prefix}{key}.")
-        elif before != after:
-            found.append(f"{prefix}{key}: {_short(before)} there, {_short(after)} now")
-    return found
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 class Receipts:
@@ -212,7 +149,9 @@ class BlockRunner:
 
 
 def _finished(folder: str, name: str) -> list[tuple[str, int, int]]:
-    files = [f for f in list_files(folder, suffix=".jsonl") if f.rpartition("/")[2].startswith(name)]
+    files = [
+        f for f in list_files(folder, suffix=".jsonl") if f.rpartition("/")[2].startswith(name)
+    ]
     return [place for file in files for place in _scan(file)]
 
 
@@ -280,7 +219,9 @@ def run_units(
             num_gpus=num_gpus or None,
             **arguments,
         )
-        for batch in results.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+        for batch in results.iter_batches(
+            batch_size=None, batch_format="pyarrow", prefetch_batches=0
+        ):
             notes: dict[str, int] = {}
             for text in batch["notes"].to_pylist():
                 for word, count in json.loads(text).items():
