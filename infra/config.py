@@ -85,9 +85,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise ConfigError(
-            f"config {path} holds a {type(values).__name__}", legal="a mapping of keys"
-        )
+        raise ConfigError(f"config {path} holds a {type(values).__name__}", legal="a mapping of keys")
     return values
 
 

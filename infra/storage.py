@@ -167,9 +167,7 @@ def read_json(uri: str) -> Any:
 
 
 def write_json(uri: str, value: Any) -> None:
-    write_bytes(
-        uri, (json.dumps(value, indent=1, ensure_ascii=False, sort_keys=True) + "\n").encode()
-    )
+    write_bytes(uri, (json.dumps(value, indent=1, ensure_ascii=False, sort_keys=True) + "\n").encode())
 
 
 class FileEntry(BaseModel):

@@ -149,9 +149,7 @@ class BlockRunner:
 
 
 def _finished(folder: str, name: str) -> list[tuple[str, int, int]]:
-    files = [
-        f for f in list_files(folder, suffix=".jsonl") if f.rpartition("/")[2].startswith(name)
-    ]
+    files = [f for f in list_files(folder, suffix=".jsonl") if f.rpartition("/")[2].startswith(name)]
     return [place for file in files for place in _scan(file)]
 
 
@@ -219,9 +217,7 @@ def run_units(
             num_gpus=num_gpus or None,
             **arguments,
         )
-        for batch in results.iter_batches(
-            batch_size=None, batch_format="pyarrow", prefetch_batches=0
-        ):
+        for batch in results.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
             notes: dict[str, int] = {}
             for text in batch["notes"].to_pylist():
                 for word, count in json.loads(text).items():
@@ -239,6 +235,4 @@ def _windows(units: Iterable[Unit], size: int) -> Iterator[list[Unit]]:
 
 
 def _block(units: list[Unit]) -> pa.Table:
-    return pa.table(
-        {"unit_id": [u.id for u in units], "payload": [json.dumps(u.payload) for u in units]}
-    )
+    return pa.table({"unit_id": [u.id for u in units], "payload": [json.dumps(u.payload) for u in units]})
