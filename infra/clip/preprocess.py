@@ -1,0 +1,100 @@
+"""Pictures -> uint8 pixels of the model's size -> normalised floats; equal to open_clip's transform.
+
+The geometry (resize, crop, mode) *is* open_clip's own; only the last two steps (to float, normalise)
+are done here for a whole batch at once. Between the two lies a uint8 array, a quarter of the bytes of
+the floats: that is what a CPU stage should hand to an actor that holds the model.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict
+
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
+
+Picture: TypeAlias = "Image.Image | np.ndarray"
+"""A PIL image, or uint8 [h, w, 3]."""
+MAX_ASPECT = 20
+"""Beyond this, only the middle is kept: resizing 1 x 10,000 pixels would need gigabytes."""
+
+
+class Preprocessing(BaseModel):
+    """open_clip's `preprocess_cfg` as a value: picklable, hashable, needs no weights."""
+
+    model_config = ConfigDict(frozen=True, ignored_types=(cached_property,))
+    size: tuple[int, int]
+    """(height, width) in pixels."""
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    interpolation: str = "bicubic"
+    resize_mode: str = "shortest"
+    fill_color: int = 0
+
+    @classmethod
+    def of(cls, values: dict[str, Any]) -> Preprocessing:
+        """From open_clip's dictionary (its `size` may be one number)."""
+        size = values["size"]
+        pair = (size, size) if isinstance(size, int) else tuple(size)
+        known = {name: values[name] for name in cls.model_fields if name in values}
+        return cls.model_validate({**known, "size": pair})
+
+    @cached_property
+    def _geometry(self) -> list[Any]:
+        from open_clip.transform import PreprocessCfg, image_transform_v2
+
+        values = self.model_dump()
+        if self.size[0] == self.size[1]:
+            values["size"] = self.size[0]
+        steps = image_transform_v2(PreprocessCfg(**values), is_train=False).transforms
+        return steps[:-2]  # without MaybeToTensor and Normalize
+
+    def pixels(self, picture: Picture) -> np.ndarray:
+        """One picture (PIL, or uint8 h w 3) -> uint8 [height, width, 3] at the model's size."""
+        image = _crop_absurd(_as_pil(picture))
+        for step in self._geometry:
+            image = step(image)
+        return np.asarray(image)
+
+    def batch(self, pictures: list[Picture]) -> np.ndarray:
+        """Pictures -> uint8 [n, height, width, 3]."""
+        if not pictures:
+            return np.empty((0, *self.size, 3), np.uint8)
+        return np.stack([self.pixels(picture) for picture in pictures])
+
+    def normalise(self, pixels: np.ndarray, device: torch.device) -> torch.Tensor:
+        """uint8 [n, h, w, 3] -> float32 [n, 3, h, w] in channels-last memory, normalised on `device`."""
+        import torch
+
+        batch = torch.from_numpy(np.ascontiguousarray(pixels)).to(device).permute(0, 3, 1, 2)
+        mean = torch.tensor(self.mean, device=device).view(1, 3, 1, 1)
+        std = torch.tensor(self.std, device=device).view(1, 3, 1, 1)
+        return (batch.to(torch.float32) / 255 - mean) / std
+
+
+def _as_pil(picture: Picture) -> Image.Image:
+    from PIL import Image
+
+    if isinstance(picture, Image.Image):
+        return picture
+    if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
+        raise ValueError(
+            f"a picture is a PIL image or uint8 [h, w, 3]; got {picture.dtype} {list(picture.shape)}"
+        )
+    return Image.fromarray(picture)
+
+
+def _crop_absurd(image: Image.Image) -> Image.Image:
+    """The middle of a picture whose sides differ by more than MAX_ASPECT; others unchanged."""
+    width, height = image.size
+    if min(width, height) == 0:
+        raise ValueError(f"an empty picture: {width} x {height} pixels")
+    limit = MAX_ASPECT * min(width, height)
+    if max(width, height) <= limit:
+        return image
+    left, top = max(0, width - limit) // 2, max(0, height - limit) // 2
+    return image.crop((left, top, left + min(width, limit), top + min(height, limit)))
