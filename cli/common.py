@@ -20,7 +20,8 @@ from infra.storage import Certificate, absolute
 
 ConfigPath = Annotated[Path | None, typer.Option("--config", help="YAML file with the job's config.")]
 Overrides = Annotated[
-    list[str] | None, typer.Option("--set", help="key=value, as in the YAML file; repeat it.", metavar="KEY=VALUE")
+    list[str] | None,
+    typer.Option("--set", help="key=value, as in the YAML file; repeat it.", metavar="KEY=VALUE"),
 ]
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Print the resolved config and the plan; start nothing.")
@@ -69,7 +70,11 @@ def fail(program: str, message: object, code: int) -> NoReturn:
 
 
 def resolve(
-    module: str, config_class: str, path: Path | None, overrides: Sequence[str] | None, options: dict[str, Any]
+    module: str,
+    config_class: str,
+    path: Path | None,
+    overrides: Sequence[str] | None,
+    options: dict[str, Any],
 ) -> tuple[Any, Config]:
     """Import the job's module (now, not at --help) and load its config."""
     job = importlib.import_module(module)

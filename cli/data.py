@@ -9,7 +9,8 @@ from cli.common import ConfigPath, DryRun, Out, Overrides, execute, make_app, re
 app = make_app("Build the data: crawl clips, index a memory, retrieve for every caption, write prompt shards.")
 Retriever = Annotated[str | None, typer.Option(help="bm25 (as the paper), clip or hybrid.")]
 Clip = Annotated[
-    str | None, typer.Option("--clip", help="open_clip model name, or `offline` for the one from PyPI wheels.")
+    str | None,
+    typer.Option("--clip", help="open_clip model name, or `offline` for the one from PyPI wheels."),
 ]
 
 
@@ -20,7 +21,8 @@ def main() -> None:
 @app.command()
 def crawl(
     sources: Annotated[
-        list[str] | None, typer.Argument(help="Folders, manifests, tars, Parquet files, URL lists or pages.")
+        list[str] | None,
+        typer.Argument(help="Folders, manifests, tars, Parquet files, URL lists or pages."),
     ] = None,
     out: Out = None,
     allow_host: Annotated[

@@ -26,6 +26,7 @@ from infra.claim import open_job
 from infra.config import canonical_json
 from infra.progress import Progress
 from infra.storage import absolute, delete, filesystem, is_remote, join, list_files, write_bytes
+from infra.telemetry import JobMetrics
 from pipeline.schema import content_id
 
 __all__ = ["JournalWriter", "Receipt", "Receipts", "Unit", "open_job", "run_units"]
@@ -191,6 +192,7 @@ def run_units(
 
     receipts = Receipts(out)
     progress = Progress(what, total, unit="units")
+    metrics = JobMetrics(what)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     for window in _windows(units, window_units):
@@ -223,6 +225,7 @@ def run_units(
                 for word, count in json.loads(text).items():
                     notes[word] = notes.get(word, 0) + count
             progress.add(len(batch), notes)
+            metrics.add(len(batch), notes)
     progress.close()
     receipts.refresh()
     return receipts

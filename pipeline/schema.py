@@ -25,10 +25,13 @@ class Status(StrEnum):
     FILTERED_TOO_LONG = "filtered_too_long"
     FILTERED_TOO_SMALL = "filtered_too_small"
     FILTERED_STATIC = "filtered_static"
+    FILTERED_ASPECT = "filtered_aspect"
     FILTERED_DUPLICATE = "filtered_duplicate"
     FILTERED_NEAR_DUPLICATE = "filtered_near_duplicate"
     FILTERED_PLUGIN = "filtered_plugin"
     FILTERED_NO_SUBJECT = "filtered_no_subject"
+    FILTERED_NO_DOCUMENT = "filtered_no_document"
+    FILTERED_NOT_VIDEO = "filtered_not_video"
     FILTERED_EVAL_SPLIT = "filtered_eval_split"
     # failed: a retry may help
     UNREACHABLE = "unreachable"

@@ -1,0 +1,69 @@
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import Field
+
+from infra.config import Config, read_yaml, set_dotted
+from infra.errors import ConfigError
+
+
+class Inner(Config):
+    depth: int = Field(default=2, ge=1)
+
+
+class Outer(Config):
+    name: str = "a"
+    inner: Inner = Inner()
+
+
+def test_yaml_then_options_then_overrides_win_in_that_order(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("name: from_file\ninner: {depth: 3}\n")
+    loaded = Outer.load(path, options={"name": "from_option", "inner.depth": None}, overrides=["inner.depth=7"])
+    assert (loaded.name, loaded.inner.depth) == ("from_option", 7)
+
+
+def test_config_survives_its_own_yaml(tmp_path: Path) -> None:
+    config = Outer(name="ünï: [x]", inner=Inner(depth=9))
+    path = tmp_path / "c.yaml"
+    path.write_text(config.to_yaml(), encoding="utf-8")
+    assert Outer.load(path) == config
+    assert Outer.load(path).hash() == config.hash()
+
+
+@given(st.text(min_size=1), st.integers(1, 9))
+def test_hash_tells_configs_apart(name: str, depth: int) -> None:
+    a = Outer(name=name, inner=Inner(depth=depth))
+    assert a.hash() == Outer(name=name, inner=Inner(depth=depth)).hash()
+    assert a.hash() != Outer(name=name + "x", inner=Inner(depth=depth)).hash()
+    assert a.hash(exclude={"name"}) == Outer(name="other", inner=Inner(depth=depth)).hash(exclude={"name"})
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("nmae: x", "unknown key 'nmae'"),
+        ("inner: {dept: 1}", "unknown key 'inner.dept'"),
+        ("inner: {depth: 0}", "inner.depth = 0"),
+        ("- a\n- b", "holds a list"),
+        ("name: [", "is not YAML"),
+    ],
+)
+def test_wrong_file_is_refused_in_one_line(tmp_path: Path, text: str, says: str) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=r".*") as caught:
+        Outer.load(path)
+    assert says in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_file_and_malformed_override_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="can't read config"):
+        read_yaml(tmp_path / "absent.yaml")
+    with pytest.raises(ConfigError, match="key=value"):
+        Outer.load(overrides=["name"])
+    with pytest.raises(ConfigError, match="not a group"):
+        set_dotted({"a": 1}, "a.b", 2)

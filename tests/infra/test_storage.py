@@ -1,0 +1,85 @@
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from infra import storage
+from infra.claim import open_job
+from infra.config import Config
+from infra.errors import ConfigError, DataError
+
+
+class SomeConfig(Config):
+    out: str = "x"
+    size: int = 1
+
+
+def certificate(**values: object) -> storage.Certificate:
+    base = {"job": "some", "config_hash": "0", "num_in": 3, "num_out": 3}
+    return storage.Certificate.model_validate({**base, **values})
+
+
+def test_written_bytes_come_back_and_leave_no_temporary_file(tmp_path: Path) -> None:
+    place = storage.join(str(tmp_path), "a", "b.bin")
+    storage.write_bytes(place, b"\x00\x1fdata")
+    assert storage.read_bytes(place) == b"\x00\x1fdata"
+    assert [Path(f).name for f in storage.list_files(str(tmp_path))] == ["b.bin"]
+
+
+@given(st.text(alphabet="ab./\\", min_size=1, max_size=12))
+def test_join_never_leaves_its_folder(part: str) -> None:
+    base = Path("/base/folder")
+    try:
+        joined = storage.join(str(base), part)
+    except DataError:
+        return
+    assert Path(joined.replace("\\", "/")).resolve().is_relative_to(base)
+
+
+def test_certificate_refuses_rows_that_vanish(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="3 rows in"):
+        storage.write_certificate(str(tmp_path), certificate(num_out=1, dead={"empty": 1}))
+    assert storage.read_certificate(str(tmp_path)) is None
+
+
+def test_content_hash_ignores_when_and_how_long() -> None:
+    early, late = certificate(created_at_s=1.0, wall_s=2.0), certificate(created_at_s=9.0, wall_s=1.0)
+    assert early.content_hash() == late.content_hash()
+    assert early.content_hash() != certificate(num_in=4, num_out=4).content_hash()
+
+
+def test_uncertified_or_foreign_input_names_the_command_that_cures(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="vimi-data crawl"):
+        storage.require_certificate(str(tmp_path), job="crawl", made_by="vimi-data crawl")
+    storage.write_certificate(str(tmp_path), certificate(job="other"))
+    with pytest.raises(ConfigError, match="made by 'other'"):
+        storage.require_certificate(str(tmp_path), job="crawl", made_by="vimi-data crawl")
+
+
+def test_same_claim_is_recognised_and_another_refused_with_the_field(tmp_path: Path) -> None:
+    out = str(tmp_path / "out")
+    assert open_job(out, job="some", config=SomeConfig(), inputs={}) is None
+    assert open_job(out, job="some", config=SomeConfig(out="elsewhere"), inputs={}) is None
+    with pytest.raises(ConfigError, match=r"config\.size: 1 there, 2 now"):
+        open_job(out, job="some", config=SomeConfig(size=2), inputs={})
+    storage.write_certificate(out, certificate())
+    found = open_job(out, job="some", config=SomeConfig(), inputs={})
+    assert found is not None
+    assert found.num_out == 3
+
+
+def test_unwritable_output_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ConfigError, match="can't write to"):
+        storage.check_writable(str(tmp_path / "file" / "below"))
+
+
+def test_s3_urls_work_against_a_real_server(s3_server: str) -> None:
+    place = "s3://bucket/folder/a.json"
+    storage.write_json(place, {"a": 1})
+    assert storage.read_json(place) == {"a": 1}
+    assert storage.list_files("s3://bucket/folder") == ["s3://bucket/folder/a.json"]
+    assert storage.exists(place)
+    storage.delete(place)
+    assert not storage.exists(place)

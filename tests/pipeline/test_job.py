@@ -1,0 +1,121 @@
+"""The law of every job: killed anywhere and started again, it ends as if it had never been killed."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from infra.cluster import RayConfig, ray_session
+from pipeline.job import JournalWriter, Receipts, Unit, run_units
+
+SCRIPT = """
+import sys
+from infra.cluster import RayConfig, ray_session
+from pipeline.job import Unit, run_units
+from functools import partial
+
+class Square:
+    def __init__(self, log):
+        self.log = log
+    def __call__(self, payload):
+        import time
+        with open(self.log, "a") as file:
+            file.write(f"{payload['x']}\\n")
+        time.sleep(0.02)
+        return {"square": payload["x"] ** 2, "notes": {"ok": 1}}
+
+out, log = sys.argv[1:]
+units = [Unit(f"unit-{x}", {"x": x}) for x in range(60)]
+with ray_session(RayConfig(num_cpus=2)):
+    receipts = run_units(out, units, partial(Square, log), what="squares", units_per_task=5)
+    print([receipt["square"] for _, receipt in receipts.in_order(units)])
+"""
+
+
+def start(tmp_path: Path, out: Path, log: Path) -> "subprocess.Popen[str]":
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    return subprocess.Popen(
+        [sys.executable, str(script), str(out), str(log)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def kill_after_receipts(process: "subprocess.Popen[str]", out: Path, count: int) -> None:
+    deadline_s = time.monotonic() + 90
+    while process.poll() is None and time.monotonic() < deadline_s:
+        if len(Receipts(str(out))) >= count:
+            os.killpg(process.pid, signal.SIGKILL)
+            break
+        time.sleep(0.02)
+    process.communicate()
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize(
+    "seed", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)]
+)
+def test_job_killed_and_started_again_loses_and_repeats_nothing(tmp_path: Path, seed: int) -> None:
+    out, log = tmp_path / "out", tmp_path / "log"
+    kill_after_receipts(start(tmp_path, out, log), out, random.Random(seed).randrange(5, 45))
+    done_before = len(Receipts(str(out)))
+    assert 0 < done_before < 60, "the kill must come in the middle for this test to mean something"
+    printed, errors = start(tmp_path, out, log).communicate(timeout=180)
+    assert printed.strip() == str([x**2 for x in range(60)]), errors[-2000:]
+    tries = Counter(log.read_text().split())
+    assert set(tries) == {str(x) for x in range(60)}
+    assert sum(tries.values()) - 60 <= 2, "at most the unit that each of 2 workers had in hand"
+
+
+@pytest.mark.ray
+def test_receipts_do_not_depend_on_the_number_of_workers(tmp_path: Path, ray_cluster: None) -> None:
+    units = [Unit(str(i), {"x": i}) for i in range(17)]
+
+    def receipts_with(workers: int) -> list[dict]:
+        out = str(tmp_path / str(workers))
+        with ray_session(RayConfig()):
+            found = run_units(
+                out, units, lambda: echo, what="echo", num_workers=workers, units_per_task=workers
+            )
+        return [receipt for _, receipt in found.in_order(units)]
+
+    assert receipts_with(1) == receipts_with(2) == [{"got": {"x": i}} for i in range(17)]
+
+
+def echo(payload: dict) -> dict:
+    return {"got": payload}
+
+
+def test_a_torn_last_line_counts_as_never_written(tmp_path: Path) -> None:
+    writer = JournalWriter(str(tmp_path / "journal"), "block")
+    writer.append("a", {"n": 1})
+    writer.append("b", {"n": 2})
+    writer.close()
+    file = tmp_path / "journal" / "block.jsonl"
+    file.write_bytes(file.read_bytes()[:-3])
+    assert "b" not in Receipts(str(tmp_path))
+    again = JournalWriter(str(tmp_path / "journal"), "block")
+    again.append("b", {"n": 3})
+    again.close()
+    receipts = Receipts(str(tmp_path))
+    assert receipts.get("a") == {"n": 1}
+    assert receipts.get("b") == {"n": 3}
+    assert len(receipts) == 2
+
+
+def test_journal_works_on_an_object_store(s3_server: str) -> None:
+    writer = JournalWriter("s3://bucket/job/journal", "block")
+    writer.append("a", {"n": 1})
+    writer.append("b", {"n": 2})
+    writer.close()
+    receipts = Receipts("s3://bucket/job")
+    assert [receipts.get(unit)["n"] for unit in "ab"] == [1, 2]
