@@ -1,0 +1,250 @@
+"""From a row of PROMPTS to what a training step takes; the only reader of `pipeline.schema` in `model`.
+
+    row of the shard -> Sample (prompt segments; target frames at the bucket's size) -> Batch
+
+Targets come as raw frames (`frames`), as mp4 bytes (`video`) or as a range of a local file
+(`reference`). Frames stay uint8 until they are on the device: a quarter of the bytes to move.
+"""
+
+import io
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from infra.errors import ConfigError, DataError
+from infra.storage import absolute, is_remote
+from model.condition import ROLES, Prompt, Segment
+from pipeline.schema import PROMPTS, TargetKind, check_table
+
+KEY_COLUMNS = ["media", "task", "height_px", "width_px"]
+"""The cheap columns that decide which stream a row belongs to."""
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """One shape of a micro-batch: every sample in it has the same medium, frames and size."""
+
+    media: str
+    num_frames: int
+    height_px: int
+    width_px: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.media} {self.num_frames}x{self.height_px}x{self.width_px}"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One training pair, decoded. `video` is uint8 `t c h w`."""
+
+    position: int
+    prompt_id: str
+    task: str
+    prompt: Prompt
+    video: Tensor
+    fps: float
+    original_size_px: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A micro-batch of one bucket. `positions` name the samples: all randomness is keyed by them."""
+
+    positions: list[int]
+    prompt_ids: list[str]
+    tasks: list[str]
+    prompts: list[Prompt]
+    video: Tensor
+    """uint8 `b t c h w`."""
+    fps: Tensor
+    """`b` float32; inf for pictures."""
+    original_size_px: Tensor
+    """`b 2` float32 (height, width)."""
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def pin(self) -> "Batch":
+        """Page-locked copies, so that the move to the device overlaps the step."""
+        fields = {k: v.pin_memory() if isinstance(v, Tensor) else v for k, v in vars(self).items()}
+        return Batch(**fields)
+
+    def target(self, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+        """`b t c h w` in [-1, 1] on `device`."""
+        return self.video.to(device, non_blocking=True).to(dtype) / 127.5 - 1.0
+
+
+def collate(samples: list[Sample]) -> Batch:
+    return Batch(
+        positions=[s.position for s in samples],
+        prompt_ids=[s.prompt_id for s in samples],
+        tasks=[s.task for s in samples],
+        prompts=[s.prompt for s in samples],
+        video=torch.stack([s.video for s in samples]),
+        fps=torch.tensor([s.fps for s in samples], dtype=torch.float32),
+        original_size_px=torch.tensor([s.original_size_px for s in samples], dtype=torch.float32),
+    )
+
+
+def check_schema(found: pa.Schema, where: str) -> None:
+    """Raise ConfigError unless the shard has the columns of PROMPTS."""
+    try:
+        check_table(found, PROMPTS, where)
+    except ValueError as error:
+        raise ConfigError(
+            str(error), legal="shards of this version", cure="make them again with vimi-data augment"
+        ) from None
+
+
+def streams_of(keys: pa.Table, buckets: tuple[Bucket, ...]) -> list[tuple[int, str] | None]:
+    """(bucket, task) of each row, from KEY_COLUMNS: the bucket of its medium with the nearest shape.
+
+    None for a row whose medium no bucket takes.
+    """
+    nearest: dict[tuple[Any, ...], int | None] = {}
+    streams: list[tuple[int, str] | None] = []
+    for row in zip(*(keys[name].to_pylist() for name in KEY_COLUMNS), strict=True):
+        media, task, height, width = row
+        shape = (media, height, width)
+        if shape not in nearest:
+            nearest[shape] = _nearest(media, height, width, buckets)
+        bucket = nearest[shape]
+        streams.append(None if bucket is None else (bucket, task))
+    return streams
+
+
+def _nearest(media: str, height: int | None, width: int | None, buckets: tuple[Bucket, ...]) -> int | None:
+    """The bucket whose aspect ratio is nearest; of equals, the one with most pixels not above ours."""
+    candidates = [n for n, bucket in enumerate(buckets) if bucket.media == media]
+    if not candidates:
+        return None
+    aspect = np.log((width or 1) / (height or 1))
+    pixels = (width or 1) * (height or 1)
+
+    def distance(n: int) -> tuple[float, bool, int]:
+        area = buckets[n].width_px * buckets[n].height_px
+        off = abs(aspect - np.log(buckets[n].width_px / buckets[n].height_px))
+        return round(float(off), 2), area > pixels, -area
+
+    return min(candidates, key=distance)
+
+
+def read_prompt(row: dict[str, Any]) -> Prompt:
+    """The row's segments in their order, with every stored document.
+
+    Raises:
+        DataError: a role that the model doesn't know.
+    """
+    segments = []
+    for item in row["segments"] or ():
+        if item["role"] not in ROLES:
+            raise DataError(f"prompt {row['prompt_id']}: role {item['role']!r}, legal: {ROLES}")
+        segments.append(Segment(item["type"], item["role"], item["text"], item["image"]))
+    return tuple(segments)
+
+
+def read_sample(row: dict[str, Any], bucket: Bucket, *, position: int, prompt: Prompt) -> Sample:
+    """Decode the row's target at the bucket's size.
+
+    Raises:
+        DataError: a target that can't be read; names the prompt.
+    """
+    try:
+        frames, fps = read_target(row, bucket)
+    except (OSError, ValueError) as error:  # PyAV's errors are OSError or ValueError
+        raise DataError(f"prompt {row['prompt_id']}: {type(error).__name__}: {error}") from None
+    target = row["target"]
+    return Sample(
+        position=position,
+        prompt_id=row["prompt_id"],
+        task=row["task"],
+        prompt=prompt,
+        video=fit_frames(frames, bucket.height_px, bucket.width_px),
+        fps=float("inf") if bucket.media == "image" else fps,
+        original_size_px=(
+            row["height_px"] or target["height_px"] or bucket.height_px,
+            row["width_px"] or target["width_px"] or bucket.width_px,
+        ),
+    )
+
+
+def read_target(row: dict[str, Any], bucket: Bucket) -> tuple[np.ndarray, float]:
+    """uint8 `t h w 3` frames, as many as the bucket has, and their frame rate."""
+    target = row["target"]
+    if target["kind"] == TargetKind.FRAMES:
+        shape = (target["num_frames"], target["height_px"], target["width_px"], 3)
+        frames = np.frombuffer(target["data"], dtype=np.uint8).reshape(shape)
+        keep = _spread(len(frames), bucket.num_frames)
+        return frames[keep], _slower(target["fps"], len(frames), bucket.num_frames)
+    if target["kind"] == TargetKind.VIDEO:
+        return decode_video(io.BytesIO(target["data"]), bucket.num_frames)
+    uri = row["source_uri"]
+    if is_remote(uri):
+        raise DataError(f"target of prompt {row['prompt_id']} is a reference to {uri}: not a local file")
+    span_s = None if bucket.media == "image" else (row["start_s"] or 0.0, row["end_s"] or float("inf"))
+    return decode_video(absolute(uri), bucket.num_frames, span_s=span_s)
+
+
+def decode_video(
+    source: str | io.BytesIO, num_frames: int, *, span_s: tuple[float, float] | None = None
+) -> tuple[np.ndarray, float]:
+    """`num_frames` frames spread evenly over a video (or a span of it), and their frame rate.
+
+    Raises:
+        ValueError: no frame could be decoded.
+    """
+    import av
+
+    start_s, end_s = span_s or (0.0, float("inf"))
+    frames, times_s = [], []
+    with av.open(source) as container:
+        stream = container.streams.video[0]
+        stream.thread_count = 1  # the loader has threads of its own
+        base = stream.time_base or Fraction(1, 1000)
+        if start_s > 0:
+            container.seek(int(start_s / base), stream=stream)
+        for frame in container.decode(stream):
+            time_s = float((frame.pts or 0) * base)
+            if time_s >= end_s - 1e-6 and frames:
+                break
+            if time_s >= start_s - 1e-6:
+                frames.append(frame.to_ndarray(format="rgb24"))
+                times_s.append(time_s)
+    if not frames:
+        raise ValueError("no frame could be decoded")
+    fps = (len(frames) - 1) / (times_s[-1] - times_s[0]) if len(frames) > 1 else 1.0
+    keep = _spread(len(frames), num_frames)
+    return np.stack([frames[n] for n in keep]), _slower(fps, len(frames), num_frames)
+
+
+def _spread(available: int, wanted: int) -> np.ndarray:
+    """Indices of `wanted` frames over all the `available` ones; too few: some are shown twice."""
+    return np.linspace(0, available - 1, wanted).round().astype(int)
+
+
+def _slower(fps: float | None, available: int, wanted: int) -> float:
+    """Frame rate after keeping `wanted` of `available` frames of the same duration."""
+    if not fps or wanted == available or available < 2:
+        return float(fps or 1.0)
+    return fps * max(wanted - 1, 1) / (available - 1)
+
+
+def fit_frames(frames: np.ndarray, height_px: int, width_px: int) -> Tensor:
+    """uint8 `t h w 3` to uint8 `t 3 height width`: cover, then crop the middle."""
+    video = torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2)
+    height, width = video.shape[-2:]
+    if (height, width) != (height_px, width_px):
+        scale = max(height_px / height, width_px / width)
+        size = (max(height_px, round(height * scale)), max(width_px, round(width * scale)))
+        video = F.interpolate(video.float(), size=size, mode="bilinear", antialias=True)
+        top, left = (size[0] - height_px) // 2, (size[1] - width_px) // 2
+        video = video[..., top : top + height_px, left : left + width_px]
+        video = video.round().clamp(0, 255).to(torch.uint8)
+    return video.contiguous()

@@ -1,0 +1,159 @@
+"""Row groups -> batches, from any position, on any number of ranks; read and decoded ahead in threads.
+
+The position is the number of samples that all ranks consumed together; nothing else is saved.
+"""
+
+import threading
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from infra.errors import DataError
+from model.batch import Batch, Bucket, Sample, collate, read_prompt, read_sample, streams_of
+from model.condition import Prompt
+from model.plan import Plan, Source
+from model.shards import Shards, Stream, open_parquet
+
+
+class RowGroups:
+    """Row groups in memory: read once for all threads, the least recently used one leaves first."""
+
+    def __init__(self, shards: Shards, buckets: tuple[Bucket, ...], *, cache_bytes: int) -> None:
+        self.shards, self.buckets, self.cache_bytes = shards, buckets, cache_bytes
+        self.lock = threading.Lock()
+        self.tables: OrderedDict[int, Future[tuple[pa.Table, dict[Stream, list[int]]]]] = OrderedDict()
+        self.files = threading.local()
+        self.num_bytes = 0
+
+    def row(self, source: Source, which: int) -> dict[str, Any]:
+        """The `which`-th choice of the source, as a row of PROMPTS."""
+        table, rows = self._table(source.group)
+        return table.slice(rows[source.stream][source.rows[which]], 1).to_pylist()[0]
+
+    def _table(self, group: int) -> tuple[pa.Table, dict[Stream, list[int]]]:
+        with self.lock:
+            future = self.tables.get(group)
+            mine = future is None
+            if future is None:
+                future = self.tables[group] = Future()
+            self.tables.move_to_end(group)
+        if mine:
+            self._read(group, future)
+        return future.result()
+
+    def _read(self, group: int, future: Future[tuple[pa.Table, dict[Stream, list[int]]]]) -> None:
+        try:
+            place = self.shards.groups[group]
+            table = self._file(place.uri).read_row_group(place.index)
+        except Exception as error:  # noqa: BLE001 - handed to every thread that waits for this group
+            with self.lock:
+                self.tables.pop(group, None)
+            future.set_exception(error)
+            return
+        rows: dict[Stream, list[int]] = {}
+        for number, stream in enumerate(streams_of(table, self.buckets)):
+            if stream is not None:
+                rows.setdefault(stream, []).append(number)
+        future.set_result((table, rows))
+        with self.lock:
+            self.num_bytes += table.nbytes
+            self._evict(keep=group)
+
+    def _evict(self, keep: int) -> None:
+        for group in list(self.tables):
+            if self.num_bytes <= self.cache_bytes:
+                return
+            future = self.tables[group]
+            if group != keep and future.done():
+                self.num_bytes -= future.result()[0].nbytes
+                del self.tables[group]
+
+    def _file(self, uri: str) -> pq.ParquetFile:
+        """This thread's handle; footers are parsed once a file and thread."""
+        handles: OrderedDict[str, pq.ParquetFile] | None = getattr(self.files, "handles", None)
+        if handles is None:
+            handles = self.files.handles = OrderedDict()
+        if uri not in handles:
+            handles[uri] = open_parquet(uri)
+            if len(handles) > 32:
+                handles.popitem(last=False)[1].close()
+        handles.move_to_end(uri)
+        return handles[uri]
+
+
+@dataclass
+class Loader:
+    """This rank's micro-batches from `position` on, without end; read and decoded ahead in threads.
+
+    Attributes:
+        select: (prompt with all stored documents, global position) -> the prompt to train on.
+        num_bad: targets so far that could not be read; another row of their group took their place.
+    """
+
+    plan: Plan
+    row_groups: RowGroups
+    select: Callable[[Prompt, int], Prompt]
+    rank: int = 0
+    world_size: int = 1
+    position: int = 0
+    num_threads: int = 2
+    prefetch_batches: int = 4
+    pin_memory: bool = False
+    num_bad: int = 0
+    pool: ThreadPoolExecutor = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.position % self.plan.micro_batch or self.plan.micro_batch % self.world_size:
+            raise ValueError(f"position {self.position} or ranks {self.world_size} split a micro-batch")
+        self.pool = ThreadPoolExecutor(self.num_threads, thread_name_prefix="loader")
+
+    def __iter__(self) -> Iterator[Batch]:
+        ahead: deque[Future[Batch]] = deque()
+        position = self.position
+        try:
+            while True:
+                while len(ahead) < self.prefetch_batches:
+                    ahead.append(self._submit(position))
+                    position += self.plan.micro_batch
+                yield ahead.popleft().result()
+        finally:
+            self.close()
+
+    def _submit(self, position: int) -> Future[Batch]:
+        """Decode the samples in parallel; the job that joins them queues behind them, so never blocks all."""
+        mine = range(position + self.rank, position + self.plan.micro_batch, self.world_size)
+        samples = [self.pool.submit(self.read, p) for p in mine]
+        return self.pool.submit(self._join, samples)
+
+    def _join(self, samples: list[Future[Sample]]) -> Batch:
+        batch = collate([sample.result() for sample in samples])
+        return batch.pin() if self.pin_memory else batch
+
+    def read(self, position: int) -> Sample:
+        """The sample at a global position.
+
+        Raises:
+            DataError: its target and those of its spares can't be read.
+        """
+        source = self.plan.source(position)
+        bucket = self.row_groups.buckets[source.bucket]
+        reason = ""
+        for which in range(len(source.rows)):
+            row = self.row_groups.row(source, which)
+            try:
+                prompt = self.select(read_prompt(row), position)
+                return read_sample(row, bucket, position=position, prompt=prompt)
+            except DataError as error:
+                self.num_bad += 1
+                reason = str(error)
+        raise DataError(f"{len(source.rows)} targets in a row can't be read; the last: {reason}")
+
+    def close(self) -> None:
+        self.pool.shutdown(wait=False, cancel_futures=True)
+
+

@@ -1,0 +1,149 @@
+"""What a position means: position -> row, pure arithmetic over the index of the shards.
+
+    position -> micro-batch -> bucket (Mixture) -> task (Mixture) -> row group and row (Order)
+
+Every micro-batch holds one bucket, the same on all ranks, so that ranks have equal work at each step.
+"""
+
+import json
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+from pydantic import Field
+
+from infra.config import Config
+from infra.errors import ConfigError
+from model.order import Mixture, Order, make_key
+from model.shards import Shards, Stream
+
+SPARES = 16
+"""Rows that are tried in place of one whose target can't be read, before the run stops."""
+
+
+class LoaderConfig(Config):
+    """How shards are read. `lanes` and `shuffle_rows` belong to the order; the rest only to speed."""
+
+    lanes: int = Field(default=48, ge=1)
+    """Places of an epoch that are walked side by side. Ranks that divide it share no row group; 48 serves
+    1, 2, 3, 4, 6, 8, 12, 16, 24 and 48 ranks. Part of the order: changing it reshuffles."""
+    shuffle_rows: int = Field(default=256, ge=1)
+    """Rows of a lane that are shuffled together (row groups themselves are shuffled over the epoch)."""
+    num_threads: int = Field(default=2, ge=1)
+    """Threads a rank that read and decode; PyAV and pyarrow release the GIL."""
+    prefetch_batches: int = Field(default=4, ge=1)
+    """Micro-batches read ahead of the step."""
+    cache_bytes: int = Field(default=1 << 30, ge=1 << 20)
+    """Row groups kept in memory a rank, bytes."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a position means: a row of the shards, to be decoded into a bucket."""
+
+    bucket: int
+    group: int
+    rows: tuple[int, ...]
+    """Numbers of the row among the group's rows of its stream: the one, then spares."""
+    stream: Stream
+
+
+class Plan:
+    """position -> Source, the same for any number of ranks.
+
+    Args:
+        index: from `index_shards`.
+        num_groups: row groups of the shards.
+        micro_batch: samples of a micro-batch over all ranks; each one holds a single bucket.
+        bucket_weights: share of micro-batches of each bucket; None = in proportion to their rows.
+        task_weights: share of samples of each task; None = in proportion to their rows.
+
+    Raises:
+        ConfigError: a weight for a task that the shards don't hold, or no rows at all.
+    """
+
+    def __init__(
+        self,
+        index: pa.Table,
+        num_groups: int,
+        *,
+        seed: int,
+        micro_batch: int,
+        loader: LoaderConfig,
+        bucket_weights: dict[int, float] | None = None,
+        task_weights: dict[str, float] | None = None,
+        cycle: int = 1000,
+    ) -> None:
+        counts = _counts(index, num_groups)
+        if task_weights is not None:
+            counts = _keep_tasks(counts, task_weights)
+        if not counts:
+            raise ConfigError("no rows of the shards fit the buckets", legal="buckets of the rows' media")
+        self.micro_batch = micro_batch
+        self.counts = counts
+        self.orders = {
+            stream: Order(
+                rows,
+                seed=make_key(seed, 1, *stream[1].encode(), stream[0]),
+                lanes=loader.lanes,
+                window_rows=loader.shuffle_rows,
+            )
+            for stream, rows in counts.items()
+        }
+        sizes = {stream: order.num_rows for stream, order in self.orders.items()}
+        buckets = {b: sum(n for s, n in sizes.items() if s[0] == b) for b in sorted({s[0] for s in sizes})}
+        shares = {str(b): (bucket_weights or {}).get(b, 0.0) or n for b, n in buckets.items()}
+        if bucket_weights is not None:
+            shares = {str(b): bucket_weights.get(b, 0.0) for b in buckets}
+        self.buckets = Mixture(_positive(shares), seed=make_key(seed, 2), cycle=cycle)
+        self.tasks: dict[int, Mixture | None] = {}
+        for bucket in buckets:
+            tasks = {s[1]: float(n) for s, n in sizes.items() if s[0] == bucket}
+            weights = tasks if task_weights is None else {t: task_weights[t] for t in tasks}
+            self.tasks[bucket] = Mixture(_positive(weights), seed=make_key(seed, 3, bucket), cycle=cycle)
+
+    def source(self, position: int) -> Source:
+        """The row at a global position."""
+        number, offset = divmod(position, self.micro_batch)
+        bucket_name, nth = self.buckets.draw(number)
+        bucket = int(bucket_name)
+        mixture = self.tasks[bucket]
+        assert mixture is not None
+        task, k = mixture.draw(nth * self.micro_batch + offset)
+        place = self.orders[bucket, task].locate(k)
+        size = int(self.counts[bucket, task][place.group])
+        spares = ((place.row + n) % size for n in range(min(size, SPARES)))
+        return Source(bucket, place.group, tuple(spares), (bucket, task))
+
+
+def _counts(index: pa.Table, num_groups: int) -> dict[Stream, np.ndarray]:
+    counts: dict[Stream, np.ndarray] = {}
+    columns = (index[name].to_pylist() for name in ("group", "bucket", "task", "rows"))
+    for group, bucket, task, rows in zip(*columns, strict=True):
+        counts.setdefault((bucket, task), np.zeros(num_groups, np.int64))[group] = rows
+    return dict(sorted(counts.items()))
+
+
+def _keep_tasks(counts: dict[Stream, np.ndarray], weights: dict[str, float]) -> dict[Stream, np.ndarray]:
+    there = {task for _, task in counts}
+    missing = sorted(task for task, weight in weights.items() if weight > 0 and task not in there)
+    if missing:
+        raise ConfigError(
+            f"the mixture wants {', '.join(missing)}, which the shards don't hold",
+            legal=", ".join(sorted(there)),
+            cure="set its weight to 0, or make it with vimi-data instruct",
+        )
+    return {s: rows for s, rows in counts.items() if weights.get(s[1], 0) > 0}
+
+
+def _positive(weights: dict[str, float]) -> dict[str, float]:
+    return {name: weight for name, weight in weights.items() if weight > 0}
+
+
+def ids_of(plan: Plan, shards: Shards, position: int, count: int) -> str:
+    """JSON of the next `count` places: what two runs must agree on, without reading a row."""
+    places = []
+    for p in range(position, position + count):
+        source = plan.source(p)
+        places.append([shards.groups[source.group].uri.rpartition("/")[2], source.group, source.rows[0]])
+    return json.dumps(places)

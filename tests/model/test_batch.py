@@ -1,0 +1,111 @@
+"""Laws of decoding rows into batches."""
+
+import numpy as np
+import pytest
+
+from infra.errors import ConfigError, DataError
+from model.batch import Bucket, check_schema, collate, fit_frames, read_prompt, read_sample, streams_of
+from model.condition import ROLES
+from pipeline.schema import PROMPTS, Role
+
+VIDEO = Bucket("video", 8, 24, 40)
+
+
+def sample_of(row, bucket=VIDEO):
+    return read_sample(row, bucket, position=0, prompt=read_prompt(row))
+
+
+def test_roles_of_the_model_are_those_of_the_schema() -> None:
+    assert ROLES == tuple(role.value for role in Role)
+
+
+def test_frames_of_the_right_size_come_through_unchanged(make_row) -> None:
+    row = make_row(5)
+    expected = np.frombuffer(row["target"]["data"], np.uint8).reshape(8, 24, 40, 3)
+    sample = sample_of(row)
+    assert (sample.video.permute(0, 2, 3, 1).numpy() == expected).all()
+    assert sample.fps == 8.0 and sample.original_size_px == (24, 40)
+
+
+def test_mp4_and_reference_show_the_same_as_frames(make_row, tmp_path) -> None:
+    frames, video = make_row(2), make_row(2, kind="video")
+    reference = make_row(2, kind="reference")
+    path = tmp_path / "clip.mp4"
+    path.write_bytes(video["target"]["data"])
+    reference["source_uri"] = str(path)
+    exact = sample_of(frames).video.float()
+    for row in (video, reference):
+        sample = sample_of(row)
+        assert sample.video.shape == (8, 3, 24, 40)
+        assert (sample.video.float() - exact).abs().mean() < 4
+        assert sample.fps == pytest.approx(8.0, rel=0.01)
+
+
+def test_range_of_a_reference_is_kept(make_row, tmp_path) -> None:
+    long = make_row(1, kind="video", num_frames=32)
+    path = tmp_path / "clip.mp4"
+    path.write_bytes(long["target"]["data"])
+    row = make_row(1, kind="reference") | {"source_uri": str(path), "start_s": 1.0, "end_s": 2.0}
+    whole = make_row(1, num_frames=32)
+    expected = np.frombuffer(whole["target"]["data"], np.uint8).reshape(32, 24, 40, 3)[8:16]
+    found = sample_of(row).video.permute(0, 2, 3, 1).numpy()
+    assert np.abs(found.astype(int) - expected.astype(int)).mean() < 4
+
+
+def test_fewer_frames_play_slower(make_row) -> None:
+    sample = sample_of(make_row(0, num_frames=15))
+    assert sample.video.shape[0] == 8 and sample.fps == pytest.approx(4.0)
+
+
+def test_picture_is_one_frame_of_infinite_rate(make_row) -> None:
+    sample = sample_of(make_row(0, media="image"), Bucket("image", 1, 24, 40))
+    assert sample.video.shape == (1, 3, 24, 40) and sample.fps == float("inf")
+
+
+def test_other_sizes_cover_and_crop() -> None:
+    video = fit_frames(np.full((2, 60, 60, 3), 7, np.uint8), 24, 40)
+    assert video.shape == (2, 3, 24, 40) and (video == 7).all()
+
+
+def test_broken_target_names_its_prompt(make_row) -> None:
+    row = make_row(0, kind="video")
+    row["target"]["data"] = b"not a video"
+    with pytest.raises(DataError, match=row["prompt_id"]):
+        sample_of(row)
+    row = make_row(0, kind="reference") | {"source_uri": "/nowhere.mp4"}
+    with pytest.raises(DataError, match=row["prompt_id"]):
+        sample_of(row)
+
+
+def test_unknown_role_is_refused(make_row) -> None:
+    row = make_row(0)
+    row["segments"][0]["role"] = "villain"
+    with pytest.raises(DataError, match="villain"):
+        read_prompt(row)
+
+
+def test_batch_is_scaled_to_one(make_row) -> None:
+    import torch
+
+    batch = collate([sample_of(make_row(n)) for n in range(3)])
+    target = batch.target(torch.device("cpu"))
+    assert target.shape == (3, 8, 3, 24, 40)
+    assert target.min() >= -1 and target.max() <= 1
+    assert ((target + 1) * 127.5).round().to(torch.uint8).equal(batch.video)
+
+
+def test_rows_go_to_the_nearest_bucket(make_row) -> None:
+    import pyarrow as pa
+
+    buckets = (Bucket("video", 8, 24, 40), Bucket("video", 8, 40, 24), Bucket("image", 1, 24, 40))
+    rows = [make_row(0), make_row(0, height=80, width=48), make_row(0, media="image")]
+    table = pa.Table.from_pylist(rows, schema=PROMPTS)
+    assert streams_of(table, buckets) == [(0, "pretrain"), (1, "pretrain"), (2, "pretrain")]
+    assert streams_of(table, buckets[:1])[2] is None
+
+
+def test_foreign_schema_is_refused() -> None:
+    import pyarrow as pa
+
+    with pytest.raises(ConfigError, match="missing columns"):
+        check_schema(pa.schema([("a", pa.int32())]), "x.parquet")

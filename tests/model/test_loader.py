@@ -1,0 +1,203 @@
+"""Laws of the order, the plan and the loader."""
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from infra.errors import ConfigError
+from model.batch import Bucket
+from model.loader import Loader, RowGroups
+from model.order import Mixture, Order, make_key, permute, permute_all
+from model.plan import LoaderConfig, Plan
+from model.shards import index_shards, open_shards
+
+VIDEO = Bucket("video", 8, 24, 40)
+IMAGE = Bucket("image", 1, 24, 40)
+SMALL = LoaderConfig(lanes=6, shuffle_rows=5, num_threads=2, prefetch_batches=2)
+
+counts = st.lists(st.integers(0, 9), min_size=1, max_size=20).filter(any)
+
+
+@given(count=st.integers(1, 3000), key=st.integers(0, 2**64 - 1))
+@settings(max_examples=40, deadline=None)
+def test_permutation_is_a_bijection_and_vector_equals_scalar(count: int, key: int) -> None:
+    values = permute_all(count, key)
+    assert sorted(values) == list(range(count))
+    assert [permute(i, count, key) for i in range(min(count, 50))] == values[:50].tolist()
+
+
+@given(rows=counts, lanes=st.integers(1, 9), window=st.integers(1, 12), seed=st.integers(0, 99))
+@settings(max_examples=80, deadline=None)
+def test_epoch_visits_every_row_once(rows: list[int], lanes: int, window: int, seed: int) -> None:
+    order = Order(np.array(rows), seed=seed, lanes=lanes, window_rows=window)
+    everything = {(g, r) for g, count in enumerate(rows) for r in range(count)}
+    for epoch in range(3):
+        start = epoch * order.num_rows
+        places = [order.locate(i) for i in range(start, start + order.num_rows)]
+        assert {(p.group, p.row) for p in places} == everything
+
+
+@given(
+    weights=st.lists(st.floats(0.01, 10), min_size=1, max_size=5),
+    cycle=st.integers(5, 200),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=60, deadline=None)
+def test_mixture_keeps_its_shares_and_skips_nothing(
+    weights: list[float], cycle: int, seed: int
+) -> None:
+    names = {str(n): w for n, w in enumerate(weights)}
+    mixture = Mixture(names, seed=seed, cycle=cycle)
+    drawn = [mixture.draw(i) for i in range(3 * cycle)]
+    for name, share in zip(mixture.names, mixture.shares, strict=True):
+        places = sorted(k for n, k in drawn if n == name)
+        assert places == list(range(3 * share))
+        if cycle >= 100:
+            assert abs(share - names[name] / sum(weights) * cycle) <= len(weights)
+
+
+def test_seek_is_constant_time_at_a_billion() -> None:
+    order = Order(np.full(150_000, 64), seed=0, lanes=48, window_rows=256)
+    place = order.locate(10**9)
+    assert 0 <= place.group < 150_000 and 0 <= place.row < 64
+    assert order.locate(10**9) == place
+
+
+def _index(rows: list[int]) -> pa.Table:
+    return pa.table(
+        {
+            "group": pa.array(range(len(rows)), pa.int64()),
+            "bucket": pa.array([0] * len(rows), pa.int32()),
+            "task": ["pretrain"] * len(rows),
+            "rows": pa.array(rows, pa.int64()),
+        }
+    )
+
+
+@given(rows=counts, seed=st.integers(0, 99), position=st.integers(0, 400))
+@settings(max_examples=40, deadline=None)
+def test_ranks_share_one_global_order(rows: list[int], seed: int, position: int) -> None:
+    plan = Plan(_index(rows), len(rows), seed=seed, micro_batch=12, loader=SMALL)
+    start = position * 12
+    whole = [plan.source(p) for p in range(start, start + 24)]
+    for world in (1, 2, 3, 4):
+        by_rank = [
+            [plan.source(p) for s in (start, start + 12) for p in range(s + r, s + 12, world)]
+            for r in range(world)
+        ]
+        assert sorted(map(repr, itertools.chain(*by_rank))) == sorted(map(repr, whole))
+
+
+def test_ranks_that_divide_the_lanes_read_disjoint_row_groups() -> None:
+    plan = Plan(_index([10] * 120), 120, seed=0, micro_batch=8, loader=LoaderConfig(lanes=8))
+    seen = [
+        {plan.source(p).group for p in range(1200) if p % 4 == rank} for rank in range(4)
+    ]
+    shared = sum(len(a & b) for a, b in itertools.combinations(seen, 2))
+    assert shared <= 8  # only the groups that a lane's border cuts
+
+
+def make_loader(folder: Path, **options) -> Loader:
+    shards = open_shards(str(folder))
+    buckets = options.pop("buckets", (VIDEO,))
+    plan_options = {k: options.pop(k) for k in ("task_weights", "bucket_weights") if k in options}
+    plan = Plan(
+        index_shards(shards, buckets),
+        len(shards.groups),
+        seed=options.pop("seed", 0),
+        micro_batch=options.pop("micro_batch", 4),
+        loader=SMALL,
+        **plan_options,
+    )
+    row_groups = RowGroups(shards, buckets, cache_bytes=options.pop("cache_bytes", 1 << 30))
+    return Loader(plan, row_groups, select=lambda prompt, position: prompt, **options)
+
+
+def take(loader: Loader, count: int) -> list:
+    batches = list(itertools.islice(loader, count))
+    loader.close()
+    return batches
+
+
+def test_epoch_yields_every_row_once(make_shards) -> None:
+    folder = make_shards(40)
+    ids = [i for b in take(make_loader(folder), 10) for i in b.prompt_ids]
+    assert len(set(ids)) == 40
+
+
+def test_resumed_loader_equals_unbroken_loader(make_shards) -> None:
+    folder = make_shards(30)
+    whole = take(make_loader(folder), 12)
+    rest = take(make_loader(folder, position=20), 7)
+    for a, b in zip(whole[5:], rest, strict=True):
+        assert a.prompt_ids == b.prompt_ids and a.positions == b.positions
+        assert (a.video == b.video).all()
+
+
+def test_small_cache_and_many_threads_change_nothing(make_shards) -> None:
+    folder = make_shards(40)
+    one = take(make_loader(folder, num_threads=1, prefetch_batches=1), 12)
+    two = take(make_loader(folder, num_threads=4, prefetch_batches=8, cache_bytes=1), 12)
+    assert [b.prompt_ids for b in one] == [b.prompt_ids for b in two]
+
+
+def test_two_ranks_make_the_batches_of_one(make_shards) -> None:
+    folder = make_shards(40)
+    whole = take(make_loader(folder), 8)
+    parts = [take(make_loader(folder, rank=r, world_size=2), 8) for r in range(2)]
+    for one, left, right in zip(whole, *parts, strict=True):
+        assert one.prompt_ids[0::2] == left.prompt_ids
+        assert one.prompt_ids[1::2] == right.prompt_ids
+
+
+def test_micro_batches_hold_one_bucket(make_shards, make_row) -> None:
+    rows = [make_row(n, media="image" if n % 3 == 0 else "video") for n in range(36)]
+    folder = make_shards(rows=rows)
+    batches = take(
+        make_loader(folder, buckets=(VIDEO, IMAGE), bucket_weights={0: 1.0, 1: 1.0}), 400
+    )
+    frames = [b.video.shape[1] for b in batches]
+    assert set(frames) == {1, 8}
+    assert 190 <= frames.count(1) <= 210 or 0.3 < frames.count(1) / 400 < 0.7
+    assert all(b.fps.isinf().all() for b in batches if b.video.shape[1] == 1)
+
+
+def test_task_weights_rule_the_mixture(make_shards, make_row) -> None:
+    tasks = ["subject_driven", "video_prediction", "text_to_video"]
+    folder = make_shards(rows=[make_row(n, task=tasks[n % 3]) for n in range(30)], job="instruct")
+    weights = {"subject_driven": 3.0, "video_prediction": 1.0, "text_to_video": 0.0}
+    loader = make_loader(folder, task_weights=weights)
+    drawn = [t for b in take(loader, 250) for t in b.tasks]
+    assert set(drawn) == {"subject_driven", "video_prediction"}
+    assert drawn.count("subject_driven") == 750
+
+
+def test_unreadable_target_is_replaced_and_counted(make_shards, make_row) -> None:
+    rows = [make_row(n) for n in range(8)]
+    rows[3]["target"]["data"] = b"short"
+    loader = make_loader(make_shards(rows=rows))
+    batches = take(loader, 4)
+    assert all(len(b) == 4 for b in batches)
+    assert loader.num_bad >= 1
+    assert rows[3]["prompt_id"] not in {i for b in batches for i in b.prompt_ids}
+
+
+def test_uncertified_shards_are_refused(make_shards) -> None:
+    folder = make_shards(4)
+    (folder / "certificate.json").unlink()
+    with pytest.raises(ConfigError, match="no certified prompts"):
+        open_shards(str(folder))
+
+
+def test_missing_task_is_refused(make_shards) -> None:
+    with pytest.raises(ConfigError, match="video_prediction.*legal: pretrain"):
+        make_loader(make_shards(8), task_weights={"video_prediction": 1.0})
+
+
+def test_key_depends_on_order() -> None:
+    assert make_key(1, 2) != make_key(2, 1)
