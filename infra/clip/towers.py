@@ -1,9 +1,11 @@
 """The two towers of any open_clip model: pooled vectors, and states of tokens and patches.
 
 open_clip has four kinds of image tower and three of text tower; this file is the only place that tells
-them apart. States are projected into the joint space where the tower has a projection, so that tokens
-and patches share one width.
+them apart (hence `Any`: what they share is not in their types). States are projected into the joint
+space where the tower has a projection, so that tokens and patches share one width.
 """
+
+from typing import Any, cast
 
 import torch
 from open_clip.hf_model import HFTextEncoder
@@ -16,10 +18,10 @@ from torch import Tensor, nn
 from infra.clip.offline import ConSE
 
 
-def joint_dim(model: nn.Module) -> int:
+def joint_dim(model: Any) -> int:
     """Width d of the joint space, from the text tower's projection."""
     text = getattr(model, "text", model)
-    if isinstance(text, HFTextEncoder):
+    if _is_hugging_face(text):
         return text.output_dim
     projection = text.text_projection
     if projection is None:
@@ -29,10 +31,10 @@ def joint_dim(model: nn.Module) -> int:
     return int(projection.shape[1])
 
 
-def text_lengths(model: nn.Module, ids: Tensor) -> Tensor:
+def text_lengths(model: Any, ids: Tensor) -> Tensor:
     """Tokens of each row that carry the text, [n]: up to the end token, or to the last non-pad."""
     text = getattr(model, "text", model)
-    if isinstance(text, HFTextEncoder):
+    if _is_hugging_face(text):
         return _last_true(ids != text.config.pad_token_id)
     kind = getattr(text, "text_pool_type", None) or text.pool_type
     if kind == "argmax":
@@ -43,24 +45,24 @@ def text_lengths(model: nn.Module, ids: Tensor) -> Tensor:
     return _last_true(ids != getattr(text, "pad_id", 0))
 
 
-def can_trim(model: nn.Module) -> bool:
+def can_trim(model: Any) -> bool:
     """Whether columns after the longest text can be cut without changing any vector.
 
     True for Hugging Face towers (pads are masked) and for causal ones that read the end token; false for
     towers that attend to pads (SigLIP) or append a class token (CoCa).
     """
     text = getattr(model, "text", model)
-    if isinstance(text, HFTextEncoder):
+    if _is_hugging_face(text):
         return True
     kind = getattr(text, "text_pool_type", None) or getattr(text, "pool_type", None)
     causal = getattr(text, "attn_mask", None) is not None
     return causal and kind in ("argmax", "eos") and getattr(text, "cls_emb", None) is None
 
 
-def text_states(model: nn.Module, ids: Tensor) -> tuple[Tensor, Tensor]:
+def text_states(model: Any, ids: Tensor) -> tuple[Tensor, Tensor]:
     """Token ids [n, l] -> pooled vectors [n, d] and token states [n, l, d], neither normalised."""
     text = getattr(model, "text", model)
-    if isinstance(text, HFTextEncoder):
+    if _is_hugging_face(text):
         mask = (ids != text.config.pad_token_id).long()
         out = text.transformer(input_ids=ids, attention_mask=mask)
         return text.proj(text.pooler(out, mask)), text.proj(out.last_hidden_state)
@@ -73,10 +75,12 @@ def text_states(model: nn.Module, ids: Tensor) -> tuple[Tensor, Tensor]:
     return _project(text.text_projection, pooled), _project(text.text_projection, x)
 
 
-def _embed_text(text: nn.Module, ids: Tensor) -> tuple[Tensor, Tensor | None]:
+def _embed_text(text: Any, ids: Tensor) -> tuple[Tensor, Tensor | None]:
     """Embeddings and attention mask for a row length at most the context length."""
-    if not isinstance(text, CLIP):
-        x, mask = text._embeds(ids)  # type: ignore[operator]
+    is_plain = isinstance(text, CLIP)
+    text = cast(Any, text)
+    if not is_plain:
+        x, mask = text._embeds(ids)
     else:
         dtype = text.transformer.get_cast_dtype()
         x = text.token_embedding(ids).to(dtype) + text.positional_embedding[: ids.shape[1]].to(dtype)
@@ -86,14 +90,14 @@ def _embed_text(text: nn.Module, ids: Tensor) -> tuple[Tensor, Tensor | None]:
     return x, mask
 
 
-def _coca_text(text: nn.Module, ids: Tensor) -> tuple[Tensor, Tensor]:
-    x, mask = text._embeds(ids)  # type: ignore[operator]
-    x = text.ln_final(text.transformer(x, attn_mask=mask))  # type: ignore[operator]
+def _coca_text(text: Any, ids: Tensor) -> tuple[Tensor, Tensor]:
+    x, mask = text._embeds(ids)
+    x = text.ln_final(text.transformer(x, attn_mask=mask))
     states = _project(text.text_projection, x)
     return states[:, -1], states[:, :-1]
 
 
-def image_states(model: nn.Module, images: Tensor, width: int) -> Tensor:
+def image_states(model: Any, images: Tensor, width: int) -> Tensor:
     """Images [n, 3, h, w] -> patch states [n, p, width], row by row, class token left out."""
     visual = model.visual
     if isinstance(visual, ConSE):
@@ -105,11 +109,11 @@ def image_states(model: nn.Module, images: Tensor, width: int) -> Tensor:
     elif isinstance(visual, TimmModel):
         states = _timm_patches(visual, images)
     else:
-        states = visual(images).unsqueeze(1)  # type: ignore[operator]  # an unknown tower: one token
+        states = visual(images).unsqueeze(1)  # an unknown tower: one token
     return _fit_width(states, width)
 
 
-def _vit_patches(visual: VisionTransformer, images: Tensor) -> Tensor:
+def _vit_patches(visual: Any, images: Tensor) -> Tensor:
     _, tokens = visual._pool(visual.transformer(visual._embeds(images)))
     if visual.final_ln_after_pool:
         tokens = visual.ln_post(tokens)
@@ -118,7 +122,7 @@ def _vit_patches(visual: VisionTransformer, images: Tensor) -> Tensor:
     return tokens
 
 
-def _resnet_cells(visual: ModifiedResNet, images: Tensor) -> Tensor:
+def _resnet_cells(visual: Any, images: Tensor) -> Tensor:
     """Value and output projection of the attention pool on each cell (MaskCLIP, arXiv 2112.01071)."""
     x = visual.stem(images)
     for layer in (visual.layer1, visual.layer2, visual.layer3, visual.layer4):
@@ -127,7 +131,7 @@ def _resnet_cells(visual: ModifiedResNet, images: Tensor) -> Tensor:
     return pool.c_proj(pool.v_proj(x.flatten(2).transpose(1, 2)))
 
 
-def _timm_patches(visual: TimmModel, images: Tensor) -> Tensor:
+def _timm_patches(visual: Any, images: Tensor) -> Tensor:
     x = visual.trunk.forward_features(images)
     if x.ndim == 4:
         is_nchw = x.shape[1] == visual.trunk.num_features
@@ -152,14 +156,18 @@ def _fit_width(states: Tensor, width: int) -> Tensor:
     return states @ (basis if found >= width else basis.T)
 
 
+def _is_hugging_face(text: Any) -> bool:
+    return isinstance(text, HFTextEncoder)
+
+
 def _project(projection: nn.Module | Tensor | None, x: Tensor) -> Tensor:
     if projection is None:
         return x
     return projection(x) if isinstance(projection, nn.Module) else x @ projection
 
 
-def _eos_id(text: nn.Module) -> int | None:
-    return getattr(text, "text_eos_id", None) or getattr(text, "eos_id", None)  # type: ignore[return-value]
+def _eos_id(text: Any) -> int | None:
+    return getattr(text, "text_eos_id", None) or getattr(text, "eos_id", None)
 
 
 def _last_true(mask: Tensor) -> Tensor:
