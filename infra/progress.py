@@ -11,7 +11,7 @@ class Progress:
     def __init__(self, what: str, total: int | None, *, unit: str = "rows", every_s: float = 5.0):
         self.what, self.total, self.unit = what, total, unit
         self.every_s = every_s if not sys.stderr.isatty() else 0.25
-        self.done = 0
+        self.done = self.skipped = 0
         self.notes: Counter[str] = Counter()
         self.started_s = self.printed_s = time.monotonic()
 
@@ -21,6 +21,11 @@ class Progress:
         if time.monotonic() - self.printed_s >= self.every_s:
             self.print()
 
+    def skip(self, count: int) -> None:
+        """Count what an earlier run has done: part of the total, not of the rate."""
+        self.done += count
+        self.skipped += count
+
     def print(self, *, last: bool = False) -> None:
         self.printed_s = time.monotonic()
         end = "\n" if last or not sys.stderr.isatty() else ""
@@ -29,15 +34,17 @@ class Progress:
 
     def line(self) -> str:
         elapsed_s = max(time.monotonic() - self.started_s, 1e-9)
-        rate = self.done / elapsed_s
+        rate = (self.done - self.skipped) / elapsed_s
         parts = [f"  {self.what}: {self.done:,}"]
         if self.total is not None:
             parts[0] += f" / {self.total:,} {self.unit}"
-            if 0 < self.done < self.total:
+            if rate > 0 and self.done < self.total:
                 parts.append(f"ETA {span((self.total - self.done) / rate)}")
         else:
             parts[0] += f" {self.unit}"
         parts.insert(1, f"{rate:,.1f} {self.unit}/s")
+        if self.skipped:
+            parts.insert(1, f"{self.skipped:,} from an earlier run")
         bad = ", ".join(f"{name} {count}" for name, count in sorted(self.notes.items()))
         if bad:
             parts.append(bad)

@@ -23,6 +23,7 @@ from typing import Any
 import pyarrow as pa
 
 from infra.claim import open_job
+from infra.cluster import quiet_ray_data
 from infra.config import canonical_json
 from infra.progress import Progress
 from infra.storage import absolute, delete, filesystem, is_remote, join, list_files, write_bytes
@@ -33,6 +34,7 @@ __all__ = ["JournalWriter", "Receipt", "Receipts", "Unit", "open_job", "run_unit
 
 JOURNAL = "journal"
 Receipt = dict[str, Any]
+MakeWorker = Callable[[], Callable[[dict[str, Any]], Receipt]]
 
 
 @dataclass(frozen=True)
@@ -125,13 +127,11 @@ class JournalWriter:
 class BlockRunner:
     """The Ray Data callable: runs a block of units with one worker and journals each receipt."""
 
-    def __init__(self, make_worker: Callable[[], Callable[[dict[str, Any]], Receipt]], folder: str):
-        self.make_worker, self.folder = make_worker, folder
-        self.worker: Callable[[dict[str, Any]], Receipt] | None = None
+    def __init__(self, make_worker: MakeWorker, folder: str, key: str):
+        self.make_worker, self.folder, self.key = make_worker, folder, key
 
     def __call__(self, block: pa.Table) -> pa.Table:
-        if self.worker is None:
-            self.worker = self.make_worker()
+        worker = self._worker()
         ids, payloads = block["unit_id"].to_pylist(), block["payload"].to_pylist()
         name = content_id(*ids)
         finished = {u for u, _, _ in _finished(self.folder, name)}  # a retried block: a worker died
@@ -141,12 +141,22 @@ class BlockRunner:
             for unit_id, payload in zip(ids, payloads, strict=True):
                 receipt: Receipt = {}
                 if unit_id not in finished:
-                    receipt = self.worker(json.loads(payload))
+                    receipt = worker(json.loads(payload))
                     journal.append(unit_id, receipt)
                 notes.append(json.dumps(receipt.get("notes", {})))
         finally:
             journal.close()
         return pa.table({"unit_id": ids, "notes": notes})
+
+    def _worker(self) -> Callable[[dict[str, Any]], Receipt]:
+        if self.key not in _WORKERS:
+            _WORKERS.clear()
+            _WORKERS[self.key] = self.make_worker()
+        return _WORKERS[self.key]
+
+
+# Ray reuses its worker processes: a model that one task has loaded serves the next tasks of its job too.
+_WORKERS: dict[str, Callable[[dict[str, Any]], Receipt]] = {}
 
 
 def _finished(folder: str, name: str) -> list[tuple[str, int, int]]:
@@ -157,7 +167,7 @@ def _finished(folder: str, name: str) -> list[tuple[str, int, int]]:
 def run_units(
     out: str,
     units: Iterable[Unit],
-    make_worker: Callable[[], Callable[[dict[str, Any]], Receipt]],
+    make_worker: MakeWorker,
     *,
     what: str,
     total: int | None = None,
@@ -189,15 +199,16 @@ def run_units(
         All receipts, earlier runs' included.
     """
     import ray.data
+    from ray import cloudpickle
 
+    quiet_ray_data()
     receipts = Receipts(out)
     progress = Progress(what, total, unit="units")
     metrics = JobMetrics(what)
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
+    key = content_id(out, cloudpickle.dumps(make_worker).hex())
     for window in _windows(units, window_units):
         todo = [unit for unit in window if unit.id not in receipts]
-        progress.add(len(window) - len(todo))
+        progress.skip(len(window) - len(todo))
         if not todo:
             continue
         blocks = [_block(todo[i : i + units_per_task]) for i in range(0, len(todo), units_per_task)]
@@ -206,10 +217,8 @@ def run_units(
             if actors
             else ray.data.TaskPoolStrategy(size=num_workers)
         )
-        runner: Any = BlockRunner
-        arguments: dict[str, Any] = {"fn_constructor_args": (make_worker, receipts.folder)}
-        if not actors:
-            runner, arguments = BlockRunner(make_worker, receipts.folder), {}
+        arguments = (make_worker, receipts.folder, key)
+        runner: Any = BlockRunner if actors else BlockRunner(*arguments)
         results = ray.data.from_arrow(blocks).map_batches(
             runner,
             batch_size=None,
@@ -217,7 +226,7 @@ def run_units(
             compute=compute,
             num_cpus=num_cpus,
             num_gpus=num_gpus or None,
-            **arguments,
+            **({"fn_constructor_args": arguments} if actors else {}),
         )
         for batch in results.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
             notes: dict[str, int] = {}
