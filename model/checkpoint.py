@@ -1,0 +1,284 @@
+"""State <-> folder: sharded, written in the background, committed last, read by any number of ranks.
+
+    run/checkpoints/samples-000000001600/
+        __0_0.distcp ... .metadata    tensors, by torch.distributed.checkpoint
+        committed.json                facts (position, config, code version); written last
+
+A folder without committed.json is no checkpoint. Only tensors are stored by torch; everything else is
+JSON, and the index that torch pickles is read by an unpickler that knows nothing but tensors' types.
+"""
+
+import io
+import os
+import pickle
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemBase
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+
+from infra.errors import ConfigError, TrainingError
+from infra.storage import (
+    VERSION,
+    delete,
+    exists,
+    filesystem,
+    is_remote,
+    join,
+    list_files,
+    read_json,
+    write_json,
+)
+
+COMMITTED = "committed.json"
+FORMAT = 1
+"""Layout of the tensors' names; a reader refuses one that it doesn't know."""
+State = dict[str, Tensor]
+
+
+def checkpoint_uri(run: str, position: int) -> str:
+    return join(run, "checkpoints", f"samples-{position:012d}")
+
+
+def committed_positions(run: str) -> list[int]:
+    """Positions of the whole checkpoints of a run, ascending."""
+    suffix = "/" + COMMITTED
+    found = [f for f in list_files(join(run, "checkpoints"), suffix=COMMITTED) if f.endswith(suffix)]
+    names = [f.removesuffix(suffix).rpartition("/")[2] for f in found]
+    return sorted(int(n.removeprefix("samples-")) for n in names if n.startswith("samples-"))
+
+
+def latest_checkpoint(run: str) -> str | None:
+    positions = committed_positions(run)
+    return checkpoint_uri(run, positions[-1]) if positions else None
+
+
+def find_checkpoint(uri: str) -> str:
+    """The checkpoint meant by a run's folder (its latest) or by a checkpoint's own folder.
+
+    Raises:
+        ConfigError: neither.
+    """
+    if exists(join(uri, COMMITTED)):
+        return uri
+    found = latest_checkpoint(uri)
+    if found is None:
+        raise ConfigError(
+            f"no committed checkpoint at {uri}",
+            legal="a run's folder, or one of its checkpoints/samples-*",
+            cure="run `vimi-train stage1` first, or again if it was stopped",
+        )
+    return found
+
+
+def read_facts(uri: str) -> dict[str, Any]:
+    """What the checkpoint says of itself: position, stage, config, version, names of the EMAs.
+
+    Raises:
+        ConfigError: written by a version of this project whose layout we don't know.
+    """
+    facts = read_json(join(uri, COMMITTED))
+    if facts.get("format") != FORMAT:
+        raise ConfigError(
+            f"checkpoint {uri} has format {facts.get('format')} (vimi {facts.get('version')})",
+            legal=f"format {FORMAT} (vimi {VERSION})",
+            cure="load it with that version and export it",
+        )
+    return facts
+
+
+class CheckpointWriter:
+    """Saves in the background; at most one save is under way, and all ranks call it alike.
+
+    Args:
+        run: folder of the run, any filesystem.
+        num_to_keep: newest checkpoints that stay; None = all.
+        in_background: False writes before `save` returns.
+    """
+
+    def __init__(self, run: str, *, num_to_keep: int | None = None, in_background: bool = True) -> None:
+        self.run, self.num_to_keep, self.in_background = run, num_to_keep, in_background
+        self.rank = dist.get_rank() if dist.is_initialized() else 0
+        # Collectives of a thread need a group of their own, or they mix with the step's.
+        many = dist.is_initialized() and dist.get_world_size() > 1
+        self.group = dist.new_group(backend="gloo") if many else None
+        self.stager = DefaultStager(StagingOptions(torch.cuda.is_available(), False, False, False))
+        self.pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self.pending: Future[str] | None = None
+
+    def clean(self) -> None:
+        """Delete what a kill left half written; call once at the start, with a barrier behind it."""
+        if self.rank:
+            return
+        whole = {checkpoint_uri(self.run, p) for p in committed_positions(self.run)}
+        folder = join(self.run, "checkpoints")
+        found = {folder + "/" + f.removeprefix(folder + "/").split("/")[0] for f in list_files(folder)}
+        for uri in sorted(f for f in found if "/samples-" in f and f not in whole):
+            delete(uri)
+
+    def save(self, state: State, facts: dict[str, Any]) -> None:
+        """Copy `state` aside (all that the step waits for), then write and commit it."""
+        self.wait()
+        uri = checkpoint_uri(self.run, facts["position"])
+        staged = self.stager.stage(dict(state))
+        assert isinstance(staged, dict)
+        self.pending = self.pool.submit(self._write, uri, staged, facts)
+        if not self.in_background:
+            self.pending.result()
+
+    def wait(self) -> str | None:
+        """Wait for the save under way; its folder, or None when there was none.
+
+        Raises:
+            TrainingError: it could not be written.
+        """
+        pending, self.pending = self.pending, None
+        try:
+            return pending.result() if pending else None
+        except Exception as error:  # noqa: BLE001 - storage fails in many ways; all mean the same here
+            raise TrainingError(f"checkpoint could not be written: {error}") from error
+
+    def close(self) -> None:
+        self.wait()
+        self.pool.shutdown()
+        self.stager.close()
+
+    def _write(self, uri: str, state: State, facts: dict[str, Any]) -> str:
+        if exists(join(uri, COMMITTED)):
+            return uri  # an earlier life of this run came further than its last report
+        dcp.save(state, storage_writer=_writer(uri), process_group=self.group, no_dist=self.group is None)
+        if self.rank == 0:
+            write_json(join(uri, COMMITTED), {**facts, "format": FORMAT, "version": VERSION})
+            self._prune()
+        return uri
+
+    def _prune(self) -> None:
+        positions = committed_positions(self.run)
+        for position in positions[: -self.num_to_keep] if self.num_to_keep else []:
+            uri = checkpoint_uri(self.run, position)
+            delete(join(uri, COMMITTED))  # first, so that a half-deleted one is none
+            delete(uri)
+
+
+def load_state(uri: str, state: State, *, group: dist.ProcessGroup | None = None) -> None:
+    """Fill `state`'s tensors in place, each rank its part, whatever the number of ranks that wrote it.
+
+    Raises:
+        TrainingError: names or shapes differ from the checkpoint's; names the first few.
+    """
+    there = tensors_in(uri)
+    missing = sorted(name for name in state if name not in there)
+    other = [
+        f"{name} is {tuple(there[name])} there, {tuple(value.shape)} here"
+        for name, value in state.items()
+        if name in there and tuple(there[name]) != tuple(value.shape)
+    ]
+    if missing or other:
+        reasons = "; ".join([*(f"{name} is not there" for name in missing), *other][:4])
+        raise TrainingError(f"checkpoint {uri} does not fit this model: {reasons}")
+    alone = not dist.is_initialized() or dist.get_world_size() == 1
+    dcp.load(dict(state), storage_reader=_SafeReader(uri), process_group=group, no_dist=alone)
+
+
+def tensors_in(uri: str) -> dict[str, torch.Size]:
+    """Names and shapes of a checkpoint's tensors; reads the index only."""
+    found = _SafeReader(uri).read_metadata().state_dict_metadata
+    return {name: m.size for name, m in found.items() if isinstance(m, TensorStorageMetadata)}
+
+
+class _ArrowFileSystem(FileSystemBase):
+    """torch's checkpoint files on any filesystem of pyarrow."""
+
+    @contextmanager
+    def create_stream(self, path: str | os.PathLike, mode: str) -> Iterator[Any]:
+        fs, place = filesystem(str(path))
+        if "r" in mode:
+            with fs.open_input_file(place) as stream:
+                yield stream
+        else:
+            fs.create_dir(place.rpartition("/")[0], recursive=True)
+            with fs.open_output_stream(place) as stream:
+                yield stream
+
+    def concat_path(self, path: str | os.PathLike, suffix: str) -> str:
+        return join(str(path), suffix)
+
+    def rename(self, path: str | os.PathLike, new_path: str | os.PathLike) -> None:
+        fs, source = filesystem(str(path))
+        fs.move(source, filesystem(str(new_path))[1])
+
+    def init_path(self, path: str | os.PathLike) -> str:
+        return str(path)
+
+    def mkdir(self, path: str | os.PathLike) -> None:
+        fs, place = filesystem(str(path))
+        fs.create_dir(place, recursive=True)
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike) -> bool:
+        return True
+
+    def exists(self, path: str | os.PathLike) -> bool:
+        return exists(str(path))
+
+    def rm_file(self, path: str | os.PathLike) -> None:
+        delete(str(path))
+
+
+def _files_of(uri: str) -> FileSystemBase:
+    return _ArrowFileSystem() if is_remote(uri) else FileSystem()
+
+
+def _writer(uri: str) -> dcp.FileSystemWriter:
+    writer = dcp.FileSystemWriter(uri, sync_files=not is_remote(uri))
+    writer.fs = _files_of(uri)
+    writer.path = writer.fs.init_path(uri)
+    return writer
+
+
+class _SafeReader(dcp.FileSystemReader):
+    """torch's reader; the pickled index may name tensor types and nothing else."""
+
+    def __init__(self, uri: str) -> None:
+        super().__init__(uri)
+        self.fs = _files_of(uri)
+        self.path = self.fs.init_path(uri)
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        with self.fs.create_stream(self._get_metadata_path(), "rb") as stream:
+            metadata = _IndexUnpickler(io.BytesIO(stream.read())).load()
+        metadata.storage_meta = StorageMeta(load_id=self.load_id)
+        return metadata
+
+
+_INDEX_TYPES = {
+    "torch.distributed.checkpoint.metadata": {
+        "Metadata",
+        "TensorStorageMetadata",
+        "BytesStorageMetadata",
+        "TensorProperties",
+        "ChunkStorageMetadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "_MEM_FORMAT_ENCODING",
+    },
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.serialization": {"_get_layout"},
+    "torch": {"Size", *(n for n in dir(torch) if isinstance(getattr(torch, n), torch.dtype))},
+    "collections": {"OrderedDict"},
+    "pathlib": {"PosixPath", "PurePosixPath"},
+}
+
+
+class _IndexUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if name not in _INDEX_TYPES.get(module, ()):
+            raise TrainingError(f"checkpoint index names {module}.{name}: not a checkpoint of ours")
+        return super().find_class(module, name)
