@@ -2,12 +2,12 @@
 
     Segment, Prompt      what the user says: ordered text and pictures, each with a role
     Condition            the same, encoded by a frozen encoder (model/prompt.py makes it)
-    ConditionEmbedder    the trained part: [sigma, frame rate, original size] ++ prompt ++ references
+    ConditionEmbedder    the trained part: [sigma, frame rate, size] ++ prompt ++ references
 
-Snap Video reads `[sigma, frame rate, original resolution] ++ T5 tokens` (2402.14797, section 3.3); VIMI swaps
-the text tokens for those of a multimodal language model and keeps them interleaved (2407.06304, figure 2).
-`plus` adds pixel patches of the reference pictures, because references that pass through the frozen
-encoder alone lose their identity (UniVideo, 2510.08377, table 6).
+Snap Video reads `[sigma, frame rate, original resolution] ++ T5 tokens` (2402.14797); VIMI swaps
+the text tokens for those of a multimodal language model and keeps them interleaved (2407.06304).
+`plus` adds pixel patches of the reference pictures, because references that pass through the
+frozen encoder alone lose their identity (UniVideo, 2510.08377, table 6).
 """
 
 import math
@@ -34,7 +34,7 @@ KINDS: dict[str, tuple[str, ...]] = {
     "subject": ("subject", "background"),
     "frame": ("first_frame",),
 }
-"""Condition kinds that dropout and guidance switch on and off, and the roles that each one covers."""
+"""Condition kinds that dropout and guidance switch on and off, and the roles that each covers."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Condition:
         return self.tokens.shape[0]
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "Condition":
-        """Move to `device`; `dtype` is for tokens and references only (fps and sizes stay float32)."""
+        """Move to `device`; `dtype` is for tokens and references only (fps stays float32)."""
         references, present = self.references, self.reference_mask
         return Condition(
             tokens=self.tokens.to(device, dtype, non_blocking=True),
@@ -166,12 +166,12 @@ class ConditionEmbedder(nn.Module):
         super().__init__()
         self.config = config
         self.norm = nn.LayerNorm(config.token_dim, elementwise_affine=False)
-        self.project = _mlp(config.token_dim, dim)
+        self.project = nn.Linear(config.token_dim, dim)
         self.role = nn.Embedding(len(ROLES), dim)
         self.segment = nn.Embedding(config.max_segments, dim)
-        self.sigma = _mlp(NUM_FEATURES, dim)
-        self.fps = _mlp(NUM_FEATURES, dim)
-        self.size = _mlp(2 * NUM_FEATURES, dim)
+        self.sigma = nn.Linear(NUM_FEATURES, dim)
+        self.fps = nn.Linear(NUM_FEATURES, dim)
+        self.size = nn.Linear(2 * NUM_FEATURES, dim)
         self.references = ReferenceEmbedder(config, dim) if config.mode == "plus" else None
         for table in (self.role, self.segment):
             nn.init.normal_(table.weight, std=0.02)
@@ -184,7 +184,7 @@ class ConditionEmbedder(nn.Module):
             condition: the encoded prompts.
 
         Returns:
-            `b k dim` tokens and the `b k` bool mask, k = 3 + l (+ reference patches in `plus` mode).
+            `b k dim` tokens and the `b k` bool mask, k = 3 + l (+ reference patches if `plus`).
         """
         tokens = [self._scalars(sigma, condition), self._prompt(condition)]
         masks = [condition.mask.new_ones(len(condition), NUM_SCALARS), condition.mask]
@@ -195,11 +195,12 @@ class ConditionEmbedder(nn.Module):
         return torch.cat([t.to(tokens[0].dtype) for t in tokens], dim=1), torch.cat(masks, dim=1)
 
     def _scalars(self, sigma: Tensor, condition: Condition) -> Tensor:
-        noise = fourier_features(sigma.float().log() / 4)  # EDM's c_noise
-        rate = fourier_features(_pace(condition.fps))
-        size = fourier_features((condition.original_size_px.float() / 64).log2() / 4)
-        parts = [self.sigma(noise), self.fps(rate), self.size(size.flatten(-2))]
-        return torch.stack(parts, dim=1)
+        dtype = self.role.weight.dtype
+        noise = fourier_features(sigma.float().log() / 4).to(dtype)  # EDM's c_noise
+        rate = fourier_features(_pace(condition.fps)).to(dtype)
+        log_size = (condition.original_size_px.float() / 64).log2() / 4
+        size = fourier_features(log_size).flatten(-2).to(dtype)
+        return torch.stack([self.sigma(noise), self.fps(rate), self.size(size)], dim=1)
 
     def _prompt(self, condition: Condition) -> Tensor:
         places = condition.segment.clamp(max=self.config.max_segments - 1)
@@ -208,7 +209,7 @@ class ConditionEmbedder(nn.Module):
 
 
 class ReferenceEmbedder(nn.Module):
-    """Patches of reference pictures, with their place and the index of their picture (`plus` mode)."""
+    """Patches of reference pictures, with their place and their picture's index (`plus` mode)."""
 
     def __init__(self, config: ConditionConfig, dim: int) -> None:
         super().__init__()
@@ -225,12 +226,13 @@ class ReferenceEmbedder(nn.Module):
         p = self.patch_px
         if h % p or w % p:
             raise ValueError(f"reference of {h}x{w} px does not divide into patches of {p} px")
+        if n > self.index.num_embeddings:
+            raise ValueError(f"{n} references; max_references is {self.index.num_embeddings}")
+        dtype = self.index.weight.dtype
         grid = pictures.reshape(b, n, c, h // p, p, w // p, p).permute(0, 1, 3, 5, 2, 4, 6)
-        tokens = self.patch(
-            grid.reshape(b, n, (h // p) * (w // p), c * p * p).to(self.index.weight.dtype)
-        )
-        tokens = tokens + self.place(_grid_features(h // p, w // p, tokens.device))
-        tokens = self.norm(tokens + self.index.weight[:n, None])
+        patches = grid.reshape(b, n, (h // p) * (w // p), c * p * p).to(dtype)
+        places = self.place(_grid_features(h // p, w // p, pictures.device).to(dtype))
+        tokens = self.norm(self.patch(patches) + places + self.index.weight[:n, None])
         if present is None:
             present = torch.ones(b, n, dtype=torch.bool, device=tokens.device)
         return tokens.flatten(1, 2), present.repeat_interleave(tokens.shape[2], dim=1)
@@ -241,7 +243,7 @@ NUM_FEATURES = 64
 
 
 def fourier_features(x: Tensor) -> Tensor:
-    """Sines and cosines of `x` (about [-2, 2]) at 32 frequencies, 1/4 ... 64 rad per unit: `... 64`.
+    """Sines and cosines of `x` (about [-2, 2]) at 32 frequencies, 1/4 ... 64 rad a unit: `... 64`.
 
     The frequencies are this project's choice; Snap Video does not state its own.
     """
@@ -261,7 +263,3 @@ def _grid_features(height: int, width: int, device: torch.device) -> Tensor:
     xs = (torch.arange(width, device=device) + 0.5) / width * 2 - 1
     grid = torch.stack(torch.meshgrid(ys, xs, indexing="ij"), dim=-1)
     return fourier_features(grid * math.pi / 2).reshape(height * width, 2 * NUM_FEATURES)
-
-
-def _mlp(inputs: int, dim: int) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(inputs, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim))

@@ -1,0 +1,150 @@
+"""A plain video DiT of the same interface as FIT: the baseline that everyone else trains.
+
+Every patch attends to every patch of every frame, reads the condition tokens by cross-attention
+(PixArt, 2310.00426) and is modulated by sigma, frame rate and size through adaLN-zero with one
+shared projection (DiT, 2212.09748; PixArt's adaLN-single).
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from model.layers import Attention, FeedForward, init_weights, number_dropouts
+
+
+@dataclass(frozen=True)
+class DitConfig:
+    """Sizes of a DiT.
+
+    Attributes:
+        num_frames, height_px, width_px: of the video (or of its latents); smaller clips in time fit.
+        in_channels, out_channels: 3 for pixels; the upsampler's input also carries the small video.
+        patch_px: side of a patch; patches are one frame thick, as FIT's.
+        dim, head_dim: width of the patches and of a head.
+        condition_dim: width of the condition tokens.
+        num_blocks: transformer blocks.
+        dropout: in the feed-forwards.
+        num_scalars: leading condition tokens that modulate (sigma, frame rate, size).
+        checkpoint: recompute each block in the backward pass.
+    """
+
+    num_frames: int = 16
+    height_px: int = 36
+    width_px: int = 64
+    in_channels: int = 3
+    out_channels: int = 3
+    patch_px: int = 4
+    dim: int = 1152
+    head_dim: int = 72
+    condition_dim: int = 768
+    num_blocks: int = 28
+    dropout: float = 0.0
+    num_scalars: int = 3
+    checkpoint: bool = False
+
+
+class DitBlock(nn.Module):
+    """Self-attention, cross-attention, feed-forward; scaled, shifted and gated by the noise level."""
+
+    def __init__(self, config: DitConfig) -> None:
+        super().__init__()
+        d, head = config.dim, config.head_dim
+        self.attention = Attention(d, width=d, head_dim=head)
+        self.cross = Attention(d, width=d, head_dim=head, context_dim=config.condition_dim)
+        self.feed_forward = FeedForward(d, dropout=config.dropout)
+        self.table = nn.Parameter(torch.zeros(6, d))
+
+    def forward(
+        self, x: Tensor, modulation: Tensor, tokens: Tensor, mask: Tensor, keys: Tensor | None
+    ) -> Tensor:
+        """`b n d` patches, `b 6 d` modulation shared by all blocks, `b k c` tokens, `b 1 1 k` mask."""
+        m = modulation + self.table
+        x = x + m[:, 2:3] * self.attention(x, modulation=m[:, 0:2])
+        x = x + self.cross(x, tokens, mask)
+        return x + m[:, 5:6] * self.feed_forward(x, keys, modulation=m[:, 3:5])
+
+
+class Dit(nn.Module):
+    """The backbone; takes and returns what `model.fit.Fit` does (its `z` is a pass-through)."""
+
+    def __init__(self, config: DitConfig) -> None:
+        super().__init__()
+        self.config = config
+        d, p = config.dim, config.patch_px
+        self.rows, self.columns = math.ceil(config.height_px / p), math.ceil(config.width_px / p)
+        self.embed = nn.Linear(config.in_channels * p * p, d)
+        self.time = nn.Parameter(torch.empty(config.num_frames, d))
+        self.row = nn.Parameter(torch.empty(self.rows, d))
+        self.column = nn.Parameter(torch.empty(self.columns, d))
+        self.pool = nn.Linear(config.condition_dim, d)
+        self.modulate = nn.Linear(d, 6 * d)
+        self.blocks = nn.ModuleList(DitBlock(config) for _ in range(config.num_blocks))
+        self.norm = nn.LayerNorm(d, eps=1e-6)
+        self.head = nn.Linear(d, config.out_channels * p * p)
+        number_dropouts(self)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initial weights; gates and head start at zero (adaLN-zero)."""
+        init_weights(self, depth=self.config.num_blocks)
+        for table in (self.time, self.row, self.column):
+            nn.init.trunc_normal_(table, std=0.02)
+        nn.init.zeros_(self.modulate.weight)
+        nn.init.zeros_(self.head.weight)
+
+    @property
+    def z_shape(self) -> tuple[int, int]:
+        """No latents to carry over: zero of them."""
+        return 0, self.config.dim
+
+    def forward(
+        self,
+        x: Tensor,
+        tokens: Tensor,
+        mask: Tensor,
+        z_prev: Tensor | None = None,
+        keys: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """As `model.fit.Fit.forward`; `z_prev` is ignored and an empty `b 0 d` comes back."""
+        t, height, width = x.shape[1], x.shape[-2], x.shape[-1]
+        patches = self.embed(self._cut(x)) + self._places(t)
+        scalars = self.pool(tokens[:, : self.config.num_scalars].mean(dim=1))
+        modulation = self.modulate(F.silu(scalars)).unflatten(-1, (6, -1))
+        mask = mask[:, None, None, :]
+        for block in self.blocks:
+            if self.config.checkpoint and torch.is_grad_enabled():
+                patches = checkpoint(
+                    block, patches, modulation, tokens, mask, keys,
+                    use_reentrant=False, preserve_rng_state=False,
+                )  # fmt: skip
+            else:
+                patches = block(patches, modulation, tokens, mask, keys)
+        empty = patches.new_zeros(x.shape[0], *self.z_shape)
+        return self._join(self.head(self.norm(patches)), t, height, width), empty
+
+    def _places(self, num_frames: int) -> Tensor:
+        time = self.time[:num_frames, None, None]
+        return (time + self.row[:, None] + self.column).flatten(0, 2)
+
+    def _cut(self, x: Tensor) -> Tensor:
+        """`b t c h w` to `b (t rows columns) (c p p)`."""
+        b, t, c, h, w = x.shape
+        if t > self.config.num_frames or (h, w) != (self.config.height_px, self.config.width_px):
+            raise ValueError(
+                f"video of {t} x {h} x {w}; this model takes up to {self.config.num_frames} x "
+                f"{self.config.height_px} x {self.config.width_px}"
+            )
+        p = self.config.patch_px
+        x = F.pad(x, (0, self.columns * p - w, 0, self.rows * p - h))
+        x = x.view(b, t, c, self.rows, p, self.columns, p).permute(0, 1, 3, 5, 2, 4, 6)
+        return x.reshape(b, t * self.rows * self.columns, c * p * p)
+
+    def _join(self, patches: Tensor, num_frames: int, height: int, width: int) -> Tensor:
+        p, c = self.config.patch_px, self.config.out_channels
+        x = patches.view(-1, num_frames, self.rows, self.columns, c, p, p)
+        x = x.permute(0, 1, 4, 2, 5, 3, 6).reshape(-1, num_frames, c, self.rows * p, self.columns * p)
+        return x[..., :height, :width]

@@ -1,0 +1,285 @@
+"""FIT as Snap Video builds it (2402.14797, table 8): few latents think, many patches listen.
+
+    z <- z + XAttn(z, condition) + FF        1. latents read the condition tokens
+    z <- z + XAttn(z, patches of group) + FF 2. ... and the patches of their own group
+    z <- 4 x (self-attention + FF)           3. all latents together
+    x <- x + XAttn(x, latents of group) + FF 4. patches of a group read its latents back
+
+Six such blocks. Groups split space and span all frames; a patch never spans time. The sequence is
+kept group by group from the first layer to the last, so that reading and writing are reshapes.
+
+The authors' own FIT code ends on a stage without latents, which reads and writes nothing. Snap
+Video has no such stage (its local layers number 0), so every one of its blocks must write: without
+the sixth write the sixth block could not reach the output, nor be trained. With it the parameters
+are the published ones.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from model.layers import Attention, FeedForward, init_weights, number_dropouts
+
+
+@dataclass(frozen=True)
+class FitConfig:
+    """Sizes of a FIT; the defaults are Snap Video's 500M (table 8).
+
+    Attributes:
+        num_frames, height_px, width_px: of the video (or of its latents); smaller clips in time fit.
+        in_channels, out_channels: 3 for pixels; the upsampler's input also carries the small video.
+        patch_px: side of a patch; patches are one frame thick.
+        group_height, group_width: target size of a group in patches; see `groups`.
+        patch_dim, patch_head_dim: width of the patches, and of a head when latents meet patches.
+        num_latents, latent_dim, latent_head_dim: the latents of all groups together.
+        condition_dim: width of the condition tokens ("cond. channels").
+        num_blocks, layers_per_block: 6 blocks of 4 global layers.
+        dropout: in the latents' feed-forwards.
+        padding: what fills the frame up to whole groups: black-grey zeros, or copies of the edge.
+        checkpoint: recompute each block in the backward pass.
+    """
+
+    num_frames: int = 16
+    height_px: int = 36
+    width_px: int = 64
+    in_channels: int = 3
+    out_channels: int = 3
+    patch_px: int = 4
+    group_height: int = 5
+    group_width: int = 4
+    patch_dim: int = 768
+    patch_head_dim: int = 48
+    num_latents: int = 512
+    latent_dim: int = 1024
+    latent_head_dim: int = 64
+    condition_dim: int = 768
+    num_blocks: int = 6
+    layers_per_block: int = 4
+    dropout: float = 0.1
+    padding: Literal["zeros", "edge"] = "zeros"
+    checkpoint: bool = False
+
+    @property
+    def layout(self) -> "Layout":
+        return layout(self)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a frame is cut: numbers of groups, patches per group, and the padded size in pixels."""
+
+    rows: int
+    columns: int
+    group_height: int
+    group_width: int
+    height_px: int
+    width_px: int
+    latents_per_group: int
+
+    @property
+    def num_groups(self) -> int:
+        return self.rows * self.columns
+
+    @property
+    def patches_per_frame(self) -> int:
+        return self.group_height * self.group_width
+
+
+def layout(config: FitConfig) -> Layout:
+    """Choose the number of groups nearest to the target size, then pad to whole groups.
+
+    The rule gives table 8: 36 x 64 pixels become 40 x 64 in 2 x 4 groups of 5 x 4 patches, and
+    288 x 512 become 4 x 8 groups of 18 x 16.
+
+    Raises:
+        ValueError: the latents do not divide among the groups.
+    """
+    patch = config.patch_px
+    high, wide = math.ceil(config.height_px / patch), math.ceil(config.width_px / patch)
+    rows = max(1, round(high / config.group_height))
+    columns = max(1, round(wide / config.group_width))
+    group_height, group_width = math.ceil(high / rows), math.ceil(wide / columns)
+    if config.num_latents % (rows * columns):
+        raise ValueError(
+            f"{config.num_latents} latents do not divide among {rows} x {columns} groups: "
+            f"choose a multiple of {rows * columns}"
+        )
+    return Layout(
+        rows=rows,
+        columns=columns,
+        group_height=group_height,
+        group_width=group_width,
+        height_px=rows * group_height * patch,
+        width_px=columns * group_width * patch,
+        latents_per_group=config.num_latents // (rows * columns),
+    )
+
+
+class FitBlock(nn.Module):
+    """Read the condition, read the patches by group, think globally, write back."""
+
+    def __init__(self, config: FitConfig) -> None:
+        super().__init__()
+        x, z, c = config.patch_dim, config.latent_dim, config.condition_dim
+        meet, head = min(x, z), config.patch_head_dim
+        self.read_condition = Attention(z, width=min(c, z), head_dim=head, context_dim=c)
+        self.read_condition_ff = FeedForward(z, dropout=config.dropout)
+        self.read = Attention(z, width=meet, head_dim=head, context_dim=x)
+        self.read_ff = FeedForward(z, dropout=config.dropout)
+        self.think = nn.ModuleList(
+            Attention(z, width=z, head_dim=config.latent_head_dim) for _ in range(config.layers_per_block)
+        )
+        self.think_ff = nn.ModuleList(
+            FeedForward(z, dropout=config.dropout) for _ in range(config.layers_per_block)
+        )
+        self.write = Attention(x, width=meet, head_dim=head, context_dim=z)
+        self.write_ff = FeedForward(x)
+
+    def forward(
+        self, x: Tensor, z: Tensor, tokens: Tensor, mask: Tensor, keys: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """One block.
+
+        Args:
+            x: `b g n patch_dim` patches by group.
+            z: `b (g m) latent_dim` latents, group by group.
+            tokens: `b k condition_dim` condition tokens.
+            mask: `b 1 1 k` bool, True where a condition token may be read.
+            keys: `b` int64 dropout keys, or None for no dropout.
+        """
+        b, g = x.shape[:2]
+        z = z + self.read_condition(z, tokens, mask)
+        z = z + self.read_condition_ff(z, keys)
+        groups, patches = z.view(b * g, -1, z.shape[-1]), x.flatten(0, 1)
+        z = z + self.read(groups, patches).view_as(z)
+        z = z + self.read_ff(z, keys)
+        for attention, feed_forward in zip(self.think, self.think_ff, strict=True):
+            z = z + attention(z)
+            z = z + feed_forward(z, keys)
+        x = x + self.write(patches, z.view(b * g, -1, z.shape[-1])).view_as(x)
+        return x + self.write_ff(x), z
+
+
+class Fit(nn.Module):
+    """The backbone: noisy video and condition tokens to the network's answer and its latents."""
+
+    def __init__(self, config: FitConfig) -> None:
+        super().__init__()
+        self.config, self.layout = config, config.layout
+        x, z, p = config.patch_dim, config.latent_dim, config.patch_px
+        self.embed = nn.Linear(config.in_channels * p * p, x)
+        self.time = nn.Parameter(torch.empty(config.num_frames, x))
+        self.row = nn.Parameter(torch.empty(self.layout.height_px // p, x))
+        self.column = nn.Parameter(torch.empty(self.layout.width_px // p, x))
+        self.latents = nn.Parameter(torch.empty(config.num_latents, z))
+        self.self_condition = SelfCondition(z)
+        self.blocks = nn.ModuleList(FitBlock(config) for _ in range(config.num_blocks))
+        self.norm = nn.LayerNorm(x, eps=1e-6)
+        self.head = nn.Linear(x, config.out_channels * p * p)
+        number_dropouts(self)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initial weights; the head starts at zero, so the first answer is zero."""
+        init_weights(self, depth=self.config.num_blocks * (self.config.layers_per_block + 3))
+        for table in (self.time, self.row, self.column, self.latents):
+            nn.init.trunc_normal_(table, std=0.02)
+        nn.init.zeros_(self.head.weight)
+
+    @property
+    def z_shape(self) -> tuple[int, int]:
+        """Shape of one sample's latents, `(g m) latent_dim`."""
+        return self.config.num_latents, self.config.latent_dim
+
+    def forward(
+        self,
+        x: Tensor,
+        tokens: Tensor,
+        mask: Tensor,
+        z_prev: Tensor | None = None,
+        keys: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """One evaluation.
+
+        Args:
+            x: `b t c h w` scaled noisy video, t up to `num_frames`.
+            tokens: `b k condition_dim` condition tokens.
+            mask: `b k` bool, True where the token is real.
+            z_prev: `b (g m) latent_dim` latents of an earlier evaluation; None equals zeros.
+            keys: `b` int64 dropout keys; None switches dropout off.
+
+        Returns:
+            `b t out_channels h w` answer F, and the latents after the last block.
+        """
+        num_frames, height, width = x.shape[1], x.shape[-2], x.shape[-1]
+        patches = self.embed(self._cut(x)) + self._places(num_frames)
+        z = self.latents.expand(x.shape[0], -1, -1)
+        if z_prev is not None:
+            z = z + self.self_condition(z_prev)
+        mask = mask[:, None, None, :]
+        for block in self.blocks:
+            if self.config.checkpoint and torch.is_grad_enabled():
+                patches, z = checkpoint(
+                    block, patches, z, tokens, mask, keys,
+                    use_reentrant=False, preserve_rng_state=False,
+                )  # fmt: skip
+            else:
+                patches, z = block(patches, z, tokens, mask, keys)
+        return self._join(self.head(self.norm(patches)), num_frames, height, width), z
+
+    def _places(self, num_frames: int) -> Tensor:
+        """`g (t gh gw) d` learned positions, one table an axis, so that the upsampler keeps its size."""
+        a = self.layout
+        time = self.time[:num_frames].view(1, 1, num_frames, 1, 1, -1)
+        row = self.row.view(a.rows, 1, 1, a.group_height, 1, -1)
+        column = self.column.view(1, a.columns, 1, 1, a.group_width, -1)
+        return (time + row + column).flatten(2, 4).flatten(0, 1)
+
+    def _cut(self, x: Tensor) -> Tensor:
+        """`b t c h w` to `b g (t gh gw) (c p p)`: pad to whole groups, then cut group by group."""
+        b, t, c, h, w = x.shape
+        if t > self.config.num_frames or (h, w) != (self.config.height_px, self.config.width_px):
+            raise ValueError(
+                f"video of {t} x {h} x {w}; this model takes up to {self.config.num_frames} x "
+                f"{self.config.height_px} x {self.config.width_px}"
+            )
+        a, p = self.layout, self.config.patch_px
+        if (a.height_px, a.width_px) != (h, w):
+            x = self._pad(x)
+        x = x.reshape(b, t, c, a.rows, a.group_height, p, a.columns, a.group_width, p)
+        return x.permute(0, 3, 6, 1, 4, 7, 2, 5, 8).reshape(b, a.num_groups, t * a.patches_per_frame, c * p * p)
+
+    def _pad(self, x: Tensor) -> Tensor:
+        amount = (0, self.layout.width_px - x.shape[-1], 0, self.layout.height_px - x.shape[-2])
+        mode = "replicate" if self.config.padding == "edge" else "constant"
+        return F.pad(x.flatten(0, 1), amount, mode).unflatten(0, x.shape[:2])
+
+    def _join(self, patches: Tensor, num_frames: int, height: int, width: int) -> Tensor:
+        """`b g (t gh gw) (c p p)` back to `b t c h w`, the padding cut away."""
+        a, p, c = self.layout, self.config.patch_px, self.config.out_channels
+        x = patches.view(-1, a.rows, a.columns, num_frames, a.group_height, a.group_width, c, p, p).permute(
+            0, 3, 6, 1, 4, 7, 2, 5, 8
+        )
+        return x.reshape(-1, num_frames, c, a.height_px, a.width_px)[..., :height, :width]
+
+
+class SelfCondition(nn.Module):
+    """LN_{gain=0}(MLP(z_prev)): what the latents knew, switched off at first (FIT, RIN).
+
+    No biases, so that zeros in are zeros out: a sample without an earlier answer gives none.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.up = nn.Linear(dim, 4 * dim, bias=False)
+        self.down = nn.Linear(4 * dim, dim, bias=False)
+        self.norm = nn.LayerNorm(dim, bias=False)
+        nn.init.zeros_(self.norm.weight)
+
+    def forward(self, z_prev: Tensor) -> Tensor:
+        return self.norm(self.down(F.gelu(self.up(z_prev), approximate="tanh")))

@@ -1,0 +1,131 @@
+"""The two layers that every backbone here is made of: attention and feed-forward, both pre-normed.
+
+No mask tricks, no graph breaks: `torch.compile` takes each block whole, and SDPA picks the flash or
+the memory-efficient kernel. No biases beside those of the norms. Dropout is a function of (sample
+key, layer, place), not of a global random state, so a sample meets the same dropout in any batch,
+on any rank, and when it is recomputed.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class Attention(nn.Module):
+    """Multi-head attention of `b n dim` on itself, or on a context of another width.
+
+    Returns the update; the caller adds it. Queries and context are layer-normed first.
+
+    Args:
+        dim: width of the queries and of the answer.
+        width: width inside, `num_heads * head_dim`.
+        head_dim: width of one head.
+        context_dim: width of the context; None attends to the queries' own sequence.
+    """
+
+    def __init__(self, dim: int, *, width: int, head_dim: int, context_dim: int | None = None) -> None:
+        super().__init__()
+        if width % head_dim:
+            raise ValueError(f"width {width} is not a multiple of head_dim {head_dim}")
+        self.num_heads, self.head_dim = width // head_dim, head_dim
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.norm_context = None if context_dim is None else nn.LayerNorm(context_dim, eps=1e-6)
+        self.to_q = nn.Linear(dim, width, bias=False)
+        self.to_kv = nn.Linear(context_dim or dim, 2 * width, bias=False)
+        self.to_out = nn.Linear(width, dim, bias=False)
+
+    def forward(
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        mask: Tensor | None = None,
+        modulation: Tensor | None = None,
+    ) -> Tensor:
+        """The update `b n dim`.
+
+        Args:
+            x: `b n dim` queries.
+            context: `b k context_dim`, if this layer reads one.
+            mask: `b 1 1 k` bool, True where the context may be read.
+            modulation: `b 2 dim` scale and shift of the normed queries (adaLN).
+        """
+        x = modulated(self.norm(x), modulation)
+        context = x if self.norm_context is None or context is None else self.norm_context(context)
+        q = self._heads(self.to_q(x))
+        k, v = self.to_kv(context).chunk(2, dim=-1)
+        out = F.scaled_dot_product_attention(q, self._heads(k), self._heads(v), attn_mask=mask)
+        return self.to_out(out.transpose(1, 2).flatten(2))
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
+
+
+class FeedForward(nn.Module):
+    """Pre-normed `dim -> 4 dim -> dim`; returns the update, with per-sample dropout on it."""
+
+    def __init__(self, dim: int, *, dropout: float = 0.0, ratio: int = 4) -> None:
+        super().__init__()
+        self.dropout, self.layer = dropout, 0
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.up = nn.Linear(dim, ratio * dim, bias=False)
+        self.down = nn.Linear(ratio * dim, dim, bias=False)
+
+    def forward(self, x: Tensor, keys: Tensor | None = None, modulation: Tensor | None = None) -> Tensor:
+        """`b n dim` to `b n dim`; dropout only where sample `keys` (`b` int64) are given."""
+        x = modulated(self.norm(x), modulation)
+        out = self.down(F.gelu(self.up(x), approximate="tanh"))
+        if keys is None or self.dropout == 0:
+            return out
+        return out * dropout_scale(keys, self.layer, out.shape, self.dropout).to(out.dtype)
+
+
+def modulated(x: Tensor, modulation: Tensor | None) -> Tensor:
+    """`b n d` times (1 + scale) plus shift, from `b 2 d`; unchanged without."""
+    if modulation is None:
+        return x
+    scale, shift = modulation.unsqueeze(2).unbind(1)
+    return x * (1 + scale) + shift
+
+
+def dropout_scale(keys: Tensor, layer: int, shape: torch.Size, rate: float) -> Tensor:
+    """0 with probability `rate`, else 1 / (1 - rate): a hash of (key, layer, place) in 32-bit steps.
+
+    Args:
+        keys: `b` int64, one per sample.
+        layer: number of the layer, so that layers drop different places.
+        shape: `b ...` of the activations.
+        rate: in [0, 1).
+    """
+    size = shape[1:].numel()
+    seeds = _mix((keys & 0x7FFFFFFF).to(torch.int32) ^ _mix_int(layer + 1))
+    places = torch.arange(size, dtype=torch.int32, device=keys.device) * -1640531535  # golden ratio
+    bits = _mix(seeds[:, None] ^ places) & 0xFFFFFF
+    return (bits >= int(rate * (1 << 24))).view(shape) * (1.0 / (1.0 - rate))
+
+
+def number_dropouts(model: nn.Module) -> None:
+    """Give each feed-forward its own layer number; called once by each backbone."""
+    for i, layer in enumerate(m for m in model.modules() if isinstance(m, FeedForward)):
+        layer.layer = i
+
+
+def init_weights(model: nn.Module, depth: int) -> None:
+    """Truncated normal of 0.02; branches that end in a residual shrink with the depth (GPT-2)."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            ends = name.endswith(("to_out", "down"))
+            std = 0.02 / (2 * depth) ** 0.5 if ends else 0.02
+            nn.init.trunc_normal_(module.weight, std=std, a=-3 * std, b=3 * std)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+
+def _mix(h: Tensor) -> Tensor:
+    """Murmur3's finaliser on int32 (shifts masked, because int32 shifts keep the sign)."""
+    h = (h ^ ((h >> 16) & 0xFFFF)) * -2048144789
+    h = (h ^ ((h >> 13) & 0x7FFFF)) * -1028477387
+    return h ^ ((h >> 16) & 0xFFFF)
+
+
+def _mix_int(value: int) -> int:
+    return (value * 2654435761) & 0x7FFFFFFF

@@ -1,0 +1,132 @@
+"""From noise to video: EDM's deterministic second-order sampler, guidance, and the cascade.
+
+Nothing here knows prompts or files. `sample_ode` takes any closure that denoises; `Denoiser` makes
+one of a generator, its conditions and a guidance; `upsample` runs the second stage of the cascade.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from model.condition import Condition, concat_conditions
+from model.edm import Edm
+from model.generator import Generator, SmallVideo
+from model.guidance import Branch, Guidance
+from model.step import autocast, enlarge_small, has_latents
+
+Denoise = Callable[[Tensor, Tensor, int], Tensor]
+"""`(x_sigma: b t c h w, sigma: scalar, step) -> denoised: b t c h w` on the scale of clean videos."""
+
+
+@torch.no_grad()
+def sample_ode(
+    denoise: Denoise,
+    edm: Edm,
+    noise: Tensor,
+    *,
+    num_steps: int,
+    order: int = 2,
+    on_step: Callable[[int], None] | None = None,
+) -> Tensor:
+    """EDM's deterministic sampler (Heun; 2206.00364 algorithm 1) on Snap Video's scaled signal.
+
+    Args:
+        denoise: the estimate of the clean video.
+        edm: the process; its schedule is used.
+        noise: `b t c h w` unit Gaussian.
+        num_steps: network steps; Snap Video takes 256 for the base and 40 for the upsampler. The
+            second order costs `2 num_steps - 1` evaluations.
+        order: 2, or 1 for Euler.
+        on_step: called after each step with its number.
+
+    Returns:
+        `b t c h w` videos on the scale of clean videos.
+    """
+    sigmas = edm.sampling_sigmas(num_steps).to(noise.device)
+    sigmas = sigmas.to(noise.dtype) if noise.device.type == "mps" else sigmas
+    x = noise * edm.sigma_max
+    for step in range(num_steps):
+        now, then = sigmas[step], sigmas[step + 1]
+        slope = edm.ode(x, denoise(x, now, step), now)
+        ahead = x + ((then - now) * slope).to(x.dtype)
+        if order == 2 and step < num_steps - 1:
+            slope_ahead = edm.ode(ahead, denoise(ahead, then, step), then)
+            ahead = x + ((then - now) * (slope + slope_ahead) / 2).to(x.dtype)
+        x = ahead
+        if on_step is not None:
+            on_step(step)
+    return x * edm.sigma_in
+
+
+@dataclass
+class Denoiser:
+    """A generator with its prompts and guidance, as a `Denoise`; the latents are carried along.
+
+    Attributes:
+        model: the generator.
+        edm: its process.
+        conditions: one batch of conditions per branch of the guidance.
+        guidance: how the branches are combined.
+        dtype: autocast to this; None computes in the parameters' type.
+        small: the upsampler's small video.
+    """
+
+    model: Generator
+    edm: Edm
+    conditions: Mapping[Branch, Condition]
+    guidance: Guidance = field(default_factory=lambda: Guidance("none"))
+    dtype: torch.dtype | None = None
+    small: SmallVideo | None = None
+    _z: Tensor | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        missing = [set(b) for b in self.guidance.branches if b not in self.conditions]
+        if missing:
+            raise ValueError(f"guidance {self.guidance.scheme!r} needs conditions without {missing}")
+        self._stacked = concat_conditions([self.conditions[b] for b in self.guidance.branches])
+
+    def __call__(self, x_sigma: Tensor, sigma: Tensor, step: int) -> Tensor:
+        """All branches in one evaluation; its latents are the next one's self-conditioning."""
+        count = len(self.guidance.branches)
+        sigmas = sigma.to(x_sigma.dtype).expand(len(x_sigma) * count)
+        x = x_sigma.repeat(count, 1, 1, 1, 1)
+        scaled = x * self.edm.c_in(sigmas).view(-1, 1, 1, 1, 1)
+        with autocast(x.device, self.dtype):
+            f, z = self.model(scaled, sigmas, self._stacked, self._z, small=_repeat(self.small, count))
+        self._z = z if has_latents(self.model) else None
+        denoised = self.edm.denoised(f.to(x.dtype), x, sigmas).chunk(count)
+        estimates = dict(zip(self.guidance.branches, denoised, strict=True))
+        return self.guidance.combine(estimates, step)
+
+
+def _repeat(small: SmallVideo | None, count: int) -> SmallVideo | None:
+    if small is None:
+        return None
+    return SmallVideo(small.video.repeat(count, 1, 1, 1, 1), small.level.repeat(count))
+
+
+def upsample(
+    denoiser: Denoiser,
+    small: Tensor,
+    noise: Tensor,
+    small_noise: Tensor,
+    *,
+    level: float,
+    num_steps: int = 40,
+) -> Tensor:
+    """Second stage of the cascade: the small video, noised a little, conditions the large one.
+
+    Args:
+        denoiser: an upsampler's; its `small` is set here.
+        small: `b t c h w` in [-1, 1], from the base model.
+        noise: `b t c H W` unit Gaussian the large video starts from.
+        small_noise: `b t c H W` unit Gaussian that blurs what the base model got wrong.
+        level: of the small video's noise; Snap Video searches it at inference.
+        num_steps: 40 in Snap Video.
+    """
+    levels = torch.full((len(small),), level, device=small.device, dtype=small.dtype)
+    size = tuple(noise.shape[-2:])
+    denoiser.small = enlarge_small(small, size, SmallVideo(small_noise, levels))
+    return sample_ode(denoiser, denoiser.edm, noise, num_steps=num_steps)
