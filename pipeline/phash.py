@@ -41,6 +41,17 @@ def hamming(a: int, b: int) -> int:
     return (a ^ b).bit_count()
 
 
+@lru_cache(maxsize=1)
+def mirror_mask() -> int:
+    """`phash ^ mirror_mask()` is about the hash of the picture mirrored left to right.
+
+    Mirroring changes the sign of the odd horizontal frequencies. Exact where the median coefficient is
+    0; else the few coefficients that are smaller than the median keep the wrong bit.
+    """
+    _, columns = _lowest_frequencies()
+    return int.from_bytes(np.packbits(columns % 2 == 1).tobytes(), "big")
+
+
 @lru_cache(maxsize=64)
 def _area_weights(size: int) -> np.ndarray:
     """Weights `32 size` that average `size` samples into 32 cells, each cell an exact share."""
