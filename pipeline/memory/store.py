@@ -6,13 +6,13 @@ certificate.json        model identity, tag, indexes and their measured recall
 """
 
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from infra.errors import ConfigError, DataError
 from infra.storage import Certificate, absolute, join, require_certificate
@@ -21,6 +21,7 @@ from pipeline.schema import check_table, content_id, memory_schema
 TABLE, LANCE_FOLDER = "documents", "lance"
 IDS_PER_QUERY = 512  # ids in one `IN (...)`: long lists make the SQL parser slow
 MADE_BY = "vimi-data build-index"
+EMBEDDINGS = ("image_embedding", "text_embedding", "document_embedding")
 
 
 @dataclass(frozen=True)
@@ -62,14 +63,14 @@ class Memory:
         names = list(dict.fromkeys(["doc_id", *columns]))
         unique = list(dict.fromkeys(doc_ids))
         parts = [
-            self.table.search().where(_id_filter(chunk)).select(names).limit(len(chunk)).to_arrow()
+            self.table.search().where(id_filter(chunk)).select(names).limit(len(chunk)).to_arrow()
             for chunk in _chunks(unique, IDS_PER_QUERY)
         ]
         if not parts:
             return empty_table(self.table.schema, names)
         found = pa.concat_tables(parts).combine_chunks()
-        order = pc.index_in(pa.array(doc_ids, pa.string()), value_set=found["doc_id"].combine_chunks())
-        return found.take(order.drop_null())
+        place = {doc_id: index for index, doc_id in enumerate(found["doc_id"].to_pylist())}
+        return found.take(pa.array([place[d] for d in doc_ids if d in place], pa.int64()))
 
     def images(self, doc_ids: Sequence[str]) -> dict[str, bytes]:
         """The JPEG of each of these documents."""
@@ -88,14 +89,10 @@ def open_memory(uri: str, *, version: str | None = None) -> Memory:
     tag = version or str(certificate.facts.get("memory_version"))
     table = open_table(uri)
     if table is None:
-        raise ConfigError(
-            f"{uri} holds a certificate but no table {TABLE!r}", cure=f"run `{MADE_BY}` again"
-        )
+        raise ConfigError(f"{uri} holds a certificate but no table {TABLE!r}", cure=f"run `{MADE_BY}` again")
     tags = table.tags.list()
     if tag not in tags:
-        raise ConfigError(
-            f"memory version {tag!r} is not in {uri}", legal=", ".join(sorted(tags)) or "none"
-        )
+        raise ConfigError(f"memory version {tag!r} is not in {uri}", legal=", ".join(sorted(tags)) or "none")
     table.checkout(tag)
     _check_schema(table, int(certificate.facts["dim"]), uri)
     return Memory(uri=uri, table=table, certificate=certificate)
@@ -122,6 +119,8 @@ def connect(uri: str) -> Any:
     Raises:
         ConfigError: the place can't be opened.
     """
+    # Python's subprocess forks and executes at once, which is safe; LanceDB warns of every fork.
+    warnings.filterwarnings("ignore", message="lancedb fork support", category=RuntimeWarning)
     import lancedb
 
     try:
@@ -179,13 +178,10 @@ def model_column(column: str, model_hash: str | None = None) -> str:
 def sorted_columns(table: Any, columns: Sequence[str]) -> pa.Table:
     names = list(dict.fromkeys(["doc_id", *columns]))
     found = table.search().select(names).to_arrow()
-    order = pc.sort_indices(found["doc_id"].combine_chunks())
-    return found.combine_chunks().take(order).select(list(columns))
+    return found.sort_by("doc_id").select(list(columns))
 
 
-def stream_vectors(
-    table: Any, column: str, *, batch_rows: int = 8192
-) -> Iterator[tuple[pa.Array, np.ndarray]]:
+def stream_vectors(table: Any, column: str, *, batch_rows: int = 8192) -> Iterator[tuple[pa.Array, np.ndarray]]:
     """Yield (doc_id, float16 [n d]) of rows that have a vector; memory is bounded by the batch."""
     reader = table.search().select(["doc_id", column]).to_batches(batch_size=batch_rows)
     for batch in reader:
@@ -223,7 +219,7 @@ def _check_schema(table: Any, dim: int, uri: str) -> None:
         raise ConfigError(str(error), cure=f"build it again with `{MADE_BY}`") from None
 
 
-def _id_filter(doc_ids: Sequence[str]) -> str:
+def id_filter(doc_ids: Sequence[str]) -> str:
     quoted = ", ".join("'" + doc_id.replace("'", "''") + "'" for doc_id in doc_ids)
     return f"doc_id IN ({quoted})"
 
