@@ -1,4 +1,4 @@
-"""Prompt shards for the trainer's tests: real Parquet, real JPEG and mp4, small moving squares."""
+"""Tiny generators, conditions and prompt shards that the tests of this floor share: real Parquet, JPEG, mp4."""
 
 import hashlib
 import io
@@ -11,10 +11,72 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from PIL import Image
+from torch import nn
 
 from infra.storage import Certificate, FileEntry, write_certificate
+from model.condition import ROLES, Condition, ConditionConfig
+from model.fit import FitConfig
+from model.generator import Generator
 from pipeline.schema import PROMPTS
+
+TINY_FIT = FitConfig(
+    num_frames=4, height_px=12, width_px=16, patch_px=4, group_height=3, group_width=2,
+    patch_dim=32, patch_head_dim=16, num_latents=8, latent_dim=48, latent_head_dim=16,
+    condition_dim=32, num_blocks=2, layers_per_block=1, dropout=0.0,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def tiny_fit() -> FitConfig:
+    """A FIT of 2 groups and 8 latents for videos of 4 x 12 x 16."""
+    return TINY_FIT
+
+
+@pytest.fixture
+def make_condition() -> Callable[..., Condition]:
+    """A batch of random conditions; `lengths` are the numbers of real tokens."""
+
+    def make(batch: int = 2, length: int = 5, dim: int = 24, seed: int = 0, references: int = 0):
+        g = torch.Generator().manual_seed(seed)
+        lengths = torch.randint(1, length + 1, (batch,), generator=g)
+        pictures = torch.rand(batch, references, 3, 16, 16, generator=g) * 2 - 1
+        return Condition(
+            tokens=torch.randn(batch, length, dim, generator=g),
+            mask=torch.arange(length) < lengths[:, None],
+            role=torch.randint(len(ROLES), (batch, length), generator=g),
+            segment=torch.randint(4, (batch, length), generator=g),
+            fps=torch.where(torch.rand(batch, generator=g) < 0.3, torch.inf, 6.0),
+            original_size_px=torch.randint(100, 1000, (batch, 2), generator=g),
+            references=pictures if references else None,
+            reference_mask=torch.ones(batch, references, dtype=torch.bool) if references else None,
+        )
+
+    return make
+
+
+@pytest.fixture
+def make_generator() -> Callable[..., Generator]:
+    """A generator whose zero-started weights are shaken, so that every path carries signal."""
+
+    def make(config=TINY_FIT, *, token_dim: int = 24, shaken: bool = True, **condition):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            generator = Generator(config, ConditionConfig(token_dim=token_dim, **condition))
+            if shaken:
+                shake(generator)
+        return generator
+
+    return make
+
+
+def shake(model: nn.Module) -> None:
+    """Add noise to every parameter in place."""
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.05)
+
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 60), "blue": (40, 60, 220), "white": (240, 240, 240)}
 MakeShards = Callable[..., Path]
@@ -123,13 +185,9 @@ def write_shards(
         )
         for group, first in enumerate(range(0, len(table), group_rows)):
             count = min(group_rows, len(table) - first)
-            meta.append(
-                {"file": name, "row_group": group, "num_rows": count, "first_row": start + first}
-            )
+            meta.append({"file": name, "row_group": group, "num_rows": count, "first_row": start + first})
     pq.write_table(pa.Table.from_pylist(meta), folder / "meta.parquet")
-    certificate = Certificate(
-        job=job, config_hash="0" * 16, num_in=len(rows), num_out=len(rows), files=files
-    )
+    certificate = Certificate(job=job, config_hash="0" * 16, num_in=len(rows), num_out=len(rows), files=files)
     write_certificate(str(folder), certificate)
     return folder
 
@@ -149,9 +207,7 @@ def make_shards(tmp_path: Path) -> MakeShards:
         **options: Any,
     ) -> Path:
         rows = rows or [prompt_row(n, **options) for n in range(num_rows)]
-        return write_shards(
-            tmp_path / name, rows, job=job, group_rows=group_rows, file_rows=file_rows
-        )
+        return write_shards(tmp_path / name, rows, job=job, group_rows=group_rows, file_rows=file_rows)
 
     return make
 
