@@ -177,6 +177,7 @@ def run_units(
     num_cpus: float = 1.0,
     num_gpus: float = 0.0,
     actors: bool = False,
+    watch: Callable[[dict[str, int]], None] | None = None,
 ) -> Receipts:
     """Run every unit that has no receipt yet; call inside a `ray_session`.
 
@@ -194,6 +195,7 @@ def run_units(
         num_cpus: CPUs a worker.
         num_gpus: GPUs a worker.
         actors: keep workers (and the model in them) alive over the whole run; else Ray tasks.
+        watch: called with the notes of each finished task; may raise to stop a job that goes wrong.
 
     Returns:
         All receipts, earlier runs' included.
@@ -235,6 +237,8 @@ def run_units(
                     notes[word] = notes.get(word, 0) + count
             progress.add(len(batch), notes)
             metrics.add(len(batch), notes)
+            if watch is not None:
+                watch(notes)
     progress.close()
     receipts.refresh()
     return receipts

@@ -1,0 +1,229 @@
+"""Crawl: corpora -> clips. Every row keeps its fate; a unit of work is a parent with all its clips.
+
+sources -> items (a parent and its clips) -> units -> fetch -> inspect in a child process -> receipts
+-> in unit order: exact and near duplicates -> clips/part-*.parquet -> certificate
+"""
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+from pydantic import Field
+
+from infra.cluster import RayConfig, ray_session
+from infra.config import Config
+from infra.errors import ConfigError, TooManyFailuresError
+from infra.storage import Certificate, FileEntry, absolute, join, write_certificate
+from pipeline.duplicates import find_duplicates
+from pipeline.filters import FilterConfig, load_plugins
+from pipeline.isolate import Isolated, IsolatedCrashError, IsolatedTimeoutError
+from pipeline.job import Receipt, Receipts, Unit, open_job, run_units
+from pipeline.parent import InspectConfig, Row, dead_rows
+from pipeline.schema import CLIPS, Status, content_id
+from pipeline.shards import shard_name, write_shard
+from pipeline.shots import ShotConfig
+from pipeline.sources import Item, Reader, SourceConfig, open_source, read_items
+from pipeline.sources.base import is_url
+
+NOT_IDENTITY = {"max_failed_frac", "timeout_s", "memory_bytes"}
+"""Fields that decide whether and how the job ends, not what a good row holds."""
+
+
+class CrawlConfig(Config):
+    """A crawl of one or more corpora into one table of clips."""
+
+    sources: tuple[SourceConfig, ...]
+    """The corpora, in the order of the output."""
+    out: str
+    """Output folder."""
+    shots: ShotConfig = ShotConfig()
+    filters: FilterConfig = FilterConfig()
+    max_failed_frac: float = Field(default=0.5, ge=0, le=1)
+    """Ceiling on dead rows (filtered ones don't count), as a share of all rows. Ours."""
+    timeout_s: float = Field(default=120.0, gt=0)
+    """Time that one parent may take to be hashed, decoded and judged; then it is a row `timeout`."""
+    memory_bytes: int = Field(default=4 << 30, ge=1 << 28)
+    """Heap of the process that decodes; a file that wants more is a row, not a dead worker."""
+    rows_per_part: int = Field(default=50_000, ge=1)
+    """Rows of one output file."""
+    ray: RayConfig = RayConfig()
+    num_workers: int | None = Field(default=None, ge=1)
+    """Workers at once; None = as many as the CPUs allow."""
+
+
+def check(config: CrawlConfig) -> list[Reader]:
+    """Door checks, before Ray starts: every corpus exists, is readable and not empty.
+
+    Raises:
+        ConfigError: which corpus is wrong, and how.
+    """
+    if not config.sources:
+        raise ConfigError("no sources", cure="name a folder, a table, a tar, a URL list or a page")
+    load_plugins(config.filters.plugins)
+    readers = []
+    for source in config.sources:
+        reader = open_source(source)
+        if next(read_items(source, reader), None) is None:
+            raise ConfigError(f"{source.path} lists no video or picture", cure="check its path and kind")
+        readers.append(reader)
+    return readers
+
+
+def run(config: CrawlConfig) -> Certificate:
+    """Crawl, or continue a crawl that was stopped; a finished one is recognised and left alone.
+
+    Raises:
+        ConfigError: refused at the door.
+        TooManyFailuresError: more dead rows than `max_failed_frac`; the reasons are counted.
+    """
+    config = config.model_copy(update={"out": absolute(config.out)})
+    readers = check(config)
+    named = enumerate(zip(config.sources, readers, strict=True))
+    inputs = {f"{n}:{source.kind}": reader.fingerprint() for n, (source, reader) in named}
+    started_s = time.time()
+    done = open_job(config.out, job="crawl", config=config, inputs=inputs, hash_exclude=NOT_IDENTITY)
+    if done:
+        return done
+    units = partial(make_units, config, readers)
+    with ray_session(config.ray):
+        receipts = run_units(
+            config.out,
+            units(),
+            partial(Worker, config),
+            what="crawl",
+            num_workers=config.num_workers,
+            units_per_task=16,
+            watch=FailureCeiling(config.max_failed_frac),
+        )
+    certificate = write_clips(config, receipts, units, inputs, started_s)
+    receipts.clear()
+    return certificate
+
+
+def make_units(config: CrawlConfig, readers: list[Reader]) -> Iterator[Unit]:
+    """One unit a local video; pictures and addresses travel in lots, which share a connection."""
+    position = 0
+    for source, reader in zip(config.sources, readers, strict=True):
+        for lot in _lots(read_items(source, reader)):
+            items = [item.to_json() for item in lot]
+            yield Unit(content_id(position, *(item.uri for item in lot)), {"items": items})
+            position += 1
+
+
+def _lots(items: Iterator[Item], size: int = 32) -> Iterator[list[Item]]:
+    lot: list[Item] = []
+    for item in items:
+        alone = item.media == "video" and not is_url(item.uri)
+        if lot and (alone or len(lot) == size):
+            yield lot
+            lot = []
+        lot.append(item)
+        if alone:
+            yield lot
+            lot = []
+    if lot:
+        yield lot
+
+
+class Worker:
+    """Lives in a Ray worker: fetches, then hands each parent to a child process that may die."""
+
+    def __init__(self, config: CrawlConfig) -> None:
+        inspect = InspectConfig(shots=config.shots, filters=config.filters)
+        self.settings = inspect.model_dump(mode="json")
+        self.child = Isolated(timeout_s=config.timeout_s, memory_bytes=config.memory_bytes)
+
+    def __call__(self, payload: dict[str, Any]) -> Receipt:
+        rows: list[Row] = []
+        for item in payload["items"]:
+            rows += self.inspect(item, {"local_uri": item["uri"]})
+        return {"rows": rows, "notes": dict(Counter(row["status"] for row in rows))}
+
+    def inspect(self, item: dict[str, Any], found: dict[str, Any]) -> list[Row]:
+        try:
+            return self.child.call("pipeline.parent:inspect_parent", item, found, self.settings)
+        except IsolatedTimeoutError as error:
+            return dead_rows(Item.from_json(item), found, Status.TIMEOUT, str(error))
+        except IsolatedCrashError as error:
+            return dead_rows(Item.from_json(item), found, Status.CRASHED, str(error))
+        except MemoryError:
+            return dead_rows(Item.from_json(item), found, Status.TOO_LARGE, "out of its memory")
+
+
+class FailureCeiling:
+    """Stops a job that has gone wrong, once enough rows have been seen to say so."""
+
+    def __init__(self, max_failed_frac: float, min_rows: int = 500) -> None:
+        self.max_failed_frac, self.min_rows = max_failed_frac, min_rows
+        self.statuses: Counter[str] = Counter()
+
+    def __call__(self, statuses: dict[str, int]) -> None:
+        self.statuses.update(statuses)
+        if self.statuses.total() >= self.min_rows:
+            self.check()
+
+    def check(self) -> None:
+        dead = {s: n for s, n in sorted(self.statuses.items()) if Status(s).is_dead}
+        total = self.statuses.total()
+        if sum(dead.values()) > self.max_failed_frac * total:
+            raise TooManyFailuresError(
+                f"crawl: {sum(dead.values())} of {total} rows failed ({dead}), more than max_failed_frac="
+                f"{self.max_failed_frac:g}; look at the reasons, then run again with a higher ceiling"
+            )
+
+
+def write_clips(
+    config: CrawlConfig,
+    receipts: Receipts,
+    units: Callable[[], Iterator[Unit]],
+    inputs: dict[str, str],
+    started_s: float,
+) -> Certificate:
+    """Receipts in unit order -> Parquet parts and the certificate: the same for any worker count."""
+
+    def rows() -> Iterator[Row]:
+        for _, receipt in receipts.in_order(units()):
+            yield from receipt["rows"]
+
+    duplicates = find_duplicates(rows(), config.filters.near_duplicate_bits)
+    ceiling = FailureCeiling(config.max_failed_frac)
+    files: list[FileEntry] = []
+    for number, part in enumerate(_parts(_mark(rows(), duplicates), config.rows_per_part)):
+        ceiling.statuses.update(row["status"] for row in part)
+        files.append(write_shard(join(config.out, shard_name(number)), part, CLIPS, row_group_rows=8192))
+    ceiling.check()
+    counts = {Status(status): count for status, count in sorted(ceiling.statuses.items())}
+    certificate = Certificate(
+        job="crawl",
+        config_hash=config.hash(exclude={"out", "ray", "num_workers", *NOT_IDENTITY}),
+        num_in=sum(counts.values()),
+        num_out=counts.get(Status.OK, 0),
+        filtered={s.value: n for s, n in counts.items() if s.is_filtered},
+        dead={s.value: n for s, n in counts.items() if s.is_dead},
+        files=files,
+        inputs=inputs,
+        facts={"units": len(receipts)},
+        created_at_s=time.time(),
+        wall_s=time.time() - started_s,
+    )
+    write_certificate(config.out, certificate)
+    return certificate
+
+
+def _mark(rows: Iterator[Row], duplicates: dict[int, tuple[Status, str]]) -> Iterator[Row]:
+    for number, row in enumerate(rows):
+        fate = duplicates.get(number)
+        yield {**row, "status": fate[0].value, "error": fate[1]} if fate else row
+
+
+def _parts(rows: Iterator[Row], size: int) -> Iterator[list[Row]]:
+    part: list[Row] = []
+    for row in rows:
+        part.append(row)
+        if len(part) == size:
+            yield part
+            part = []
+    if part:
+        yield part
