@@ -18,7 +18,8 @@ class Progress:
     def add(self, count: int = 1, notes: dict[str, int] | None = None) -> None:
         self.done += count
         self.notes.update(notes or {})
-        if time.monotonic() - self.printed_s >= self.every_s:
+        ending = self.done == self.total  # close() prints that line
+        if not ending and time.monotonic() - self.printed_s >= self.every_s:
             self.print()
 
     def skip(self, count: int) -> None:
