@@ -1,0 +1,152 @@
+"""What a condition is, how batches of them are joined, and how they are embedded."""
+
+import pytest
+import torch
+
+from model.condition import (
+    KINDS,
+    NUM_SCALARS,
+    ROLES,
+    ConditionConfig,
+    ConditionEmbedder,
+    concat_conditions,
+    fourier_features,
+)
+from pipeline.schema import Role
+
+SIGMA = torch.tensor([0.5, 2.0])
+
+
+@pytest.fixture
+def embedder() -> ConditionEmbedder:
+    torch.manual_seed(0)
+    return ConditionEmbedder(ConditionConfig(token_dim=24), 32)
+
+
+def test_roles_are_those_of_the_shards() -> None:
+    assert tuple(Role) == ROLES
+
+
+def test_every_role_belongs_to_one_kind() -> None:
+    assert sorted(role for roles in KINDS.values() for role in roles) == sorted(ROLES)
+
+
+def test_tokens_are_scalars_then_prompt(embedder, make_condition) -> None:
+    condition = make_condition()
+    tokens, mask = embedder(SIGMA, condition)
+    assert tokens.shape == (2, NUM_SCALARS + 5, 32)
+    assert mask[:, :NUM_SCALARS].all()
+    assert torch.equal(mask[:, NUM_SCALARS:], condition.mask)
+
+
+def test_noise_rate_and_size_each_change_their_own_token(embedder, make_condition) -> None:
+    condition = make_condition()
+    before, _ = embedder(SIGMA, condition)
+    changed = [
+        embedder(SIGMA * 2, condition)[0],
+        embedder(SIGMA, _replace(condition, fps=torch.tensor([24.0, 24.0])))[0],
+        embedder(SIGMA, _replace(condition, original_size_px=torch.tensor([[64, 64]] * 2)))[0],
+    ]
+    for place, after in enumerate(changed):
+        differs = (before != after).any(dim=-1).all(dim=0)
+        assert differs.nonzero().flatten().tolist() == [place]
+
+
+def _replace(condition, **changes):
+    return type(condition)(**{**vars(condition), **changes})
+
+
+def test_infinite_frame_rate_is_a_finite_token(embedder, make_condition) -> None:
+    pictures = _replace(make_condition(), fps=torch.tensor([torch.inf, torch.inf]))
+    assert embedder(SIGMA, pictures)[0].isfinite().all()
+
+
+def test_role_and_segment_are_embedded(embedder, make_condition) -> None:
+    condition = make_condition()
+    before, _ = embedder(SIGMA, condition)
+    for name in ("role", "segment"):
+        other = (getattr(condition, name) + 1) % 4
+        after, _ = embedder(SIGMA, _replace(condition, **{name: other}))
+        assert not torch.allclose(before[:, NUM_SCALARS:], after[:, NUM_SCALARS:])
+
+
+def test_late_segments_share_the_last_embedding(embedder, make_condition) -> None:
+    late = _replace(make_condition(), segment=torch.full((2, 5), 999))
+    assert embedder(SIGMA, late)[0].isfinite().all()
+
+
+def test_plus_appends_reference_patches_with_their_mask(make_condition) -> None:
+    torch.manual_seed(0)
+    embedder = ConditionEmbedder(ConditionConfig(token_dim=24, mode="plus"), 32)
+    condition = make_condition(references=2)
+    condition.reference_mask[0, 1] = False
+    tokens, mask = embedder(SIGMA, condition)
+    assert tokens.shape == (2, NUM_SCALARS + 5 + 2 * 4, 32)
+    assert mask[0, -8:].tolist() == [True] * 4 + [False] * 4
+    assert mask[1, -8:].all()
+
+
+def test_equal_references_differ_by_index(make_condition) -> None:
+    embedder = ConditionEmbedder(ConditionConfig(token_dim=24, mode="plus"), 32)
+    condition = make_condition(references=2)
+    condition.references[:, 1] = condition.references[:, 0]
+    tokens, _ = embedder(SIGMA, condition)
+    assert not torch.allclose(tokens[:, -8:-4], tokens[:, -4:])
+
+
+def test_faithful_leaves_reference_pixels_out(embedder, make_condition) -> None:
+    assert embedder(SIGMA, make_condition(references=2))[0].shape[1] == NUM_SCALARS + 5
+
+
+def test_odd_references_are_refused(make_condition) -> None:
+    embedder = ConditionEmbedder(ConditionConfig(token_dim=24, mode="plus"), 32)
+    odd = _replace(make_condition(references=1), references=torch.zeros(2, 1, 3, 15, 16))
+    with pytest.raises(ValueError, match="15x16"):
+        embedder(SIGMA, odd)
+    many = make_condition(references=9)
+    with pytest.raises(ValueError, match="max_references"):
+        embedder(SIGMA, many)
+
+
+def test_joined_batches_embed_as_they_did_alone(embedder, make_condition) -> None:
+    short, long = make_condition(length=3, seed=1), make_condition(length=6, seed=2)
+    joined = concat_conditions([short, long])
+    assert len(joined) == 4
+    tokens, mask = embedder(torch.cat([SIGMA, SIGMA]), joined)
+    alone, alone_mask = embedder(SIGMA, short)
+    torch.testing.assert_close(tokens[:2, : NUM_SCALARS + 3], alone)
+    assert torch.equal(mask[:2, : NUM_SCALARS + 3], alone_mask)
+    assert not mask[:2, NUM_SCALARS + 3 :].any()
+
+
+def test_mixing_with_and_without_references_is_refused(make_condition) -> None:
+    with pytest.raises(ValueError, match="references"):
+        concat_conditions([make_condition(), make_condition(references=1)])
+
+
+def test_select_takes_rows_in_order(make_condition) -> None:
+    condition = make_condition(batch=3, references=1)
+    picked = condition.select(torch.tensor([2, 0]))
+    assert torch.equal(picked.tokens, condition.tokens[[2, 0]])
+    assert torch.equal(picked.references, condition.references[[2, 0]])
+
+
+def test_unconditional_counterpart_keeps_rate_and_size(embedder, make_condition) -> None:
+    condition = make_condition()
+    nothing = condition.without_prompt()
+    tokens, mask = embedder(SIGMA, nothing)
+    assert mask.sum(dim=1).tolist() == [NUM_SCALARS] * 2
+    assert torch.equal(tokens[:, :NUM_SCALARS], embedder(SIGMA, condition)[0][:, :NUM_SCALARS])
+
+
+def test_half_precision_touches_tokens_only(make_condition) -> None:
+    moved = make_condition(references=1).to("cpu", torch.bfloat16)
+    assert moved.tokens.dtype == moved.references.dtype == torch.bfloat16
+    assert moved.fps.dtype == torch.float32
+    assert moved.mask.dtype == torch.bool
+
+
+def test_features_tell_near_values_apart() -> None:
+    x = torch.linspace(-2, 2, 400)
+    features = fourier_features(x)
+    assert (torch.cdist(features, features) + torch.eye(400) * 9).min() > 0.05

@@ -1,0 +1,62 @@
+"""The baseline takes and returns what FIT does."""
+
+import pytest
+import torch
+
+from model.dit import Dit, DitConfig
+
+CONFIG = DitConfig(num_frames=4, height_px=10, width_px=16, dim=32, head_dim=16, condition_dim=24, num_blocks=2)
+
+
+def _inputs(batch: int = 2):
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(batch, 4, 3, 10, 16, generator=g)
+    return x, torch.randn(batch, 6, 24, generator=g), torch.ones(batch, 6, dtype=torch.bool)
+
+
+@pytest.fixture
+def dit(make_generator) -> Dit:
+    return make_generator(CONFIG).backbone
+
+
+def test_answer_has_the_shape_of_the_video_and_carries_no_latents(dit) -> None:
+    x, tokens, mask = _inputs()
+    f, z = dit(x, tokens, mask)
+    assert f.shape == x.shape
+    assert z.shape == (2, *dit.z_shape) == (2, 0, 32)
+
+
+def test_cutting_and_joining_is_the_identity(dit) -> None:
+    x, _, _ = _inputs()
+    assert torch.equal(dit._join(dit._cut(x), 4, 10, 16), x)
+
+
+def test_a_fresh_model_answers_zero() -> None:
+    f, _ = Dit(CONFIG)(*_inputs())
+    assert not f.any()
+
+
+def test_every_parameter_is_trained(dit) -> None:
+    dit(*_inputs())[0].square().mean().backward()
+    assert [n for n, p in dit.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
+def test_hidden_condition_tokens_change_nothing(dit) -> None:
+    x, tokens, mask = _inputs()
+    mask[:, 4:] = False
+    other = torch.where(mask[..., None], tokens, 100.0)
+    torch.testing.assert_close(dit(x, tokens, mask)[0], dit(x, other, mask)[0])
+
+
+def test_blocks_compile_without_a_graph_break(dit) -> None:
+    _, tokens, mask = _inputs()
+    patches, modulation = torch.randn(2, 48, 32), torch.randn(2, 6, 32)
+    block = torch.compile(dit.blocks[0], fullgraph=True, backend="eager")
+    args = (patches, modulation, tokens, mask[:, None, None], None)
+    torch.testing.assert_close(block(*args), dit.blocks[0](*args))
+
+
+def test_wrong_sizes_are_refused(dit) -> None:
+    x, tokens, mask = _inputs()
+    with pytest.raises(ValueError, match="4 x 10 x 16"):
+        dit(x[..., :8], tokens, mask)

@@ -1,0 +1,204 @@
+"""FIT's laws: table 8's numbers, groups as reshapes, self-conditioning, dropout, recomputation."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from model.condition import ConditionConfig
+from model.fit import Fit, FitBlock, FitConfig, layout
+from model.generator import Generator, preset
+from model.layers import dropout_scale
+
+
+def _inputs(config: FitConfig, batch: int = 2, seed: int = 0):
+    g = torch.Generator().manual_seed(seed)
+    size = (config.num_frames, config.in_channels, config.height_px, config.width_px)
+    x = torch.randn(batch, *size, generator=g)
+    tokens = torch.randn(batch, 6, config.condition_dim, generator=g)
+    mask = torch.arange(6) < torch.tensor([[6], [4], [5], [3]])[:batch]
+    return x, tokens, mask
+
+
+@pytest.fixture
+def fit(make_generator, tiny_fit) -> Fit:
+    return make_generator(tiny_fit).backbone
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"), [("fit-500m", 0.491), ("fit-3.9b", 3.905), ("fit-3.9b-upsampler", 3.905)]
+)
+def test_presets_have_the_published_number_of_parameters(name: str, billions: float) -> None:
+    with torch.device("meta"):
+        generator = Generator(preset(name), ConditionConfig(token_dim=1024))
+    count = sum(p.numel() for p in generator.parameters())
+    assert round(count / 1e9, 3) == billions
+
+
+@pytest.mark.parametrize(
+    ("name", "groups", "per_frame", "latents", "size"),
+    [
+        ("fit-500m", 8, 20, 64, (40, 64)),
+        ("fit-3.9b", 8, 20, 96, (40, 64)),
+        ("fit-3.9b-upsampler", 32, 288, 24, (288, 512)),
+    ],
+)
+def test_layout_is_table_8(name, groups, per_frame, latents, size) -> None:
+    config = preset(name)
+    assert isinstance(config, FitConfig)
+    a = layout(config)
+    assert (a.num_groups, a.patches_per_frame, a.latents_per_group) == (groups, per_frame, latents)
+    assert (a.height_px, a.width_px) == size
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(1, 4), st.integers(5, 40), st.integers(5, 40), st.sampled_from([1, 2, 4]))
+def test_cutting_and_joining_is_the_identity(frames: int, height: int, width: int, patch: int):
+    rows, columns = (max(1, round(-(-side // patch) / 4)) for side in (height, width))
+    config = FitConfig(
+        num_frames=4, height_px=height, width_px=width, patch_px=patch, group_height=4,
+        group_width=4, patch_dim=8, patch_head_dim=4, num_latents=rows * columns, latent_dim=8,
+        latent_head_dim=4, condition_dim=8, num_blocks=1,
+    )  # fmt: skip
+    a = config.layout
+    fit = Fit(config)
+    x = torch.randn(2, frames, 3, height, width)
+    cut = fit._cut(x)
+    assert cut.shape == (2, a.num_groups, frames * a.patches_per_frame, 3 * patch**2)
+    assert torch.equal(fit._join(cut, frames, height, width), x)
+
+
+def test_groups_meet_only_in_the_global_layers(tiny_fit) -> None:
+    torch.manual_seed(0)
+    block = FitBlock(replace(tiny_fit, layers_per_block=0))
+    x, z = torch.randn(1, 2, 24, 32), torch.randn(1, 8, 48)
+    _, tokens, mask = _inputs(tiny_fit, batch=1)
+    before, _ = block(x, z, tokens, mask[:, None, None], None)
+    x[:, 1] += 1
+    after, _ = block(x, z, tokens, mask[:, None, None], None)
+    assert torch.equal(before[:, 0], after[:, 0])
+    assert not torch.equal(before[:, 1], after[:, 1])
+
+
+def test_every_frame_and_group_hears_of_every_other(fit, tiny_fit) -> None:
+    x, tokens, mask = _inputs(tiny_fit, batch=1)
+    x.requires_grad_()
+    fit(x, tokens, mask)[0][0, 0, :, :4, :4].sum().backward()
+    assert x.grad is not None
+    assert (x.grad.abs().amax(dim=2) > 0).all()
+
+
+def test_hidden_condition_tokens_change_nothing(fit, tiny_fit) -> None:
+    x, tokens, mask = _inputs(tiny_fit)
+    other = torch.where(mask[..., None], tokens, 100.0)
+    torch.testing.assert_close(fit(x, tokens, mask)[0], fit(x, other, mask)[0])
+
+
+def test_no_earlier_latents_equal_zero_latents(fit, tiny_fit) -> None:
+    x, tokens, mask = _inputs(tiny_fit)
+    without = fit(x, tokens, mask, None)[0]
+    zeros = fit(x, tokens, mask, torch.zeros(2, *fit.z_shape))[0]
+    assert torch.equal(without, zeros)
+
+
+def test_self_conditioning_starts_switched_off(tiny_fit) -> None:
+    fit = Fit(tiny_fit)
+    torch.nn.init.normal_(fit.head.weight)
+    x, tokens, mask = _inputs(tiny_fit)
+    noisy = fit(x, tokens, mask, torch.randn(2, *fit.z_shape))[0]
+    assert torch.equal(noisy, fit(x, tokens, mask)[0])
+
+
+def test_samples_of_a_batch_are_strangers(fit, tiny_fit) -> None:
+    x, tokens, mask = _inputs(tiny_fit, batch=4)
+    z, keys = torch.randn(4, *fit.z_shape), torch.tensor([3, 1, 4, 1])
+    together = fit(x, tokens, mask, z, keys)[0]
+    for i in range(4):
+        one = slice(i, i + 1)
+        alone = fit(x[one], tokens[one], mask[one], z[one], keys[one])[0]
+        torch.testing.assert_close(alone, together[one], rtol=1e-4, atol=1e-5)
+
+
+def test_every_parameter_is_trained(fit, tiny_fit) -> None:
+    """Above all those of the last block, which reach the output through its write alone."""
+    x, tokens, mask = _inputs(tiny_fit)
+    fit(x, tokens, mask, torch.randn(2, *fit.z_shape))[0].square().mean().backward()
+    idle = [n for n, p in fit.named_parameters() if p.grad is None or not p.grad.abs().any()]
+    assert idle == []
+
+
+def test_recomputing_gives_the_same_gradients(make_generator, tiny_fit) -> None:
+    x, tokens, mask = _inputs(tiny_fit)
+    keys = torch.tensor([1, 2])
+    grads = []
+    for recompute in (False, True):
+        config = replace(tiny_fit, checkpoint=recompute, dropout=0.3)
+        fit = make_generator(config).backbone
+        fit(x, tokens, mask, None, keys)[0].square().mean().backward()
+        grads.append([p.grad for p in fit.parameters() if p.grad is not None])
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+def test_blocks_compile_without_a_graph_break(fit, tiny_fit) -> None:
+    """Both with and without dropout; the eager backend traces, and does not wait for a compiler."""
+    a = tiny_fit.layout
+    x = torch.randn(2, a.num_groups, 4 * a.patches_per_frame, 32)
+    z, (_, tokens, mask) = torch.randn(2, 8, 48), _inputs(tiny_fit)
+    block = torch.compile(fit.blocks[0], fullgraph=True, backend="eager")
+    for keys in (None, torch.tensor([1, 2])):
+        expected = fit.blocks[0](x, z, tokens, mask[:, None, None], keys)
+        torch.testing.assert_close(block(x, z, tokens, mask[:, None, None], keys), expected)
+
+
+def test_dropout_is_a_function_of_the_sample_and_the_layer() -> None:
+    keys = torch.tensor([5, 6, 5])
+    scale = dropout_scale(keys, 0, torch.Size((3, 40, 50)), 0.1)
+    assert torch.equal(scale[0], scale[2])
+    assert not torch.equal(scale[0], scale[1])
+    assert not torch.equal(scale[0], dropout_scale(keys, 1, torch.Size((3, 40, 50)), 0.1)[0])
+    assert scale.unique().tolist() == pytest.approx([0, 1 / 0.9])
+
+
+def test_dropout_drops_at_its_rate_without_a_pattern() -> None:
+    scale = dropout_scale(torch.arange(64), 7, torch.Size((64, 64, 64)), 0.1)
+    dropped = (scale == 0).double()
+    assert dropped.mean().item() == pytest.approx(0.1, abs=0.003)
+    for dim in (1, 2):
+        assert dropped.mean(dim=(0, dim)).std().item() < 0.01
+    flat = dropped.flatten(1) - 0.1
+    assert abs((flat[:, :-1] * flat[:, 1:]).mean().item()) < 0.001
+    assert abs((flat[:-1] * flat[1:]).mean().item()) < 0.001
+
+
+def test_shorter_clips_and_pictures_fit(fit, tiny_fit) -> None:
+    x, tokens, mask = _inputs(tiny_fit)
+    assert fit(x[:, :1], tokens, mask)[0].shape == (2, 1, 3, 12, 16)
+
+
+@pytest.mark.parametrize("padding", ["zeros", "edge"])
+def test_odd_sizes_are_padded_and_cropped_again(tiny_fit, padding) -> None:
+    config = replace(tiny_fit, height_px=9, width_px=15, padding=padding)
+    fit = Fit(config)
+    x, tokens, mask = _inputs(config)
+    assert fit(x, tokens, mask)[0].shape == x.shape
+    corner = fit._pad(x)[..., 9:, 15:]
+    assert (corner == (0 if padding == "zeros" else x[..., -1:, -1:])).all()
+
+
+def test_wrong_sizes_are_refused_with_the_right_ones(fit, tiny_fit) -> None:
+    x, tokens, mask = _inputs(tiny_fit)
+    with pytest.raises(ValueError, match="4 x 12 x 16"):
+        fit(x[..., :8, :], tokens, mask)
+    with pytest.raises(ValueError, match="multiple of 2"):
+        Fit(replace(tiny_fit, num_latents=9))
+
+
+def test_bf16_answer_is_close_to_float32(fit, tiny_fit) -> None:
+    x, tokens, mask = _inputs(tiny_fit)
+    exact = fit(x, tokens, mask)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        rough = fit(x, tokens, mask)[0]
+    assert rough.dtype == torch.bfloat16
+    assert ((rough - exact).norm() / exact.norm()).item() < 0.03

@@ -1,0 +1,270 @@
+"""LAMB, schedules and averages: against their definitions, and sharded as whole."""
+
+# pyright: reportPrivateImportUsage=false, reportIndexIssue=false
+# pyright: reportAttributeAccessIssue=false
+
+import math
+import os
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import multiprocessing as mp
+from torch import nn
+
+from model.ema import Ema, HalfLife, PowerFunction, Snapshot, gamma_of, mixing_weights, reconstruct
+from model.optim import Lamb, adamw, cosine_factor, cosine_schedule, lamb, parameter_groups
+
+
+def _model(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 4))
+
+
+def _train(model: nn.Module, optimizer, steps: int, seed: int = 0) -> list[float]:
+    g = torch.Generator().manual_seed(seed)
+    x, y, out = torch.randn(32, 6, generator=g), torch.randn(32, 4, generator=g), []
+    for _ in range(steps):
+        loss = (model(x) - y).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        out.append(loss.item())
+    return out
+
+
+def test_lamb_follows_algorithm_2_by_hand() -> None:
+    p = nn.Parameter(torch.tensor([[3.0, 4.0]]))
+    optimizer = Lamb([p], lr=0.1, betas=(0.9, 0.99), eps=1e-6, weight_decay=0.01)
+    m = v = torch.zeros(1, 2)
+    expected = p.detach().clone()
+    for t in (1, 2):
+        g = torch.tensor([[0.5, -1.0 * t]])
+        p.grad = g.clone()
+        optimizer.step()
+        m, v = 0.9 * m + 0.1 * g, 0.99 * v + 0.01 * g * g
+        r = (m / (1 - 0.9**t)) / ((v / (1 - 0.99**t)).sqrt() + 1e-6) + 0.01 * expected
+        expected = expected - 0.1 * expected.norm() / r.norm() * r
+        torch.testing.assert_close(p.detach(), expected)
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.floats(1e-3, 1e3))
+def test_lamb_moves_a_tensor_by_lr_of_its_norm_at_any_gradient_scale(scale: float) -> None:
+    p = nn.Parameter(torch.randn(5, 7, generator=torch.Generator().manual_seed(0)))
+    before = p.detach().clone()
+    p.grad = torch.randn(5, 7, generator=torch.Generator().manual_seed(1)) * scale
+    Lamb([p], lr=0.02).step()
+    moved = (p.detach() - before).norm() / before.norm()
+    assert moved.item() == pytest.approx(0.02, rel=1e-3)
+
+
+def test_lamb_starts_a_zero_tensor() -> None:
+    p = nn.Parameter(torch.zeros(3, 3))
+    p.grad = torch.ones(3, 3)
+    Lamb([p], lr=0.1).step()
+    assert p.isfinite().all()
+    assert (p < 0).all()
+
+
+@pytest.mark.parametrize("build", [lamb, adamw])
+def test_optimizers_learn(build) -> None:
+    model = _model()
+    losses = _train(model, build(model, lr=0.02), 60)
+    assert losses[-1] < 0.6 * losses[0]
+
+
+@pytest.mark.parametrize("build", [lamb, adamw])
+def test_resumed_optimizer_equals_unbroken_one(build) -> None:
+    unbroken = _model()
+    optimizer = build(unbroken, lr=0.02)
+    _train(unbroken, optimizer, 6)
+    first = _model()
+    before = build(first, lr=0.02)
+    _train(first, before, 3)
+    second = _model(seed=1)
+    second.load_state_dict(first.state_dict())
+    after = build(second, lr=0.5)
+    after.load_state_dict(before.state_dict())
+    _train(second, after, 3)
+    for a, b in zip(unbroken.parameters(), second.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_norms_biases_and_tables_are_not_decayed(make_generator) -> None:
+    model = make_generator(shaken=False)
+    decayed, plain = parameter_groups(model, 0.01)
+    names = {id(p): n for n, p in model.named_parameters()}
+    assert all(names[id(p)].endswith("weight") for p in decayed["params"])
+    spared = {names[id(p)] for p in plain["params"]}
+    assert {"backbone.latents", "backbone.time", "embedder.role.weight"} <= spared
+    assert len(decayed["params"]) + len(plain["params"]) == len(names)
+
+
+def test_cosine_warms_up_then_falls_to_its_floor() -> None:
+    factors = [cosine_factor(s, 10, 110, 0.1) for s in range(120)]
+    assert factors[0] == 0.1
+    assert factors[9] == factors[10] == 1
+    assert factors[60] == pytest.approx(0.55)
+    assert factors[110] == factors[119] == pytest.approx(0.1)
+    assert all(a >= b for a, b in pairwise(factors[10:]))
+
+
+def test_schedule_scales_the_learning_rate() -> None:
+    model = _model()
+    optimizer = adamw(model, lr=0.5)
+    schedule = cosine_schedule(optimizer, warmup_steps=2, total_steps=4)
+    seen = []
+    for _ in range(4):
+        seen.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    assert seen == pytest.approx([0.25, 0.5, 0.5, 0.25])
+
+
+def test_half_life_halves() -> None:
+    model = _model()
+    ema = Ema(model, HalfLife(half_life=100))
+    start = {k: v.clone() for k, v in ema.weights.items()}
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
+    for samples in (30, 60, 100):
+        ema.update(model, samples)
+    for name, weight in ema.weights.items():
+        torch.testing.assert_close(weight, start[name] / 2)
+
+
+def test_average_does_not_depend_on_the_batch_size() -> None:
+    """Constant weights between updates: one step of 64 samples equals 64 steps of one."""
+    for profile in (HalfLife(50), PowerFunction(0.1)):
+        kept = math.prod(profile.keep(100 + i, 101 + i) for i in range(64))
+        assert kept == pytest.approx(profile.keep(100, 164))
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.floats(0.01, 0.28))
+def test_power_profile_has_the_asked_width(sigma_rel: float) -> None:
+    gamma = gamma_of(sigma_rel)
+    tau = (torch.arange(200_000, dtype=torch.float64) + 0.5) / 200_000
+    density = tau**gamma
+    density /= density.sum()
+    mean = (density * tau).sum()
+    assert ((density * (tau - mean) ** 2).sum().sqrt()).item() == pytest.approx(sigma_rel, rel=1e-3)
+
+
+def test_gamma_is_the_published_one() -> None:
+    """EDM2: sigma_rel 0.05 and 0.10 are gamma 16.97 and 6.94."""
+    assert gamma_of(0.05) == pytest.approx(16.97, abs=0.01)
+    assert gamma_of(0.10) == pytest.approx(6.94, abs=0.01)
+    with pytest.raises(ValueError, match="legal"):
+        gamma_of(0.5)
+
+
+def test_power_average_forgets_its_start_and_weighs_the_past_by_its_profile() -> None:
+    model, ema = nn.Linear(1, 1, bias=False), None
+    ema = Ema(model, PowerFunction(0.1))
+    n = 2000
+    for i in range(1, n + 1):
+        with torch.no_grad():
+            model.weight.fill_(i / n)
+        ema.update(model, i)
+    gamma = gamma_of(0.1)
+    assert ema.weights["weight"].item() == pytest.approx((gamma + 1) / (gamma + 2), rel=2e-3)
+
+
+def test_reconstructed_average_equals_the_directly_tracked_one() -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(16, 16, bias=False)
+    stored, direct = [Ema(model, PowerFunction(s)) for s in (0.05, 0.10)], Ema(model, PowerFunction(0.15))
+    snapshots, batch = [], 4
+    target = torch.randn(16, 16)
+    for step in range(1, 1025):
+        with torch.no_grad():
+            model.weight.lerp_(target, 0.003).add_(torch.randn(16, 16) * 0.002)
+        for ema in (*stored, direct):
+            ema.update(model, step * batch)
+        if step % 64 == 0:
+            for ema in stored:
+                kept = {k: v.clone() for k, v in ema.weights.items()}
+                snapshots.append((Snapshot(step * batch, ema.profile.sigma_rel), kept))
+    got = reconstruct(snapshots, 4096, 0.15)["weight"]
+    want = direct.weights["weight"]
+    assert ((got - want).norm() / want.norm()).item() < 1e-3
+
+
+def test_stored_profile_reconstructs_itself() -> None:
+    snapshots = [Snapshot(t, s) for t in (256, 512, 1024) for s in (0.05, 0.1)]
+    weights = mixing_weights(snapshots, 1024, 0.1)
+    expected = torch.tensor([0, 0, 0, 0, 0, 1.0], dtype=torch.float64)
+    torch.testing.assert_close(weights, expected, atol=1e-6, rtol=0)
+
+
+def test_average_survives_a_round_trip_and_swaps_in_and_out() -> None:
+    model = _model()
+    ema = Ema(model, HalfLife(10))
+    _train(model, adamw(model, lr=0.1), 3)
+    ema.update(model, 5)
+    other = Ema(_model(seed=2), HalfLife(10))
+    other.load_state_dict(ema.state_dict())
+    assert other.samples == 5
+    live = [p.detach().clone() for p in model.parameters()]
+    other.swap(model)
+    assert torch.equal(model[0].weight, ema.weights["0.weight"])
+    other.swap(model)
+    assert all(torch.equal(a, b) for a, b in zip(live, model.parameters(), strict=True))
+
+
+def _sharded(rank: int, world: int, port: int, out: str) -> None:
+    """One rank of an FSDP2 run: LAMB and both averages over sharded parameters."""
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=world)
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor
+
+    mesh = torch.distributed.init_device_mesh("cpu", (world,))
+    model = _model()
+    fully_shard(model, mesh=mesh)
+    optimizer = lamb(model, lr=0.02)
+    averages = [Ema(model, HalfLife(20)), Ema(model, PowerFunction(0.1))]
+    for step in range(4):
+        _train(model, optimizer, 1, seed=step)
+        for ema in averages:
+            ema.update(model, (step + 1) * 32)
+    found = dict(model.named_parameters())
+    for i, ema in enumerate(averages):
+        found |= {f"{i}.{n}": w for n, w in ema.weights.items()}
+    whole = {n: v.full_tensor().detach() for n, v in found.items() if isinstance(v, DTensor)}
+    assert len(whole) == len(found), "an average lost its sharding"
+    if rank == 0:
+        torch.save(whole, out)
+    torch.distributed.destroy_process_group()
+
+
+def test_sharded_training_equals_whole_training(tmp_path: Path, free_port: int) -> None:
+    out = tmp_path / "sharded.pt"
+    mp.spawn(_sharded, args=(2, free_port, str(out)), nprocs=2)
+    model = _model()
+    optimizer = lamb(model, lr=0.02)
+    averages = [Ema(model, HalfLife(20)), Ema(model, PowerFunction(0.1))]
+    for step in range(4):
+        _train(model, optimizer, 1, seed=step)
+        for ema in averages:
+            ema.update(model, (step + 1) * 32)
+    whole = {n: p.detach() for n, p in model.named_parameters()}
+    for i, ema in enumerate(averages):
+        whole |= {f"{i}.{n}": w for n, w in ema.weights.items()}
+    for name, value in torch.load(out).items():
+        torch.testing.assert_close(value, whole[name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.fixture
+def free_port() -> int:
+    import socket
+
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
