@@ -12,8 +12,10 @@ OFFLINE_CURE = (
 )
 
 
-def hub_file(repository: str, names: list[str], *, wanted: str) -> str:
+def hub_file(repository: str, names: list[str], *, wanted: str, cure: str = OFFLINE_CURE) -> str:
     """Path of the first of `names` that the repository has; the cache is asked first.
+
+    `wanted` and `cure` are for the message.
 
     Raises:
         ConfigError: the hub can't be reached, or has no such repository or file.
@@ -30,18 +32,18 @@ def hub_file(repository: str, names: list[str], *, wanted: str) -> str:
         if isinstance(cached, str):
             return cached
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-    require_reachable(endpoint, wanted=wanted)
+    require_reachable(endpoint, wanted=wanted, cure=cure)
     for name in names:
         try:
             return hf_hub_download(repository, name)
         except LocalEntryNotFoundError as error:  # the network broke off, whatever its name says
-            raise ConfigError(f"can't fetch {wanted}: {_reason(error)}", cure=OFFLINE_CURE) from None
+            raise ConfigError(f"can't fetch {wanted}: {_reason(error)}", cure=cure) from None
         except EntryNotFoundError:
             continue
         except RepositoryNotFoundError:
             raise ConfigError(f"the hub has no repository {repository!r} (for {wanted})") from None
         except OSError as error:
-            raise ConfigError(f"can't fetch {wanted}: {_reason(error)}", cure=OFFLINE_CURE) from None
+            raise ConfigError(f"can't fetch {wanted}: {_reason(error)}", cure=cure) from None
     raise ConfigError(f"{repository} on the hub has none of {', '.join(names)} (for {wanted})")
 
 
@@ -61,7 +63,7 @@ def url_file(url: str, *, wanted: str) -> str:
         raise ConfigError(f"can't fetch {wanted}: {error}", cure=OFFLINE_CURE) from None
 
 
-def require_reachable(url: str, *, wanted: str) -> None:
+def require_reachable(url: str, *, wanted: str, cure: str = OFFLINE_CURE) -> None:
     """One request with a short time-out; proxies from the environment are honoured.
 
     Raises:
@@ -72,13 +74,13 @@ def require_reachable(url: str, *, wanted: str) -> None:
     if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
         raise ConfigError(
             f"{wanted} is not in the local cache and HF_HUB_OFFLINE forbids fetching it",
-            cure=OFFLINE_CURE,
+            cure=cure,
         )
     try:
         httpx.head(url, timeout=REACH_TIMEOUT_S, follow_redirects=False)
     except httpx.HTTPError as error:
         raise ConfigError(
-            f"can't fetch {wanted}: {httpx.URL(url).host} can't be reached ({error})", cure=OFFLINE_CURE
+            f"can't fetch {wanted}: {httpx.URL(url).host} can't be reached ({error})", cure=cure
         ) from None
 
 

@@ -14,8 +14,7 @@ from infra.clip import Clip
 from model.condition import Prompt
 from model.prompt.config import PromptEncoderConfig
 from model.prompt.encoder import EncodedPrompt, PromptEncoder, join
-from model.prompt.pictures import decode_picture
-from model.prompt.readable import readable
+from model.prompt.readable import Pictures, readable
 from model.prompt.select import drop_empty, fit
 
 
@@ -44,9 +43,10 @@ class ClipPromptEncoder(PromptEncoder):
         }
 
     def encode_each(self, prompts: Sequence[Prompt]) -> list[EncodedPrompt]:
-        prompts = [self._fitted(prompt) for prompt in prompts]
+        decoded: Pictures = {}
+        prompts = [self._fitted(prompt, decoded) for prompt in prompts]
         texts = self._encode_texts(prompts)
-        pictures = self._encode_pictures(prompts)
+        pictures = self._encode_pictures(prompts, decoded)
         return [
             join(
                 [
@@ -59,8 +59,8 @@ class ClipPromptEncoder(PromptEncoder):
             for prompt in prompts
         ]
 
-    def _fitted(self, prompt: Prompt) -> Prompt:
-        prompt = readable(prompt, self.config)
+    def _fitted(self, prompt: Prompt, decoded: Pictures) -> Prompt:
+        prompt = readable(prompt, self.config, decoded)
         return fit(prompt, self.config.max_tokens, self._count)
 
     def _encode_texts(self, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
@@ -72,14 +72,14 @@ class ClipPromptEncoder(PromptEncoder):
         states, mask = self.clip.text_tokens(ordered)
         return {text: states[row][mask[row]] for row, text in enumerate(ordered)}
 
-    def _encode_pictures(self, prompts: Sequence[Prompt]) -> dict[bytes, Tensor]:
+    def _encode_pictures(self, prompts: Sequence[Prompt], decoded: Pictures) -> dict[bytes, Tensor]:
         """Tokens `p e` of each different picture."""
         found = {s.image or b"" for p in prompts for _, s in drop_empty(p) if s.type == "image"}
         if not found:
             return {}
         ordered = sorted(found)
-        images = [decode_picture(data, max_px=self.config.max_picture_px) for data in ordered]
-        states = pool_patches(self.clip.image_tokens(images), self.config.patch_grid)
+        states = self.clip.image_tokens([decoded[data] for data in ordered])
+        states = pool_patches(states, self.config.patch_grid)
         return dict(zip(ordered, states, strict=True))
 
     def _count(self, prompt: Prompt) -> int:
