@@ -6,6 +6,7 @@ Targets come as raw frames (`frames`), as mp4 bytes (`video`) or as a range of a
 (`reference`). Frames stay uint8 until they are on the device: a quarter of the bytes to move.
 """
 
+import hashlib
 import io
 from dataclasses import dataclass
 from fractions import Fraction
@@ -22,8 +23,10 @@ from infra.storage import absolute, is_remote
 from model.condition import ROLES, Prompt, Segment
 from pipeline.schema import PROMPTS, TargetKind, check_table
 
-KEY_COLUMNS = ["media", "task", "height_px", "width_px"]
+KEY_COLUMNS = ["media", "task", "height_px", "width_px", "source_sha256", "source_uri", "split"]
 """The cheap columns that decide which stream a row belongs to."""
+VALIDATION = "validation"
+"""The stream of rows that are kept from training, in place of their task."""
 
 
 @dataclass(frozen=True)
@@ -103,21 +106,32 @@ def check_schema(found: pa.Schema, where: str) -> None:
         ) from None
 
 
-def streams_of(keys: pa.Table, buckets: tuple[Bucket, ...]) -> list[tuple[int, str] | None]:
+def streams_of(
+    keys: pa.Table, buckets: tuple[Bucket, ...], held_out_frac: float = 0.0
+) -> list[tuple[int, str] | None]:
     """(bucket, task) of each row, from KEY_COLUMNS: the bucket of its medium with the nearest shape.
 
-    None for a row whose medium no bucket takes.
+    None for a row whose medium no bucket takes; (bucket, VALIDATION) for one that is held out.
     """
     nearest: dict[tuple[Any, ...], int | None] = {}
     streams: list[tuple[int, str] | None] = []
     for row in zip(*(keys[name].to_pylist() for name in KEY_COLUMNS), strict=True):
-        media, task, height, width = row
+        media, task, height, width, sha256, uri, split = row
         shape = (media, height, width)
         if shape not in nearest:
             nearest[shape] = _nearest(media, height, width, buckets)
         bucket = nearest[shape]
-        streams.append(None if bucket is None else (bucket, task))
+        kept_back = is_held_out(sha256 or uri or "", split, held_out_frac)
+        streams.append(None if bucket is None else (bucket, VALIDATION if kept_back else task))
     return streams
+
+
+def is_held_out(parent: str, split: str | None, frac: float) -> bool:
+    """Whether clips of this parent video are kept from training: the same answer in both stages."""
+    if split in ("val", "validation", "test"):
+        return True
+    digest = hashlib.sha256(parent.encode("utf-8", "surrogatepass")).digest()
+    return int.from_bytes(digest[:8], "big") < frac * 2**64
 
 
 def _nearest(media: str, height: int | None, width: int | None, buckets: tuple[Bucket, ...]) -> int | None:

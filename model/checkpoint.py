@@ -142,7 +142,7 @@ class CheckpointWriter:
         pending, self.pending = self.pending, None
         try:
             return pending.result() if pending else None
-        except Exception as error:  # noqa: BLE001 - storage fails in many ways; all mean the same here
+        except Exception as error:
             raise TrainingError(f"checkpoint could not be written: {error}") from error
 
     def close(self) -> None:

@@ -12,7 +12,9 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pydantic import Field
 
+from infra.config import Config
 from infra.errors import DataError
 from model.batch import Batch, Bucket, Sample, collate, read_prompt, read_sample, streams_of
 from model.condition import Prompt
@@ -20,11 +22,30 @@ from model.plan import Plan, Source
 from model.shards import Shards, Stream, open_parquet
 
 
+class LoaderConfig(Config):
+    """How fast shards are read; none of it changes what is read."""
+
+    num_threads: int = Field(default=2, ge=1)
+    """Threads a rank that read and decode; PyAV and pyarrow release the GIL."""
+    prefetch_batches: int = Field(default=4, ge=1)
+    """Micro-batches read ahead of the step."""
+    cache_bytes: int = Field(default=1 << 30, ge=1 << 20)
+    """Row groups kept in memory a rank, bytes."""
+
+
 class RowGroups:
     """Row groups in memory: read once for all threads, the least recently used one leaves first."""
 
-    def __init__(self, shards: Shards, buckets: tuple[Bucket, ...], *, cache_bytes: int) -> None:
+    def __init__(
+        self,
+        shards: Shards,
+        buckets: tuple[Bucket, ...],
+        *,
+        held_out_frac: float = 0.0,
+        cache_bytes: int = 1 << 30,
+    ) -> None:
         self.shards, self.buckets, self.cache_bytes = shards, buckets, cache_bytes
+        self.held_out_frac = held_out_frac
         self.lock = threading.Lock()
         self.tables: OrderedDict[int, Future[tuple[pa.Table, dict[Stream, list[int]]]]] = OrderedDict()
         self.files = threading.local()
@@ -56,7 +77,7 @@ class RowGroups:
             future.set_exception(error)
             return
         rows: dict[Stream, list[int]] = {}
-        for number, stream in enumerate(streams_of(table, self.buckets)):
+        for number, stream in enumerate(streams_of(table, self.buckets, self.held_out_frac)):
             if stream is not None:
                 rows.setdefault(stream, []).append(number)
         future.set_result((table, rows))
@@ -155,5 +176,3 @@ class Loader:
 
     def close(self) -> None:
         self.pool.shutdown(wait=False, cancel_futures=True)
-
-

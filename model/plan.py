@@ -14,6 +14,7 @@ from pydantic import Field
 
 from infra.config import Config
 from infra.errors import ConfigError
+from model.batch import VALIDATION
 from model.order import Mixture, Order, make_key
 from model.shards import Shards, Stream
 
@@ -21,20 +22,14 @@ SPARES = 16
 """Rows that are tried in place of one whose target can't be read, before the run stops."""
 
 
-class LoaderConfig(Config):
-    """How shards are read. `lanes` and `shuffle_rows` belong to the order; the rest only to speed."""
+class OrderConfig(Config):
+    """The order of samples: part of what a run is."""
 
     lanes: int = Field(default=48, ge=1)
     """Places of an epoch that are walked side by side. Ranks that divide it share no row group; 48 serves
-    1, 2, 3, 4, 6, 8, 12, 16, 24 and 48 ranks. Part of the order: changing it reshuffles."""
+    1, 2, 3, 4, 6, 8, 12, 16, 24 and 48 ranks."""
     shuffle_rows: int = Field(default=256, ge=1)
     """Rows of a lane that are shuffled together (row groups themselves are shuffled over the epoch)."""
-    num_threads: int = Field(default=2, ge=1)
-    """Threads a rank that read and decode; PyAV and pyarrow release the GIL."""
-    prefetch_batches: int = Field(default=4, ge=1)
-    """Micro-batches read ahead of the step."""
-    cache_bytes: int = Field(default=1 << 30, ge=1 << 20)
-    """Row groups kept in memory a rank, bytes."""
 
 
 @dataclass(frozen=True)
@@ -69,12 +64,12 @@ class Plan:
         *,
         seed: int,
         micro_batch: int,
-        loader: LoaderConfig,
+        order: OrderConfig,
         bucket_weights: dict[int, float] | None = None,
         task_weights: dict[str, float] | None = None,
         cycle: int = 1000,
     ) -> None:
-        counts = _counts(index, num_groups)
+        counts = {s: rows for s, rows in count_streams(index, num_groups).items() if s[1] != VALIDATION}
         if task_weights is not None:
             counts = _keep_tasks(counts, task_weights)
         if not counts:
@@ -85,18 +80,17 @@ class Plan:
             stream: Order(
                 rows,
                 seed=make_key(seed, 1, *stream[1].encode(), stream[0]),
-                lanes=loader.lanes,
-                window_rows=loader.shuffle_rows,
+                lanes=order.lanes,
+                window_rows=order.shuffle_rows,
             )
             for stream, rows in counts.items()
         }
         sizes = {stream: order.num_rows for stream, order in self.orders.items()}
         buckets = {b: sum(n for s, n in sizes.items() if s[0] == b) for b in sorted({s[0] for s in sizes})}
-        shares = {str(b): (bucket_weights or {}).get(b, 0.0) or n for b, n in buckets.items()}
-        if bucket_weights is not None:
-            shares = {str(b): bucket_weights.get(b, 0.0) for b in buckets}
+        given = buckets if bucket_weights is None else bucket_weights
+        shares = {str(b): float(given.get(b, 0.0)) for b in buckets}
         self.buckets = Mixture(_positive(shares), seed=make_key(seed, 2), cycle=cycle)
-        self.tasks: dict[int, Mixture | None] = {}
+        self.tasks: dict[int, Mixture] = {}
         for bucket in buckets:
             tasks = {s[1]: float(n) for s, n in sizes.items() if s[0] == bucket}
             weights = tasks if task_weights is None else {t: task_weights[t] for t in tasks}
@@ -107,16 +101,15 @@ class Plan:
         number, offset = divmod(position, self.micro_batch)
         bucket_name, nth = self.buckets.draw(number)
         bucket = int(bucket_name)
-        mixture = self.tasks[bucket]
-        assert mixture is not None
-        task, k = mixture.draw(nth * self.micro_batch + offset)
+        task, k = self.tasks[bucket].draw(nth * self.micro_batch + offset)
         place = self.orders[bucket, task].locate(k)
         size = int(self.counts[bucket, task][place.group])
         spares = ((place.row + n) % size for n in range(min(size, SPARES)))
         return Source(bucket, place.group, tuple(spares), (bucket, task))
 
 
-def _counts(index: pa.Table, num_groups: int) -> dict[Stream, np.ndarray]:
+def count_streams(index: pa.Table, num_groups: int) -> dict[Stream, np.ndarray]:
+    """int64 [groups] rows of each stream, from `index_shards`."""
     counts: dict[Stream, np.ndarray] = {}
     columns = (index[name].to_pylist() for name in ("group", "bucket", "task", "rows"))
     for group, bucket, task, rows in zip(*columns, strict=True):

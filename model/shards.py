@@ -1,7 +1,7 @@
 """A certified folder of prompt shards, as the trainer sees it: row groups, and what each one holds.
 
-    open_shards(uri)   its row groups, from the sidecar meta.parquet: no shard is opened but the first
-    index_shards(...)  rows of each stream (bucket x task) in each row group: four small columns, read once
+open_shards(uri)   its row groups, from the sidecar meta.parquet: no shard is opened but the first
+index_shards(...)  rows of each stream (bucket x task) in each row group: four small columns, read once
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -77,13 +77,15 @@ Stream = tuple[int, str]
 """(number of the bucket, task)."""
 
 
-def index_shards(shards: Shards, buckets: tuple[Bucket, ...], *, num_threads: int = 8) -> pa.Table:
+def index_shards(
+    shards: Shards, buckets: tuple[Bucket, ...], *, held_out_frac: float = 0.0, num_threads: int = 8
+) -> pa.Table:
     """Rows of each stream in each row group: columns group, bucket, task, rows. Reads KEY_COLUMNS only."""
 
     def count(number: int) -> list[dict[str, Any]]:
         group = shards.groups[number]
         keys = open_parquet(group.uri).read_row_group(group.index, columns=KEY_COLUMNS)
-        found = [stream for stream in streams_of(keys, buckets) if stream is not None]
+        found = [stream for stream in streams_of(keys, buckets, held_out_frac) if stream is not None]
         return [
             {"group": number, "bucket": bucket, "task": task, "rows": found.count((bucket, task))}
             for bucket, task in sorted(set(found))
@@ -93,5 +95,3 @@ def index_shards(shards: Shards, buckets: tuple[Bucket, ...], *, num_threads: in
         rows = [row for part in pool.map(count, range(len(shards.groups))) for row in part]
     columns = [("group", pa.int64()), ("bucket", pa.int32()), ("task", pa.string()), ("rows", pa.int64())]
     return pa.Table.from_pylist(rows, schema=pa.schema(columns))
-
-

@@ -1,0 +1,166 @@
+"""The door of the trainer: everything that can be refused before Ray starts, each in one line."""
+
+from dataclasses import dataclass
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from infra.errors import ConfigError
+from infra.storage import absolute, exists, filesystem, is_remote, join, read_bytes, write_bytes
+from model.checkpoint import find_checkpoint, read_facts
+from model.generator import PRESETS, preset
+from model.loop import make_plan
+from model.shards import Shards, index_shards, open_shards
+from model.stages import Stage2Config, StageConfig
+
+
+@dataclass(frozen=True)
+class Ready:
+    """What the door found: the shards, and the checkpoint that stage 2 starts from."""
+
+    shards: Shards
+    start_from: str | None
+
+    @property
+    def inputs(self) -> dict[str, str]:
+        return {"prompts": self.shards.certificate.content_hash()}
+
+
+def resolve(config: StageConfig) -> StageConfig:
+    """The same config with absolute places, as every process must see them."""
+    places = {name: absolute(getattr(config, name)) for name in ("prompts", "out")}
+    if isinstance(config, Stage2Config):
+        places["start_from"] = absolute(config.start_from)
+    return config.model_copy(update=places)
+
+
+def inspect(config: StageConfig) -> Ready:
+    """Look at every input without Ray.
+
+    Raises:
+        ConfigError: one line: what is wrong, what is legal, how to cure it.
+    """
+    check_preset(config)
+    shards = open_shards(config.prompts)
+    check_workers(config, config.num_workers or 1, len(shards.groups))
+    start_from = None
+    if isinstance(config, Stage2Config):
+        start_from = find_checkpoint(config.start_from)
+        check_same_model(config, start_from)
+    return Ready(shards, start_from)
+
+
+def check_preset(config: StageConfig) -> None:
+    if config.preset not in PRESETS:
+        raise ConfigError(f"preset {config.preset!r}", legal=", ".join(PRESETS))
+    try:
+        preset(
+            config.preset,
+            **config.backbone,
+            num_frames=config.num_frames,
+            height_px=config.height_px,
+            width_px=config.width_px,
+        )
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"backbone: {error}") from None
+    for bucket in config.shapes:
+        if bucket.num_frames > config.num_frames:
+            raise ConfigError(
+                f"bucket of {bucket.num_frames} frames", legal=f"at most num_frames {config.num_frames}"
+            )
+
+
+def check_workers(config: StageConfig, workers: int, num_groups: int) -> None:
+    """Refuse batches that don't divide, and workers that would have nothing to read."""
+    if config.batch_size % (workers * config.accumulation):
+        raise ConfigError(
+            f"batch_size {config.batch_size} is not divisible by {workers} workers x accumulation "
+            f"{config.accumulation}",
+            legal=f"a multiple of {workers * config.accumulation}",
+            cure="change batch_size, accumulation or num_workers",
+        )
+    if workers > num_groups:
+        raise ConfigError(
+            f"{workers} workers, but {config.prompts} has {num_groups} row groups",
+            legal=f"at most {num_groups} workers",
+            cure="fewer workers, or make the shards with smaller row groups",
+        )
+
+
+SAME = ("preset", "num_frames", "height_px", "width_px", "backbone", "references", "sigma_data")
+
+
+def check_same_model(config: Stage2Config, start_from: str) -> None:
+    """Refuse to finetune a checkpoint of another network or prompt encoder; names the fields."""
+    facts = read_facts(start_from)
+    there, here = facts["config"], config.model_dump(mode="json")
+    differences = [f"{k}: {there.get(k)!r} there, {here[k]!r} now" for k in SAME if there.get(k) != here[k]]
+    unlike = {"cache", "batch_size", "bad_pictures"}
+    theirs = {k: v for k, v in there["encoder"].items() if k not in unlike}
+    ours = {k: v for k, v in here["encoder"].items() if k not in unlike}
+    differences += [
+        f"encoder.{k}: {theirs.get(k)!r} there, {ours[k]!r} now" for k in ours if theirs.get(k) != ours[k]
+    ]
+    if differences:
+        raise ConfigError(
+            f"{start_from} is another model ({'; '.join(differences)})",
+            cure="give stage 2 the same values, or another --from",
+        )
+    if config.start_ema is not None and config.start_ema not in facts["emas"]:
+        raise ConfigError(f"start_ema {config.start_ema!r}", legal=", ".join(facts["emas"]) or "null")
+
+
+def prepare_index(config: StageConfig, shards: Shards) -> pa.Table:
+    """The index of the shards' streams, made once a run and kept in its folder.
+
+    Raises:
+        ConfigError: the shards hold no row for the buckets, or lack a task of the mixture.
+    """
+    place = join(config.out, "index.parquet")
+    if exists(place):
+        return read_index(config.out)
+    index = index_shards(shards, config.shapes, held_out_frac=config.validation.held_out_frac)
+    make_plan(config, index, len(shards.groups))
+    sink = pa.BufferOutputStream()
+    pq.write_table(index, sink)
+    write_bytes(place, sink.getvalue().to_pybytes())
+    return index
+
+
+def read_index(run: str) -> pa.Table:
+    return pq.read_table(pa.BufferReader(read_bytes(join(run, "index.parquet"))))
+
+
+def plan_text(config: StageConfig, ready: Ready) -> str:
+    """What --dry-run prints: the sizes that follow from the config."""
+    import torch
+
+    from model.condition import ConditionConfig
+    from model.generator import Generator
+
+    backbone = preset(
+        config.preset,
+        **config.backbone,
+        num_frames=config.num_frames,
+        height_px=config.height_px,
+        width_px=config.width_px,
+    )
+    with torch.device("meta"):
+        model = Generator(backbone, ConditionConfig(mode=config.references))
+    parameters = sum(p.numel() for p in model.parameters())
+    rows = ready.shards.num_rows
+    lines = [
+        f"{config.stage}: {parameters:,} parameters ({config.preset}, encoder width 1024 assumed)",
+        f"{config.num_steps:,} steps of {config.batch_size} samples in {config.accumulation} micro-batches "
+        f"on {config.num_workers or 'all'} workers",
+        f"{rows:,} prompts in {len(ready.shards.groups):,} row groups: {config.total_samples / rows:.2f} epochs",
+    ]
+    if ready.start_from:
+        lines.append(f"starts from {ready.start_from}")
+    return "\n".join(lines)
+
+
+def storage_of(run: str) -> dict[str, object]:
+    """Ray's words for the run's folder."""
+    fs, path = filesystem(run)
+    return {"storage_path": path, "storage_filesystem": fs} if is_remote(run) else {"storage_path": path}

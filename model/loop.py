@@ -1,0 +1,250 @@
+"""One rank's training, without Ray: open (fresh, finetuned or resumed), step, save.
+
+`model/train.py` reads it aloud under Ray Train; the benchmarks run the same class under plain
+torch.distributed.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.optim import Optimizer
+
+from infra.errors import TrainingError
+from model.batch import Batch
+from model.checkpoint import CheckpointWriter, find_checkpoint, latest_checkpoint, load_state, read_facts
+from model.condition import Condition, ConditionConfig, Prompt
+from model.edm import Edm, edm_for
+from model.ema import Ema
+from model.generator import Generator, preset
+from model.loader import Loader, RowGroups
+from model.parallel import Replica, pick_device
+from model.plan import Plan
+from model.prompt import PromptEncoder, load_prompt_encoder, reference_tensors, select
+from model.shards import open_shards
+from model.stages import Stage2Config, StageConfig
+from model.state import (
+    from_average,
+    hash_tensors,
+    make_emas,
+    make_optimizer,
+    set_learning_rate,
+    state_of,
+    weights_of,
+)
+from model.step import draw, draw_dropped, draw_num_documents, losses
+from model.telemetry import Stopwatch
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a step came to; `loss` is this rank's mean, a tensor so that nothing waits for it."""
+
+    loss: Tensor
+    grad_norm: float
+    lr: float
+
+
+def make_generator(config: StageConfig, token_dim: int) -> Generator:
+    """The network of this config, freshly drawn from its seed: the same on every rank."""
+    torch.manual_seed(config.seed)
+    backbone = preset(
+        config.preset,
+        num_frames=config.num_frames,
+        height_px=config.height_px,
+        width_px=config.width_px,
+        checkpoint=config.parallel.recompute,
+        **config.backbone,
+    )
+    return Generator(backbone, ConditionConfig(token_dim=token_dim, mode=config.references))
+
+
+class Conditioner:
+    """Prompts of a batch -> the generator's condition, by the frozen encoder."""
+
+    def __init__(self, config: StageConfig, encoder: PromptEncoder, device: torch.device) -> None:
+        self.config, self.encoder, self.device = config, encoder, device
+
+    def __call__(self, prompts: list[Prompt], fps: Tensor, original_size_px: Tensor) -> Condition:
+        references = None
+        if self.config.references == "plus":
+            size = (self.config.height_px // 8 * 8, self.config.width_px // 8 * 8)
+            references = reference_tensors(prompts, size_px=size)
+        with torch.no_grad():
+            condition = self.encoder.condition(
+                prompts, fps=fps, original_size_px=original_size_px, references=references
+            )
+        return condition.to(self.device)
+
+    def choose(self, prompt: Prompt, position: int) -> Prompt:
+        """K documents and condition dropout, drawn for the sample at this position."""
+        seed = self.config.seed
+        number = draw_num_documents(self.config.documents, seed=seed, index=position)
+        return select(prompt, number, draw_dropped(self.config.dropout, seed=seed, index=position))
+
+
+class Training:
+    """A run on one rank. Attributes are its state; `position` counts samples of all ranks."""
+
+    def __init__(self, config: StageConfig, index: pa.Table) -> None:
+        self.config, self.device = config, pick_device()
+        self.rank = dist.get_rank() if dist.is_initialized() else 0
+        self.world_size = dist.get_world_size() if dist.is_initialized() else 1
+        self.encoder = load_prompt_encoder(config.encoder, self.device)
+        self.condition = Conditioner(config, self.encoder, self.device)
+        self.replica = Replica(make_generator(config, self.encoder.dim), config.parallel, self.device)
+        self.optimizer: Optimizer = make_optimizer(self.model, config)
+        self.emas: dict[str, Ema] = make_emas(self.model, config)
+        self.edms: dict[int, Edm] = {
+            b.num_frames: edm_for(b.num_frames, b.height_px, b.width_px, sigma_data=config.sigma_data)
+            for b in config.shapes
+        }
+        self.writer = CheckpointWriter(
+            config.out,
+            num_to_keep=config.checkpoint.num_to_keep,
+            in_background=config.checkpoint.in_background,
+        )
+        self.watch = Stopwatch(self.device)
+        self.position = self.restore()
+        self.loader = self._loader(index)
+        self.batches: Iterator[Batch] = iter(self.loader)
+
+    @property
+    def model(self) -> Generator:
+        return self.replica.model
+
+    def restore(self) -> int:
+        """Continue from the run's last checkpoint, or start stage 2 from stage 1's; the position."""
+        self.writer.clean()
+        if dist.is_initialized():
+            dist.barrier()
+        found = latest_checkpoint(self.config.out)
+        if found is not None:
+            state = state_of(self.model, self.optimizer, self.emas)
+            load_state(found, state)
+            torch.set_rng_state(state["rng"])
+            position = int(read_facts(found)["position"])
+            for ema in self.emas.values():
+                ema.samples = position
+            return position
+        if isinstance(self.config, Stage2Config):
+            start = find_checkpoint(self.config.start_from)
+            load_state(start, from_average(self.model, self.config.start_ema))
+            self.emas = make_emas(self.model, self.config)
+        return 0
+
+    def _loader(self, index: pa.Table) -> Loader:
+        config, shards = self.config, open_shards(self.config.prompts)
+        held_out = config.validation.held_out_frac
+        return Loader(
+            make_plan(config, index, len(shards.groups)),
+            RowGroups(shards, config.shapes, held_out_frac=held_out, cache_bytes=config.loader.cache_bytes),
+            select=self.condition.choose,
+            rank=self.rank,
+            world_size=self.world_size,
+            position=self.position,
+            num_threads=config.loader.num_threads,
+            prefetch_batches=config.loader.prefetch_batches,
+            pin_memory=self.device.type == "cuda",
+        )
+
+    def step(self) -> Outcome:
+        """One optimizer step: micro-batches, gradients over all ranks, update, averages."""
+        rate = set_learning_rate(self.optimizer, self.config, self.position)
+        each: list[Tensor] = []
+        positions: list[int] = []
+        for number in range(self.config.accumulation):
+            with self.watch.part("data"):
+                batch = next(self.batches)
+            with self.watch.part("encode"):
+                condition = self.condition(batch.prompts, batch.fps, batch.original_size_px)
+            with self.replica.accumulating(last=number == self.config.accumulation - 1):
+                each.append(self._accumulate(batch, condition))
+            positions += batch.positions
+        with self.watch.part("optimizer"):
+            norm = self.replica.clip(self.config.optim.clip_norm)
+            values = torch.cat(each)
+            self._refuse_nonfinite(norm, values, positions)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+            self.position += self.config.batch_size
+            for ema in self.emas.values():
+                ema.update(self.model, self.position)
+        self.watch.num_steps += 1
+        return Outcome(values.mean(), norm, rate)
+
+    def _accumulate(self, batch: Batch, condition: Condition) -> Tensor:
+        """Losses of a micro-batch; its gradients are added to the model's."""
+        video = batch.target(self.device)
+        edm = self.edms[video.shape[1]]
+        with self.watch.part("forward"):
+            draws = draw(
+                edm,
+                video.shape[1:],
+                seed=self.config.seed,
+                indices=batch.positions,
+                self_condition_rate=self.config.self_condition_rate,
+                device=self.device,
+            )
+            dtype = self.replica.autocast_dtype
+            each = losses(self.replica.forward, edm, video, condition, draws, dtype=dtype)
+        with self.watch.part("backward"):
+            # Ranks' gradients are averaged, so each one's share is taken world_size times.
+            (each.sum() * (self.world_size / self.config.batch_size)).backward()
+        return each.detach()
+
+    def _refuse_nonfinite(self, norm: float, each: Tensor, positions: list[int]) -> None:
+        """Stop before the optimizer moves; the norm is the same on all ranks, so all of them stop."""
+        if math.isfinite(norm):
+            return
+        bad = [p for p, ok in zip(positions, each.isfinite().tolist(), strict=True) if not ok]
+        found: list[Any] = [None] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(found, bad)
+        else:
+            found = [bad]
+        names = [self.loader.read(p).prompt_id for p in sorted(sum(found, []))[:8]]
+        raise TrainingError(
+            f"step at {self.position:,} samples: gradient norm is {norm}; "
+            f"samples with a non-finite loss: {', '.join(names) or 'none'}"
+        )
+
+    def save(self, record: dict[str, Any]) -> None:
+        """Checkpoint this moment; writing goes on in the background."""
+        facts = {
+            "position": self.position,
+            "stage": self.config.stage,
+            "config": self.config.model_dump(mode="json"),
+            "encoder": self.encoder.identity_hash,
+            "token_dim": self.encoder.dim,
+            "emas": {name: vars(ema.profile) for name, ema in self.emas.items()},
+            "torch": torch.__version__,
+            "world_size": self.world_size,
+            "metrics": record,
+        }
+        self.writer.save(state_of(self.model, self.optimizer, self.emas), facts)
+
+    def weights_sha256(self) -> str:
+        return hash_tensors(weights_of(self.model))
+
+    def close(self) -> None:
+        self.loader.close()
+        self.writer.close()
+
+
+def make_plan(config: StageConfig, index: pa.Table, num_groups: int) -> Plan:
+    """The order of samples of this run."""
+    return Plan(
+        index,
+        num_groups,
+        seed=config.seed,
+        micro_batch=config.micro_batch,
+        order=config.order,
+        bucket_weights={n: b.weight for n, b in enumerate(config.buckets)},
+        task_weights=config.task_weights,
+    )

@@ -1,0 +1,110 @@
+"""When something is due, and what is said: the loop's memory of time, kept out of the loop.
+
+Due times are functions of the position alone, so all ranks agree and a resumed run keeps them.
+"""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from infra.storage import join, write_json
+from model.loop import Outcome, Training
+from model.telemetry import MetricsLog, progress_line, say
+
+
+class Reporter:
+    """Progress lines, metrics.jsonl and its like, final.json.
+
+    Attributes:
+        last: the latest record with a loss.
+    """
+
+    def __init__(self, training: Training, *, metrics: Callable[[dict[str, Any]], None]) -> None:
+        self.training, self.metrics = training, metrics
+        config = training.config
+        self.rank_zero = training.rank == 0
+        self.log_to = MetricsLog(
+            config.out,
+            config.log,
+            enabled=self.rank_zero,
+            position=training.position,
+            name=f"{config.stage} {config.out.rpartition('/')[2]}",
+            flat_config=config.model_dump(mode="json"),
+        )
+        self.every = {
+            "log": config.log.every_samples,
+            "checkpoint": config.checkpoint.every_samples,
+            "validation": config.validation.every_samples or config.checkpoint.every_samples,
+        }
+        self.last: dict[str, Any] = {}
+        self.losses: list[torch.Tensor] = []
+        self.started_s = self.logged_s = time.perf_counter()
+        self.logged_at = self.started_at = training.position
+        if training.position and self.rank_zero:
+            say(f"  resumes at {training.position:,} of {config.total_samples:,} samples")
+
+    def is_due(self, what: str) -> bool:
+        """Whether this step crossed a multiple of the interval, or is the last."""
+        now, step = self.training.position, self.training.config.batch_size
+        every = self.every[what]
+        return now // every > (now - step) // every or now >= self.training.config.total_samples
+
+    def note(self, outcome: Outcome) -> None:
+        self.losses.append(outcome.loss)
+
+    def log(self, outcome: Outcome) -> None:
+        """Mean loss of all ranks since the last record, speed, and where the time went."""
+        training = self.training
+        loss = training.replica.average(torch.stack(self.losses).mean())
+        self.losses.clear()
+        now_s = time.perf_counter()
+        elapsed_s = max(now_s - self.logged_s, 1e-9)
+        parts = training.watch.take()
+        record = {
+            "loss": float(loss),
+            "grad_norm": outcome.grad_norm,
+            "lr": outcome.lr,
+            "samples_per_s": (training.position - self.logged_at) / elapsed_s,
+            **parts,
+            "data_frac": parts.get("data_s", 0.0) / (sum(parts.values()) or 1.0),
+            "bad_targets": training.loader.num_bad,
+        }
+        self.logged_s, self.logged_at = now_s, training.position
+        self.last = record
+        self.write(record)
+        self.metrics({"samples": training.position, **record})
+        if self.rank_zero:
+            say(progress_line(record, training.position, training.config.total_samples))
+
+    def write(self, record: dict[str, Any]) -> None:
+        if record:
+            self.log_to.write(self.training.position, record)
+
+    def finish(self) -> None:
+        """final.json: what the certificate quotes."""
+        digest = self.training.weights_sha256()  # a collective where the weights are sharded
+        if not self.rank_zero:
+            return
+        parameters = sum(p.numel() for p in self.training.model.parameters())
+        seen = self.training.position - self.started_at
+        wall_s = time.perf_counter() - self.started_s
+        loss = self.last.get("loss")
+        write_json(
+            join(self.training.config.out, "final.json"),
+            {
+                "weights_sha256": digest,
+                "loss": loss,
+                "parameters": parameters,
+                "wall_s": wall_s,
+                "highlights": {
+                    "loss": f"{loss:.4f}" if loss is not None else "-",
+                    "parameters": f"{parameters:,}",
+                    "samples/s": f"{seen / max(wall_s, 1e-9):.1f}",
+                },
+            },
+        )
+
+    def close(self) -> None:
+        self.log_to.close()

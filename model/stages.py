@@ -1,0 +1,234 @@
+"""The two stages as values: what stage 1 and stage 2 share, and the little in which they differ.
+
+Stage 1 learns from retrieval-augmented prompts (VIMI figure 1); stage 2 finetunes that model on a mixture
+of three instruction tasks (figure 2). VIMI prints neither batch sizes nor steps nor learning rates: where
+a default comes from is said at each field.
+"""
+
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from infra.cluster import RayConfig
+from infra.config import Config
+from model.batch import Bucket
+from model.loader import LoaderConfig
+from model.parallel import ParallelConfig
+from model.plan import OrderConfig
+from model.prompt.config import PromptEncoderConfig
+from model.telemetry import LogConfig
+
+
+class BucketConfig(Config):
+    """A shape of micro-batches."""
+
+    media: Literal["video", "image"] = "video"
+    """Which rows it takes."""
+    num_frames: int | None = Field(default=None, ge=1)
+    """Frames; None = the model's for video, 1 for images."""
+    weight: float = Field(default=1.0, ge=0)
+    """Share of the micro-batches. Snap Video takes as many videos as images (2048 + 2048 a step)."""
+
+
+class OptimConfig(Config):
+    """The optimizer and its schedule, counted in samples."""
+
+    name: Literal["lamb", "adamw"] = "lamb"
+    """Snap Video trains with LAMB (2402.14797, section 4.1)."""
+    lr: float = Field(default=5e-3, gt=0)
+    """Peak learning rate: 5e-3 for LAMB (Snap Video); 1e-4 is its Adam baselines'."""
+    betas: tuple[float, float] = (0.9, 0.99)
+    """Snap Video."""
+    weight_decay: float = Field(default=0.01, ge=0)
+    """Snap Video."""
+    warmup_samples: int = Field(default=10_000 * 4096, ge=0)
+    """Linear warm-up; 10,000 steps of 4,096 samples (Snap Video). Capped at a tenth of the run."""
+    clip_norm: float = Field(default=1.0, gt=0)
+    """Largest norm of the gradient; Snap Video clips and doesn't print its value, so 1.0 is ours."""
+
+
+class EmaConfig(Config):
+    """Moving averages of the weights that are kept beside them."""
+
+    half_life_samples: tuple[int, ...] = (6_000 * 4096,)
+    """Classic averages; Snap Video's half-life is 6,000 steps of 4,096 samples. Capped at a tenth of the
+    run, so that a short run's average is not its start."""
+    sigma_rel: tuple[float, ...] = (0.05, 0.10)
+    """Power-function averages (EDM2, 2312.02696: the two widths from which others are reconstructed)."""
+
+
+class ValidationConfig(Config):
+    """Loss on a fixed grid: sigma quantile x retrieval on/off x medium, noise by sample id."""
+
+    every_samples: int | None = Field(default=None, ge=1)
+    """Samples between two validations; None = with each checkpoint."""
+    num_samples: int = Field(default=16, ge=0)
+    """Rows of each medium; 0 switches validation off."""
+    held_out_frac: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the parent videos whose clips are kept from training, chosen by the hash of the parent. Rows
+    of a val or test split are always kept back. 0 with no such split validates on training rows."""
+    quantiles: tuple[float, ...] = (0.1, 0.35, 0.65, 0.9)
+    """Quantiles of the training's distribution of noise levels."""
+
+
+class CheckpointConfig(Config):
+    every_samples: int = Field(default=4_000, ge=1)
+    """Samples between two checkpoints, rounded up to whole steps; the last step always writes one."""
+    num_to_keep: int | None = Field(default=3, ge=1)
+    """Newest checkpoints that stay; None = all (post-hoc EMA needs many)."""
+    in_background: bool = True
+    """Write while training goes on; it waits only for the copy."""
+
+
+class StageConfig(Config):
+    """What both stages share."""
+
+    stage: ClassVar[str] = "stage1"
+    prompts: str
+    """Folder or URI of certified prompt shards."""
+    out: str
+    """Folder or URI of the run."""
+    samples: int = Field(default=550_000 * 4096, ge=1)
+    """Training length in samples; Snap Video's base model: 550,000 steps of 4,096."""
+    batch_size: int = Field(default=4096, ge=1)
+    """Samples of an optimizer step over all workers; Snap Video: 2,048 videos + 2,048 images."""
+    accumulation: int = Field(default=1, ge=1)
+    """Micro-batches of a step, one after the other; the result stays the same but for rounding."""
+    buckets: tuple[BucketConfig, ...] = (BucketConfig(),)
+    """Shapes of micro-batches; each micro-batch holds one of them on all workers."""
+    preset: str = "fit-500m"
+    """Backbone by name (model/generator.py). Which FIT VIMI used is not stated."""
+    num_frames: int = Field(default=16, ge=1)
+    """Frames of a video; 16 (Snap Video, VIMI)."""
+    height_px: int = Field(default=36, ge=4)
+    """Height of the training videos, pixels; 36 (Snap Video's base model)."""
+    width_px: int = Field(default=64, ge=4)
+    """Width of the training videos, pixels; 64 (Snap Video's base model)."""
+    backbone: dict[str, Any] = Field(default_factory=dict)
+    """Fields of the preset's config to change, e.g. {"num_blocks": 4}."""
+    references: Literal["faithful", "plus"] = "faithful"
+    """faithful: reference pictures are read through the frozen encoder only, as VIMI's figures show; plus:
+    the generator also reads their pixel patches."""
+    encoder: PromptEncoderConfig = PromptEncoderConfig()
+    """The frozen prompt encoder."""
+    documents: tuple[int, ...] = (0, 1, 2)
+    """Retrieved documents a sample, drawn uniformly from these numbers; RA-CM3 (2211.12561): 0, 1 or 2."""
+    dropout: dict[str, float] = {"all": 0.1}
+    """Probability that a sample does without a kind of condition (text, retrieved, subject, frame, or all).
+    0.1 of the whole prompt is the classifier-free guidance paper's (2207.12598); VIMI prints none."""
+    self_condition_rate: float = Field(default=0.9, ge=0, le=1)
+    """Share of samples that get latents of a first pass; 0.9 (Snap Video, table 8)."""
+    sigma_data: float = Field(default=1.0, gt=0)
+    """Assumed standard deviation of the data; 1 (Snap Video, table 1)."""
+    optim: OptimConfig = OptimConfig()
+    ema: EmaConfig = EmaConfig()
+    validation: ValidationConfig = ValidationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    order: OrderConfig = OrderConfig()
+    loader: LoaderConfig = LoaderConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    log: LogConfig = LogConfig()
+    ray: RayConfig = RayConfig()
+    num_workers: int | None = Field(default=None, ge=1)
+    """Training processes; None = one per GPU of the session, 1 without GPUs. Another number continues
+    the same run with the same samples."""
+    max_failures: int = Field(default=3, ge=-1)
+    """Restarts from the last checkpoint after a worker or node dies; -1 = no limit."""
+    seed: int = 0
+
+    @field_validator("buckets")
+    @classmethod
+    def _one_bucket_a_medium(cls, value: tuple[BucketConfig, ...]) -> tuple[BucketConfig, ...]:
+        media = [bucket.media for bucket in value]
+        if not media or len(set(media)) != len(media):
+            raise ValueError("legal: one bucket a medium, video and/or image")
+        return value
+
+    @field_validator("dropout")
+    @classmethod
+    def _known_kinds(cls, value: dict[str, float]) -> dict[str, float]:
+        legal = ("text", "retrieved", "subject", "frame", "all")
+        for kind, rate in value.items():
+            if kind not in legal or not 0 <= rate <= 1:
+                raise ValueError(f"{kind}: {rate}; legal: {', '.join(legal)}, each in [0, 1]")
+        return value
+
+    @model_validator(mode="after")
+    def _batch_divides(self) -> "StageConfig":
+        if self.batch_size % self.accumulation:
+            raise ValueError(
+                f"batch_size {self.batch_size} is not divisible by accumulation {self.accumulation}"
+            )
+        return self
+
+    @property
+    def micro_batch(self) -> int:
+        """Samples of a micro-batch over all workers."""
+        return self.batch_size // self.accumulation
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps: the samples, rounded up to whole steps."""
+        return -(-self.samples // self.batch_size)
+
+    @property
+    def task_weights(self) -> dict[str, float] | None:
+        """Share of samples of each task; None = as the shards hold them."""
+        return None
+
+    @property
+    def total_samples(self) -> int:
+        """Samples of all steps."""
+        return self.num_steps * self.batch_size
+
+    @property
+    def shapes(self) -> tuple[Bucket, ...]:
+        """The buckets with their numbers filled in."""
+        return tuple(
+            Bucket(
+                b.media,
+                b.num_frames or (1 if b.media == "image" else self.num_frames),
+                self.height_px,
+                self.width_px,
+            )
+            for b in self.buckets
+        )
+
+
+class Stage1Config(StageConfig):
+    """Pretraining on retrieval-augmented prompts."""
+
+
+class Stage2Config(StageConfig):
+    """Instruction tuning: finetunes a stage-1 run on a mixture of tasks."""
+
+    stage: ClassVar[str] = "stage2"
+    start_from: str
+    """Run folder of stage 1, or one of its checkpoints."""
+    start_ema: str | None = None
+    """EMA of it to start from (its name in the checkpoint, e.g. power-0.05); None = the weights."""
+    tasks: dict[str, float] | None = {
+        "subject_driven": 1.0,
+        "video_prediction": 1.0,
+        "text_to_video": 1.0,
+    }
+    """Share of samples of each task. VIMI names these three and prints no proportions, so equal shares are
+    ours; null takes the shards' own."""
+    samples: int = Field(default=200_000 * 3072, ge=1)
+    """UNIMO-G's second stage (2401.13388), the nearest recipe in print: 200,000 steps of 3,072."""
+    batch_size: int = Field(default=3072, ge=1)
+    """UNIMO-G's second stage."""
+    optim: OptimConfig = OptimConfig(lr=1e-3)
+    """A fifth of stage 1's learning rate: the ratio of UNIMO-G's stages (5e-5 to 1e-5)."""
+
+    @property
+    def task_weights(self) -> dict[str, float] | None:
+        return self.tasks
+
+
+SPEED_ONLY = {"loader", "parallel", "log", "max_failures", "checkpoint"}
+"""Fields that may differ when a run is continued: where and how fast, not what."""
+
+
+def config_class(stage: str) -> type[Stage1Config] | type[Stage2Config]:
+    return Stage2Config if stage == "stage2" else Stage1Config

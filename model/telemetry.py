@@ -1,0 +1,199 @@
+"""What a run says of itself: metrics.jsonl always, TensorBoard by default, Weights & Biases by option.
+
+metrics.jsonl is part of the run's state: a resume cuts it back to the checkpoint's position, so that it
+reads as if nothing had happened.
+"""
+
+import json
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import Field
+
+from infra.config import Config
+from infra.progress import span
+from infra.storage import absolute, exists, is_remote, join, read_bytes, write_bytes
+
+
+class LogConfig(Config):
+    """Where metrics go; none of it changes the training."""
+
+    every_samples: int = Field(default=80, ge=1)
+    """Samples between two records and two progress lines."""
+    tensorboard: bool = True
+    """Write run/tensorboard (local run folders only)."""
+    wandb_project: str | None = None
+    """Also log to this project of Weights & Biases (pip install vimi[wandb]); None = don't."""
+
+
+class Stopwatch:
+    """Seconds of a step by part: data, encode, forward, backward, optimizer."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.seconds: defaultdict[str, float] = defaultdict(float)
+        self.num_steps = 0
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            if self.device.type == "cuda" and name != "data":
+                torch.cuda.synchronize()
+            self.seconds[name] += time.perf_counter() - start
+
+    def take(self) -> dict[str, float]:
+        """Mean seconds a step by part since the last call, `<part>_s`."""
+        steps = max(self.num_steps, 1)
+        means = {f"{name}_s": total / steps for name, total in self.seconds.items()}
+        self.seconds.clear()
+        self.num_steps = 0
+        return means
+
+
+class MetricsLog:
+    """Writes records on rank 0; does nothing elsewhere."""
+
+    def __init__(
+        self, run: str, config: LogConfig, *, enabled: bool, position: int, name: str, flat_config: Any
+    ) -> None:
+        self.enabled, self.run = enabled, run
+        self.writers: list[Any] = []
+        self.lines: list[str] = []
+        if not enabled:
+            return
+        self.place = join(run, "metrics.jsonl")
+        self.lines = _before(self.place, position)
+        self.flush(whole=True)
+        if config.tensorboard and not is_remote(run):
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.writers.append(
+                _TensorBoard(SummaryWriter(str(Path(absolute(run)) / "tensorboard"), purge_step=position))
+            )
+        if config.wandb_project:
+            self.writers.append(_Wandb(config.wandb_project, name, run, flat_config))
+
+    def write(self, position: int, record: dict[str, Any]) -> None:
+        """One record at a position: `{"samples": position, ...}`."""
+        if not self.enabled:
+            return
+        line = json.dumps({"samples": position, **record})
+        self.lines.append(line)
+        if not is_remote(self.run):
+            with Path(absolute(self.place)).open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
+        numbers = {k: v for k, v in record.items() if isinstance(v, int | float)}
+        for writer in self.writers:
+            writer.write(position, numbers)
+
+    def flush(self, *, whole: bool = False) -> None:
+        """Object stores can't append: there the file is put whole, at checkpoints."""
+        if self.enabled and (whole or is_remote(self.run)):
+            write_bytes(self.place, "".join(line + "\n" for line in self.lines).encode())
+
+    def close(self) -> None:
+        self.flush()
+        for writer in self.writers:
+            writer.close()
+
+
+class _TensorBoard:
+    def __init__(self, writer: Any) -> None:
+        self.writer = writer
+
+    def write(self, position: int, numbers: dict[str, float]) -> None:
+        for name, value in numbers.items():
+            self.writer.add_scalar(name, value, position)
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class _Wandb:
+    def __init__(self, project: str, name: str, run: str, config: Any) -> None:
+        import wandb  # pyright: ignore[reportMissingImports]
+
+        self.run = wandb.init(project=project, name=name, dir=absolute(run), config=config, resume="allow")
+
+    def write(self, position: int, numbers: dict[str, float]) -> None:
+        self.run.log({**numbers, "samples": position})
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+def _before(place: str, position: int) -> list[str]:
+    """The whole lines of an earlier life up to `position`; a torn last line is dropped."""
+    if not exists(place):
+        return []
+    lines = read_bytes(place).decode("utf-8", "replace").split("\n")[:-1]
+    return [line for line in lines if json.loads(line)["samples"] <= position]
+
+
+def read_metrics(run: str) -> list[dict[str, Any]]:
+    """The records of a run, in order."""
+    place = join(run, "metrics.jsonl")
+    if not exists(place):
+        return []
+    return [json.loads(line) for line in read_bytes(place).decode().splitlines()]
+
+
+def progress_line(record: dict[str, Any], position: int, total: int) -> str:
+    """1,600 / 8,000 samples · loss 0.412 · 21.3 samples/s · ETA 5 min · data 1 % encode 4 % ..."""
+    rate = record["samples_per_s"]
+    parts = {k.removesuffix("_s"): v for k, v in record.items() if k in PARTS}
+    whole = sum(parts.values()) or 1.0
+    shares = " ".join(f"{name} {value / whole:.0%}" for name, value in parts.items())
+    words = [
+        f"  {position:,} / {total:,} samples",
+        f"loss {record['loss']:.4f}",
+        f"{rate:,.1f} samples/s",
+        f"ETA {span((total - position) / rate)}" if rate else "",
+        shares,
+        f"MFU {record['mfu']:.1%}" if "mfu" in record else "",
+    ]
+    return " · ".join(word for word in words if word)
+
+
+PARTS = ("data_s", "encode_s", "forward_s", "backward_s", "optimizer_s")
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def draw_curves(run: str) -> str | None:
+    """Draw run/curves.png (training and validation loss over samples); its place, None without data."""
+    import io
+
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    records = read_metrics(run)
+    training = [(r["samples"], r["loss"]) for r in records if "loss" in r]
+    if not training:
+        return None
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.plot(*zip(*training, strict=True), label="training", color="0.6")
+    names = sorted({k for r in records for k in r if k.startswith("val/loss")})
+    for name in names:
+        points = [(r["samples"], r[name]) for r in records if name in r]
+        axes.plot(*zip(*points, strict=True), marker="o", label=name.removeprefix("val/"))
+    axes.set(xlabel="samples", ylabel="loss", yscale="log")
+    axes.legend(fontsize=7)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
+    place = join(run, "curves.png")
+    write_bytes(place, buffer.getvalue())
+    return place

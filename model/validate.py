@@ -1,0 +1,117 @@
+"""A loss that can be read: the same rows, noise levels and noise every time.
+
+    grid = sigma quantile x retrieval on/off x medium
+
+Noise is keyed by the prompt's id, so the numbers are equal to the last bit before and after a resume,
+and comparable between runs on the same shards. Rows of a held-out split where there is one.
+"""
+
+from statistics import NormalDist
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from model.batch import VALIDATION, Batch, collate, read_prompt, read_sample
+from model.loop import Training
+from model.order import permute_all
+from model.plan import Source, count_streams
+from model.prompt import select
+from model.step import Draws, losses, sample_generator, sample_key
+
+
+class Validation:
+    """The fixed grid of one run. Rank r takes rows r, r + W, ...; results are summed over ranks."""
+
+    def __init__(self, training: Training, index: pa.Table) -> None:
+        self.training, self.config = training, training.config
+        self.held_out = False
+        self.samples = self._choose(index) if self.config.validation.num_samples else []
+
+    def _choose(self, index: pa.Table) -> list[tuple[str, Source]]:
+        """(medium, row) of the grid: held-out rows if there are any, else rows of the training."""
+        loader, chosen = self.training.loader, []
+        streams = count_streams(index, len(loader.row_groups.shards.groups))
+        for number, bucket in enumerate(self.config.shapes):
+            ours = {s: n for s, n in streams.items() if s[0] == number}
+            kept = {s: n for s, n in ours.items() if s[1] == VALIDATION}
+            self.held_out |= bool(kept)
+            rows = [
+                (stream, group, row)
+                for stream, counts in (kept or ours).items()
+                for group in np.flatnonzero(counts).tolist()
+                for row in range(int(counts[group]))
+            ]
+            some = permute_all(len(rows), 0)[: self.config.validation.num_samples] if rows else []
+            for stream, group, row in (rows[n] for n in some):
+                chosen.append((bucket.media, Source(number, group, (row,), stream)))
+        return chosen
+
+    def run(self) -> dict[str, Any]:
+        """`val/loss` and one number per cell, e.g. `val/loss video retrieval on q0.35`."""
+        if not self.samples:
+            return {}
+        training = self.training
+        training.model.eval()
+        cells = [
+            (media, documents, quantile)
+            for media in sorted({m for m, _ in self.samples})
+            for documents in ("on", "off")
+            for quantile in self.config.validation.quantiles
+        ]
+        sums = torch.zeros(len(cells), 2, dtype=torch.float64)
+        for first in range(0, len(self.samples), training.world_size):
+            # Sharded models run in step: a rank without a row of its own repeats the last one, uncounted.
+            mine = first + training.rank
+            media, source = self.samples[min(mine, len(self.samples) - 1)]
+            for documents in ("on", "off"):
+                for quantile in self.config.validation.quantiles:
+                    loss = self._loss(source, documents == "on", quantile)
+                    cell = cells.index((media, documents, quantile))
+                    sums[cell] += torch.tensor([loss, 1.0]) * (mine < len(self.samples))
+        if training.world_size > 1:
+            sums = sums.to(training.device)
+            dist.all_reduce(sums)
+        training.model.train()
+        return self._record(cells, sums.cpu())
+
+    def _record(self, cells: list[tuple[str, str, float]], sums: Tensor) -> dict[str, Any]:
+        means = (sums[:, 0] / sums[:, 1].clamp(min=1)).tolist()
+        record: dict[str, Any] = {"val/held_out": int(self.held_out)}
+        for medium in sorted({c[0] for c in cells}):
+            for documents in ("on", "off"):
+                mine = [m for m, c in zip(means, cells, strict=True) if c[:2] == (medium, documents)]
+                record[f"val/loss {medium} retrieval {documents}"] = sum(mine) / len(mine)
+        for mean, (medium, documents, quantile) in zip(means, cells, strict=True):
+            record[f"val/cell {medium} retrieval {documents} q{quantile:g}"] = mean
+        return record
+
+    @torch.no_grad()
+    def _loss(self, source: Source, retrieval: bool, quantile: float) -> float:
+        batch = self._read(source, retrieval)
+        training = self.training
+        video = batch.target(training.device)
+        edm = training.edms[video.shape[1]]
+        key = int(batch.prompt_ids[0][:15], 16)
+        normal = torch.tensor([NormalDist().inv_cdf(quantile)])
+        generator = sample_generator(0, key, "validation", training.device)
+        draws = Draws(
+            eps=torch.randn(video.shape, generator=generator, device=training.device),
+            sigma=edm.training_sigma(normal).to(training.device),
+            self_conditioned=torch.ones(1, dtype=torch.bool, device=training.device),
+            keys=torch.tensor([sample_key(0, key, "layers")], device=training.device),
+        )
+        condition = training.condition(batch.prompts, batch.fps, batch.original_size_px)
+        dtype = training.replica.autocast_dtype
+        each = losses(training.replica.model, edm, video, condition, draws, dtype=dtype, dropout=False)
+        return float(each.item())
+
+    def _read(self, source: Source, retrieval: bool) -> Batch:
+        groups = self.training.loader.row_groups
+        row = groups.row(source, 0)
+        prompt = select(read_prompt(row), None if retrieval else 0)
+        bucket = groups.buckets[source.bucket]
+        return collate([read_sample(row, bucket, position=0, prompt=prompt)])
