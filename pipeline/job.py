@@ -214,11 +214,8 @@ def run_units(
         if not todo:
             continue
         blocks = [_block(todo[i : i + units_per_task]) for i in range(0, len(todo), units_per_task)]
-        compute = (
-            ray.data.ActorPoolStrategy(size=num_workers or 1)
-            if actors
-            else ray.data.TaskPoolStrategy(size=num_workers)
-        )
+        size = min(num_workers, len(blocks)) if num_workers else None  # Ray warns of idle workers
+        compute = ray.data.ActorPoolStrategy(size=size or 1) if actors else ray.data.TaskPoolStrategy(size=size)
         arguments = (make_worker, receipts.folder, key)
         runner: Any = BlockRunner if actors else BlockRunner(*arguments)
         results = ray.data.from_arrow(blocks).map_batches(
