@@ -50,9 +50,7 @@ def shard_name(number: int) -> str:
     return f"part-{number:05d}.parquet"
 
 
-def shard_bytes(
-    rows: pa.Table | Iterable[dict[str, Any]], schema: pa.Schema, *, row_group_rows: int
-) -> bytes:
+def shard_bytes(rows: pa.Table | Iterable[dict[str, Any]], schema: pa.Schema, *, row_group_rows: int) -> bytes:
     """Encode rows as Parquet: every writer option that changes bytes is fixed here.
 
     Args:
@@ -60,21 +58,22 @@ def shard_bytes(
         schema: columns and types; a table's chunks and metadata don't reach the bytes.
         row_group_rows: rows of one row group, the trainer's unit of reading.
     """
-    table = rows if isinstance(rows, pa.Table) else pa.Table.from_pylist(list(rows), schema=schema)
-    table = table.select(schema.names).cast(schema).combine_chunks()
-    sink = pa.BufferOutputStream()
+    whole = rows if isinstance(rows, pa.Table) else pa.Table.from_pylist(list(rows), schema=schema)
+    table = whole.select(schema.names).cast(schema).combine_chunks()
+    leaves = _leaf_paths(schema)
     # Pictures and frames are stored as they are: JPEG doesn't shrink, and the trainer reads faster.
-    raw = {path for path in _leaf_paths(schema) if path.split(".")[-1] in ("image", "data")}
-    with pq.ParquetWriter(
-        sink,
-        schema,
-        version="2.6",
-        compression={path: "NONE" if path in raw else "ZSTD" for path in _leaf_paths(schema)},
-        use_dictionary=[path for path in _leaf_paths(schema) if path not in raw],
-        write_statistics=[n for n in schema.names if not pa.types.is_nested(schema.field(n).type)],
-        data_page_version="1.0",
-        store_schema=True,
-    ) as writer:
+    raw = {path for path in leaves if path.split(".")[-1] in ("image", "data")}
+    plain = [field.name for field in schema if not pa.types.is_nested(field.type)]
+    options: dict[str, Any] = {
+        "version": "2.6",
+        "compression": {path: "NONE" if path in raw else "ZSTD" for path in leaves},
+        "use_dictionary": [path for path in leaves if path not in raw],
+        "write_statistics": plain,
+        "data_page_version": "1.0",
+        "store_schema": True,
+    }
+    sink = pa.BufferOutputStream()
+    with pq.ParquetWriter(sink, schema, **options) as writer:
         writer.write_table(table, row_group_size=row_group_rows)
     return sink.getvalue().to_pybytes()
 

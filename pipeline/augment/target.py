@@ -1,0 +1,166 @@
+"""A clip -> what the generator learns to make: frames at the training size, an mp4, or a reference."""
+
+import io
+import math
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from pydantic import Field
+
+from infra.config import Config
+from infra.errors import DataError
+from pipeline.media import open_media, read_media
+from pipeline.phash import phash64
+from pipeline.schema import Media, Status, TargetKind
+from pipeline.video import VideoError, clip_times, decode_frames
+
+Row = dict[str, Any]
+MAX_PIXELS = 100_000_000
+
+
+class TargetConfig(Config):
+    """What is stored for the generator to learn."""
+
+    kind: TargetKind = TargetKind.FRAMES
+    """frames = uint8 at the training size; video = encoded mp4; reference = path and times only."""
+    num_frames: int = Field(default=16, ge=1, le=1024)
+    """Frames of a video target. Snap Video and VIMI's samples: 16. Pictures always have 1."""
+    height_px: int = Field(default=36, ge=1)
+    """Snap Video's base stage: 36 x 64."""
+    width_px: int = Field(default=64, ge=1)
+    fps: float | None = Field(default=6.0, gt=0)
+    """Frames per second of the stored frames, taken from the clip's middle (VIMI's samples: 6). A clip
+    too short for that is spread over its whole length at a higher rate; None = always the whole clip."""
+    crf: int = Field(default=18, ge=0, le=51)
+    """x264's constant rate factor where a `video` target has to be cut out of a longer file. Ours."""
+
+
+class TargetError(Exception):
+    """This clip gives no target; `status` says which fate its row gets."""
+
+    def __init__(self, status: Status, reason: str) -> None:
+        super().__init__(reason)
+        self.status = status
+
+
+@dataclass(frozen=True)
+class Target:
+    """A target and what the guard can learn from its frames."""
+
+    value: dict[str, Any]
+    """As `schema.TARGET`."""
+    phashes: tuple[int, ...] = ()
+    """Perceptual hashes of whole frames (not cropped): first, middle, last."""
+
+
+def make_target(row: Row, config: TargetConfig) -> Target:
+    """The target of one clip or picture.
+
+    Args:
+        row: of a clips table: media, local_uri, source_uri, start_s, end_s, width_px, height_px.
+        config: kind and size.
+
+    Raises:
+        TargetError: the media can't be read or decoded any more.
+    """
+    if config.kind == TargetKind.REFERENCE:
+        return Target({"kind": TargetKind.REFERENCE.value})
+    place = row["local_uri"] or row["source_uri"]
+    try:
+        if row["media"] == Media.IMAGE:
+            return _picture(read_media(place), config)
+        if config.kind == TargetKind.VIDEO:
+            return _video(row, open_media(place), config)
+        return _frames(row, open_media(place), config)
+    except VideoError as error:
+        raise TargetError(error.status, str(error)) from error
+    except FileNotFoundError as error:
+        raise TargetError(Status.NOT_FOUND, str(error)) from error
+    except (OSError, DataError) as error:
+        raise TargetError(Status.UNREACHABLE, str(error)) from error
+
+
+def frame_times(start_s: float, end_s: float, config: TargetConfig) -> tuple[list[float], float]:
+    """Times of the target's frames in seconds, and their rate in frames per second."""
+    span_s = end_s - start_s
+    if config.fps is not None and config.num_frames / config.fps < span_s:
+        middle_s, half_s = (start_s + end_s) / 2, config.num_frames / config.fps / 2
+        return clip_times(middle_s - half_s, middle_s + half_s, config.num_frames), config.fps
+    return clip_times(start_s, end_s, config.num_frames), config.num_frames / max(span_s, 1e-3)
+
+
+def covering_size(height_px: int, width_px: int, config: TargetConfig) -> tuple[int, int]:
+    """(height, width) of the picture scaled, its shape kept, until it just covers the target."""
+    scale = max(config.height_px / height_px, config.width_px / width_px)
+    return (
+        max(config.height_px, round(height_px * scale)),
+        max(config.width_px, round(width_px * scale)),
+    )
+
+
+def centre_crop(frames: np.ndarray, config: TargetConfig) -> np.ndarray:
+    """uint8 `t H W 3` -> its middle `t h w 3`."""
+    top = (frames.shape[1] - config.height_px) // 2
+    left = (frames.shape[2] - config.width_px) // 2
+    return frames[:, top : top + config.height_px, left : left + config.width_px]
+
+
+def _frames(row: Row, source: str | bytes, config: TargetConfig) -> Target:
+    times_s, rate = frame_times(row["start_s"] or 0.0, row["end_s"] or 0.0, config)
+    size = covering_size(row["height_px"] or 1, row["width_px"] or 1, config)
+    whole = decode_frames(source, times_s, size_px=size)
+    return _target(whole, rate, config)
+
+
+def _target(whole: np.ndarray, rate: float, config: TargetConfig) -> Target:
+    data = np.ascontiguousarray(centre_crop(whole, config))
+    places = sorted({0, len(whole) // 2, len(whole) - 1})
+    return Target(
+        {
+            "kind": TargetKind.FRAMES.value,
+            "data": data.tobytes(),
+            "num_frames": len(data),
+            "height_px": config.height_px,
+            "width_px": config.width_px,
+            "fps": rate,
+        },
+        tuple(phash64(whole[place]) for place in places),
+    )
+
+
+def _picture(data: bytes, config: TargetConfig) -> Target:
+    """A picture is a video of one frame at an infinite frame rate (Snap Video, section 3.2)."""
+    from PIL import Image, ImageOps
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow warns of bombs; our own limit decides
+            with Image.open(io.BytesIO(data)) as image:
+                if image.width * image.height > MAX_PIXELS:
+                    raise TargetError(Status.TOO_LARGE, f"{image.width}x{image.height} pixels")
+                upright = ImageOps.exif_transpose(image).convert("RGB")
+    except TargetError:
+        raise
+    except Exception as error:  # the row boundary: Pillow's decoders raise anything on hostile files
+        raise TargetError(Status.UNDECODABLE, f"{type(error).__name__}: {error}") from error
+    size = covering_size(upright.height, upright.width, config)
+    scaled = upright.resize((size[1], size[0]), Image.Resampling.BICUBIC, reducing_gap=3.0)
+    return _target(np.asarray(scaled)[None], math.inf, config)
+
+
+def _video(row: Row, source: str | bytes, config: TargetConfig) -> Target:
+    from pipeline.augment.mp4 import cut_mp4
+
+    data, frames = cut_mp4(source, row["start_s"] or 0.0, row["end_s"] or 0.0, crf=config.crf)
+    return Target(
+        {
+            "kind": TargetKind.VIDEO.value,
+            "data": data,
+            "num_frames": frames.num_frames,
+            "height_px": frames.height_px,
+            "width_px": frames.width_px,
+            "fps": frames.fps,
+        }
+    )
