@@ -19,3 +19,19 @@ class JobMetrics:
         for status, count in statuses.items():
             if count:
                 self.rows.inc(count, tags={"job": self.job, "status": status})
+
+
+class RunMetrics:
+    """Gauges of a training run: `ray_vimi_train_loss`, `..._samples`, `..._samples_per_s`, and so on."""
+
+    NAMES = ("loss", "samples", "samples_per_s", "data_frac", "mfu")
+
+    def __init__(self) -> None:
+        from ray.util.metrics import Gauge
+
+        self.gauges = {name: Gauge(f"vimi_train_{name}", f"training: {name}") for name in self.NAMES}
+
+    def publish(self, record: dict[str, float]) -> None:
+        for name, gauge in self.gauges.items():
+            if name in record:
+                gauge.set(float(record[name]))

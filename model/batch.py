@@ -8,7 +8,7 @@ Targets come as raw frames (`frames`), as mp4 bytes (`video`) or as a range of a
 
 import hashlib
 import io
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
@@ -76,8 +76,8 @@ class Batch:
 
     def pin(self) -> "Batch":
         """Page-locked copies, so that the move to the device overlaps the step."""
-        fields = {k: v.pin_memory() if isinstance(v, Tensor) else v for k, v in vars(self).items()}
-        return Batch(**fields)
+        names = ("video", "fps", "original_size_px")
+        return replace(self, **{name: getattr(self, name).pin_memory() for name in names})
 
     def target(self, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
         """`b t c h w` in [-1, 1] on `device`."""
@@ -218,7 +218,7 @@ def decode_video(
 
     start_s, end_s = span_s or (0.0, float("inf"))
     frames, times_s = [], []
-    with av.open(source) as container:
+    with av.open(source, "r") as container:
         stream = container.streams.video[0]
         stream.thread_count = 1  # the loader has threads of its own
         base = stream.time_base or Fraction(1, 1000)

@@ -18,11 +18,17 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemBase
+from torch.distributed.checkpoint.filesystem import (
+    FileSystem,
+    FileSystemBase,
+    FileSystemReader,
+    FileSystemWriter,
+)
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from infra.errors import ConfigError, TrainingError
 from infra.storage import (
@@ -108,7 +114,7 @@ class CheckpointWriter:
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         # Collectives of a thread need a group of their own, or they mix with the step's.
         many = dist.is_initialized() and dist.get_world_size() > 1
-        self.group = dist.new_group(backend="gloo") if many else None
+        self.group: Any = dist.new_group(backend="gloo") if many else None
         self.stager = DefaultStager(StagingOptions(torch.cuda.is_available(), False, False, False))
         self.pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self.pending: Future[str] | None = None
@@ -153,7 +159,7 @@ class CheckpointWriter:
     def _write(self, uri: str, state: State, facts: dict[str, Any]) -> str:
         if exists(join(uri, COMMITTED)):
             return uri  # an earlier life of this run came further than its last report
-        dcp.save(state, storage_writer=_writer(uri), process_group=self.group, no_dist=self.group is None)
+        save(state, storage_writer=_writer(uri), process_group=self.group, no_dist=self.group is None)
         if self.rank == 0:
             write_json(join(uri, COMMITTED), {**facts, "format": FORMAT, "version": VERSION})
             self._prune()
@@ -184,7 +190,7 @@ def load_state(uri: str, state: State, *, group: dist.ProcessGroup | None = None
         reasons = "; ".join([*(f"{name} is not there" for name in missing), *other][:4])
         raise TrainingError(f"checkpoint {uri} does not fit this model: {reasons}")
     alone = not dist.is_initialized() or dist.get_world_size() == 1
-    dcp.load(dict(state), storage_reader=_SafeReader(uri), process_group=group, no_dist=alone)
+    load(dict(state), storage_reader=_SafeReader(uri), process_group=group, no_dist=alone)
 
 
 def tensors_in(uri: str) -> dict[str, torch.Size]:
@@ -236,19 +242,19 @@ def _files_of(uri: str) -> FileSystemBase:
     return _ArrowFileSystem() if is_remote(uri) else FileSystem()
 
 
-def _writer(uri: str) -> dcp.FileSystemWriter:
-    writer = dcp.FileSystemWriter(uri, sync_files=not is_remote(uri))
+def _writer(uri: str) -> FileSystemWriter:
+    writer: Any = FileSystemWriter(uri, sync_files=not is_remote(uri))
     writer.fs = _files_of(uri)
     writer.path = writer.fs.init_path(uri)
     return writer
 
 
-class _SafeReader(dcp.FileSystemReader):
+class _SafeReader(FileSystemReader):
     """torch's reader; the pickled index may name tensor types and nothing else."""
 
     def __init__(self, uri: str) -> None:
         super().__init__(uri)
-        self.fs = _files_of(uri)
+        self.fs: Any = _files_of(uri)
         self.path = self.fs.init_path(uri)
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:

@@ -153,7 +153,8 @@ def plan_text(config: StageConfig, ready: Ready) -> str:
         f"{config.stage}: {parameters:,} parameters ({config.preset}, encoder width 1024 assumed)",
         f"{config.num_steps:,} steps of {config.batch_size} samples in {config.accumulation} micro-batches "
         f"on {config.num_workers or 'all'} workers",
-        f"{rows:,} prompts in {len(ready.shards.groups):,} row groups: {config.total_samples / rows:.2f} epochs",
+        f"{rows:,} prompts in {len(ready.shards.groups):,} row groups: "
+        f"{config.total_samples / rows:.2f} epochs",
     ]
     if ready.start_from:
         lines.append(f"starts from {ready.start_from}")

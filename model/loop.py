@@ -208,7 +208,8 @@ class Training:
             dist.all_gather_object(found, bad)
         else:
             found = [bad]
-        names = [self.loader.read(p).prompt_id for p in sorted(sum(found, []))[:8]]
+        places = sorted(p for part in found for p in part)[:8]
+        names = [self.loader.read(p).prompt_id for p in places]
         raise TrainingError(
             f"step at {self.position:,} samples: gradient norm is {norm}; "
             f"samples with a non-finite loss: {', '.join(names) or 'none'}"

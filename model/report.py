@@ -11,7 +11,7 @@ import torch
 
 from infra.storage import join, write_json
 from model.loop import Outcome, Training
-from model.telemetry import MetricsLog, progress_line, say
+from model.telemetry import MetricsLog
 
 
 class Reporter:
@@ -42,8 +42,6 @@ class Reporter:
         self.losses: list[torch.Tensor] = []
         self.started_s = self.logged_s = time.perf_counter()
         self.logged_at = self.started_at = training.position
-        if training.position and self.rank_zero:
-            say(f"  resumes at {training.position:,} of {config.total_samples:,} samples")
 
     def is_due(self, what: str) -> bool:
         """Whether this step crossed a multiple of the interval, or is the last."""
@@ -75,8 +73,6 @@ class Reporter:
         self.last = record
         self.write(record)
         self.metrics({"samples": training.position, **record})
-        if self.rank_zero:
-            say(progress_line(record, training.position, training.config.total_samples))
 
     def write(self, record: dict[str, Any]) -> None:
         if record:

@@ -113,7 +113,7 @@ class StageConfig(Config):
     """The frozen prompt encoder."""
     documents: tuple[int, ...] = (0, 1, 2)
     """Retrieved documents a sample, drawn uniformly from these numbers; RA-CM3 (2211.12561): 0, 1 or 2."""
-    dropout: dict[str, float] = {"all": 0.1}
+    dropout: dict[str, float] = Field(default_factory=lambda: {"all": 0.1})
     """Probability that a sample does without a kind of condition (text, retrieved, subject, frame, or all).
     0.1 of the whole prompt is the classifier-free guidance paper's (2207.12598); VIMI prints none."""
     self_condition_rate: float = Field(default=0.9, ge=0, le=1)
@@ -199,6 +199,9 @@ class Stage1Config(StageConfig):
     """Pretraining on retrieval-augmented prompts."""
 
 
+TASKS = ("subject_driven", "video_prediction", "text_to_video")
+
+
 class Stage2Config(StageConfig):
     """Instruction tuning: finetunes a stage-1 run on a mixture of tasks."""
 
@@ -207,11 +210,7 @@ class Stage2Config(StageConfig):
     """Run folder of stage 1, or one of its checkpoints."""
     start_ema: str | None = None
     """EMA of it to start from (its name in the checkpoint, e.g. power-0.05); None = the weights."""
-    tasks: dict[str, float] | None = {
-        "subject_driven": 1.0,
-        "video_prediction": 1.0,
-        "text_to_video": 1.0,
-    }
+    tasks: dict[str, float] | None = Field(default_factory=lambda: dict.fromkeys(TASKS, 1.0))
     """Share of samples of each task. VIMI names these three and prints no proportions, so equal shares are
     ours; null takes the shards' own."""
     samples: int = Field(default=200_000 * 3072, ge=1)

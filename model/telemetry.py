@@ -6,6 +6,7 @@ reads as if nothing had happened.
 
 import json
 import sys
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -162,6 +163,48 @@ def progress_line(record: dict[str, Any], position: int, total: int) -> str:
         f"MFU {record['mfu']:.1%}" if "mfu" in record else "",
     ]
     return " · ".join(word for word in words if word)
+
+
+class Follower:
+    """The driver's window on a run: prints a line for each new record of metrics.jsonl.
+
+    The loop runs in a worker, maybe on another machine; the run's folder is what both can see.
+    """
+
+    def __init__(self, run: str, total: int, *, every_s: float = 1.0) -> None:
+        self.run, self.total, self.every_s = run, total, every_s
+        self.shown = max((r["samples"] for r in read_metrics(run)), default=-1)
+        self.stop = threading.Event()
+        self.thread = threading.Thread(target=self._follow, daemon=True)
+
+    def __enter__(self) -> "Follower":
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop.set()
+        self.thread.join()
+        self._show()
+
+    def _follow(self) -> None:
+        while not self.stop.wait(self.every_s if not is_remote(self.run) else 10 * self.every_s):
+            self._show()
+
+    def _show(self) -> None:
+        """Records that were not shown before; a torn or vanished file is read again next time."""
+        try:
+            records = [r for r in read_metrics(self.run) if r["samples"] > self.shown]
+        except (OSError, ValueError):
+            return
+        for record in records:
+            if "loss" in record:
+                say(progress_line(record, record["samples"], self.total))
+            self.shown = record["samples"]
+        for record in records[-1:]:
+            values = {k: v for k, v in record.items() if k.startswith("val/loss")}
+            if values:
+                words = " · ".join(f"{k.removeprefix('val/loss ')} {v:.4f}" for k, v in values.items())
+                say(f"  validation loss: {words}")
 
 
 PARTS = ("data_s", "encode_s", "forward_s", "backward_s", "optimizer_s")

@@ -13,20 +13,11 @@ from typing import Any
 from infra.claim import open_job
 from infra.cluster import ray_session
 from infra.errors import TrainingError
-from infra.storage import (
-    Certificate,
-    delete,
-    exists,
-    filesystem,
-    join,
-    read_json,
-    write_certificate,
-    write_json,
-)
-from model.checkpoint import latest_checkpoint, read_facts
+from infra.storage import Certificate, delete, filesystem, join, write_json
 from model.door import check_workers, inspect, plan_text, prepare_index, read_index, resolve, storage_of
+from model.outcome import certify, refuse_failed, say_where_it_stands
 from model.stages import SPEED_ONLY, Stage1Config, Stage2Config, StageConfig, config_class
-from model.telemetry import draw_curves, say
+from model.telemetry import Follower, draw_curves, say
 
 __all__ = ["Stage1Config", "Stage2Config", "check", "run"]
 
@@ -46,7 +37,8 @@ def run(config: StageConfig) -> Certificate:
         say(f"  {config.out} is already complete: {done.num_out:,} samples")
         return done
     prepare_index(config, ready.shards)
-    with ray_session(config.ray):
+    say_where_it_stands(config)
+    with ray_session(config.ray), Follower(config.out, config.total_samples):
         fit(config, num_groups=len(ready.shards.groups))
     refuse_failed(config.out)
     draw_curves(config.out)
@@ -56,16 +48,15 @@ def run(config: StageConfig) -> Certificate:
 def fit(config: StageConfig, *, num_groups: int) -> None:
     """One TorchTrainer; a dead worker or node restarts the group from the last checkpoint."""
     import ray
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchConfig, TorchTrainer
 
     resources = ray.cluster_resources()
     gpus, cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 1))
     workers = config.num_workers or max(1, gpus)
     check_workers(config, workers, num_groups)
-    for leftover in ("checkpoint_manager_snapshot.json",):
-        delete(join(config.out, "checkpoints", leftover))
-    delete(join(config.out, "failure.json"))
+    for leftover in ("checkpoints/checkpoint_manager_snapshot.json", "failure.json"):
+        delete(join(config.out, *leftover.split("/")))
     trainer = TorchTrainer(
         train,
         train_loop_config={"stage": config.stage, "config": config.model_dump(mode="json")},
@@ -83,13 +74,14 @@ def fit(config: StageConfig, *, num_groups: int) -> None:
     )
     try:
         trainer.fit()
-    except ray.train.TrainingFailedError as error:
+    except TrainingFailedError as error:
         last = next((line for line in reversed(str(error).splitlines()) if line.strip()), "unknown")
         raise TrainingError(f"training stopped after {config.max_failures} restarts: {last}") from error
 
 
 def train(words: dict[str, Any]) -> None:
     """The loop of one worker."""
+    from infra.telemetry import RunMetrics
     from model.loop import Training
     from model.report import Reporter
     from model.validate import Validation
@@ -98,7 +90,7 @@ def train(words: dict[str, Any]) -> None:
     index = read_index(config.out)
     training = Training(config, index)
     validation = Validation(training, index)
-    reporter = Reporter(training, metrics=ray_gauges())
+    reporter = Reporter(training, metrics=RunMetrics().publish)
     try:
         while training.position < config.total_samples:
             outcome = training.step()
@@ -134,43 +126,3 @@ def announce(uri: str | None, metrics: dict[str, Any]) -> None:
         checkpoint=Checkpoint(path, fs) if here else None,
         checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD,
     )
-
-
-def ray_gauges() -> Any:
-    """Ray metrics `vimi_train_*`: the dashboard and Grafana show what the terminal shows."""
-    from ray.util.metrics import Gauge
-
-    names = ("loss", "samples", "samples_per_s", "data_frac", "mfu")
-    gauges = {name: Gauge(f"vimi_train_{name}", f"training: {name}") for name in names}
-
-    def publish(record: dict[str, Any]) -> None:
-        for name in names:
-            if name in record:
-                gauges[name].set(float(record[name]))
-
-    return publish
-
-
-def refuse_failed(run: str) -> None:
-    place = join(run, "failure.json")
-    if exists(place):
-        raise TrainingError(read_json(place)["error"])
-
-
-def certify(config: StageConfig, inputs: dict[str, str]) -> Certificate:
-    """The run's certificate: samples seen, the last checkpoint and what it says of itself."""
-    last = latest_checkpoint(config.out)
-    if last is None:
-        raise TrainingError(f"{config.out}: no checkpoint was committed")
-    facts, final = read_facts(last), read_json(join(config.out, "final.json"))
-    certificate = Certificate(
-        job=config.stage,
-        config_hash=config.hash(exclude={"out", "ray", "num_workers", *SPEED_ONLY}),
-        num_in=config.total_samples,
-        num_out=facts["position"],
-        inputs=inputs,
-        facts={"checkpoint": last.removeprefix(config.out + "/"), **final},
-        wall_s=final["wall_s"],
-    )
-    write_certificate(config.out, certificate)
-    return certificate

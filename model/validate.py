@@ -68,10 +68,10 @@ class Validation:
             mine = first + training.rank
             media, source = self.samples[min(mine, len(self.samples) - 1)]
             for documents in ("on", "off"):
-                for quantile in self.config.validation.quantiles:
-                    loss = self._loss(source, documents == "on", quantile)
+                each = self._losses(source, documents == "on") * (mine < len(self.samples))
+                for quantile, loss in zip(self.config.validation.quantiles, each, strict=True):
                     cell = cells.index((media, documents, quantile))
-                    sums[cell] += torch.tensor([loss, 1.0]) * (mine < len(self.samples))
+                    sums[cell] += torch.stack([loss, torch.ones(()) * (mine < len(self.samples))])
         if training.world_size > 1:
             sums = sums.to(training.device)
             dist.all_reduce(sums)
@@ -90,24 +90,29 @@ class Validation:
         return record
 
     @torch.no_grad()
-    def _loss(self, source: Source, retrieval: bool, quantile: float) -> float:
+    def _losses(self, source: Source, retrieval: bool) -> Tensor:
+        """One row's loss at each quantile, with one noise: `quantiles` float64 on the CPU."""
         batch = self._read(source, retrieval)
-        training = self.training
-        video = batch.target(training.device)
+        training, quantiles = self.training, self.config.validation.quantiles
+        count, device = len(quantiles), self.training.device
+        video = batch.target(device)
         edm = training.edms[video.shape[1]]
         key = int(batch.prompt_ids[0][:15], 16)
-        normal = torch.tensor([NormalDist().inv_cdf(quantile)])
-        generator = sample_generator(0, key, "validation", training.device)
+        generator = sample_generator(0, key, "validation", device)
+        noise = torch.randn(video.shape, generator=generator, device=device)
+        normal = torch.tensor([NormalDist().inv_cdf(q) for q in quantiles])
         draws = Draws(
-            eps=torch.randn(video.shape, generator=generator, device=training.device),
-            sigma=edm.training_sigma(normal).to(training.device),
-            self_conditioned=torch.ones(1, dtype=torch.bool, device=training.device),
-            keys=torch.tensor([sample_key(0, key, "layers")], device=training.device),
+            eps=noise.expand(count, -1, -1, -1, -1),
+            sigma=edm.training_sigma(normal).to(device),
+            self_conditioned=torch.ones(count, dtype=torch.bool, device=device),
+            keys=torch.full((count,), sample_key(0, key, "layers"), device=device),
         )
         condition = training.condition(batch.prompts, batch.fps, batch.original_size_px)
-        dtype = training.replica.autocast_dtype
-        each = losses(training.replica.model, edm, video, condition, draws, dtype=dtype, dropout=False)
-        return float(each.item())
+        condition = condition.select(torch.zeros(count, dtype=torch.long, device=device))
+        video, dtype = video.expand(count, -1, -1, -1, -1), training.replica.autocast_dtype
+        model = training.replica.model
+        each = losses(model, edm, video, condition, draws, dtype=dtype, dropout=False)
+        return each.double().cpu()
 
     def _read(self, source: Source, retrieval: bool) -> Batch:
         groups = self.training.loader.row_groups

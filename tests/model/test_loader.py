@@ -13,12 +13,12 @@ from infra.errors import ConfigError
 from model.batch import Bucket
 from model.loader import Loader, RowGroups
 from model.order import Mixture, Order, make_key, permute, permute_all
-from model.plan import LoaderConfig, Plan
+from model.plan import OrderConfig, Plan
 from model.shards import index_shards, open_shards
 
 VIDEO = Bucket("video", 8, 24, 40)
 IMAGE = Bucket("image", 1, 24, 40)
-SMALL = LoaderConfig(lanes=6, shuffle_rows=5, num_threads=2, prefetch_batches=2)
+SMALL = OrderConfig(lanes=6, shuffle_rows=5)
 
 counts = st.lists(st.integers(0, 9), min_size=1, max_size=20).filter(any)
 
@@ -82,7 +82,7 @@ def _index(rows: list[int]) -> pa.Table:
 @given(rows=counts, seed=st.integers(0, 99), position=st.integers(0, 400))
 @settings(max_examples=40, deadline=None)
 def test_ranks_share_one_global_order(rows: list[int], seed: int, position: int) -> None:
-    plan = Plan(_index(rows), len(rows), seed=seed, micro_batch=12, loader=SMALL)
+    plan = Plan(_index(rows), len(rows), seed=seed, micro_batch=12, order=SMALL)
     start = position * 12
     whole = [plan.source(p) for p in range(start, start + 24)]
     for world in (1, 2, 3, 4):
@@ -94,7 +94,7 @@ def test_ranks_share_one_global_order(rows: list[int], seed: int, position: int)
 
 
 def test_ranks_that_divide_the_lanes_read_disjoint_row_groups() -> None:
-    plan = Plan(_index([10] * 120), 120, seed=0, micro_batch=8, loader=LoaderConfig(lanes=8))
+    plan = Plan(_index([10] * 120), 120, seed=0, micro_batch=8, order=OrderConfig(lanes=8))
     seen = [
         {plan.source(p).group for p in range(1200) if p % 4 == rank} for rank in range(4)
     ]
@@ -111,7 +111,7 @@ def make_loader(folder: Path, **options) -> Loader:
         len(shards.groups),
         seed=options.pop("seed", 0),
         micro_batch=options.pop("micro_batch", 4),
-        loader=SMALL,
+        order=SMALL,
         **plan_options,
     )
     row_groups = RowGroups(shards, buckets, cache_bytes=options.pop("cache_bytes", 1 << 30))

@@ -1,0 +1,39 @@
+"""What a run's folder says when the workers are gone: where it stood, why it stopped, its certificate."""
+
+from infra.errors import TrainingError
+from infra.storage import Certificate, exists, join, read_json, write_certificate
+from model.checkpoint import latest_checkpoint, read_facts
+from model.stages import SPEED_ONLY, StageConfig
+from model.telemetry import say
+
+
+def say_where_it_stands(config: StageConfig) -> None:
+    last = latest_checkpoint(config.out)
+    if last is not None:
+        position = read_facts(last)["position"]
+        say(f"  resumes at {position:,} of {config.total_samples:,} samples")
+
+
+def refuse_failed(run: str) -> None:
+    place = join(run, "failure.json")
+    if exists(place):
+        raise TrainingError(read_json(place)["error"])
+
+
+def certify(config: StageConfig, inputs: dict[str, str]) -> Certificate:
+    """The run's certificate: samples seen, the last checkpoint and what it says of itself."""
+    last = latest_checkpoint(config.out)
+    if last is None:
+        raise TrainingError(f"{config.out}: no checkpoint was committed")
+    facts, final = read_facts(last), read_json(join(config.out, "final.json"))
+    certificate = Certificate(
+        job=config.stage,
+        config_hash=config.hash(exclude={"out", "ray", "num_workers", *SPEED_ONLY}),
+        num_in=config.total_samples,
+        num_out=facts["position"],
+        inputs=inputs,
+        facts={"checkpoint": last.removeprefix(config.out + "/"), **final},
+        wall_s=final["wall_s"],
+    )
+    write_certificate(config.out, certificate)
+    return certificate
