@@ -3,10 +3,7 @@
 Times are seconds from the first frame of the video stream. The frame at time t is the one on screen at
 t: the last whose presentation time is not after t (the first frame for t < 0, the last past the end).
 
-Sparse frames are planned, not streamed. Where the container can seek, each wanted frame is looked up in
-the packets of its group of pictures (demuxing only), and the decoder is fed from that group's key frame
-to the last wanted packet, no further; codecs that mark pictures which nobody refers to skip those. The
-pixels are those of a full decode.
+Sparse frames are planned, not streamed (pipeline/plan.py); the pixels are those of a full decode.
 """
 
 import io
@@ -26,16 +23,13 @@ from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
 from infra.storage import filesystem, is_remote
+from pipeline.plan import PlanError, planned_frames
 from pipeline.schema import Status
 
 Source = str | Path | bytes | BinaryIO
 Size = tuple[int, int] | None
 MAX_PIXELS = 8192 * 8192
 """A larger picture is refused before its decoder allocates anything."""
-SEEKABLE = frozenset({"mov", "mp4", "matroska", "webm"})
-"""Containers whose index makes a seek exact; others are decoded from their start."""
-SKIPPABLE = frozenset({"h264", "hevc", "mpeg4", "mpeg2video"})
-"""Codecs whose decoder can leave out pictures that no other picture refers to."""
 TOLERANCE_S = 0.0005
 """Slack of a wanted time: containers round presentation times, Matroska's to whole milliseconds."""
 
@@ -116,14 +110,25 @@ def decode_frames(source: Source, times_s: Sequence[float], *, size_px: Size = N
         raise ValueError(f"give at least one finite time, got {list(times_s)}")
     with opened(source) as (container, stream):
         wanted = [_ticks(t, stream) for t in times_s]
-        found = _stream(container, stream, sorted(set(wanted)), size_px)
+        found: dict[int, np.ndarray] = {}
+        try:
+            for ticks, frame in planned_frames(container, stream, sorted(set(wanted))):
+                found[ticks] = to_rgb(frame, stream, size_px)
+        except PlanError:
+            found = decode_from_start(source, sorted(set(wanted)), size_px)
         return np.stack([found[ticks] for ticks in wanted])
+
+
+def decode_from_start(source: Source, wanted: list[int], size_px: Size = None) -> dict[int, np.ndarray]:
+    """Decode every frame up to the last wanted tick and keep the one on screen at each."""
+    with opened(source) as (container, stream):
+        return _stream(container, stream, wanted, size_px)
 
 
 def _stream(
     container: InputContainer, stream: VideoStream, wanted: list[int], size_px: Size
 ) -> dict[int, np.ndarray]:
-    """Decode from the start and keep, for each wanted tick, the last frame that is not after it."""
+    """For each of the sorted ticks, the last frame that is not after it (the first if none is)."""
     found: dict[int, np.ndarray] = {}
     previous: VideoFrame | None = None
     todo = list(wanted)
@@ -187,6 +192,8 @@ def _video_stream(container: InputContainer) -> VideoStream:
         raise VideoError(Status.NO_VIDEO, f"no video stream, only {', '.join(kinds) or 'nothing'}")
     stream = streams[0]
     context = stream.codec_context
+    if context is None:  # pyright: ignore[reportUnnecessaryComparison] - PyAV: no decoder for it
+        raise VideoError(Status.UNDECODABLE, "no decoder for the video stream")
     if not context.width or not context.height:
         raise VideoError(Status.UNDECODABLE, "the video stream has no size")
     if context.width * context.height > MAX_PIXELS:
@@ -218,7 +225,7 @@ def _ticks(time_s: float, stream: VideoStream) -> int:
     """A time as a presentation time stamp of the stream."""
     base = stream.time_base or Fraction(1, 90000)
     slack = min(Fraction(1, 2), Fraction(TOLERANCE_S) / base)
-    return math.floor(Fraction(time_s) / base + slack) + (stream.start_time or 0)
+    return math.floor(Fraction(max(time_s, 0.0)) / base + slack) + (stream.start_time or 0)
 
 
 def display_size(frame: VideoFrame, stream: VideoStream) -> tuple[int, int]:
