@@ -84,6 +84,16 @@ def _read(folder: str, files: list[tuple[str, str]]) -> pa.Table:
     return pa.concat_tables(tables)
 
 
+def staged_ids(folder: str, receipts: Iterable[Receipt]) -> list[str]:
+    """Ids of all documents that these units staged, sorted."""
+    ids: set[str] = set()
+    for receipt in receipts:
+        if receipt["file"]:
+            table = _read(folder, [(receipt["file"], receipt["sha256"])])
+            ids.update(table["doc_id"].to_pylist())
+    return sorted(ids)
+
+
 def first_of_each(rows: pa.Table) -> pa.Table:
     """The first row of each doc_id: one upsert inserts duplicates of its own source (LanceDB 0.40)."""
     index = pa.array(range(len(rows)), pa.int64())
@@ -94,4 +104,4 @@ def first_of_each(rows: pa.Table) -> pa.Table:
     return rows.take(firsts.sort())
 
 
-__all__ = ["LEDGER", "STAGED", "commit_staged", "create_table", "first_of_each"]
+__all__ = ["LEDGER", "STAGED", "commit_staged", "create_table", "first_of_each", "staged_ids"]

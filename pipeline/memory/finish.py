@@ -9,9 +9,9 @@ from pipeline.memory.index import (
     build_id_index,
     build_text_index,
     build_vector_index,
-    setting_of,
     verify_vector_index,
 )
+from pipeline.memory.vectors import setting_of
 
 MAX_UNINDEXED_FRAC = 0.1
 """A grown table is compacted and its indexes are built anew when more than this share of its rows lies

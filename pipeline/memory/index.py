@@ -7,7 +7,6 @@ says what would have met it.
 """
 
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -25,8 +24,7 @@ from pipeline.memory.recall import (
     sample_queries,
 )
 from pipeline.memory.store import EMBEDDINGS, sorted_columns, stream_vectors
-
-Kind = Literal["flat", "rq", "hnsw", "pq"]
+from pipeline.memory.vectors import Setting, vector_search
 
 
 class IndexConfig(Config):
@@ -51,31 +49,6 @@ class IndexConfig(Config):
     """Tables up to this size are searched exactly (auto). Ours: a scan then takes milliseconds."""
     max_index_bytes: int = Field(default=8_000_000_000, ge=1)
     """Memory that the vector indexes may take together, bytes. Ours."""
-
-
-@dataclass(frozen=True)
-class Setting:
-    """How to search one column: the index and its dials."""
-
-    kind: Kind
-    num_bits: int = 0
-    """Bits a dimension (rq, pq)."""
-    nprobes: int = 0
-    """Partitions read; 0 = all."""
-    refine: int = 0
-    """The first `refine * k` candidates are scored again on the stored vectors; 0 = not."""
-    ef: int = 0
-    """Candidates kept while walking the graph (hnsw)."""
-
-    def bytes_of(self, rows: int, dim: int) -> int:
-        """Size of the index in memory, about (checked against LanceDB's own figures)."""
-        each = {
-            "flat": 2 * dim,
-            "rq": dim * max(self.num_bits, 1) / 8 + 20,
-            "pq": dim / 8 + 8,
-            "hnsw": dim + 4 * 2 * 20 + 16,
-        }[self.kind]
-        return int(rows * each)
 
 
 def build_text_index(table: Any) -> None:
@@ -110,7 +83,7 @@ def build_vector_index(
     best: tuple[float, Setting] | None = None
     for number, first in enumerate(_kinds(config, rows, dim, budget)):
         started_s = time.monotonic()
-        _create(table, column, first, rows)
+        make_index(table, column, first)
         build_s = time.monotonic() - started_s
         samples = _samples(table, column, config, seed=seed * 97 + number)
         settings = _ladder(first)
@@ -243,58 +216,11 @@ def _ask(table: Any, column: str, exact: Exact, setting: Setting, k: int) -> lis
     ]
 
 
-def vector_search(
-    table: Any,
-    column: str,
-    queries: np.ndarray,
-    setting: Setting | None,
-    *,
-    k: int,
-    where: str | None = None,
-) -> list[list[tuple[str, float]]]:
-    """The k nearest documents of each query, best first, as (doc_id, cosine); one shared call per 256 queries.
-
-    Args:
-        table: LanceDB table.
-        column: embedding column.
-        queries: float32 `q d`.
-        setting: how to search; None = exact, without an index.
-        k: answers a query.
-        where: SQL filter, applied before the search.
-    """
-    answers: list[list[tuple[str, float]]] = []
-    for start in range(0, len(queries), 256):
-        chunk = list(queries[start : start + 256])
-        single = len(chunk) == 1  # LanceDB numbers the answers of two queries and more
-        query = table.search(chunk * 2 if single else chunk, vector_column_name=column)
-        query = _dial(query.distance_type("cosine"), setting, table)
-        query = query.where(where, prefilter=True) if where else query
-        found = query.limit(k).select(["doc_id", "_distance"]).to_arrow()
-        answers += _grouped(found, len(chunk))
-    return answers
-
-
-def _dial(query: Any, setting: Setting | None, table: Any) -> Any:
-    if setting is None or setting.kind == "flat":
-        return query.bypass_vector_index()
-    query = query.nprobes(setting.nprobes)
-    query = query.refine_factor(setting.refine) if setting.refine else query
-    return query.ef(setting.ef) if setting.ef else query
-
-
-def _grouped(found: Any, count: int) -> list[list[tuple[str, float]]]:
-    answers: list[list[tuple[str, float]]] = [[] for _ in range(count)]
-    columns = (found[name].to_pylist() for name in ("query_index", "doc_id", "_distance"))
-    for number, doc_id, distance in zip(*columns, strict=True):
-        if number < count:
-            answers[number].append((doc_id, 1.0 - distance))
-    # Equal cosines in order of id, so that the answer doesn't hang on where a row lies.
-    return [sorted(answer, key=lambda hit: (-hit[1], hit[0])) for answer in answers]
-
-
-def _create(table: Any, column: str, setting: Setting, rows: int) -> None:
+def make_index(table: Any, column: str, setting: Setting) -> None:
+    """Build the index of this kind, in place of the one that is there."""
     from lancedb import index
 
+    rows = table.count_rows()
     _drop(table, column)
     config = {
         "flat": lambda: index.IvfFlat(distance_type="cosine", num_partitions=max(1, rows // 8192)),
@@ -337,13 +263,3 @@ def _shortfall(
 
 def _words(setting: Setting) -> str:
     return " ".join(f"{k}={v}" for k, v in asdict(setting).items() if v)
-
-
-def setting_of(facts: dict[str, Any], column: str) -> Setting | None:
-    """The verified setting of a column from a certificate's facts; None when it has no index."""
-    found = facts.get("indexes", {}).get(column)
-    return Setting(**found["setting"]) if found else None
-
-
-def columns_of(table: Any) -> Sequence[str]:
-    return [name for name in table.schema.names if name.endswith("_embedding")]

@@ -1,0 +1,137 @@
+"""`vimi-data build-index`: clips tables -> the retrieval memory, embedded, indexed, certified.
+
+    clips (certified) ── slices ──▶ CLIP workers ──▶ staged Arrow files + receipts
+                                          one committer, in unit order ──▶ LanceDB
+                          compact, BM25 index, vector indexes held to their recall, tag, certificate
+
+Killed at any moment, the same command ends in the same table. A finished memory grows: the same command
+with more tables and `grow` adds the documents that are new.
+"""
+
+import time
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from infra.cluster import ray_session
+from infra.storage import (
+    Certificate,
+    absolute,
+    delete,
+    exists,
+    join,
+    read_bytes,
+    write_certificate,
+    write_json,
+)
+from pipeline.build_index.account import account, check_failures, one_model, volume, write_rejected, write_table
+from pipeline.build_index.config import BUILD, DUPLICATES, MEASURED, BuildIndexConfig
+from pipeline.build_index.door import begin, door, is_in
+from pipeline.dedup import Duplicates, drop, find_duplicates
+from pipeline.embed import Embedder, clip_units
+from pipeline.job import Receipt, run_units
+from pipeline.memory.commit import STAGED, commit_staged, create_table, staged_ids
+from pipeline.memory.finish import finish
+
+
+def run(config: BuildIndexConfig) -> Certificate:
+    """Embed, commit, index, verify, certify.
+
+    Raises:
+        ConfigError: refused at the door (see `check`).
+        DataError: no documents, two models in one memory, or a recall below the declared one.
+        TooManyFailuresError: more rows failed than `max_failed_frac` allows.
+    """
+    started_s = time.monotonic()
+    tables, base = door(config)
+    out = absolute(config.out)
+    new = [(uri, table) for uri, table in tables if not is_in(base, table)]
+    if base is not None and not new:
+        delete(join(out, BUILD))
+        return base
+    begin(out, new, base)
+    units = list(clip_units(new, rows_per_unit=config.rows_per_unit, key=_unit_key(config)))
+    with ray_session(config.ray):
+        embedder, resources = _embedder(config, out, base)
+        receipts = run_units(join(out, BUILD), units, embedder, what="embed", total=len(units), **resources)
+    measured: dict[str, Any] = {"embed_s": time.monotonic() - started_s}
+    ordered = [receipt for _, receipt in receipts.in_order(units)]
+    model = one_model(ordered, base, out)
+    check_failures(ordered, config)
+    table = create_table(out, model["dim"])
+    commit_staged(table, join(out, BUILD), ordered)
+    duplicates = _deduplicate(table, config, out, grows=base is not None, receipts=ordered)
+    facts, indexed = finish(table, config.index, seed=config.seed, before=base.facts if base else None)
+    certificate = account(config, table, ordered, new, base, model | {"indexes": facts}, duplicates)
+    write_rejected(out, ordered, certificate, duplicates if config.dedup.mode == "drop" else None)
+    write_json(join(out, MEASURED), measured | indexed | volume(ordered))
+    _tag(table, certificate)
+    certificate = certificate.model_copy(
+        update={"created_at_s": time.time(), "wall_s": time.monotonic() - started_s}
+    )
+    write_certificate(out, certificate)
+    delete(join(out, BUILD))
+    return certificate
+
+
+def _unit_key(config: BuildIndexConfig) -> str:
+    return config.hash(exclude=set(BuildIndexConfig.model_fields) - {"clip", "embed"})
+
+
+def _embedder(config: BuildIndexConfig, out: str, base: Certificate | None) -> tuple[Embedder, dict[str, Any]]:
+    """The worker, and what it needs of the session that is running."""
+    import ray
+
+    resources = ray.cluster_resources()
+    gpus, cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 1))
+    workers = config.num_workers or gpus or max(1, cpus // 8)
+    threads = max(1, min(8, cpus // workers))
+    embedder = Embedder(
+        clip=config.clip,
+        embed=config.embed,
+        staged=join(out, BUILD, STAGED),
+        base=out if base else None,
+        base_version=base.facts["memory_version"] if base else None,
+        device="cuda" if gpus else "cpu",
+        threads=threads,
+    )
+    # One worker on CPUs needs no actor: Ray gives it the same process, and the model in it, again.
+    return embedder, {
+        "num_workers": workers,
+        "num_cpus": threads,
+        "num_gpus": 1.0 if gpus else 0.0,
+        "actors": workers > 1 or gpus > 0,
+    }
+
+
+def _deduplicate(
+    table: Any, config: BuildIndexConfig, out: str, *, grows: bool, receipts: list[Receipt]
+) -> Duplicates:
+    """Find the duplicates, keep the list beside the memory, drop them if asked.
+
+    The list is made once and kept in the build's folder: a build that was killed while it dropped them
+    goes on with the same list.
+    """
+    if config.dedup.mode == "off":
+        return Duplicates.none()
+    place = join(out, BUILD, DUPLICATES)
+    if exists(place):
+        found = Duplicates(pq.read_table(pa.BufferReader(read_bytes(place))))
+    else:
+        new = staged_ids(join(out, BUILD), receipts) if grows else None
+        found = find_duplicates(table, config.dedup, new=new)
+        write_table(place, found.table)
+    write_table(join(out, DUPLICATES), found.table)
+    if config.dedup.mode == "drop":
+        drop(table, found)
+    return found
+
+
+def _tag(table: Any, certificate: Certificate) -> None:
+    """Tag the version; it holds these documents with their indexes."""
+    tag = certificate.facts["memory_version"]
+    if tag in table.tags.list():
+        table.tags.update(tag, table.version)
+    else:
+        table.tags.create(tag, table.version)
