@@ -58,7 +58,9 @@ def shard_bytes(rows: pa.Table | Iterable[dict[str, Any]], schema: pa.Schema, *,
         schema: columns and types; a table's chunks and metadata don't reach the bytes.
         row_group_rows: rows of one row group, the trainer's unit of reading.
     """
-    whole = rows if isinstance(rows, pa.Table) else pa.Table.from_pylist(list(rows), schema=schema)
+    whole: Any = rows
+    if not isinstance(rows, pa.Table):
+        whole = pa.Table.from_pylist(list(rows), schema=schema)
     table = whole.select(schema.names).cast(schema).combine_chunks()
     leaves = _leaf_paths(schema)
     # Pictures and frames are stored as they are: JPEG doesn't shrink, and the trainer reads faster.
