@@ -13,8 +13,8 @@ from pipeline.subjects.extract import SubjectConfig
 
 JOB = "instruct"
 TASKS = (Task.SUBJECT_DRIVEN, Task.VIDEO_PREDICTION, Task.TEXT_TO_VIDEO)
-NOT_HASHED = {"out", "ray", "num_workers"}
-"""Fields that can't change the output."""
+PLACES = {"prompts", "clips"}
+"""Fields that say where the inputs lie: the output depends on what they are."""
 
 
 class InstructConfig(Config):

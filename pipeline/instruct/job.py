@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 
 from infra.claim import open_job
 from infra.cluster import ray_session
+from infra.config import canonical_json
 from infra.errors import ConfigError, TooManyFailuresError
 from infra.storage import (
     Certificate,
@@ -29,10 +30,10 @@ from infra.storage import (
     sha256_file,
     write_certificate,
 )
-from pipeline.instruct.config import JOB, NOT_HASHED, InstructConfig, weights
+from pipeline.instruct.config import JOB, PLACES, InstructConfig, weights
 from pipeline.instruct.worker import make_worker
 from pipeline.job import Receipts, Unit, run_units
-from pipeline.schema import REJECTED, Status, Task
+from pipeline.schema import REJECTED, Status, Task, content_id
 from pipeline.shards import REJECTED_FILE, ShardSet, write_meta, write_shard
 from pipeline.subjects.mask import model_path
 
@@ -70,25 +71,34 @@ def run(config: InstructConfig) -> Certificate:
     shards = check(config)
     started_s = time.time()
     inputs = {"prompts": shards.certificate.content_hash()}
-    done = open_job(config.out, job=JOB, config=config, inputs=inputs)
+    done = open_job(config.out, job=JOB, config=config, inputs=inputs, hash_exclude=PLACES)
     if done is not None:
         return done
+    config_hash = hash_of(config, inputs)
     out = absolute(config.out)
     units = list(plan_units(config, shards))
     with ray_session(config.ray):
         receipts = run_units(
             out,
             units,
-            partial(make_worker, config, shards.uri, out),
+            partial(make_worker, config, config_hash, shards.uri, out),
             what=JOB,
             total=len(units),
             num_workers=config.num_workers,
             actors=len(units) > 1,
         )
-    certificate = _certify(config, out, units, receipts, inputs, started_s)
+    certificate = _certify(config, config_hash, out, units, receipts, inputs, started_s)
     write_certificate(out, certificate)
     receipts.clear()
     return certificate
+
+
+def hash_of(config: InstructConfig, inputs: dict[str, str]) -> str:
+    """16 hex digits: what the output depends on, and not where anything lies."""
+    values = config.model_dump(mode="json", exclude={"out", "ray", "num_workers", *PLACES})
+    if Task.SUBJECT_DRIVEN in config.tasks:
+        values["subjects"]["mask"]["model"] = sha256_file(str(model_path(config.subjects.mask.model)))
+    return content_id(canonical_json([values, inputs]).decode())[:16]
 
 
 def plan_units(config: InstructConfig, shards: ShardSet) -> Iterator[Unit]:
@@ -122,6 +132,7 @@ def _moved_sources(clips: str) -> dict[str, str]:
 
 def _certify(
     config: InstructConfig,
+    config_hash: str,
     out: str,
     units: list[Unit],
     receipts: Receipts,
@@ -149,7 +160,7 @@ def _certify(
     fates = write_shard(join(out, REJECTED_FILE), rejected, REJECTED, row_group_rows=1 << 20)
     return Certificate(
         job=JOB,
-        config_hash=config.hash(exclude=NOT_HASHED),
+        config_hash=config_hash,
         num_in=total,
         num_out=num_out,
         filtered={s.value: n for s, n in sorted(statuses.items()) if s.is_filtered},

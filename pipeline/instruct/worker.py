@@ -8,13 +8,13 @@ from PIL import Image
 
 from infra.storage import join
 from pipeline.instruct import tasks
-from pipeline.instruct.config import NOT_HASHED, InstructConfig, draw_tasks, generator
+from pipeline.instruct.config import InstructConfig, draw_tasks, generator
 from pipeline.job import Receipt
 from pipeline.schema import PROMPTS, Media, Role, Status, Task, prompt_id
 from pipeline.shards import ShardSet, shard_name, write_shard
 from pipeline.subjects.cutout import encode, fit_inside
 from pipeline.subjects.extract import SubjectFinder
-from pipeline.subjects.frames import read_frames
+from pipeline.subjects.frames import first_frame, read_frames
 from pipeline.video import VideoError
 
 
@@ -26,17 +26,19 @@ class Unservable(Exception):
         self.status = status
 
 
-def make_worker(config: InstructConfig, prompts: str, out: str) -> Callable[[dict[str, Any]], Receipt]:
+def make_worker(
+    config: InstructConfig, config_hash: str, prompts: str, out: str
+) -> Callable[[dict[str, Any]], Receipt]:
     """The function that a worker process runs for each unit."""
-    return Instructor(config, ShardSet(prompts), out)
+    return Instructor(config, config_hash, ShardSet(prompts), out)
 
 
 class Instructor:
     """Turns a run of row groups into one shard of instructions and a receipt."""
 
-    def __init__(self, config: InstructConfig, shards: ShardSet, out: str) -> None:
+    def __init__(self, config: InstructConfig, config_hash: str, shards: ShardSet, out: str) -> None:
         self.config, self.shards, self.out = config, shards, out
-        self.config_hash = config.hash(exclude=NOT_HASHED)
+        self.config_hash = config_hash
         self.finder = SubjectFinder(config.subjects) if Task.SUBJECT_DRIVEN in config.tasks else None
 
     def __call__(self, payload: dict[str, Any]) -> Receipt:
@@ -86,7 +88,7 @@ class Instructor:
         if task is Task.VIDEO_PREDICTION:
             if row["media"] == Media.IMAGE:
                 raise Unservable(Status.FILTERED_NOT_VIDEO, "a picture has no next frame")
-            first = read_frames(row, (0.0,), local_uri=local_uri)
+            first = first_frame(row, local_uri=local_uri)
             picture = fit_inside(Image.fromarray(first.frames[0]), self.config.first_frame_px)
             data = encode(picture, self.config.subjects.picture_format)
             return tasks.video_prediction(caption, data), _frame_flags(first.from_target)

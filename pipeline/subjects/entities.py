@@ -140,7 +140,7 @@ def _entity(caption: str, tokens: list[_Token], begin: int, end: int, opener: st
     head = words[-1]
     if words[0] in {"close", "closeup", "close-up"} or head.endswith(("'s", "’s")):
         return None
-    if head in lexicon.SHOT_NOUNS or len(head) < 2 or head[0].isdigit():
+    if head in lexicon.SHOT_NOUNS or head in lexicon.WORN or len(head) < 2 or head[0].isdigit():
         return None
     if head.endswith("ing") and head not in lexicon.PLACES and len(words) == 1:
         return None  # "the singing": an action

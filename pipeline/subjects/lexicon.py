@@ -88,6 +88,11 @@ SHOT_NOUNS = _words(
     " air body front amount bit style manner order fun help pile wind weather neck hair hand arm leg"
     " foot finger others"
 )
+WORN = _words(
+    "suit coat jacket shirt t-shirt blouse sweater hoodie dress skirt tie hat cap helmet scarf costume armor"
+    " armour uniform apron mask outfit robe vest glove boot shoe sunglasses"
+)
+"""What people wear moves with them: a cut-out of it is a cut-out of the person."""
 PLACES = _words(
     "grass beach yard field street road water forest room kitchen garden snow sky river ocean park desert"
     " stage arena sea lake pool mountain mountains hill hills valley city town village countryside farm barn"

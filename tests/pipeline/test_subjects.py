@@ -52,10 +52,9 @@ def test_entities_are_substrings_in_order_for_any_text(caption: str):
     assert all(a.end <= b.start for a, b in itertools.pairwise(entities))
 
 
-WORDS = st.sampled_from(
-    ["a", "the", "his", "two", "man", "woman", "dog", "dogs", "red", "small", "and", "in", "on", "of", "is"]
-    + ["are", "running", "beach", "grass", "with", "rides", ",", ".", "brown", "some"]
-)
+NOUNS = ["man", "woman", "dog", "dogs", "beach", "grass"]
+OTHERS = ["a", "the", "his", "two", "red", "brown", "and", "in", "on", "of", "is", "running", "rides", ",", "."]
+WORDS = st.sampled_from([*NOUNS, *OTHERS])
 
 
 @given(st.lists(WORDS, max_size=30))

@@ -1,0 +1,5 @@
+"""One self-contained HTML page: what came in, what became of it, and what was learnt from it."""
+
+from pipeline.report.job import ReportConfig, check, run
+
+__all__ = ["ReportConfig", "check", "run"]

@@ -1,0 +1,134 @@
+"""`vimi-data report`: one HTML file that works offline and can be sent to a colleague.
+
+Every part is optional but one: a page about a crawl alone is as good as one about a whole run. Reads
+only certified outputs, changes nothing, starts no Ray.
+"""
+
+from pathlib import PurePosixPath
+from typing import Any
+
+from pydantic import Field
+
+from infra.config import Config
+from infra.errors import ConfigError
+from infra.storage import absolute, check_writable, exists, join, require_certificate, write_bytes
+from pipeline.report.album import Album
+from pipeline.report.galleries import clip_cards, instruction_cards, prompt_cards, sample_cards
+from pipeline.report.page import render
+from pipeline.report.provenance import fates, next_steps, provenance, summary
+from pipeline.report.read import Parts, read_parts
+from pipeline.report.statistics import distributions
+from pipeline.report.training import loss_charts
+
+PAGE = "report.html"
+
+
+class ReportConfig(Config):
+    """Which outputs go on the page, and how large it may be."""
+
+    out: str
+    """The HTML file to write, or a folder (then `report.html` in it)."""
+    clips: str | None = None
+    """Output folder of `vimi-data crawl`."""
+    memory: str | None = None
+    """Output folder of `vimi-data build-index`."""
+    prompts: str | None = None
+    """Output folder of `vimi-data augment`."""
+    instructions: str | None = None
+    """Output folder of `vimi-data instruct`."""
+    runs: tuple[str, ...] = ()
+    """Run folders of `vimi-train stage1` and `stage2`, in this order; unfinished ones too."""
+    samples: tuple[str, ...] = ()
+    """Output folders of `vimi-train sample`."""
+    title: str = "From corpus to video"
+    """Headline of the page."""
+    num_clips: int = Field(default=12, ge=0, le=200)
+    """Clips shown as filmstrips."""
+    num_prompts: int = Field(default=8, ge=0, le=200)
+    """Multimodal prompts shown."""
+    num_instructions: int = Field(default=4, ge=0, le=100)
+    """Instructions shown of each task."""
+    num_samples: int = Field(default=12, ge=0, le=200)
+    """Sampled videos shown of each folder."""
+    max_bytes: int = Field(default=15_000_000, ge=200_000)
+    """Size of the page, bytes: pictures that would exceed it are left out, and the page says so.
+    15 MB: what most mail servers let through."""
+    max_rows: int = Field(default=200_000, ge=100)
+    """Rows read for the distributions; more are sampled evenly, by row group."""
+    seed: int = 0
+    """Of the random pairs that the similarities are compared with."""
+
+
+def check(config: ReportConfig) -> None:
+    """Refuse at the door what can't be shown.
+
+    Raises:
+        ConfigError: nothing to report, an uncertified folder, a run or sample folder without results, or
+            a page that can't be written.
+    """
+    if not any([config.clips, config.memory, config.prompts, config.instructions, config.runs, config.samples]):
+        raise ConfigError(
+            "nothing to report",
+            legal="at least one of clips, memory, prompts, instructions, runs, samples",
+            cure="--clips FOLDER, or any other output",
+        )
+    for folder, job in [
+        (config.clips, "crawl"),
+        (config.memory, "build-index"),
+        (config.prompts, "augment"),
+        (config.instructions, "instruct"),
+    ]:
+        if folder is not None:
+            require_certificate(folder, job=job, made_by=f"vimi-data {job}")
+    for folder in config.runs:
+        _require_file(folder, "metrics.jsonl", "vimi-train stage1")
+    for folder in config.samples:
+        _require_file(folder, "samples.json", "vimi-train sample")
+    check_writable(str(PurePosixPath(page_path(config)).parent))
+
+
+def _require_file(folder: str, name: str, made_by: str) -> None:
+    if not exists(join(absolute(folder), name)):
+        raise ConfigError(f"no {name} in {folder}", cure=f"give the output of `{made_by}`")
+
+
+def page_path(config: ReportConfig) -> str:
+    out = absolute(config.out)
+    return out if out.endswith((".html", ".htm")) else join(out, PAGE)
+
+
+def run(config: ReportConfig) -> str:
+    """Write the page.
+
+    Returns:
+        Its path.
+
+    Raises:
+        ConfigError: see `check`.
+    """
+    check(config)
+    parts = read_parts(config)
+    album = Album(max_bytes=config.max_bytes - 150_000)  # the rest is for words and charts
+    page = render(gather(config, parts, album))
+    place = page_path(config)
+    write_bytes(place, page.encode())
+    return place
+
+
+def gather(config: ReportConfig, parts: Parts, album: Album) -> dict[str, Any]:
+    """Everything that the template needs; the order is the order of the pictures' claim to space."""
+    return {
+        "title": config.title,
+        "summary": summary(parts),
+        "fates": fates(parts),
+        "samples": [card for f in config.samples for card in sample_cards(f, album, config.num_samples)],
+        "prompts": prompt_cards(parts.prompts, album, config.num_prompts),
+        "instructions": instruction_cards(parts.instructions, album, config.num_instructions),
+        "clips": clip_cards(config.clips, album, config.num_clips),
+        "losses": loss_charts(parts.runs),
+        "distributions": distributions(parts, max_rows=config.max_rows, seed=config.seed),
+        "provenance": provenance(parts),
+        "next_steps": next_steps(config, parts),
+        "left_out": album.left_out,
+        "max_bytes": config.max_bytes,
+    }

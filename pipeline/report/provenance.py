@@ -1,0 +1,138 @@
+"""Where the page's contents come from, what became of every row, and what to run next."""
+
+import json
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+from infra.progress import span
+from infra.storage import Certificate
+from pipeline.report.charts import flow
+from pipeline.report.read import Parts
+from pipeline.schema import RETRIABLE
+
+if TYPE_CHECKING:
+    from pipeline.report.job import ReportConfig
+
+UNITS = {"crawl": "clips", "build-index": "documents", "augment": "prompts", "instruct": "draws"}
+SENTENCES = {
+    "crawl": "Each row of the corpus, good or bad.",
+    "build-index": "Good clips and pictures become documents of the memory.",
+    "augment": "Captions meet the memory and become multimodal prompts.",
+    "instruct": "A draw is a clip and a task; each ends as an instruction or has a reason.",
+}
+
+
+def fates(parts: Parts) -> list[dict[str, Any]]:
+    """For each job: in = out + filtered (by reason) + dead (by reason), as a diagram and a list."""
+    return [_fate(job, certificate) for job, (_, certificate) in parts.certificates.items()]
+
+
+def _fate(job: str, certificate: Certificate) -> dict[str, Any]:
+    filtered = sorted(certificate.filtered.items(), key=lambda item: -item[1])
+    dead = sorted(certificate.dead.items(), key=lambda item: -item[1])
+    rows = [("kept", "kept", certificate.num_out)]
+    rows += [("filtered", _words(name), count) for name, count in filtered if count]
+    rows += [("dead", _words(name), count) for name, count in dead if count]
+    total = max(certificate.num_in, 1)
+    words = ", ".join(f"{count:,} {name}" for _, name, count in rows)
+    title = f"{job}: {certificate.num_in:,} {UNITS[job]} in: {words}"
+    return {
+        "job": job,
+        "unit": UNITS[job],
+        "sentence": SENTENCES[job],
+        "num_in": certificate.num_in,
+        "rows": [{"style": s, "name": n, "count": c, "share": c / total} for s, n, c in rows],
+        "chart": flow(certificate.num_in, [(style, count) for style, _, count in rows], title=title),
+    }
+
+
+def _words(status: str) -> str:
+    return status.removeprefix("filtered_").replace("_", " ")
+
+
+def summary(parts: Parts) -> list[dict[str, str]]:
+    """The page in a handful of numbers."""
+    tiles = []
+    found = {job: certificate for job, (_, certificate) in parts.certificates.items()}
+    if "crawl" in found:
+        crawl = found["crawl"]
+        tiles.append(_tile(crawl.num_out, "good clips", f"of {crawl.num_in:,} rows"))
+    if "build-index" in found:
+        model = found["build-index"].facts.get("model", {})
+        name = model.get("name", "") if isinstance(model, dict) else str(model)
+        tiles.append(_tile(found["build-index"].num_out, "documents", f"CLIP {name}".strip()))
+    if parts.prompts:
+        tiles.append(_tile(parts.prompts.num_rows, "multimodal prompts", "stage 1"))
+    if parts.instructions:
+        tiles.append(_tile(parts.instructions.num_rows, "instructions", "stage 2"))
+    for run in parts.runs:
+        last = run.records[-1].get("samples", 0) if run.records else 0
+        tiles.append(_tile(int(last), "samples trained", run.name))
+    return tiles
+
+
+def _tile(number: int, what: str, more: str) -> dict[str, str]:
+    return {"number": f"{number:,}", "what": what, "more": more}
+
+
+def provenance(parts: Parts) -> list[dict[str, Any]]:
+    """One line for each certificate: when, how long, hashes, files, facts."""
+    items = [(job, folder, certificate) for job, (folder, certificate) in parts.certificates.items()]
+    items += [(run.name, run.uri, run.certificate) for run in parts.runs if run.certificate]
+    return [_origin(name, folder, certificate) for name, folder, certificate in items]
+
+
+def _origin(name: str, folder: str, certificate: Certificate) -> dict[str, Any]:
+    made = datetime.fromtimestamp(certificate.created_at_s, UTC)
+    return {
+        "name": name,
+        "folder": "/".join(folder.rsplit("/", 2)[-2:]),
+        "made": made.strftime("%Y-%m-%d %H:%M UTC") if certificate.created_at_s else "",
+        "took": span(certificate.wall_s) if certificate.wall_s else "",
+        "version": certificate.version,
+        "config_hash": certificate.config_hash,
+        "content_hash": certificate.content_hash(),
+        "files": f"{len(certificate.files):,}",
+        "size": _size(sum(entry.num_bytes for entry in certificate.files)),
+        "inputs": certificate.inputs,
+        "facts": json.dumps(certificate.facts, indent=1, ensure_ascii=False)[:6000],
+    }
+
+
+def _size(num_bytes: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if num_bytes < 1000:
+            return f"{num_bytes:.3g} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:.3g} TB"
+
+
+def next_steps(config: "ReportConfig", parts: Parts) -> list[dict[str, str]]:
+    """Commands that make sense now, each with its reason."""
+    steps: list[tuple[str, str]] = []
+    found = {job: certificate for job, (_, certificate) in parts.certificates.items()}
+    clips, memory = config.clips or "CLIPS", config.memory or "MEMORY"
+    prompts, instructions = config.prompts or "PROMPTS", config.instructions or "INSTRUCTIONS"
+    if "crawl" in found:
+        lost = sum(n for status, n in found["crawl"].dead.items() if status in {s.value for s in RETRIABLE})
+        if lost:
+            steps.append((f"vimi-data redrive {clips}", f"{lost:,} rows failed; a retry may cure them."))
+    if not config.clips and not found:
+        steps.append(("vimi-data crawl", "Start from your own videos."))
+    if not config.memory:
+        steps.append((f"vimi-data build-index {clips}", "Make the memory that captions are looked up in."))
+    elif not config.prompts:
+        steps.append((f"vimi-data augment {clips} {memory}", "Give every caption its in-context examples."))
+    if config.prompts:
+        steps.append((f"vimi-data validate {prompts}", "Prove the shards from scratch before they travel."))
+        if not config.runs:
+            steps.append((f"vimi-train stage1 {prompts}", "Pretrain the generator on these prompts."))
+        if not config.instructions:
+            steps.append((f"vimi-data instruct {prompts}", "Make the three tasks of stage 2."))
+    if config.instructions and len(config.runs) < 2:
+        steps.append((f"vimi-train stage2 {instructions}", "Tune the generator on these instructions."))
+    if config.runs and not config.samples:
+        steps.append((f"vimi-train sample {config.runs[-1]}", "See what the generator has learnt."))
+    if config.runs:
+        steps.append((f"vimi-train evaluate {config.runs[-1]}", "Measure it: FVD, CLIP similarity, subjects."))
+    return [{"command": command, "reason": reason} for command, reason in steps]

@@ -1,0 +1,121 @@
+"""What there is to show: certificates, shards, run folders. Missing parts are None or empty."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from infra.config import read_yaml
+from infra.storage import (
+    Certificate,
+    absolute,
+    exists,
+    filesystem,
+    is_remote,
+    join,
+    list_files,
+    read_bytes,
+    read_certificate,
+)
+from pipeline.shards import ShardSet
+
+if TYPE_CHECKING:
+    from pipeline.report.job import ReportConfig
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training's folder."""
+
+    name: str
+    uri: str
+    config: dict[str, Any]
+    records: list[dict[str, Any]]
+    certificate: Certificate | None
+
+
+@dataclass(frozen=True)
+class Parts:
+    """All inputs of the page."""
+
+    clips: str | None
+    memory: str | None
+    prompts: ShardSet | None
+    instructions: ShardSet | None
+    runs: list[Run]
+    samples: tuple[str, ...]
+    certificates: dict[str, tuple[str, Certificate]]
+    """Job -> its folder and certificate, in the order of the flow."""
+
+
+def read_parts(config: "ReportConfig") -> Parts:
+    certificates = {}
+    folders = {
+        "crawl": config.clips,
+        "build-index": config.memory,
+        "augment": config.prompts,
+        "instruct": config.instructions,
+    }
+    for job, folder in folders.items():
+        certificate = read_certificate(folder, job=job) if folder else None
+        if folder and certificate:
+            certificates[job] = (absolute(folder), certificate)
+    return Parts(
+        clips=absolute(config.clips) if config.clips else None,
+        memory=absolute(config.memory) if config.memory else None,
+        prompts=ShardSet(config.prompts) if config.prompts else None,
+        instructions=ShardSet(config.instructions) if config.instructions else None,
+        runs=[read_run(folder) for folder in config.runs],
+        samples=config.samples,
+        certificates=certificates,
+    )
+
+
+def read_run(folder: str) -> Run:
+    """A run folder, finished or not: a torn last line is skipped."""
+    uri = absolute(folder)
+    records = []
+    for line in read_bytes(join(uri, "metrics.jsonl")).decode("utf-8", "replace").splitlines():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(record, dict):
+            records.append(record)
+    has_config = not is_remote(uri) and exists(join(uri, "config.yaml"))
+    return Run(
+        name=uri.rpartition("/")[2],
+        uri=uri,
+        config=read_yaml(join(uri, "config.yaml")) if has_config else {},
+        records=records,
+        certificate=read_certificate(uri),
+    )
+
+
+def table_files(folder: str) -> Iterator[pq.ParquetFile]:
+    """The part files of a table."""
+    for file in list_files(folder, suffix=".parquet", recursive=False):
+        if file.rpartition("/")[2].startswith("part-"):
+            fs, path = filesystem(file)
+            yield pq.ParquetFile(fs.open_input_file(path))
+
+
+def read_columns(folder: str, columns: list[str], *, max_rows: int) -> pa.Table:
+    """The columns of a table's parts; above `max_rows` an even sample of row groups."""
+    files = list(table_files(folder))
+    groups = [(file, i) for file in files for i in range(file.num_row_groups)]
+    total = sum(file.metadata.num_rows for file in files)
+    step = max(1, -(-total // max_rows))
+    parts = [file.read_row_group(i, columns=columns) for file, i in groups[::step]]
+    if not parts:
+        return pa.table({name.partition(".")[0]: pa.nulls(0) for name in columns})
+    return pa.concat_tables(parts)
+
+
+def spread(total: int, count: int) -> list[int]:
+    """`count` row numbers spread evenly over `total`; ids are hashes, so this is a fair sample."""
+    count = min(count, total)
+    return [(2 * i + 1) * total // (2 * count) for i in range(count)]

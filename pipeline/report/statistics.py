@@ -1,0 +1,164 @@
+"""Distributions of the corpus and of what retrieval made of it."""
+
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from markupsafe import Markup
+
+from pipeline.report.charts import Series, histogram
+from pipeline.report.read import Parts, read_columns
+from pipeline.schema import Media, Status
+from pipeline.shards import ShardSet
+
+Chart = dict[str, Any]
+PAIRS = 4000
+"""Random pairs: enough for the mean's standard error to be below 0.002."""
+
+
+def distributions(parts: Parts, *, max_rows: int, seed: int) -> list[Chart]:
+    """The charts that the parts at hand allow."""
+    charts: list[Chart] = []
+    if parts.clips:
+        charts += _clip_charts(parts.clips, max_rows)
+    if parts.prompts:
+        charts += _prompt_charts(parts, parts.prompts, max_rows, seed)
+        if not parts.clips:
+            captions = _read_shards(parts.prompts, ["caption"], max_rows)["caption"]
+            charts.append(_caption_lengths(captions))
+    return [chart for chart in charts if chart["chart"] or chart.get("bars")]
+
+
+def _clip_charts(folder: str, max_rows: int) -> list[Chart]:
+    columns = ["media", "caption", "start_s", "end_s", "width_px", "height_px", "status"]
+    table = read_columns(folder, columns, max_rows=max_rows)
+    good = table.filter(pc.field("status") == Status.OK.value)
+    if not len(good):
+        return []
+    videos = good.filter(pc.field("media") == Media.VIDEO.value)
+    seconds = videos["end_s"].to_numpy() - videos["start_s"].to_numpy()
+    sides = zip(good["width_px"].to_pylist(), good["height_px"].to_pylist(), strict=True)
+    sizes = Counter(f"{width}×{height}" for width, height in sides if width)
+    return [
+        _histogram("Duration of the clips", "seconds", [("clips", seconds, "one")]),
+        _caption_lengths(good["caption"]),
+        _bars("Resolution", sizes, "clips"),
+    ]
+
+
+def _caption_lengths(captions: pa.ChunkedArray) -> Chart:
+    words = [len(text.split()) for text in captions.to_pylist() if text]
+    return _histogram("Length of the captions", "words", [("captions", words, "one")])
+
+
+def _prompt_charts(parts: Parts, shards: ShardSet, max_rows: int, seed: int) -> list[Chart]:
+    documents = _documents(shards, max_rows)
+    similarities = [d["clip_similarity"] for d in documents if d["clip_similarity"] is not None]
+    random = _random_similarities(parts.memory, seed) if parts.memory else []
+    compared = [("random pairs", random, "two")] if len(random) else []
+    similarity = _histogram(
+        "CLIP similarity of caption and retrieved picture",
+        "cosine",
+        [*compared, ("retrieved", similarities, "one")],
+    )
+    if len(random) and similarities:
+        lead = float(np.mean(similarities)) - float(np.mean(random))
+        similarity["note"] = (
+            f"Mean {np.mean(similarities):.3f} retrieved, {np.mean(random):.3f} random: {lead:+.3f}. "
+            "A random pair is the text of one document with the picture of another."
+        )
+    charts = [similarity]
+    for name in sorted({str(d["retriever"]) for d in documents}):
+        scores = [d["score"] for d in documents if d["retriever"] == name and d["score"] is not None]
+        charts.append(_histogram(f"Score of the documents ({name})", "score", [(name, scores, "one")]))
+    counts = Counter(_read_shards(shards, ["num_documents"], max_rows)["num_documents"].to_pylist())
+    charts.append(_bars("Documents of a prompt", {str(k): counts[k] for k in sorted(counts)}, "prompts"))
+    refused = refusals(parts.certificates["augment"][1].facts)
+    if refused:
+        charts.append(_bars("Documents that the guard refused", refused, "candidates"))
+    return charts
+
+
+def refusals(facts: dict[str, Any]) -> dict[str, int]:
+    """Reason -> count of refused documents, wherever the certificate keeps them."""
+    for name in ("refused", "rejected", "guard", "rejections", "refusals"):
+        found = facts.get(name)
+        if isinstance(found, dict):
+            counts = {str(k): v for k, v in found.items() if isinstance(v, int) and not isinstance(v, bool)}
+            if counts:
+                return {k: v for k, v in counts.items() if v and k != "allowed"}
+    return {}
+
+
+def _documents(shards: ShardSet, max_rows: int) -> list[dict[str, Any]]:
+    """One origin for each retrieved document (its text and its picture carry the same)."""
+    column = _read_shards(shards, ["segments.list.element.type", "segments.list.element.document"], max_rows)
+    found = []
+    for segments in column["segments"].to_pylist():
+        seen = set()
+        for segment in segments or []:
+            origin = segment["document"]
+            if origin and (origin["doc_id"], origin["rank"]) not in seen:
+                seen.add((origin["doc_id"], origin["rank"]))
+                found.append(origin)
+    return found
+
+
+def _read_shards(shards: ShardSet, columns: list[str], max_rows: int) -> pa.Table:
+    step = max(1, -(-shards.num_rows // max_rows))
+    parts = [shards.read_row_group(i, columns) for i in range(0, len(shards), step)]
+    empty = pa.table({name.partition(".")[0]: pa.nulls(0) for name in columns})
+    return pa.concat_tables(parts) if parts else empty
+
+
+def _random_similarities(memory: str, seed: int) -> np.ndarray:
+    """Cosines of texts and pictures of different documents of the memory, in its own CLIP space."""
+    from pipeline.memory.store import open_memory
+
+    table = open_memory(memory).table
+    rows = min(table.count_rows(), PAIRS)
+    if rows < 2:
+        return np.empty(0)
+    random = np.random.default_rng(seed)
+    places = np.sort(random.choice(table.count_rows(), rows, replace=False))
+    columns = ["text_embedding", "image_embedding"]
+    found = table.take_offsets(places.tolist()).select(columns).to_arrow()
+    texts, pictures = (_vectors(found[name]) for name in columns)
+    shift = 1 + random.integers(0, rows - 1, size=rows)
+    others = (np.arange(rows) + shift) % rows
+    cosines = (texts * pictures[others]).sum(1)
+    has_both = (np.abs(texts).sum(1) > 0) & (np.abs(pictures[others]).sum(1) > 0)
+    return cosines[has_both]
+
+
+def _vectors(column: pa.ChunkedArray) -> np.ndarray:
+    """A fixed-size list column as float32 `n d`; missing vectors are zero."""
+    array = column.combine_chunks()
+    dim = array.type.list_size
+    rows = [np.zeros(dim) if row is None else row for row in array.to_pylist()]
+    return np.asarray(rows, np.float32).reshape(len(rows), dim)
+
+
+def _histogram(title: str, x_label: str, values: list[tuple[str, Any, str]]) -> Chart:
+    series = [Series(name, [float(v) for v in found], [], style) for name, found, style in values]
+    chart = histogram(series, x_label=x_label, title=f"Histogram: {title}")
+    legend = [(s.style, s.name) for s in series] if len(series) > 1 else []
+    note = ""
+    if len(series) == 1 and series[0].x:
+        low, middle, high = np.percentile(series[0].x, [5, 50, 95])
+        note = f"{len(series[0].x):,} values; median {middle:.4g}, 90 % between {low:.4g} and {high:.4g}."
+    return {"title": title, "chart": chart, "legend": legend, "note": note}
+
+
+def _bars(title: str, counts: dict[str, int], unit: str, most: int = 8) -> Chart:
+    """Horizontal bars in HTML, largest first unless the keys are numbers."""
+    items = list(counts.items())
+    if not all(key.isdigit() for key in counts):
+        items = sorted(items, key=lambda item: -item[1])
+    rest = sum(count for _, count in items[most:])
+    items = items[:most] + ([("other", rest)] if rest else [])
+    top, total = max((n for _, n in items), default=1), max(sum(counts.values()), 1)
+    bars = [{"name": name, "count": n, "width": 100 * n / max(top, 1), "share": n / total} for name, n in items]
+    return {"title": title, "chart": Markup(), "bars": bars, "note": f"{total:,} {unit}."}
