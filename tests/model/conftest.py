@@ -1,6 +1,7 @@
 """Tiny generators, conditions and prompt shards that the tests of this floor share: real Parquet, JPEG, mp4."""
 
 import hashlib
+import json
 import io
 from collections.abc import Callable
 from pathlib import Path
@@ -215,3 +216,64 @@ def make_shards(tmp_path: Path) -> MakeShards:
 @pytest.fixture
 def make_row() -> Callable[..., dict[str, Any]]:
     return prompt_row
+
+
+TINY_CLIP = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "patch_size": 16, "head_width": 16},
+    "text_cfg": {"context_length": 20, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
+}
+TINY_BACKBONE = {
+    "patch_dim": 32,
+    "patch_head_dim": 16,
+    "num_latents": 8,
+    "latent_dim": 48,
+    "latent_head_dim": 16,
+    "condition_dim": 32,
+    "num_blocks": 2,
+    "layers_per_block": 1,
+    "group_height": 3,
+    "group_width": 2,
+    "dropout": 0.1,
+}
+
+
+@pytest.fixture(scope="session")
+def tiny_encoder(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Config of a prompt encoder over a random CLIP, from local files."""
+    import open_clip
+
+    folder = tmp_path_factory.mktemp("clip")
+    (folder / "tiny.json").write_text(json.dumps(TINY_CLIP))
+    torch.manual_seed(0)
+    torch.save({"state_dict": open_clip.CLIP(**TINY_CLIP).state_dict()}, folder / "tiny.pt")
+    clip = {"name": str(folder / "tiny.json"), "pretrained": str(folder / "tiny.pt"), "precision": "fp32"}
+    return {"kind": "clip", "clip": clip}
+
+
+@pytest.fixture
+def stage_values(make_shards: MakeShards, tiny_encoder: dict[str, Any], tmp_path: Path) -> Callable:
+    """stage_values(**changes) -> values of a Stage1Config that trains a tiny FIT in seconds."""
+
+    def make(**changes: Any) -> dict[str, Any]:
+        if "prompts" not in changes:
+            changes["prompts"] = str(make_shards(22, num_frames=4, height=12, width=16))
+        values = {
+            "out": str(tmp_path / "run"),
+            "samples": 40,
+            "batch_size": 4,
+            "preset": "fit-tiny",
+            "num_frames": 4,
+            "height_px": 12,
+            "width_px": 16,
+            "backbone": TINY_BACKBONE,
+            "encoder": tiny_encoder,
+            "optim": {"name": "adamw", "lr": 1e-3},
+            "validation": {"num_samples": 2},
+            "checkpoint": {"every_samples": 8, "num_to_keep": None},
+            "log": {"every_samples": 4, "tensorboard": False},
+            "order": {"lanes": 6, "shuffle_rows": 5},
+        }
+        return values | changes
+
+    return make

@@ -1,0 +1,130 @@
+"""Laws of checkpoints: whole or absent, safe to read, any filesystem."""
+
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+
+from infra.errors import ConfigError, TrainingError
+from infra.storage import read_json, write_bytes, write_json
+from model.checkpoint import (
+    CheckpointWriter,
+    checkpoint_uri,
+    committed_positions,
+    find_checkpoint,
+    latest_checkpoint,
+    load_state,
+    read_facts,
+    tensors_in,
+)
+
+
+def a_state() -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    return {
+        "model.w": torch.randn(30, 20),
+        "model.b": torch.randn(7).bfloat16(),
+        "optim.step": torch.tensor(3.0),
+        "rng": torch.get_rng_state(),
+    }
+
+
+def empty_like(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: torch.zeros_like(value) for name, value in state.items()}
+
+
+def save_one(run: Path | str, position: int, state: dict[str, torch.Tensor], **options) -> None:
+    writer = CheckpointWriter(str(run), **options)
+    writer.save(state, {"position": position})
+    writer.close()
+
+
+def test_loaded_state_equals_saved_state(tmp_path: Path) -> None:
+    state = a_state()
+    save_one(tmp_path, 8, state)
+    found = empty_like(state)
+    load_state(find_checkpoint(str(tmp_path)), found)
+    for name, value in state.items():
+        assert value.equal(found[name]), name
+
+
+def test_background_save_holds_the_moment_of_the_call(tmp_path: Path) -> None:
+    state = a_state()
+    before = {name: value.clone() for name, value in state.items()}
+    writer = CheckpointWriter(str(tmp_path))
+    writer.save(state, {"position": 8})
+    for value in state.values():
+        value.zero_()  # the next step moves the weights while the file is being written
+    writer.close()
+    found = empty_like(state)
+    load_state(latest_checkpoint(str(tmp_path)) or "", found)
+    assert all(before[name].equal(found[name]) for name in before)
+
+
+def test_newest_checkpoints_stay(tmp_path: Path) -> None:
+    writer = CheckpointWriter(str(tmp_path), num_to_keep=2)
+    for position in (8, 16, 24):
+        writer.save(a_state(), {"position": position})
+    writer.close()
+    assert committed_positions(str(tmp_path)) == [16, 24]
+    assert not Path(checkpoint_uri(str(tmp_path), 8)).exists()
+
+
+def test_half_written_checkpoint_is_none_and_is_cleaned(tmp_path: Path) -> None:
+    save_one(tmp_path, 8, a_state())
+    save_one(tmp_path, 16, a_state())
+    (Path(checkpoint_uri(str(tmp_path), 16)) / "committed.json").unlink()
+    assert latest_checkpoint(str(tmp_path)) == checkpoint_uri(str(tmp_path), 8)
+    CheckpointWriter(str(tmp_path)).clean()
+    assert not Path(checkpoint_uri(str(tmp_path), 16)).exists()
+    assert committed_positions(str(tmp_path)) == [8]
+
+
+def test_other_shapes_and_names_are_said(tmp_path: Path) -> None:
+    save_one(tmp_path, 8, a_state())
+    uri = checkpoint_uri(str(tmp_path), 8)
+    with pytest.raises(TrainingError, match=r"model.w is \(30, 20\) there, \(2, 2\) here"):
+        load_state(uri, {"model.w": torch.zeros(2, 2)})
+    with pytest.raises(TrainingError, match="model.new is not there"):
+        load_state(uri, {"model.new": torch.zeros(2, 2)})
+    assert tensors_in(uri)["model.w"] == (30, 20)
+
+
+def test_unknown_format_says_why(tmp_path: Path) -> None:
+    save_one(tmp_path, 8, a_state())
+    uri = checkpoint_uri(str(tmp_path), 8)
+    facts = read_json(uri + "/committed.json")
+    write_json(uri + "/committed.json", facts | {"format": 99, "version": "9.9"})
+    with pytest.raises(ConfigError, match="format 99 .vimi 9.9"):
+        read_facts(uri)
+
+
+def test_missing_checkpoint_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no committed checkpoint"):
+        find_checkpoint(str(tmp_path))
+
+
+class Bomb:
+    def __reduce__(self):
+        return (print, ("boom",))
+
+
+def test_index_that_names_code_is_refused(tmp_path: Path, capsys) -> None:
+    save_one(tmp_path, 8, a_state())
+    uri = checkpoint_uri(str(tmp_path), 8)
+    (Path(uri) / ".metadata").write_bytes(pickle.dumps(Bomb()))
+    with pytest.raises(TrainingError, match=r"builtins\.print"):
+        tensors_in(uri)
+    assert "boom" not in capsys.readouterr().out
+
+
+def test_object_store_holds_checkpoints(s3_server: str) -> None:
+    state = a_state()
+    write_bytes("s3://runs/marker", b"")
+    for position in (8, 16):
+        save_one("s3://runs/one", position, state, num_to_keep=1)
+    assert committed_positions("s3://runs/one") == [16]
+    found = empty_like(state)
+    load_state(find_checkpoint("s3://runs/one"), found)
+    assert all(state[name].equal(found[name]) for name in state)
