@@ -45,8 +45,8 @@ class Clip:
 
         self.weight_hash = hash_weights(model)
         self.device = torch.device(device)
-        self.model = model.eval().requires_grad_(False).to(self.device)
-        self.model.visual.to(memory_format=torch.channels_last)  # type: ignore[union-attr, call-overload]
+        self.model: Any = model.eval().requires_grad_(False).to(self.device)
+        self.model.visual.to(memory_format=torch.channels_last)
         self.name = name
         self.preprocessing = preprocessing
         self.context_length = context_length
@@ -86,11 +86,13 @@ class Clip:
 
     def encode_pixels(self, pixels: np.ndarray) -> np.ndarray:
         """uint8 [n, height, width, 3] from `preprocess` -> float32 [n, dim], unit rows."""
+        from infra.clip.towers import image_vectors
+
         out = np.empty((len(pixels), self.dim), np.float32)
         for rows in _batches(range(len(pixels)), self.batch_size):
             with self._inference():
                 batch = self.preprocessing.normalise(pixels[rows], self.device)
-                out[rows] = _unit(self.model.visual(batch))  # type: ignore[operator]
+                out[rows] = _unit(image_vectors(self.model, batch))
         return out
 
     def encode_texts(self, texts: Sequence[str]) -> np.ndarray:

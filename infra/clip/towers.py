@@ -97,6 +97,12 @@ def _coca_text(text: Any, ids: Tensor) -> tuple[Tensor, Tensor]:
     return states[:, -1], states[:, :-1]
 
 
+def image_vectors(model: Any, images: Tensor) -> Tensor:
+    """Images [n, 3, h, w] -> pooled vectors [n, d], not normalised."""
+    out = model.visual(images)
+    return out[0] if isinstance(out, tuple) else out  # CoCa's gives tokens too
+
+
 def image_states(model: Any, images: Tensor, width: int) -> Tensor:
     """Images [n, 3, h, w] -> patch states [n, p, width], row by row, class token left out."""
     visual = model.visual

@@ -1,0 +1,354 @@
+"""The CLIP: equal to open_clip's own, loadable from four kinds of place, refused in one line otherwise."""
+
+import io
+import json
+import pickle
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from open_clip import CoCa, CustomTextCLIP
+from open_clip.transform import PreprocessCfg, image_transform_v2
+from PIL import Image
+
+from infra.clip import Clip, ClipConfig, load_clip
+from infra.clip.load import check_clip
+from infra.clip.offline import minilm_folder
+from infra.clip.preprocess import Preprocessing
+from infra.errors import ConfigError
+
+TEXTS = [
+    "a white dog on grass",
+    "",
+    "two people cooking in a small kitchen while it rains outside",
+    "x",
+    "a cat",
+    "word " * 300,
+]
+VIT = {"image_size": 32, "patch_size": 16, "width": 64, "layers": 2, "head_width": 32}
+TEXT = {"context_length": 20, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}
+HF_TEXT = {"hf_model_name": "MINILM_DIR", "hf_tokenizer_name": "MINILM_DIR", "context_length": 24}
+COCA_TEXT = {**TEXT, "embed_cls": True, "output_tokens": True}
+COCA_VIT = {**VIT, "attentional_pool": True, "attn_pooler_heads": 2, "output_tokens": True}
+TIMM = {"image_size": 64, "timm_model_name": "tf_efficientnet_lite0", "timm_proj": "linear"}
+MODELS: dict[str, dict[str, Any]] = {
+    "vit": {"embed_dim": 24, "vision_cfg": VIT, "text_cfg": TEXT},
+    "resnet": {
+        "embed_dim": 24,
+        "vision_cfg": {"image_size": 64, "layers": [1, 1, 1, 1], "width": 8, "head_width": 32},
+        "text_cfg": TEXT,
+    },
+    "custom text": {"embed_dim": 24, "vision_cfg": VIT, "text_cfg": TEXT, "custom_text": True},
+    "pads attended": {
+        "embed_dim": 24,
+        "vision_cfg": {**VIT, "pool_type": "avg", "final_ln_after_pool": True},
+        "text_cfg": {**TEXT, "no_causal_mask": True, "pool_type": "last"},
+        "custom_text": True,
+    },
+    "hugging face text": {
+        "embed_dim": 24,
+        "vision_cfg": {**TIMM, "timm_pool": ""},
+        "text_cfg": {**HF_TEXT, "hf_proj_type": "linear", "hf_pooler_type": "mean_pooler"},
+    },
+    "timm vit": {
+        "embed_dim": 24,
+        "vision_cfg": {
+            "image_size": 224,
+            "timm_model_name": "vit_tiny_patch16_224",
+            "timm_pool": "token",
+            "timm_proj": "linear",
+        },
+        "text_cfg": TEXT,
+    },
+    "coca": {
+        "embed_dim": 24,
+        "vision_cfg": COCA_VIT,
+        "text_cfg": COCA_TEXT,
+        "multimodal_cfg": {"context_length": 20, "width": 32, "heads": 2, "layers": 1},
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def offline() -> Clip:
+    return load_clip(ClipConfig(name="offline", precision="fp32", batch_size=3))
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Clip:
+    """A random model of each kind, through a config file and a checkpoint."""
+    name, weights = save_tiny(tmp_path_factory.mktemp("clip"), MODELS[request.param])
+    return load_clip(ClipConfig(name=name, pretrained=weights, precision="fp32", batch_size=2))
+
+
+def save_tiny(folder: Path, cfg: dict[str, Any], *, seed: int = 0) -> tuple[str, str]:
+    """Write a model config and random weights of it, as a user would have them."""
+    (folder / "tiny.json").write_text(json.dumps(cfg))
+    torch.manual_seed(seed)
+    built = json.loads(json.dumps(cfg).replace("MINILM_DIR", str(minilm_folder())))
+    built["vision_cfg"].pop("timm_model_pretrained", None)
+    is_hf = "hf_model_name" in built["text_cfg"]
+    is_custom = built.pop("custom_text", False) or is_hf
+    if is_hf:
+        built["text_cfg"]["hf_model_pretrained"] = False
+    kind: Any = CoCa if "multimodal_cfg" in built else CustomTextCLIP if is_custom else open_clip.CLIP
+    torch.save({"state_dict": kind(**built).state_dict()}, folder / "tiny.pt")
+    return str(folder / "tiny.json"), str(folder / "tiny.pt")
+
+
+def pictures(number: int, seed: int = 0) -> list[Image.Image]:
+    rng = np.random.default_rng(seed)
+    sizes = rng.integers(20, 90, (number, 2))
+    return [Image.fromarray(rng.integers(0, 256, (h, w, 3), dtype=np.uint8)) for h, w in sizes]
+
+
+def unit(vectors: torch.Tensor) -> np.ndarray:
+    return torch.nn.functional.normalize(vectors.float(), dim=-1).numpy()
+
+
+@torch.inference_mode()
+def test_text_vectors_equal_open_clips_own_on_padded_batches(tiny: Clip) -> None:
+    ids, _ = tiny.tokenize(TEXTS)
+    model: Any = tiny.model
+    expected = unit(model.encode_text(ids))
+    np.testing.assert_allclose(tiny.encode_texts(TEXTS), expected, atol=2e-5)
+
+
+@torch.inference_mode()
+def test_image_vectors_equal_open_clips_own(tiny: Clip) -> None:
+    images = pictures(5)
+    transform: Any = image_transform_v2(PreprocessCfg(**tiny.preprocessing.model_dump()), is_train=False)
+    model: Any = tiny.model
+    out = model.visual(torch.stack([transform(image) for image in images]))
+    expected = unit(out[0] if isinstance(out, tuple) else out)
+    np.testing.assert_allclose(tiny.encode_images(images), expected, atol=2e-5)
+
+
+def test_tokens_of_both_towers_share_the_joint_width(tiny: Clip) -> None:
+    states, mask = tiny.text_tokens(TEXTS)
+    patches = tiny.image_tokens(pictures(3))
+    assert states.shape == (len(TEXTS), mask.shape[1], tiny.dim)
+    assert patches.shape[0] == 3 and patches.shape[2] == tiny.dim
+    assert mask.any(-1).all() and not states[~mask].any()
+    assert states.isfinite().all() and patches.isfinite().all()
+
+
+def test_token_states_do_not_depend_on_the_batch(tiny: Clip) -> None:
+    states, mask = tiny.text_tokens(TEXTS)
+    for row, text in enumerate(TEXTS):
+        alone, alone_mask = tiny.text_tokens([text])
+        torch.testing.assert_close(states[row][mask[row]], alone[0][alone_mask[0]], atol=2e-5, rtol=1e-4)
+
+
+def test_the_offline_clip_is_an_open_clip_model_of_unit_float32_vectors(offline: Clip) -> None:
+    assert isinstance(offline.model, CustomTextCLIP)
+    images, texts = offline.encode_images(pictures(4)), offline.encode_texts(TEXTS)
+    for vectors in (images, texts):
+        assert vectors.dtype == np.float32 and vectors.shape[1] == offline.dim == 384
+        np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
+
+
+def test_offline_token_states_average_to_the_text_vector(offline: Clip) -> None:
+    states, mask = offline.text_tokens(TEXTS)
+    means = states.sum(1) / mask.sum(1, keepdim=True)
+    np.testing.assert_allclose(unit(means), offline.encode_texts(TEXTS), atol=2e-5)
+
+
+def test_offline_clip_knows_a_photograph(offline: Clip) -> None:
+    """A real picture: scikit-learn's flower is nearer to a flower than to what it is not."""
+    datasets = pytest.importorskip("sklearn.datasets")
+    flower = datasets.load_sample_image("flower.jpg")
+    texts = ["a close-up of a flower in a garden", "a man riding a motorcycle", "an office at night"]
+    similarity = offline.encode_images([flower]) @ offline.encode_texts(texts).T
+    assert similarity[0].argmax() == 0
+
+
+def test_no_rows_give_no_vectors(offline: Clip) -> None:
+    assert offline.encode_images([]).shape == (0, 384)
+    assert offline.encode_texts([]).shape == (0, 384)
+
+
+def test_rows_keep_their_order_whatever_their_length(offline: Clip) -> None:
+    together = offline.encode_texts(TEXTS)
+    apart = np.concatenate([offline.encode_texts([text]) for text in TEXTS])
+    np.testing.assert_allclose(together, apart, atol=2e-5)
+
+
+def test_bf16_stays_near_fp32(offline: Clip) -> None:
+    half = load_clip(ClipConfig(name="offline", precision="bf16"))
+    assert half.model_hash == offline.model_hash
+    texts = (half.encode_texts(TEXTS) * offline.encode_texts(TEXTS)).sum(1)
+    images = (half.encode_images(pictures(4)) * offline.encode_images(pictures(4))).sum(1)
+    assert texts.min() > 0.999 and images.min() > 0.98
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    width=st.integers(1, 120),
+    height=st.integers(1, 120),
+    mode=st.sampled_from(["RGB", "L", "RGBA", "P", "1", "CMYK"]),
+    resize=st.sampled_from(["shortest", "squash", "longest"]),
+    interpolation=st.sampled_from(["bicubic", "bilinear"]),
+    seed=st.integers(0, 99),
+)
+def test_preprocessing_equals_open_clips_transform(
+    width: int, height: int, mode: str, resize: str, interpolation: str, seed: int
+) -> None:
+    if max(width, height) > 20 * min(width, height):
+        height = width
+    noise = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    image = Image.fromarray(noise).convert(mode)
+    values = {"mean": (0.48, 0.45, 0.4), "std": (0.26, 0.26, 0.27), "interpolation": interpolation}
+    ours = Preprocessing.of({"size": 24, "resize_mode": resize, **values})
+    transform: Any = image_transform_v2(
+        PreprocessCfg(size=24, resize_mode=resize, **values),  # type: ignore[arg-type]
+        is_train=False,
+    )
+    found = ours.normalise(ours.batch([image]), torch.device("cpu"))
+    torch.testing.assert_close(found[0], transform(image), atol=1e-6, rtol=1e-6)
+
+
+def test_arrays_and_pil_images_are_the_same_picture(offline: Clip) -> None:
+    image = pictures(1)[0]
+    np.testing.assert_array_equal(offline.preprocess([image]), offline.preprocess([np.asarray(image)]))
+    pixels = offline.preprocess([image])
+    np.testing.assert_array_equal(offline.encode_pixels(pixels), offline.encode_images([image]))
+
+
+def test_an_absurd_aspect_ratio_costs_no_memory(offline: Clip) -> None:
+    assert offline.preprocess([Image.new("RGB", (1, 60_000))]).shape == (1, 224, 224, 3)
+
+
+@pytest.mark.parametrize("bad", [np.zeros((4, 4, 3), np.float32), np.zeros((4, 4), np.uint8)])
+def test_what_is_no_picture_is_refused(offline: Clip, bad: np.ndarray) -> None:
+    with pytest.raises(ValueError, match="uint8"):
+        offline.encode_images([bad])
+
+
+def test_a_text_of_100_kilobytes_without_a_space_takes_no_time(tmp_path: Path) -> None:
+    name, weights = save_tiny(tmp_path, MODELS["vit"])
+    clip = load_clip(ClipConfig(name=name, pretrained=weights))
+    start = time.monotonic()
+    assert clip.encode_texts(["a" * 100_000]).shape == (1, 24)
+    assert time.monotonic() - start < 5
+
+
+def test_identity_follows_weights_and_preprocessing(tmp_path: Path) -> None:
+    def load(seed: int, mean: float = 0.5) -> Clip:
+        name, weights = save_tiny(tmp_path, MODELS["vit"], seed=seed)
+        return load_clip(ClipConfig(name=name, pretrained=weights, image_mean=(mean, mean, mean)))
+
+    first = load(0)
+    assert first.model_hash == load(0).model_hash
+    assert first.model_hash != load(1).model_hash
+    assert first.model_hash != load(0, mean=0.4).model_hash
+    assert json.loads(json.dumps(first.identity)) == first.identity
+
+
+def test_class_vectors_are_made_anew_when_the_cache_is_damaged_or_unwritable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, offline: Clip
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    first = load_clip(ClipConfig(name="offline"))
+    file = next((tmp_path / "vimi").glob("conse-*.npy"))
+    file.write_bytes(file.read_bytes()[:500])
+    second = load_clip(ClipConfig(name="offline"))
+    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
+    third = load_clip(ClipConfig(name="offline"))
+    assert first.model_hash == second.model_hash == third.model_hash
+
+
+def test_an_open_clip_config_folder_brings_its_own_preprocessing(tmp_path: Path) -> None:
+    _, weights = save_tiny(tmp_path, MODELS["vit"])
+    config = {"model_cfg": MODELS["vit"], "preprocess_cfg": {"mean": [0.1, 0.2, 0.3]}}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+    name = str(tmp_path / "open_clip_config.json")
+    clip = load_clip(ClipConfig(name=name, pretrained=weights))
+    assert clip.preprocessing.mean == (0.1, 0.2, 0.3) and clip.preprocessing.size == (32, 32)
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (ClipConfig(name="vit-b32"), ["vit-b32", "ViT-B-32", "offline"]),
+        (ClipConfig(pretrained="laion"), ["'laion'", "laion2b_s34b_b79k"]),
+        (ClipConfig(name="nowhere.json"), ["nowhere.json"]),
+    ],
+)
+def test_wrong_names_are_refused_with_legal_ones_before_anything_is_read(
+    config: ClipConfig, words: list[str]
+) -> None:
+    for door in (check_clip, load_clip):
+        with pytest.raises(ConfigError) as caught:
+            door(config)
+        message = str(caught.value)
+        assert "\n" not in message and all(word in message for word in words)
+
+
+def test_wrong_files_are_refused_in_one_line(tmp_path: Path) -> None:
+    name, weights = save_tiny(tmp_path, MODELS["vit"])
+    other = tmp_path / "other"
+    other.mkdir()
+    _, foreign = save_tiny(other, MODELS["resnet"])
+    (tmp_path / "hostile.pt").write_bytes(pickle.dumps(Hostile()))
+    (tmp_path / "empty.pt").write_bytes(b"")
+    (tmp_path / "no.json").write_text("{}")
+    (tmp_path / "torn.json").write_text("{")
+    cases = [
+        (name, str(tmp_path / "absent.pt")),
+        (name, str(tmp_path / "hostile.pt")),
+        (name, str(tmp_path / "empty.pt")),
+        (name, foreign),
+        (str(tmp_path / "no.json"), weights),
+        (str(tmp_path / "torn.json"), weights),
+    ]
+    for config, checkpoint in cases:
+        with pytest.raises(ConfigError) as caught:
+            load_clip(ClipConfig(name=config, pretrained=checkpoint))
+        assert "\n" not in str(caught.value)
+    assert not Hostile.was_run
+
+
+class Hostile:
+    """A checkpoint that runs code when it is unpickled."""
+
+    was_run = False
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return setattr, (Hostile, "was_run", True)
+
+
+@pytest.mark.parametrize("name", ["hf-hub:nobody/has-this-model", "ViT-B-32"])
+def test_an_unreachable_hub_is_refused_at_once_and_names_the_offline_choice(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    start = time.monotonic()
+    with pytest.raises(ConfigError, match=r"can't be reached.*offline") as caught:
+        load_clip(ClipConfig(name=name, pretrained="laion400m_e31"))
+    assert "\n" not in str(caught.value)
+    assert time.monotonic() - start < 10
+
+
+def test_the_mini_clip_of_the_assets_finds_pictures_by_their_captions(assets: Path) -> None:
+    import pyarrow.parquet as pq
+
+    config = ClipConfig(
+        name=str(assets / "weights" / "lite0-minilm.json"),
+        pretrained=str(assets / "weights" / "lite0-minilm-fp16.pt"),
+        image_mean=(0.5, 0.5, 0.5),
+        image_std=(0.5, 0.5, 0.5),
+    )
+    clip = load_clip(config)
+    rows = pq.read_table(assets / "msrvtt" / "train.parquet").slice(0, 60).to_pylist()
+    images = [row["image"]["bytes"] if isinstance(row["image"], dict) else row["image"] for row in rows]
+    found = clip.encode_images([Image.open(io.BytesIO(data)) for data in images])
+    scores = clip.encode_texts([row["caption"] for row in rows]) @ found.T
+    ranks = (scores > scores.diagonal()[:, None]).sum(1)
+    assert (ranks < 10).mean() > 0.5  # by chance: 10 of 60
