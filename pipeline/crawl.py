@@ -17,6 +17,7 @@ from infra.config import Config
 from infra.errors import ConfigError, TooManyFailuresError
 from infra.storage import Certificate, FileEntry, absolute, join, write_certificate
 from pipeline.duplicates import find_duplicates
+from pipeline.fetch import FetchConfig, Fetcher
 from pipeline.filters import FilterConfig, load_plugins
 from pipeline.isolate import Isolated, IsolatedCrashError, IsolatedTimeoutError
 from pipeline.job import Receipt, Receipts, Unit, open_job, run_units
@@ -26,8 +27,9 @@ from pipeline.shards import shard_name, write_shard
 from pipeline.shots import ShotConfig
 from pipeline.sources import Item, Reader, SourceConfig, open_source, read_items
 from pipeline.sources.base import is_url
+from pipeline.sources.page import PageReader
 
-NOT_IDENTITY = {"max_failed_frac", "timeout_s", "memory_bytes"}
+NOT_IDENTITY = {"max_failed_frac", "timeout_s", "memory_bytes", "media"}
 """Fields that decide whether and how the job ends, not what a good row holds."""
 
 
@@ -40,6 +42,10 @@ class CrawlConfig(Config):
     """Output folder."""
     shots: ShotConfig = ShotConfig()
     filters: FilterConfig = FilterConfig()
+    fetch: FetchConfig = FetchConfig()
+    media: str | None = None
+    """Folder of fetched bytes; None = `media` below `out`. Crawls that share one transfer only what
+    has changed since (ETag, Last-Modified)."""
     max_failed_frac: float = Field(default=0.5, ge=0, le=1)
     """Ceiling on dead rows (filtered ones don't count), as a share of all rows. Ours."""
     timeout_s: float = Field(default=120.0, gt=0)
@@ -51,6 +57,10 @@ class CrawlConfig(Config):
     ray: RayConfig = RayConfig()
     num_workers: int | None = Field(default=None, ge=1)
     """Workers at once; None = as many as the CPUs allow."""
+
+    @property
+    def media_folder(self) -> str:
+        return absolute(self.media) if self.media else join(self.out, "media")
 
 
 def check(config: CrawlConfig) -> list[Reader]:
@@ -65,7 +75,7 @@ def check(config: CrawlConfig) -> list[Reader]:
     readers = []
     for source in config.sources:
         reader = open_source(source)
-        if next(read_items(source, reader), None) is None:
+        if not isinstance(reader, PageReader) and next(read_items(source, reader), None) is None:
             raise ConfigError(f"{source.path} lists no video or picture", cure="check its path and kind")
         readers.append(reader)
     return readers
@@ -86,12 +96,13 @@ def run(config: CrawlConfig) -> Certificate:
     done = open_job(config.out, job="crawl", config=config, inputs=inputs, hash_exclude=NOT_IDENTITY)
     if done:
         return done
+    prepare_pages(config, readers)
     units = partial(make_units, config, readers)
     with ray_session(config.ray):
         receipts = run_units(
             config.out,
             units(),
-            partial(Worker, config),
+            partial(Worker, config, num_workers(config)),
             what="crawl",
             num_workers=config.num_workers,
             units_per_task=16,
@@ -100,6 +111,21 @@ def run(config: CrawlConfig) -> Certificate:
     certificate = write_clips(config, receipts, units, inputs, started_s)
     receipts.clear()
     return certificate
+
+
+def prepare_pages(config: CrawlConfig, readers: list[Reader]) -> None:
+    """Look through web pages once: what they showed is the corpus from then on."""
+    pages = [reader for reader in readers if isinstance(reader, PageReader)]
+    if not pages:
+        return
+    fetcher = Fetcher(config.fetch, config.media_folder)
+    try:
+        for reader in pages:
+            reader.prepare(fetcher, join(config.out, "pages"))
+    finally:
+        fetcher.close()
+    if not any(next(reader.items(), None) for reader in readers):
+        raise ConfigError("no page shows a video or a picture", cure="check the address, or raise depth")
 
 
 def make_units(config: CrawlConfig, readers: list[Reader]) -> Iterator[Unit]:
@@ -130,16 +156,28 @@ def _lots(items: Iterator[Item], size: int = 32) -> Iterator[list[Item]]:
 class Worker:
     """Lives in a Ray worker: fetches, then hands each parent to a child process that may die."""
 
-    def __init__(self, config: CrawlConfig) -> None:
+    def __init__(self, config: CrawlConfig, workers: int = 1) -> None:
+        self.fetcher: Fetcher | None = None
+        self.make_fetcher = partial(Fetcher, config.fetch, config.media_folder, workers=workers)
         inspect = InspectConfig(shots=config.shots, filters=config.filters)
-        self.settings = inspect.model_dump(mode="json")
+        self.settings = inspect.model_dump_json()
         self.child = Isolated(timeout_s=config.timeout_s, memory_bytes=config.memory_bytes)
 
     def __call__(self, payload: dict[str, Any]) -> Receipt:
+        items = payload["items"]
+        urls = [item["uri"] for item in items if is_url(item["uri"]) and not item["status"]]
+        fetched = dict(zip(urls, self.fetch(urls), strict=True))
         rows: list[Row] = []
-        for item in payload["items"]:
-            rows += self.inspect(item, {"local_uri": item["uri"]})
+        for item in items:
+            found = fetched.get(item["uri"]) or {"local_uri": item["uri"]}
+            rows += self.inspect(item, {**found, "attempt": payload.get("attempt", 1)})
         return {"rows": rows, "notes": dict(Counter(row["status"] for row in rows))}
+
+    def fetch(self, urls: list[str]) -> list[dict[str, Any]]:
+        if not urls:
+            return []
+        self.fetcher = self.fetcher or self.make_fetcher()
+        return self.fetcher.fetch_all(urls)
 
     def inspect(self, item: dict[str, Any], found: dict[str, Any]) -> list[Row]:
         try:
@@ -150,6 +188,13 @@ class Worker:
             return dead_rows(Item.from_json(item), found, Status.CRASHED, str(error))
         except MemoryError:
             return dead_rows(Item.from_json(item), found, Status.TOO_LARGE, "out of its memory")
+
+
+def num_workers(config: CrawlConfig) -> int:
+    """How many workers share a host's rate."""
+    import ray
+
+    return config.num_workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
 
 
 class FailureCeiling:

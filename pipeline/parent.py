@@ -39,7 +39,7 @@ class InspectConfig(Config):
     filters: FilterConfig = FilterConfig()
 
 
-def inspect_parent(item: dict[str, Any], found: dict[str, Any], config: dict[str, Any]) -> list[Row]:
+def inspect_parent(item: dict[str, Any], found: dict[str, Any], config: str) -> list[Row]:
     """The rows of one parent.
 
     Args:
@@ -51,7 +51,7 @@ def inspect_parent(item: dict[str, Any], found: dict[str, Any], config: dict[str
         One row a clip, null columns left out; at least one.
     """
     parent = Item.from_json(item)
-    settings = _config(str(config))
+    settings = _config(config)
     if parent.status or found.get("status"):
         status = parent.status or found["status"]
         return dead_rows(parent, found, Status(status), parent.error or found.get("error") or "")
@@ -81,9 +81,7 @@ def inspect_parent(item: dict[str, Any], found: dict[str, Any], config: dict[str
 
 @lru_cache(maxsize=4)
 def _config(text: str) -> InspectConfig:
-    import ast
-
-    return InspectConfig.model_validate(ast.literal_eval(text))
+    return InspectConfig.model_validate_json(text)
 
 
 def dead_rows(parent: Item, found: dict[str, Any], status: Status, error: str) -> list[Row]:

@@ -15,6 +15,9 @@ from infra.storage import absolute, exists, list_files
 from pipeline.sources.base import Cut, Item, Reader, is_url, suffix_of
 from pipeline.sources.folder import FolderReader
 from pipeline.sources.manifest import ManifestReader
+from pipeline.sources.page import PageReader
+from pipeline.sources.tar import TarReader
+from pipeline.sources.urls import UrlReader
 
 __all__ = ["Cut", "Item", "Reader", "SourceConfig", "open_source", "read_items", "source_from_path"]
 
@@ -60,6 +63,12 @@ def open_source(config: SourceConfig) -> Reader:
         raise ConfigError(f"no corpus at {config.path}", cure="check the path of the source")
     if config.kind == "folder":
         return FolderReader(config.path)
+    if config.kind == "tar":
+        return TarReader(config.path)
+    if config.kind == "urls":
+        return UrlReader(config.path)
+    if config.kind == "page":
+        return PageReader(config.path, config.depth, config.max_pages)
     return ManifestReader(config.path, config.columns, config.allow_outside_root)
 
 

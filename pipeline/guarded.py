@@ -1,0 +1,87 @@
+"""HTTP to public addresses only: a name is resolved once, checked, and that very address is connected to.
+
+A crawler that follows other people's links must not be led to `localhost`, to a cloud's metadata service
+or into the intranet: not by a link, not by a redirect, not by a name that resolves differently the second
+time (DNS rebinding).
+"""
+
+import asyncio
+import ipaddress
+import socket
+
+import httpx
+
+Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+NAT64 = ipaddress.ip_network("64:ff9b::/96")
+MAX_HOSTS = 256
+"""Hosts whose connections are kept open."""
+
+
+class RefusedAddressError(httpx.RequestError):
+    """The host is not a public one and was not allowed by name."""
+
+
+class GuardedTransport(httpx.AsyncBaseTransport):
+    """Resolves, checks, then connects to the checked address; TLS still verifies the name.
+
+    Connections are pooled by host *name*: two names on one address never share one.
+    """
+
+    def __init__(self, allow_hosts: tuple[str, ...]) -> None:
+        self.allowed = frozenset(host.lower() for host in allow_hosts)
+        self.pools: dict[str, httpx.AsyncHTTPTransport] = {}
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        host, port = request.url.host, request.url.port
+        address = await self.resolve(host, port or (443 if request.url.scheme == "https" else 80), request)
+        guarded = httpx.Request(
+            request.method,
+            request.url.copy_with(host=address),
+            headers=request.headers,  # Host still names the site
+            stream=request.stream,
+            extensions={**request.extensions, "sni_hostname": host},
+        )
+        return await self.pool(host).handle_async_request(guarded)
+
+    async def resolve(self, host: str, port: int, request: httpx.Request | None = None) -> str:
+        """An address of `host` that may be connected to.
+
+        Raises:
+            RefusedAddressError: one of its addresses is not public, and the host is not allowed.
+            httpx.ConnectError: the name does not resolve.
+        """
+        try:
+            loop = asyncio.get_running_loop()
+            infos = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        except (OSError, UnicodeError) as error:
+            raise httpx.ConnectError(f"{host} does not resolve: {error}", request=request) from None
+        addresses = [str(info[4][0]) for info in infos]
+        names = {host.lower(), f"{host.lower()}:{port}"}
+        if not names & self.allowed:
+            private = next((a for a in addresses if not is_public(ipaddress.ip_address(a))), None)
+            if private:
+                raise RefusedAddressError(
+                    f"{host} is {private}, not a public address; --allow-host {host} permits it",
+                    request=request,
+                )
+        return addresses[0]
+
+    def pool(self, host: str) -> httpx.AsyncHTTPTransport:
+        if host not in self.pools and len(self.pools) >= MAX_HOSTS:
+            self.pools.pop(next(iter(self.pools)))
+        return self.pools.setdefault(host, httpx.AsyncHTTPTransport(retries=0))
+
+    async def aclose(self) -> None:
+        for pool in self.pools.values():
+            await pool.aclose()
+
+
+def is_public(address: Address) -> bool:
+    """Is this a unicast address of the public internet, also when wrapped in IPv6?"""
+    if isinstance(address, ipaddress.IPv6Address):
+        if address in NAT64:
+            return is_public(ipaddress.IPv4Address(address.packed[-4:]))
+        inner = address.ipv4_mapped or address.sixtofour or (address.teredo or (None, None))[1]
+        if inner is not None:
+            return is_public(inner)
+    return address.is_global and not address.is_multicast
