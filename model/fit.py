@@ -218,7 +218,7 @@ class Fit(nn.Module):
         """
         num_frames, height, width = x.shape[1], x.shape[-2], x.shape[-1]
         patches = self.embed(self._cut(x)) + self._places(num_frames)
-        z = self.latents.expand(x.shape[0], -1, -1)
+        z = self.latents.repeat(x.shape[0], 1, 1)
         if z_prev is not None:
             z = z + self.self_condition(z_prev)
         mask = mask[:, None, None, :]
