@@ -1,0 +1,205 @@
+"""Latent space over real diffusers classes with random weights."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import diffusers as installed
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from infra.errors import ConfigError
+from model.edm import sigma_in
+from model.latents import LatentConfig, Latents, load_latents
+
+diffusers: Any = installed
+"""Its signatures are those of one default model each; tiny ones have other tuples."""
+
+
+def kl() -> Any:
+    return diffusers.AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(8, 8, 8),
+        layers_per_block=1,
+        norm_num_groups=4,
+        latent_channels=4,
+        scaling_factor=0.3,
+        shift_factor=0.1,
+    )
+
+
+def tiny() -> Any:
+    return diffusers.AutoencoderTiny(
+        encoder_block_out_channels=(8, 8, 8),
+        decoder_block_out_channels=(8, 8, 8),
+        num_encoder_blocks=(1, 1, 1),
+        num_decoder_blocks=(1, 1, 1),
+        latent_channels=5,
+    )
+
+
+def wan() -> Any:
+    return diffusers.AutoencoderKLWan(
+        base_dim=4,
+        z_dim=3,
+        dim_mult=[1, 1, 1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[False, True, True],
+        latents_mean=[0.1, -0.2, 0.3],
+        latents_std=[2.0, 1.5, 0.5],
+    )
+
+
+def cogvideox() -> Any:
+    return diffusers.AutoencoderKLCogVideoX(
+        down_block_types=("CogVideoXDownBlock3D",) * 4,
+        up_block_types=("CogVideoXUpBlock3D",) * 4,
+        block_out_channels=(8, 8, 8, 8),
+        latent_channels=4,
+        layers_per_block=1,
+        norm_num_groups=2,
+        temporal_compression_ratio=4,
+    )
+
+
+def ltx() -> Any:
+    return diffusers.AutoencoderKLLTXVideo(
+        latent_channels=8,
+        block_out_channels=(8, 8, 8, 8),
+        decoder_block_out_channels=(8, 8, 8, 8),
+        layers_per_block=(1, 1, 1, 1, 1),
+        decoder_layers_per_block=(1, 1, 1, 1, 1),
+        patch_size=1,
+    )
+
+
+KINDS: dict[str, tuple[Callable[[], Any], int, int]] = {
+    "image kl": (kl, 4, 1),
+    "image tiny": (tiny, 4, 1),
+    "video wan": (wan, 8, 4),
+    "video cogvideox": (cogvideox, 8, 4),
+    "video ltx": (ltx, 8, 8),
+}
+"""Name -> (maker, pixels to a latent, frames to a latent)."""
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def made(request: pytest.FixtureRequest) -> tuple[Latents, int, int]:
+    torch.manual_seed(0)
+    make, factor_px, factor_frames = KINDS[request.param]
+    return Latents(make(), frames_per_call=3), factor_px, factor_frames
+
+
+def video(num_frames: int, height: int = 32, width: int = 48, batch: int = 2) -> Tensor:
+    generator = torch.Generator().manual_seed(num_frames)
+    return torch.rand(batch, num_frames, 3, height, width, generator=generator) * 2 - 1
+
+
+def test_factors_are_those_of_the_class(made: tuple[Latents, int, int]) -> None:
+    latents, factor_px, factor_frames = made
+    assert (latents.factor_px, latents.factor_frames) == (factor_px, factor_frames)
+    assert latents.is_video == (factor_frames > 1)
+
+
+@pytest.mark.parametrize("num_frames", [1, 5, 8, 16])
+def test_shapes_come_out_as_promised_for_any_length(made: tuple[Latents, int, int], num_frames: int) -> None:
+    latents, _, _ = made
+    clip = video(num_frames)
+    z = latents.encode(clip)
+    assert z.shape[1:] == latents.shape(num_frames, 32, 48) and z.dtype == torch.float32
+    out = latents.decode(z, num_frames)
+    assert out.shape == clip.shape and out.abs().max() <= 1 and out.isfinite().all()
+
+
+def test_a_clip_has_one_encoding_whatever_its_batch(made: tuple[Latents, int, int]) -> None:
+    latents, _, _ = made
+    clip = video(8)
+    torch.testing.assert_close(latents.encode(clip)[1:], latents.encode(clip[1:]), atol=1e-5, rtol=1e-4)
+
+
+def test_nothing_is_trained(made: tuple[Latents, int, int]) -> None:
+    latents, _, _ = made
+    assert not any(p.requires_grad for p in latents.model.parameters())
+    assert not latents.model.training
+    z = latents.encode(video(1)).requires_grad_(True)  # an ordinary tensor: training can go on from it
+    (z.sum() * 2).backward()
+    assert z.grad is not None
+
+
+def test_scaling_follows_the_models_config() -> None:
+    torch.manual_seed(0)
+    image = kl()
+    latents = Latents(image)
+    clip = video(1, batch=1)
+    raw = image.encode(clip[:, 0]).latent_dist.mode()
+    torch.testing.assert_close(latents.encode(clip)[:, 0], (raw - 0.1) * 0.3)
+    expected = image.decode(raw).sample.clamp(-1, 1)
+    torch.testing.assert_close(latents.decode(latents.encode(clip))[:, 0], expected, atol=1e-4, rtol=1e-4)
+
+
+def test_per_channel_standards_of_a_video_autoencoder_are_used() -> None:
+    torch.manual_seed(0)
+    model = wan()
+    latents = Latents(model)
+    clip = video(5, batch=1)
+    raw = model.encode(clip.transpose(1, 2)).latent_dist.mode().transpose(1, 2)
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in ([0.1, -0.2, 0.3], [2.0, 1.5, 0.5]))
+    torch.testing.assert_close(latents.encode(clip), (raw - mean) / std)
+
+
+def test_frames_of_an_image_autoencoder_do_not_see_each_other() -> None:
+    torch.manual_seed(0)
+    latents = Latents(tiny(), frames_per_call=2)
+    clip = video(5)
+    alone = torch.stack([latents.encode(clip[:, n : n + 1])[:, 0] for n in range(5)], dim=1)
+    torch.testing.assert_close(latents.encode(clip), alone, atol=1e-5, rtol=1e-4)
+
+
+@settings(max_examples=50, deadline=None)
+@given(frames=st.integers(1, 64), height=st.integers(1, 64), width=st.integers(1, 64))
+def test_sigma_in_is_that_of_the_latent_clip(frames: int, height: int, width: int) -> None:
+    latents = image_latents()
+    f = latents.factor_px
+    expected = sigma_in(frames, height, width)
+    assert latents.sigma_in(frames, height * f, width * f) == pytest.approx(expected)
+    assert latents.sigma_in(frames, height * f, width * f) <= sigma_in(frames, height * f, width * f)
+
+
+_KEPT: list[Latents] = []
+
+
+def image_latents() -> Latents:
+    if not _KEPT:
+        _KEPT.append(Latents(tiny()))
+    return _KEPT[0]
+
+
+def test_a_size_that_does_not_divide_is_refused_with_the_next_legal_one() -> None:
+    with pytest.raises(ConfigError, match="36 x 64"):
+        image_latents().shape(16, 34, 63)
+
+
+def test_a_saved_autoencoder_loads_from_its_folder_or_from_a_pipelines(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = kl()
+    model.save_pretrained(tmp_path / "alone")
+    model.save_pretrained(tmp_path / "pipeline" / "vae")
+    expected = Latents(model).encode(video(2))
+    for name in ("alone", "pipeline"):
+        loaded = load_latents(LatentConfig(model=str(tmp_path / name)))
+        torch.testing.assert_close(loaded.encode(video(2)), expected)
+
+
+def test_what_is_no_autoencoder_is_refused_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text('{"_class_name": "UNet2DModel"}')
+    for name in (str(tmp_path / "empty"), str(tmp_path / "other"), "nobody/has-this"):
+        with pytest.raises(ConfigError) as caught:
+            load_latents(LatentConfig(model=name))
+        assert "\n" not in str(caught.value) and "cure" in str(caught.value)
