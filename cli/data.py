@@ -49,6 +49,26 @@ def crawl(
     )
 
 
+@app.command()
+def redrive(
+    clips: Annotated[str | None, typer.Argument(help="Folder that `vimi-data crawl` made.")] = None,
+    out: Out = None,
+    config: ConfigPath = None,
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Try again the rows of a crawl that a retry may cure; all others are carried over."""
+    execute(
+        "pipeline.redrive",
+        "RedriveConfig",
+        path=config,
+        overrides=overrides,
+        dry_run=dry_run,
+        options={"clips": clips, "out": out},
+        following=lambda c: f"vimi-data build-index {shorten(c.out)} --out memory",
+    )
+
+
 @app.command("build-index")
 def build_index(
     clips: Annotated[list[str] | None, typer.Argument(help="Folders that `vimi-data crawl` made.")] = None,
@@ -91,9 +111,35 @@ def augment(
         path=config,
         overrides=overrides,
         dry_run=dry_run,
-        options={"clips": clips or None, "memory": memory, "out": out, "retriever": retriever, "k": k},
+        options={
+            "clips": clips or None,
+            "memory": memory,
+            "out": out,
+            "retrieve.retriever": retriever,
+            "retrieve.k": k,
+        },
         following=lambda c: f"vimi-train stage1 {shorten(c.out)} --out runs/stage1",
     )
+
+
+@app.command()
+def validate(
+    prompts: Annotated[str | None, typer.Argument(help="Folder of augment or instruct.")] = None,
+    memory: Annotated[str | None, typer.Option(help="The memory, if it is no longer where it was.")] = None,
+    config: ConfigPath = None,
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Prove a set of shards from scratch: hashes, pictures, targets, guard laws. Exit code 1 if not."""
+    options = {"prompts": prompts, "memory": memory}
+    job, loaded = resolve("pipeline.validate", "ValidateConfig", config, overrides, options)
+    if dry_run:
+        print(loaded.to_yaml().rstrip())
+        return
+    found = job.validate(loaded)
+    print("\n".join(found.lines()))
+    if not found.is_valid:
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -1,5 +1,6 @@
 """The door: words, configs and paths are refused in one line, exit code 2, before anything starts."""
 
+import importlib
 import os
 import subprocess
 import sys
@@ -11,6 +12,16 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
+JOBS = {
+    "crawl": ("pipeline.crawl", "CrawlConfig"),
+    "build": ("pipeline.build_index", "BuildIndexConfig"),
+    "augment": ("pipeline.augment", "AugmentConfig"),
+    "instruct": ("pipeline.instruct", "InstructConfig"),
+    "report": ("pipeline.report", "ReportConfig"),
+    "stage1": ("model.stages", "Stage1Config"),
+    "stage2": ("model.stages", "Stage2Config"),
+    "sample": ("model.generate", "SampleConfig"),
+}
 CONFIGS = sorted((ROOT / "infra" / "configs").rglob("*.yaml"))
 
 
@@ -74,11 +85,13 @@ def test_every_command_explains_itself(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(ROOT / "infra" / "configs")))
-def test_every_shipped_config_opens_with_what_it_makes_and_how(path: Path) -> None:
+def test_every_shipped_config_loads_and_opens_with_what_it_makes(path: Path) -> None:
     first = path.read_text().splitlines()[:6]
     assert first[0].startswith("# ")
     assert any("vimi-" in line for line in first), "the command belongs in the opening comment"
     assert isinstance(yaml.safe_load(path.read_text()), dict)
+    module, name = JOBS[path.stem.split("_", 1)[0]]
+    getattr(importlib.import_module(module), name).load(path)
 
 
 def test_unknown_key_is_refused_with_the_legal_ones(tmp_path: Path) -> None:
