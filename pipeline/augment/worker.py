@@ -7,6 +7,7 @@ from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from infra.claim import JOB_FILE
 from infra.clip import Clip, ClipConfig, load_clip
@@ -211,7 +212,7 @@ class Bench:
     def segments(self, match: Match, pictures: dict[str, bytes]) -> list[dict[str, Any]]:
         """Retrieved text and picture of each document, best first (paper.md 1.1: text, then picture)."""
         found: list[dict[str, Any]] = []
-        rows = self.documents.table.take(match.docs).to_pylist()
+        rows = self.documents.table.take(pa.array(match.docs, pa.int64())).to_pylist()
         places = zip(rows, match.scores, match.similarities, strict=True)
         for rank, (row, score, similarity) in enumerate(places, start=1):
             document = {

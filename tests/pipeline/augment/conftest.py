@@ -18,7 +18,7 @@ from pipeline.memory.commit import create_table
 from pipeline.memory.index import build_text_index
 from pipeline.memory.store import upsert, vectors_arrow, version_tag
 from pipeline.phash import phash64
-from pipeline.schema import CLIPS, clip_id, memory_schema
+from pipeline.schema import CLIPS, clip_id, content_id, memory_schema
 from pipeline.shards import write_shard
 from pipeline.video import decode_frames
 
@@ -34,6 +34,8 @@ class World:
     clips: str
     memory: str
     rows: list[dict[str, Any]]
+    write_clips: Callable[..., str]
+    write_memory: Callable[..., str]
 
 
 def caption(number: int) -> str:
@@ -98,10 +100,27 @@ def unit(seeds: list[int], salt: int, dim: int = DIM) -> np.ndarray:
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
-def write_memory(out: Path, rows: list[dict[str, Any]], *, vectors: np.ndarray | None = None) -> str:
-    """A certified memory that holds one document a row, with a full-text index."""
-    seeds = list(range(len(rows)))
-    image = unit(seeds, 1) if vectors is None else vectors
+def write_memory(out: Path, rows: list[dict[str, Any]], *, later: list[dict[str, Any]] | None = None) -> str:
+    """A certified memory that holds one document a row; its full-text index lacks the `later` ones."""
+    table = create_table(str(out), DIM)
+    upsert(table, document_rows(rows))
+    build_text_index(table)
+    if later:
+        upsert(table, document_rows(later))
+    tag = version_tag(table, "a model")
+    table.tags.create(tag, table.version)
+    facts = {"memory_version": tag, "model_hash": "a model", "dim": DIM, "model": {"name": "offline"}}
+    write_json(str(out / JOB_FILE), {"config": {"clip": {"name": "offline"}}})
+    count = table.count_rows()
+    certificate = Certificate(job="build-index", config_hash="x", num_in=count, num_out=count, facts=facts)
+    write_certificate(str(out), certificate)
+    return str(out)
+
+
+def document_rows(rows: list[dict[str, Any]]) -> pa.Table:
+    """Documents of these clips, with vectors that are drawn from the row's caption."""
+    seeds = [int(content_id(row["caption"])[:8], 16) for row in rows]
+    image = unit(seeds, 1)
     text = unit(seeds, 2)
     both = (image + text) / np.linalg.norm(image + text, axis=1, keepdims=True)
     columns: dict[str, Any] = {name: [row[name] for row in rows] for name in CLIPS.names}
@@ -118,17 +137,7 @@ def write_memory(out: Path, rows: list[dict[str, Any]], *, vectors: np.ndarray |
         columns[f.name] if isinstance(columns[f.name], pa.Array) else pa.array(columns[f.name], f.type)
         for f in schema
     ]
-    table = create_table(str(out), DIM)
-    upsert(table, pa.Table.from_arrays(arrays, schema=schema))
-    build_text_index(table)
-    tag = version_tag(table, "a model")
-    table.tags.create(tag, table.version)
-    facts = {"memory_version": tag, "model_hash": "a model", "dim": DIM, "model": {"name": "offline"}}
-    write_json(str(out / JOB_FILE), {"config": {"clip": {"name": "offline"}}})
-    count = len(rows)
-    certificate = Certificate(job="build-index", config_hash="x", num_in=count, num_out=count, facts=facts)
-    write_certificate(str(out), certificate)
-    return str(out)
+    return pa.Table.from_arrays(arrays, schema=schema)
 
 
 @pytest.fixture(scope="session")
@@ -141,4 +150,4 @@ def world(tmp_path_factory: pytest.TempPathFactory, write_video: Callable[..., P
         for n, row in enumerate(rows[:3])
     ]
     clips = write_clips(folder / "clips", [*rows[:10], *bad, *rows[10:]])
-    return World(clips, write_memory(folder / "memory", rows), rows)
+    return World(clips, write_memory(folder / "memory", rows), rows, write_clips, write_memory)

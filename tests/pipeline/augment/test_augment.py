@@ -7,11 +7,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
+from infra.errors import ConfigError, TooManyFailuresError
 from infra.storage import Certificate, list_files
-from pipeline.augment import AugmentConfig, run
-from pipeline.schema import PROMPTS, check_table
+from pipeline.augment import AugmentConfig, TargetConfig, check, run
+from pipeline.augment.target import covering_size, frame_times
+from pipeline.embed.worker import row_doc_id
+from pipeline.schema import CLIPS, PROMPTS, check_table
 from pipeline.shards import ShardSet
+from pipeline.validate import ValidateConfig, validate
 
 pytestmark = pytest.mark.ray
 
@@ -91,3 +96,175 @@ def test_number_of_workers_does_not_change_a_byte(
         certificate = run(config(world, out, num_workers=workers))
         assert contents(out) == contents(made[0])
         assert certificate.content_hash() == made[1].content_hash()
+
+
+def test_a_finished_job_is_recognised_and_another_config_is_refused(
+    world: Any, made: tuple[Path, Certificate]
+) -> None:
+    before = contents(made[0])
+    assert run(config(world, made[0])) == made[1]
+    assert contents(made[0]) == before
+    with pytest.raises(ConfigError, match=r"retrieve\.k: 5 there, 2 now"):
+        run(config(world, made[0], retrieve={"k": 2}))
+
+
+def test_retrievers_agree_on_form_and_the_clip_is_not_loaded_for_clips_of_the_memory(
+    world: Any, ray_cluster: None, tmp_path: Path
+) -> None:
+    """The world's CLIP can't be loaded at all: its vectors are drawn; every vector comes from the table."""
+    shown: dict[str, list[str]] = {}
+    for name in ("bm25", "clip", "hybrid"):
+        out = tmp_path / name
+        run(config(world, out, retrieve={"retriever": name, "k": 3}))
+        documents = [s["document"] for row in read(out) for s in row["segments"][:-1:2]]
+        assert {document["retriever"] for document in documents} == {name}
+        assert validate(ValidateConfig(prompts=str(out))).is_valid
+        shown[name] = [document["doc_id"] for document in documents]
+    assert len({tuple(ids) for ids in shown.values()}) == 3
+
+
+def test_lance_and_arrays_find_the_same_documents_by_vector(
+    world: Any, ray_cluster: None, tmp_path: Path
+) -> None:
+    found = []
+    for engine in ("arrays", "lance"):
+        out = tmp_path / engine
+        retrieve = {"retriever": "bm25", "engine": engine, "k": 2}
+        run(config(world, out, retrieve=retrieve))
+        found.append([row["num_documents"] for row in read(out)])
+        assert validate(ValidateConfig(prompts=str(out))).is_valid
+    assert found[0] == found[1]
+
+
+def test_fewer_survivors_than_k_give_fewer_documents_and_a_flag(
+    world: Any, ray_cluster: None, tmp_path: Path
+) -> None:
+    certificate = run(config(world, tmp_path / "all", retrieve={"k": 50, "depth": 2}))
+    rows = read(tmp_path / "all")
+    assert all(row["flags"] == ["fewer_than_k"] for row in rows)
+    assert certificate.facts["fewer_than_k"] == len(rows)
+    # 24 documents, 3 of them of the clip's own video; candidates were looked for beyond `depth`.
+    assert max(row["num_documents"] for row in rows) == 21
+    assert validate(ValidateConfig(prompts=str(tmp_path / "all"))).is_valid
+
+
+def test_no_documents_are_wanted_with_k_0(world: Any, ray_cluster: None, tmp_path: Path) -> None:
+    run(config(world, tmp_path / "out", retrieve={"k": 0}))
+    assert {len(row["segments"]) for row in read(tmp_path / "out")} == {1}
+
+
+def test_the_exam_is_neither_shown_nor_trained_on(world: Any, ray_cluster: None, tmp_path: Path) -> None:
+    exam = {row["source_uri"] for row in world.rows[:6]}
+    (tmp_path / "exam.txt").write_text("\n".join(exam))
+    guard = {"exclude": str(tmp_path / "exam.txt")}
+    certificate = run(config(world, tmp_path / "out", guard=guard))
+    rows = read(tmp_path / "out")
+    assert certificate.filtered == {"filtered_eval_split": 6}
+    assert not exam & {row["source_uri"] for row in rows}
+    shown = {s["document"]["source_uri"] for row in rows for s in row["segments"][:-1]}
+    assert shown and not exam & shown
+    assert validate(ValidateConfig(prompts=str(tmp_path / "out"))).is_valid
+
+
+def test_copies_under_another_name_are_refused(world: Any, ray_cluster: None, tmp_path: Path) -> None:
+    """The memory holds a re-upload of every video: other file, other caption, the same look."""
+    reuploads = [
+        row
+        | {"source_uri": f"/other/{n}.mp4", "source_sha256": f"{n:064d}", "caption": f"{row['caption']} again"}
+        for n, row in enumerate(world.rows)
+    ]
+    memory = world.write_memory(tmp_path / "memory", [*world.rows, *reuploads])
+    certificate = run(config(world, tmp_path / "out", memory=memory))
+    assert certificate.facts["refused"]["duplicate"] >= len(world.rows)
+    for row in read(tmp_path / "out"):
+        shown = {s["document"]["doc_id"] for s in row["segments"][:-1]}
+        again = next(r for r in reuploads if r["caption"] == f"{row['caption']} again")
+        assert row_doc_id(again) not in shown
+
+
+def test_pictures_are_targets_of_one_frame_at_infinite_rate(
+    world: Any, ray_cluster: None, tmp_path: Path
+) -> None:
+    Image.fromarray(np.full((50, 80, 3), (200, 30, 90), np.uint8)).save(tmp_path / "a.png")
+    row = dict.fromkeys(CLIPS.names) | {
+        "clip_id": "picture", "media": "image", "caption": "a red dog", "status": "ok",
+        "source_uri": str(tmp_path / "a.png"), "local_uri": str(tmp_path / "a.png"),
+        "source_sha256": "c" * 64, "start_s": 0.0, "end_s": 0.0, "width_px": 80, "height_px": 50,
+    }  # fmt: skip
+    broken = row | {"clip_id": "broken", "local_uri": str(tmp_path / "absent.png"), "source_sha256": "d" * 64}
+    (tmp_path / "torn.png").write_bytes((tmp_path / "a.png").read_bytes()[:60])
+    torn = row | {"clip_id": "torn", "local_uri": str(tmp_path / "torn.png"), "source_sha256": "e" * 64}
+    clips = world.write_clips(tmp_path / "clips", [row, broken, torn])
+    more = {"clips": clips, "vectors": "stored", "max_failed_frac": 0.9}
+    certificate = run(config(world, tmp_path / "out", **more))
+    assert certificate.dead == {"not_found": 1, "undecodable": 1}
+    (made,) = read(tmp_path / "out")
+    frames = np.frombuffer(made["target"]["data"], np.uint8).reshape(1, 36, 64, 3)
+    assert made["target"]["fps"] == np.inf and (frames[0, 18, 32] == (200, 30, 90)).all()
+    assert made["segments"][0]["document"]["clip_similarity"] is None  # no vector was wanted
+    with pytest.raises(TooManyFailuresError, match="2 of 3 clips could not become prompts"):
+        run(config(world, tmp_path / "strict", clips=clips, vectors="stored"))
+
+
+@pytest.mark.parametrize("kind", ["video", "reference"])
+def test_other_kinds_of_target(world: Any, ray_cluster: None, tmp_path: Path, kind: str) -> None:
+    run(config(world, tmp_path / "out", target={"kind": kind}))
+    rows = read(tmp_path / "out")
+    assert {row["target"]["kind"] for row in rows} == {kind}
+    if kind == "video":
+        assert {(r["target"]["num_frames"], r["target"]["height_px"], r["target"]["fps"]) for r in rows} == {
+            (10, 96, 10.0)
+        }
+    assert validate(ValidateConfig(prompts=str(tmp_path / "out"))).is_valid
+
+
+def test_captions_of_every_kind_are_answered(world: Any, ray_cluster: None, tmp_path: Path) -> None:
+    captions = ['"red" AND (dog OR', "猫が走る", "кот", "dog " * 3000, "😀", "a:b^2 ~dog* \\ [x TO y]"]
+    rows = [
+        row | {"caption": text, "clip_id": f"c{n}"}
+        for n, (row, text) in enumerate(zip(world.rows[::3], captions, strict=False))
+    ]
+    clips = world.write_clips(tmp_path / "clips", rows)
+    for engine in ("arrays", "lance"):
+        out = tmp_path / engine
+        retrieve = {"engine": engine, "k": 2}
+        run(config(world, out, clips=clips, vectors="stored", retrieve=retrieve))
+        found = [row["num_documents"] for row in read(out)]
+        assert found[0] == found[3] == found[5] == 2 and found[4] == 0
+
+
+def refused(world: Any, tmp_path: Path, words: str, **more: Any) -> None:
+    with pytest.raises(ConfigError, match=words) as error:
+        check(config(world, tmp_path / "out", **more))
+    assert "\n" not in str(error.value)
+
+
+def test_the_door_refuses_in_one_line(world: Any, tmp_path: Path) -> None:
+    refused(world, tmp_path, "no certified crawl output", clips=str(tmp_path))
+    refused(world, tmp_path, "was made by 'crawl'", memory=world.clips)
+    refused(world, tmp_path, "no certified build-index", memory=str(tmp_path))
+    refused(world, tmp_path, "embedded with 'offline'", clip={"name": "ViT-B-32"})
+    refused(world, tmp_path, "no exclusion file", guard={"exclude": str(tmp_path / "absent.txt")})
+    refused(world, tmp_path, "memory version 'x'", memory_version="x")
+    empty = world.write_clips(tmp_path / "empty", [])
+    refused(world, tmp_path, "no usable clip", clips=empty)
+    with pytest.raises(ConfigError, match="retriever"):
+        AugmentConfig.load(options={"clips": "a", "memory": "b", "out": "c", "retrieve.retriever": "bm52"})
+
+
+def test_an_index_that_is_older_than_its_table_is_refused(world: Any, tmp_path: Path) -> None:
+    memory = world.write_memory(tmp_path / "memory", world.rows[:12], later=world.rows[12:])
+    more = {"memory": memory, "retrieve": {"engine": "lance"}}
+    refused(world, tmp_path, "12 documents are not in it", **more)
+    check(config(world, tmp_path / "out", memory=memory))  # arrays read the table itself
+
+
+def test_the_whole_frame_scaled_and_cropped_is_the_target() -> None:
+    for height, width in ((96, 128), (1080, 1920), (1920, 1080), (36, 64), (20, 2000)):
+        size = covering_size(height, width, TargetConfig())
+        assert size[0] >= 36 and size[1] >= 64 and (size[0] == 36 or size[1] == 64)
+    times, rate = frame_times(2.0, 10.0, TargetConfig())
+    assert (len(times), rate) == (16, 6.0)
+    assert sum(times) / 16 == pytest.approx(6.0)  # taken from the middle
+    times, rate = frame_times(2.0, 4.0, TargetConfig())
+    assert (len(times), rate, times[0] > 2, times[-1] < 4) == (16, 8.0, True, True)
