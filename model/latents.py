@@ -167,7 +167,7 @@ def load_latents(config: LatentConfig, device: str | torch.device = "cpu") -> La
     device = torch.device(device)
     is_half = config.dtype == "bfloat16" or (config.dtype == "auto" and device.type == "cuda")
     import diffusers
-    from diffusers.models import AutoencoderKL
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
     try:
         values: Any = AutoencoderKL.load_config(place, subfolder=subfolder)

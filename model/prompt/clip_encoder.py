@@ -106,4 +106,6 @@ def pool_patches(states: Tensor, grid: int | None) -> Tensor:
     if grid is None or grid >= side or side * side != p:
         return states
     maps = states.transpose(1, 2).reshape(n, e, side, side)
-    return torch.nn.functional.adaptive_avg_pool2d(maps, grid).flatten(2).transpose(1, 2)
+    # One by one: pooled in a batch, the last bits of a picture depend on its neighbours.
+    pooled = [torch.nn.functional.adaptive_avg_pool2d(one.contiguous(), grid) for one in maps]
+    return torch.stack(pooled).flatten(2).transpose(1, 2)
