@@ -1,0 +1,410 @@
+"""Prompts through real transformers classes: LLaVA, Qwen2-VL, Idefics3 and SmolVLM, tiny and random.
+
+The tokenizer is trained on the spot; the chat templates are those that the published models ship.
+"""
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers as installed
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from infra.errors import ConfigError, DataError
+from model.condition import ROLES, Prompt, Segment
+from model.prompt import PromptEncoderConfig, load_prompt_encoder
+from model.prompt.layout import Span
+from model.prompt.mllm_encoder import MllmPromptEncoder
+
+transformers: Any = installed
+"""Its classes take more keywords than its types admit."""
+
+LLAVA_TEMPLATE = (
+    "{% for message in messages %}{% if message['role'] != 'system' %}{{ message['role'].upper() + ': '}}"
+    "{% endif %}{# Render all images first #}{% for content in message['content'] | selectattr('type', "
+    "'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}{# Render all text next #}{% if message['role'] != "
+    "'assistant' %}{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}"
+    "{{ content['text'] + ' '}}{% endfor %}{% endif %}{% endfor %}"
+)
+QWEN_TEMPLATE = (
+    "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}<|im_start|>system\n"
+    "You are a helpful assistant.<|im_end|>\n{% endif %}<|im_start|>{{ message['role'] }}\n"
+    "{% for content in message['content'] %}{% if content['type'] == 'image' %}"
+    "<|vision_start|><|image_pad|><|vision_end|>{% elif 'text' in content %}{{ content['text'] }}"
+    "{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"
+)
+SMOLVLM_TEMPLATE = (
+    "<|im_start|>{% for message in messages %}{{message['role'] | capitalize}}{% if "
+    "message['content'][0]['type'] == 'image' %}{{':'}}{% else %}{{': '}}{% endif %}{% for line in "
+    "message['content'] %}{% if line['type'] == 'text' %}{{line['text']}}{% elif line['type'] == 'image' %}"
+    "{{ '<image>' }}{% endif %}{% endfor %}<end_of_utterance>\n{% endfor %}"
+)
+LANGUAGE = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 4096,
+}
+VISION = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
+def make_tokenizer(special: list[str]) -> Any:
+    """A byte-level BPE tokenizer with a few merges."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
+    tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    trainer = trainers.BpeTrainer(
+        vocab_size=420,
+        special_tokens=["<pad>", "<s>", "</s>", *special],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(["a dog is playing in the grass with a red ball, A dog."] * 5, trainer)
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        additional_special_tokens=special,
+    )
+
+
+def ids_of(tokenizer: Any) -> dict[str, int]:
+    return {
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "vocab_size": len(tokenizer),
+    }
+
+
+def llava() -> tuple[Any, Any]:
+    tokenizer = make_tokenizer(["<image>"])
+    config = transformers.LlavaConfig(
+        vision_config=transformers.CLIPVisionConfig(**VISION, image_size=32, patch_size=16),
+        text_config=transformers.LlamaConfig(**LANGUAGE, **ids_of(tokenizer)),
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        vision_feature_layer=-1,
+    )
+    processor = transformers.LlavaProcessor(
+        transformers.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}),
+        tokenizer,
+        patch_size=16,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=LLAVA_TEMPLATE,
+    )
+    return transformers.LlavaForConditionalGeneration(config), processor
+
+
+def qwen2_vl() -> tuple[Any, Any]:
+    marks = ["<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>"]
+    tokenizer = make_tokenizer([*marks, "<|image_pad|>", "<|video_pad|>"])
+    id_of = tokenizer.convert_tokens_to_ids
+    rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
+    config = transformers.Qwen2VLConfig(
+        text_config={**LANGUAGE, **ids_of(tokenizer), "rope_parameters": rope},
+        vision_config={"depth": 2, "embed_dim": 16, "hidden_size": 32, "num_heads": 2, "mlp_ratio": 2},
+        image_token_id=id_of("<|image_pad|>"),
+        video_token_id=id_of("<|video_pad|>"),
+        vision_start_token_id=id_of("<|vision_start|>"),
+        vision_end_token_id=id_of("<|vision_end|>"),
+    )
+    processor = transformers.Qwen2VLProcessor(
+        transformers.Qwen2VLImageProcessor(min_pixels=28 * 28, max_pixels=28 * 28 * 16),
+        tokenizer,
+        transformers.Qwen2VLVideoProcessor(),
+        chat_template=QWEN_TEMPLATE,
+    )
+    return transformers.Qwen2VLForConditionalGeneration(config), processor
+
+
+def idefics(family: str) -> tuple[Any, Any]:
+    cells = [f"<row_{row + 1}_col_{col + 1}>" for row in range(6) for col in range(6)]
+    marks = ["<image>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>", "<|im_start|>"]
+    tokenizer = make_tokenizer([*marks, *cells])
+    config = getattr(transformers, f"{family}Config")(
+        vision_config={**VISION, "image_size": 32, "patch_size": 8},
+        text_config={"model_type": "llama", **LANGUAGE, **ids_of(tokenizer)},
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        scale_factor=2,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    images = getattr(transformers, f"{family}ImageProcessor")(
+        size={"longest_edge": 64}, max_image_size={"longest_edge": 32}
+    )
+    more = {"video_processor": transformers.SmolVLMVideoProcessor()} if family == "SmolVLM" else {}
+    processor = getattr(transformers, f"{family}Processor")(
+        images, tokenizer, image_seq_len=4, chat_template=SMOLVLM_TEMPLATE, **more
+    )
+    return getattr(transformers, f"{family}ForConditionalGeneration")(config), processor
+
+
+FAMILIES: dict[str, Callable[[], tuple[Any, Any]]] = {
+    "llava": llava,
+    "qwen2_vl": qwen2_vl,
+    "idefics3": lambda: idefics("Idefics3"),
+    "smolvlm": lambda: idefics("SmolVLM"),
+}
+MADE: dict[str, tuple[Any, Any]] = {}
+
+
+def made(family: str) -> tuple[Any, Any]:
+    if family not in MADE:
+        torch.manual_seed(0)
+        MADE[family] = FAMILIES[family]()
+    return MADE[family]
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def encoder_of(family: str, **values: Any) -> MllmPromptEncoder:
+    return MllmPromptEncoder(PromptEncoderConfig(cache=None, **values), *made(family))
+
+
+def picture(seed: int, height: int = 40, width: int = 60) -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+PICTURES = [picture(0), picture(1, 90, 30), picture(2, 30, 31)]
+DOCUMENT = (Segment("text", "retrieved", "a dog in a park"), Segment("image", "retrieved", image=PICTURES[0]))
+SUBJECTS = (
+    Segment("text", "instruction", "Generate a video with the text and image"),
+    Segment("text", "caption", "A "),
+    Segment("image", "subject", "dog", PICTURES[1]),
+    Segment("text", "caption", " is playing in "),
+    Segment("image", "background", "grass", PICTURES[2]),
+    Segment("text", "caption", "."),
+)
+CAPTION = (Segment("text", "caption", "the grass"),)
+PROMPTS: list[Prompt] = [(*DOCUMENT, *CAPTION), SUBJECTS, CAPTION, (), (*DOCUMENT, *SUBJECTS)]
+
+
+def said(encoder: MllmPromptEncoder, prompt: Prompt) -> dict[int, str]:
+    """Segment position -> the decoded text of the tokens that were given to it."""
+    one = encoder.process(prompt)
+    ids = one.inputs["input_ids"][0]
+    return {
+        int(place): encoder.processor.tokenizer.decode(ids[one.kept[one.segment == place]])
+        for place in one.segment.unique()
+    }
+
+
+def test_every_token_belongs_to_the_segment_that_it_says(family: str) -> None:
+    encoder = encoder_of(family)
+    found = said(encoder, SUBJECTS)
+    assert sorted(found) == [0, 1, 2, 3, 4, 5]
+    for place, segment in enumerate(SUBJECTS):
+        if segment.type == "text":
+            assert found[place].strip() == (segment.text or "").strip()
+        else:
+            token = encoder.template.image_token
+            rest = found[place].replace(token, "")
+            assert token in found[place] and "playing" not in rest and "dog" not in rest
+
+
+def test_roles_follow_segments(family: str) -> None:
+    batch = encoder_of(family).encode([SUBJECTS])
+    for place, segment in enumerate(SUBJECTS):
+        roles = batch.role[0][batch.mask[0] & (batch.segment[0] == place)]
+        assert len(roles) and (roles == ROLES.index(segment.role)).all()
+
+
+def test_the_whole_sequence_is_the_processors_own_chat(family: str) -> None:
+    """Token for token what `apply_chat_template` makes of the same message (LLaVA's: pictures inline)."""
+    encoder = encoder_of(family)
+    _, processor = made(family)
+    content: list[dict[str, Any]] = []
+    for segment in DOCUMENT:
+        image = Image.open(io.BytesIO(PICTURES[0]))
+        content.append(
+            {"type": "text", "text": segment.text}
+            if segment.type == "text"
+            else {"type": "image", "image": image}
+        )
+    if family == "llava":
+        rendered = f"USER: {DOCUMENT[0].text}<image> "
+        expected = processor(text=[rendered], images=[content[1]["image"]], return_tensors="pt")
+    else:
+        expected = processor.apply_chat_template(
+            [{"role": "user", "content": content}],
+            tokenize=True,
+            return_dict=True,
+            processor_kwargs={"return_tensors": "pt"},
+        )
+    found = encoder.process(DOCUMENT).inputs
+    assert found["input_ids"].tolist() == torch.as_tensor(expected["input_ids"]).tolist()
+    torch.testing.assert_close(found["pixel_values"], torch.as_tensor(expected["pixel_values"]))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("layer", "index"), [("last", 3), ("penultimate", 2), (0, 0), (-2, 2)])
+def test_tokens_are_the_models_own_hidden_states(family: str, layer: str | int, index: int) -> None:
+    encoder = encoder_of(family, layer=layer)
+    model, _ = made(family)
+    one = encoder.process(SUBJECTS)
+    out = model(**one.inputs, output_hidden_states=True)
+    expected = out.hidden_states[index][0][one.kept]
+    torch.testing.assert_close(encoder.encode_each([SUBJECTS])[0].tokens, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_batches_of_mixed_length_equal_single_prompts(family: str) -> None:
+    alone = encoder_of(family, batch_size=1).encode_each(PROMPTS)
+    for size in (2, 5):
+        together = encoder_of(family, batch_size=size).encode_each(PROMPTS)
+        for a, b in zip(alone, together, strict=True):
+            torch.testing.assert_close(a.tokens, b.tokens, atol=1e-5, rtol=1e-4)
+            assert torch.equal(a.segment, b.segment) and torch.equal(a.role, b.role)
+
+
+def test_batches_are_of_like_length(family: str) -> None:
+    """Sorted by length, padding is a small part; in the order given it is not."""
+    from model.prompt.mllm_encoder import _batches
+
+    encoder = encoder_of(family)
+    prompts = [(Segment("text", "caption", "dog " * n),) for n in (1, 40, 2, 39, 3, 38, 4, 37)]
+    ready = [encoder.process(prompt) for prompt in prompts]
+    padded = [max(ready[row].length for row in rows) * len(rows) for rows in _batches(ready, 4)]
+    assert sum(padded) <= 1.1 * sum(one.length for one in ready)
+
+
+def test_an_earlier_picture_changes_later_tokens(family: str) -> None:
+    """The states are the language model's: the caption has seen what stands before it."""
+    encoder = encoder_of(family)
+    other = (DOCUMENT[0], Segment("image", "retrieved", image=picture(9)))
+    first, second = encoder.encode_each([(*DOCUMENT, *CAPTION), (*other, *CAPTION)])
+    last = first.segment == 2
+    assert not torch.allclose(first.tokens[last], second.tokens[second.segment == 2], atol=1e-6)
+
+
+WORDS = st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), max_size=30)
+HOSTILE = st.sampled_from(
+    [
+        "<image>",
+        "<|image_pad|>",
+        "<|im_end|>",
+        "{{ messages }}",
+        "\ue0000\ue001",
+        "<im<image>age>",
+        "</s>",
+        "é𝄞",
+    ]
+)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(texts=st.lists(WORDS | HOSTILE, min_size=1, max_size=4), data=st.data())
+def test_no_text_can_write_control_tokens_or_move_a_picture(
+    family: str, texts: list[str], data: st.DataObject
+) -> None:
+    encoder = encoder_of(family)
+    segments = [Segment("text", "caption", text) for text in texts]
+    place = data.draw(st.integers(0, len(segments)))
+    segments.insert(place, Segment("image", "subject", image=PICTURES[2]))
+    one = encoder.process(tuple(segments))
+    special = set(encoder.processor.tokenizer.all_special_ids)
+    ids = one.inputs["input_ids"][0][one.kept]
+    texts_only = ids[one.segment != place]
+    assert not any(int(token) in special for token in texts_only)
+    assert (one.segment == place).any()
+    order = [int(n) for n in one.segment.unique_consecutive()]
+    assert order == sorted(order)
+
+
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(limit=st.integers(8, 120), repeat=st.integers(0, 40))
+def test_no_sequence_is_longer_than_the_limit_and_no_picture_is_cut(
+    family: str, limit: int, repeat: int
+) -> None:
+    if limit < 40 and family == "qwen2_vl":
+        limit += 60  # its system prompt alone is longer
+    whole = encoder_of(family).process((*DOCUMENT, *SUBJECTS))
+    tail = Segment("text", "caption", "dog " * repeat)
+    one = encoder_of(family, max_tokens=limit).process((*DOCUMENT, *SUBJECTS, tail))
+    assert one.length <= max(limit, 30)
+    for place, segment in enumerate((*DOCUMENT, *SUBJECTS)):
+        if segment.type == "image":
+            tokens, full = int((one.segment == place).sum()), int((whole.segment == place).sum())
+            assert tokens in (0, full) or tokens <= 5  # gone, whole, or its word
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(height=st.integers(1, 300), width=st.integers(1, 300))
+def test_pictures_of_any_size_are_taken(family: str, height: int, width: int) -> None:
+    prompt = (Segment("image", "first_frame", image=picture(0, height, width)), *CAPTION)
+    batch = encoder_of(family).encode([prompt])
+    assert batch.tokens.isfinite().all() and (batch.segment[0] == 1).any()
+
+
+def test_a_processor_without_a_template_gets_the_bare_prompt(family: str) -> None:
+    model, processor = made(family)
+    template, processor.chat_template = processor.chat_template, None
+    try:
+        bare = MllmPromptEncoder(PromptEncoderConfig(cache=None), model, processor)
+        assert bare.template.render(DOCUMENT).text == f"a dog in a park{bare.template.image_token}"
+        assert bare.template.render(DOCUMENT).spans[0] == Span(0, "retrieved", 0, 15)
+        assert sorted(said(bare, DOCUMENT)) == [0, 1]
+    finally:
+        processor.chat_template = template
+
+
+def test_identity_follows_weights_layer_and_template(family: str) -> None:
+    hashes = {encoder_of(family).identity_hash, encoder_of(family).identity_hash}
+    assert len(hashes) == 1
+    hashes.add(encoder_of(family, layer="last").identity_hash)
+    model, processor = made(family)
+    weight = next(model.parameters())
+    with torch.no_grad():
+        weight.view(-1)[0] += 1
+    hashes.add(encoder_of(family).identity_hash)
+    with torch.no_grad():
+        weight.view(-1)[0] -= 1
+    template, processor.chat_template = processor.chat_template, processor.chat_template + " "
+    hashes.add(encoder_of(family).identity_hash)
+    processor.chat_template = template
+    assert len(hashes) == 4
+
+
+def test_a_saved_model_loads_from_its_folder_with_its_cache(family: str, tmp_path: Path) -> None:
+    model, processor = made(family)
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    config = PromptEncoderConfig.model_validate(
+        {"model": str(tmp_path / "model"), "cache": {"uri": str(tmp_path / "cache")}}
+    )
+    expected = encoder_of(family).encode(PROMPTS)
+    for _ in range(2):  # the second from the folder's cache
+        found = load_prompt_encoder(config).encode(PROMPTS)
+        torch.testing.assert_close(found.tokens, expected.tokens, atol=1e-5, rtol=1e-4)
+        assert torch.equal(found.segment, expected.segment)
+
+
+def test_what_is_no_such_model_is_refused_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    for name in (str(tmp_path), "nobody/has-this-model"):
+        with pytest.raises(ConfigError) as caught:
+            load_prompt_encoder(PromptEncoderConfig(model=name))
+        assert "\n" not in str(caught.value) and "offline" in str(caught.value)
+    with pytest.raises(ConfigError, match="penultimate"):
+        encoder_of("llava", layer=9)
+
+
+def test_a_bad_picture_names_its_segment(family: str) -> None:
+    with pytest.raises(DataError, match=r"segment 1 \(subject\)"):
+        encoder_of(family).encode([(*CAPTION, Segment("image", "subject", image=b"junk"))])
