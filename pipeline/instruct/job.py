@@ -85,7 +85,6 @@ def run(config: InstructConfig) -> Certificate:
             what=JOB,
             total=len(units),
             num_workers=config.num_workers,
-            actors=len(units) > 1,
         )
     certificate = _certify(config, config_hash, out, units, receipts, inputs, started_s)
     write_certificate(out, certificate)

@@ -23,7 +23,7 @@ class Series:
     x: Sequence[float]
     y: Sequence[float]
     style: str
-    """CSS class: raw, smooth, validation, one, two."""
+    """CSS class: raw, smooth, v0-v3 (validation), one, two."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def line_chart(series: Sequence[Series], *, x_label: str, y_label: str, title: s
     for one in series:
         points = " ".join(f"{x_scale(x):.1f},{y_scale(y):.1f}" for x, y in zip(one.x, one.y, strict=True))
         body.append(Markup('<polyline class="line {}" points="{}"/>').format(one.style, points))
-        if one.style == "validation" or len(one.x) == 1:
+        if one.style.startswith("v") or len(one.x) == 1:
             dots = zip(one.x, one.y, strict=True)
             body += [
                 Markup('<circle class="dot {}" cx="{:.1f}" cy="{:.1f}" r="3"/>').format(

@@ -89,8 +89,12 @@ def _prompt_card(row: dict[str, Any], album: Album) -> Card:
 
 
 def _origin(document: dict[str, Any]) -> Card:
-    keep = {k: document[k] for k in ("rank", "score", "clip_similarity", "retriever")}
-    return {**keep, "source": _name(document)}
+    facts = [str(document["retriever"] or "")]
+    if document["score"] is not None:
+        facts[0] += f" {document['score']:.3g}"
+    if document["clip_similarity"] is not None:
+        facts.append(f"CLIP {round(document['clip_similarity'], 2) + 0.0:.2f}")
+    return {"rank": document["rank"], "facts": facts}
 
 
 def _target(row: dict[str, Any], album: Album) -> Card:
@@ -132,7 +136,8 @@ def instruction_cards(shards: ShardSet | None, album: Album, count: int) -> list
     sections = []
     for task in (task for task in TASK_TITLES if task in by_task):
         places = by_task[task]
-        chosen = [places[i] for i in spread(len(places), count)]
+        shift = len(sections) * len(places) // (3 * count)  # each task shows other clips
+        chosen = [places[(i + shift) % len(places)] for i in spread(len(places), count)]
         rows = [shards.read_row_group(group).slice(place, 1).to_pylist()[0] for group, place in chosen]
         cards = [_instruction_card(row, album) for row in rows]
         sections.append({"task": task.value, "title": TASK_TITLES[task], "total": len(places), "cards": cards})
@@ -142,8 +147,10 @@ def instruction_cards(shards: ShardSet | None, album: Album, count: int) -> list
 def _instruction_card(row: dict[str, Any], album: Album) -> Card:
     line: list[Card] = []
     instruction = ""
-    for segment in row["segments"] or []:
-        if segment["role"] == Role.INSTRUCTION:
+    for segment in _first_document(row["segments"] or []):
+        if "more" in segment:
+            line.append(segment)
+        elif segment["role"] == Role.INSTRUCTION:
             instruction = segment["text"]
         elif segment["type"] == "text":
             line.append({"text": segment["text"], "role": segment["role"]})
@@ -152,6 +159,18 @@ def _instruction_card(row: dict[str, Any], album: Album) -> Card:
             line.append({"picture": picture, "word": segment["text"], "role": segment["role"]})
     target = _target(row, album)
     return {"instruction": instruction, "line": line, "target": target, "caption": row["caption"]}
+
+
+def _first_document(segments: list[Card]) -> Iterator[Card]:
+    """The segments, of the retrieved documents only the best, and how many more there are."""
+    retrieved = [s for s in segments if s["role"] == Role.RETRIEVED]
+    best = [s for s in retrieved if (s["document"] or {}).get("rank", 1) in (1, None)]
+    more = sum(s["type"] == "image" for s in retrieved) - sum(s["type"] == "image" for s in best)
+    for segment in segments:
+        if segment["role"] != Role.RETRIEVED or segment in best:
+            yield segment
+        if best and segment is best[-1] and more > 0:
+            yield {"more": more}
 
 
 def sample_cards(folder: str, album: Album, count: int) -> list[Card]:

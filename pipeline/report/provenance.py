@@ -13,12 +13,12 @@ from pipeline.schema import RETRIABLE
 if TYPE_CHECKING:
     from pipeline.report.job import ReportConfig
 
-UNITS = {"crawl": "clips", "build-index": "documents", "augment": "prompts", "instruct": "draws"}
+UNITS = {"crawl": "rows", "build-index": "clips", "augment": "clips", "instruct": "draws"}
 SENTENCES = {
-    "crawl": "Each row of the corpus, good or bad.",
-    "build-index": "Good clips and pictures become documents of the memory.",
-    "augment": "Captions meet the memory and become multimodal prompts.",
-    "instruct": "A draw is a clip and a task; each ends as an instruction or has a reason.",
+    "crawl": "The corpus, good rows and bad.",
+    "build-index": "Each good one becomes a document of the memory.",
+    "augment": "Each caption meets the memory and becomes a prompt.",
+    "instruct": "A draw is a clip and a task; it ends as an instruction or has a reason.",
 }
 
 

@@ -28,7 +28,8 @@ def distributions(parts: Parts, *, max_rows: int, seed: int) -> list[Chart]:
         if not parts.clips:
             captions = _read_shards(parts.prompts, ["caption"], max_rows)["caption"]
             charts.append(_caption_lengths(captions))
-    return [chart for chart in charts if chart["chart"] or chart.get("bars")]
+    charts = [chart for chart in charts if chart["chart"] or chart.get("bars")]
+    return sorted(charts, key=lambda chart: "bars" in chart)
 
 
 def _clip_charts(folder: str, max_rows: int) -> list[Chart]:
@@ -148,7 +149,7 @@ def _histogram(title: str, x_label: str, values: list[tuple[str, Any, str]]) -> 
     note = ""
     if len(series) == 1 and series[0].x:
         low, middle, high = np.percentile(series[0].x, [5, 50, 95])
-        note = f"{len(series[0].x):,} values; median {middle:.4g}, 90 % between {low:.4g} and {high:.4g}."
+        note = f"{len(series[0].x):,} values; median {middle:.3g}, 90 % between {low:.3g} and {high:.3g}."
     return {"title": title, "chart": chart, "legend": legend, "note": note}
 
 

@@ -1,4 +1,8 @@
-"""Loss curves of the runs: raw, smoothed, and the validation beside them."""
+"""Loss curves of the runs: raw, smoothed, and the validation losses beside them.
+
+A record of `metrics.jsonl` is `{"samples": n, "loss": x, ...}`; validation losses are its keys
+`val/loss <what>`, e.g. `val/loss video retrieval on`.
+"""
 
 from typing import Any
 
@@ -9,6 +13,9 @@ from pipeline.report.read import Run
 
 MAX_POINTS = 600
 """Points of a line: more can't be seen and only make the page heavy."""
+VALIDATION = "val/loss "
+STYLES = ("v0", "v1", "v2", "v3")
+Curve = list[tuple[float, float]]
 
 
 def loss_charts(runs: list[Run]) -> list[dict[str, Any]]:
@@ -16,34 +23,32 @@ def loss_charts(runs: list[Run]) -> list[dict[str, Any]]:
 
 
 def _loss_chart(run: Run) -> dict[str, Any]:
-    train = _points(run, "train")
-    validation = _points(run, "validation")
+    train = curve(run.records, "loss")
+    names = sorted({k for r in run.records for k in r if k.startswith(VALIDATION)}, key=lambda k: (len(k), k))
+    validation = [(name.removeprefix(VALIDATION), curve(run.records, name)) for name in names]
     series = []
     if train:
         x, y = [p[0] for p in train], [p[1] for p in train]
-        series = [Series("loss", *_thin(x, y), "raw"), Series("smoothed", *_thin(x, smooth(y)), "smooth")]
-    if validation:
-        series.append(Series("validation", *_thin(*map(list, zip(*validation, strict=True))), "validation"))
+        series = [Series("", *_thin(x, y), "raw"), Series("training", *_thin(x, smooth(y)), "smooth")]
+    for (name, points), style in zip(validation, STYLES, strict=False):
+        x, y = [p[0] for p in points], [p[1] for p in points]
+        series.append(Series(f"validation, {name}", *_thin(x, y), style))
     chart = line_chart(series, x_label="samples", y_label="loss", title=f"Loss of {run.name}")
-    return {"name": run.name, "chart": chart, "facts": _facts(run, train, validation)}
+    legend = [(s.style, s.name) for s in series if s.name] if validation else []
+    return {"name": run.name, "chart": chart, "legend": legend, "facts": _facts(run, train)}
 
 
-def _points(run: Run, kind: str) -> list[tuple[float, float]]:
-    """(samples, loss) of the records of a kind, in order of samples."""
-    found = []
-    for record in run.records:
-        loss = record.get("loss", record.get("validation_loss"))
-        numbers: list[Any] = [record.get("samples"), loss]
-        if record.get("kind", "train") == kind and all(map(_number, numbers)):
-            found.append((float(numbers[0]), float(numbers[1])))
-    return sorted(found)
+def curve(records: list[dict[str, Any]], key: str) -> Curve:
+    """(samples, value) of the records that have both, in order of samples."""
+    found = [(record.get("samples"), record.get(key)) for record in records]
+    return sorted((float(x), float(y)) for x, y in found if _number(x) and _number(y))  # type: ignore[arg-type]
 
 
 def _number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def smooth(values: list[float], share: float = 0.05) -> list[float]:
+def smooth(values: list[float], share: float = 0.1) -> list[float]:
     """Median over a window of `share` of the points: outliers of single batches don't bend it."""
     half = max(1, round(len(values) * share / 2))
     array = np.asarray(values, float)
@@ -52,20 +57,18 @@ def smooth(values: list[float], share: float = 0.05) -> list[float]:
 
 def _thin(x: list[float], y: list[float]) -> tuple[list[float], list[float]]:
     step = max(1, -(-len(x) // MAX_POINTS))
-    last = [] if (len(x) - 1) % step == 0 else [-1]
-    keep = [*range(0, len(x), step), *last]
+    keep = [*range(0, len(x), step)]
+    if len(x) and keep[-1] != len(x) - 1:
+        keep.append(len(x) - 1)
     return [x[i] for i in keep], [y[i] for i in keep]
 
 
-def _facts(run: Run, train: list[tuple[float, float]], validation: list[tuple[float, float]]) -> list[str]:
-    facts = [f"{short(train[-1][0])} samples"] if train else ["no record yet"]
+def _facts(run: Run, train: Curve) -> list[str]:
+    facts = [f"{short(train[-1][0])} samples"] if train else []
     if len(train) > 1:
         ends = smooth([loss for _, loss in train])
-        facts.append(f"loss {ends[0]:.4g} → {ends[-1]:.4g}")
-    if validation:
-        facts.append(f"validation {validation[0][1]:.4g} → {validation[-1][1]:.4g}")
-    rates = [r["samples_per_s"] for r in run.records if _number(r.get("samples_per_s"))]
+        facts.append(f"training loss {ends[0]:.4g} → {ends[-1]:.4g}")
+    rates = [rate for _, rate in curve(run.records, "samples_per_s")]
     if rates:
         facts.append(f"{float(np.median(rates)):.3g} samples/s")
-    facts.append("finished" if run.certificate else "not finished")
-    return facts
+    return [*facts, "finished" if run.certificate else "not finished"]
