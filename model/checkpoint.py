@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import (
     FileSystem,
     FileSystemBase,
@@ -148,8 +149,8 @@ class CheckpointWriter:
         pending, self.pending = self.pending, None
         try:
             return pending.result() if pending else None
-        except Exception as error:
-            raise TrainingError(f"checkpoint could not be written: {error}") from error
+        except (Exception, CheckpointException) as error:  # storage fails in many ways; all mean this
+            raise TrainingError(f"checkpoint could not be written: {last_line(error)}") from error
 
     def close(self) -> None:
         self.wait()
@@ -171,6 +172,11 @@ class CheckpointWriter:
             uri = checkpoint_uri(self.run, position)
             delete(join(uri, COMMITTED))  # first, so that a half-deleted one is none
             delete(uri)
+
+
+def last_line(error: BaseException) -> str:
+    """The line that says what happened, out of the traceback that torch folds into its message."""
+    return next((line for line in reversed(str(error).splitlines()) if line.strip()), repr(error))
 
 
 def load_state(uri: str, state: State, *, group: dist.ProcessGroup | None = None) -> None:

@@ -125,18 +125,29 @@ class Training:
             dist.barrier()
         found = latest_checkpoint(self.config.out)
         if found is not None:
+            position = int(self._facts_of(found)["position"])
             state = state_of(self.model, self.optimizer, self.emas)
             load_state(found, state)
             torch.set_rng_state(state["rng"])
-            position = int(read_facts(found)["position"])
             for ema in self.emas.values():
                 ema.samples = position
             return position
         if isinstance(self.config, Stage2Config):
             start = find_checkpoint(self.config.start_from)
+            self._facts_of(start)
             load_state(start, from_average(self.model, self.config.start_ema))
             self.emas = make_emas(self.model, self.config)
         return 0
+
+    def _facts_of(self, checkpoint: str) -> dict[str, Any]:
+        """Its facts, if our prompt encoder is the one that it was trained with."""
+        facts = read_facts(checkpoint)
+        if facts["encoder"] != self.encoder.identity_hash:
+            raise TrainingError(
+                f"{checkpoint} was trained with another prompt encoder (its weights, limits or arithmetic "
+                f"differ: {facts['encoder'][:12]} there, {self.encoder.identity_hash[:12]} now)"
+            )
+        return facts
 
     def _loader(self, index: pa.Table) -> Loader:
         config, shards = self.config, open_shards(self.config.prompts)

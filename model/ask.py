@@ -1,0 +1,177 @@
+"""What a user asks the generator for: the command line, a JSONL file, or rows of prompt shards -> Request.
+
+"A <image> is playing in a <image>" + [dog.png, background:yard.jpg]
+{"prompt": "A <image> runs.", "images": ["dog.png"]}
+{"segments": [{"type": "text", "role": "caption", "text": "A dog runs."}]}
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from infra.errors import ConfigError
+from infra.storage import absolute, exists, read_bytes
+from model.batch import read_prompt
+from model.condition import ROLES, Prompt, Segment
+from model.shards import open_parquet, open_shards
+
+PLACEHOLDER = "<image>"
+IMAGE_ROLES = ("subject", "background", "first_frame", "retrieved")
+INSTRUCTIONS = {
+    "subject": "Generate a video with the text and image.",
+    "first_frame": "Generate a video with the text and first frame.",
+    "retrieved": "Generate a video with the retrieved text-image.",
+}
+"""VIMI figure 2, abridged there by dots; what `vimi-data instruct` writes, so that sampling asks alike."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """One video to make.
+
+    Attributes:
+        name: the prompt in words, pictures as <role>.
+        prompt: its segments.
+        task, prompt_id: of the shard's row, if it is one.
+        fps: frame rate, None = the config's.
+        original_size_px: (height, width) to condition on, None = the config's.
+    """
+
+    name: str
+    prompt: Prompt
+    task: str | None = None
+    prompt_id: str | None = None
+    fps: float | None = None
+    original_size_px: tuple[int, int] | None = None
+
+
+def parse_prompt(text: str, images: Sequence[str], *, instruct: bool = False) -> Prompt:
+    """Segments of a prompt with placeholders and the pictures that fill them, in order.
+
+    Args:
+        text: words and `<image>`s.
+        images: paths, one per placeholder, each optionally `role:path`; the role is `subject` if not said.
+        instruct: put the task's instruction line in front, as stage 2 has learned it.
+
+    Raises:
+        ConfigError: another number of pictures than placeholders, or a picture that isn't there.
+    """
+    words = text.split(PLACEHOLDER)
+    if len(words) - 1 != len(images):
+        raise ConfigError(
+            f"{len(words) - 1} {PLACEHOLDER} in {text!r} and {len(images)} images",
+            legal="one image for each placeholder, in order",
+        )
+    segments: list[Segment] = []
+    for number, word in enumerate(words):
+        if word.strip():
+            segments.append(Segment("text", "caption", word.strip()))
+        if number < len(images):
+            role, data = read_image(images[number])
+            segments.append(Segment("image", role, None, data))
+    roles = {s.role for s in segments}
+    line = next((text for role, text in INSTRUCTIONS.items() if role in roles), None)
+    if instruct and line:
+        segments.insert(0, Segment("text", "instruction", line))
+    return tuple(segments)
+
+
+def read_image(place: str) -> tuple[str, bytes]:
+    """(role, bytes) of `path` or `role:path`."""
+    role, sep, path = place.partition(":")
+    if not sep or role not in IMAGE_ROLES:
+        role, path = "subject", place
+    try:
+        return role, read_bytes(absolute(path))
+    except OSError as error:
+        raise ConfigError(
+            f"can't read image {path}: {error.strerror or error}",
+            legal=f"a picture's path, or one of {', '.join(f'{r}:' for r in IMAGE_ROLES)} before it",
+        ) from None
+
+
+def describe_prompt(prompt: Prompt) -> str:
+    parts = [s.text or "" if s.type == "text" else f"<{s.role}>" for s in prompt if s.role != "retrieved"]
+    return " ".join(part for part in parts if part)
+
+
+def from_file(path: str, *, instruct: bool = False) -> list[Request]:
+    """Requests of a JSONL file; relative picture paths are looked up beside it.
+
+    Raises:
+        ConfigError: no such file, or a line that is not a prompt; names the line.
+    """
+    if not exists(absolute(path)):
+        raise ConfigError(f"no prompts file {path}", cure="give the path of a JSONL file")
+    beside = Path(absolute(path)).parent
+    requests = []
+    for number, line in enumerate(read_bytes(absolute(path)).decode("utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            prompt = _from_line(json.loads(line), beside, instruct)
+        except (KeyError, TypeError, ValueError) as error:
+            if isinstance(error, ConfigError):
+                raise
+            raise ConfigError(
+                f"{path} line {number}: {error}",
+                legal='{"prompt": ..., "images": [...]} or {"segments": [...]}',
+            ) from None
+        requests.append(Request(describe_prompt(prompt), prompt))
+    return requests
+
+
+def _from_line(value: dict[str, Any], beside: Path, instruct: bool) -> Prompt:
+    if "segments" not in value:
+        images = [_beside(image, beside) for image in value.get("images", [])]
+        return parse_prompt(value["prompt"], images, instruct=instruct)
+    segments = []
+    for item in value["segments"]:
+        role = item.get("role", "caption")
+        if role not in ROLES:
+            raise ValueError(f"role {role!r}, legal: {', '.join(ROLES)}")
+        image = read_image(_beside(item["image"], beside))[1] if item.get("image") else None
+        segments.append(Segment("image" if image else "text", role, item.get("text"), image))
+    return tuple(segments)
+
+
+def _beside(place: str, folder: Path) -> str:
+    role, sep, path = place.partition(":")
+    prefix, path = (role + ":", path) if sep and role in IMAGE_ROLES else ("", place)
+    return prefix + (path if Path(path).is_absolute() or "://" in path else str(folder / path))
+
+
+def from_shards(uri: str, rows: int) -> list[Request]:
+    """The first `rows` prompts of a certified folder, tasks in turn, so that each task is seen."""
+    by_task: dict[str, list[Request]] = {}
+    for group in open_shards(uri).groups:
+        columns = ["prompt_id", "task", "segments", "target", "fps", "height_px", "width_px"]
+        file = open_parquet(group.uri)
+        for row in file.read_row_group(group.index, columns=columns).to_pylist():
+            prompt = read_prompt(row)
+            request = Request(
+                name=describe_prompt(prompt),
+                prompt=prompt,
+                task=row["task"],
+                prompt_id=row["prompt_id"],
+                fps=(row["target"] or {}).get("fps") or row["fps"],
+                original_size_px=(row["height_px"], row["width_px"]) if row["height_px"] else None,
+            )
+            by_task.setdefault(row["task"], []).append(request)
+        if all(len(found) >= rows for found in by_task.values()) and len(by_task) > 2:
+            break
+    turns = [list(found) for _, found in sorted(by_task.items())]
+    chosen: list[Request] = []
+    while len(chosen) < rows and any(turns):
+        chosen += [found.pop(0) for found in turns if found]
+    return chosen[:rows]
+
+
+def prompt_hash(prompt: Prompt) -> str:
+    digest = hashlib.sha256()
+    for s in prompt:
+        digest.update(repr((s.type, s.role, s.text, s.image)).encode())
+    return digest.hexdigest()[:16]

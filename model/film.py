@@ -1,0 +1,60 @@
+"""Videos as files: mp4 by PyAV, a contact sheet as PNG. The same frames give the same bytes."""
+
+import io
+from fractions import Fraction
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+
+def to_frames(video: Tensor) -> np.ndarray:
+    """`t c h w` in [-1, 1] to uint8 `t h w 3`."""
+    scaled = ((video.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return scaled.permute(0, 2, 3, 1).cpu().numpy()
+
+
+def encode_mp4(frames: np.ndarray, fps: float, *, scale: int = 1, crf: int = 12) -> bytes:
+    """h264 mp4 of uint8 `t h w 3` frames.
+
+    Args:
+        frames: the video.
+        fps: frames per second.
+        scale: enlarge by this whole factor, so that small videos can be looked at; pixels stay square.
+        crf: x264's quality, 0 = lossless.
+    """
+    import av
+
+    frames = frames.repeat(scale, axis=1).repeat(scale, axis=2)
+    height, width = frames.shape[1] // 2 * 2, frames.shape[2] // 2 * 2  # yuv420p wants even sizes
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="mp4") as container:
+        rate = Fraction(fps).limit_denominator(1001)
+        stream = container.add_stream("libx264", rate=rate, options={"crf": str(crf), "threads": "1"})
+        stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
+        for frame in frames:
+            picture = np.ascontiguousarray(frame[:height, :width])
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode(None))
+    return buffer.getvalue()
+
+
+def contact_sheet(frames: np.ndarray, *, columns: int = 8, scale: int = 1, gap_px: int = 2) -> bytes:
+    """PNG of all frames of uint8 `t h w 3`, in rows, on white."""
+    frames = frames.repeat(scale, axis=1).repeat(scale, axis=2)
+    count, height, width, _ = frames.shape
+    columns = min(columns, count)
+    rows = -(-count // columns)
+    sheet = np.full((rows * (height + gap_px) - gap_px, columns * (width + gap_px) - gap_px, 3), 255, np.uint8)
+    for number, frame in enumerate(frames):
+        top, left = (number // columns) * (height + gap_px), (number % columns) * (width + gap_px)
+        sheet[top : top + height, left : left + width] = frame
+    buffer = io.BytesIO()
+    Image.fromarray(sheet).save(buffer, format="PNG", optimize=False)
+    return buffer.getvalue()
+
+
+def scale_to_look_at(width_px: int, wanted_px: int = 320) -> int:
+    """Whole factor that brings a small video to about `wanted_px`."""
+    return max(1, wanted_px // width_px)
