@@ -36,7 +36,8 @@ class FitConfig:
         patch_px: side of a patch; patches are one frame thick.
         group_height, group_width: target size of a group in patches; see `groups`.
         patch_dim, patch_head_dim: width of the patches, and of a head when latents meet patches.
-        num_latents, latent_dim, latent_head_dim: the latents of all groups together.
+        num_latents, latent_dim, latent_head_dim: the latents of all groups together; the number is
+            rounded up to whole groups.
         condition_dim: width of the condition tokens ("cond. channels").
         num_blocks, layers_per_block: 6 blocks of 4 global layers.
         dropout: in the latents' feed-forwards.
@@ -86,6 +87,10 @@ class Layout:
         return self.rows * self.columns
 
     @property
+    def num_latents(self) -> int:
+        return self.num_groups * self.latents_per_group
+
+    @property
     def patches_per_frame(self) -> int:
         return self.group_height * self.group_width
 
@@ -94,21 +99,13 @@ def layout(config: FitConfig) -> Layout:
     """Choose the number of groups nearest to the target size, then pad to whole groups.
 
     The rule gives table 8: 36 x 64 pixels become 40 x 64 in 2 x 4 groups of 5 x 4 patches, and
-    288 x 512 become 4 x 8 groups of 18 x 16.
-
-    Raises:
-        ValueError: the latents do not divide among the groups.
+    288 x 512 become 4 x 8 groups of 18 x 16. Latents are rounded up to the same number in each group.
     """
     patch = config.patch_px
     high, wide = math.ceil(config.height_px / patch), math.ceil(config.width_px / patch)
     rows = max(1, round(high / config.group_height))
     columns = max(1, round(wide / config.group_width))
     group_height, group_width = math.ceil(high / rows), math.ceil(wide / columns)
-    if config.num_latents % (rows * columns):
-        raise ValueError(
-            f"{config.num_latents} latents do not divide among {rows} x {columns} groups: "
-            f"choose a multiple of {rows * columns}"
-        )
     return Layout(
         rows=rows,
         columns=columns,
@@ -116,7 +113,7 @@ def layout(config: FitConfig) -> Layout:
         group_width=group_width,
         height_px=rows * group_height * patch,
         width_px=columns * group_width * patch,
-        latents_per_group=config.num_latents // (rows * columns),
+        latents_per_group=math.ceil(config.num_latents / (rows * columns)),
     )
 
 
@@ -176,7 +173,7 @@ class Fit(nn.Module):
         self.time = nn.Parameter(torch.empty(config.num_frames, x))
         self.row = nn.Parameter(torch.empty(self.layout.height_px // p, x))
         self.column = nn.Parameter(torch.empty(self.layout.width_px // p, x))
-        self.latents = nn.Parameter(torch.empty(config.num_latents, z))
+        self.latents = nn.Parameter(torch.empty(self.layout.num_latents, z))
         self.self_condition = SelfCondition(z)
         self.blocks = nn.ModuleList(FitBlock(config) for _ in range(config.num_blocks))
         self.norm = nn.LayerNorm(x, eps=1e-6)
@@ -194,7 +191,7 @@ class Fit(nn.Module):
     @property
     def z_shape(self) -> tuple[int, int]:
         """Shape of one sample's latents, `(g m) latent_dim`."""
-        return self.config.num_latents, self.config.latent_dim
+        return self.layout.num_latents, self.config.latent_dim
 
     def forward(
         self,

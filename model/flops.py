@@ -51,7 +51,7 @@ def sizes(
     frames = num_frames or backbone.num_frames
     if isinstance(backbone, FitConfig):
         a = backbone.layout
-        patches, latents = frames * a.num_groups * a.patches_per_frame, backbone.num_latents
+        patches, latents = frames * a.num_groups * a.patches_per_frame, a.num_latents
     else:
         p = backbone.patch_px
         patches, latents = frames * -(-backbone.height_px // p) * -(-backbone.width_px // p), 0

@@ -29,8 +29,8 @@ PRESETS: dict[str, BackboneConfig] = {
         condition_dim=256, num_blocks=4, layers_per_block=3, dropout=0.0,
     ),
     "fit-tiny": FitConfig(
-        patch_dim=128, patch_head_dim=32, num_latents=128, latent_dim=256, latent_head_dim=64,
-        condition_dim=128, num_blocks=3, layers_per_block=2, dropout=0.0,
+        patch_dim=64, patch_head_dim=32, num_latents=64, latent_dim=256, latent_head_dim=64,
+        condition_dim=128, num_blocks=2, layers_per_block=2, dropout=0.0,
     ),
     "dit-small": DitConfig(dim=384, head_dim=64, condition_dim=256, num_blocks=12),
     "dit-tiny": DitConfig(dim=256, head_dim=64, condition_dim=128, num_blocks=5),

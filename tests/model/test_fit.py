@@ -191,8 +191,10 @@ def test_wrong_sizes_are_refused_with_the_right_ones(fit, tiny_fit) -> None:
     x, tokens, mask = _inputs(tiny_fit)
     with pytest.raises(ValueError, match="4 x 12 x 16"):
         fit(x[..., :8, :], tokens, mask)
-    with pytest.raises(ValueError, match="multiple of 2"):
-        Fit(replace(tiny_fit, num_latents=9))
+
+
+def test_latents_are_rounded_up_to_whole_groups(tiny_fit) -> None:
+    assert Fit(replace(tiny_fit, num_latents=9)).z_shape == (10, 48)
 
 
 def test_bf16_answer_is_close_to_float32(fit, tiny_fit) -> None:

@@ -62,13 +62,20 @@ def test_parameters_are_counted_without_memory(case) -> None:
     assert count_parameters(backbone, condition)["total"] == real
 
 
-@pytest.mark.parametrize("name", ["fit-tiny", "dit-tiny"])
-@pytest.mark.parametrize("checkpoint", [False, True])
-@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize(
+    ("name", "checkpoint", "half"),
+    [
+        ("fit-tiny", False, False),
+        ("fit-tiny", True, False),
+        ("fit-tiny", False, True),
+        ("fit-tiny", True, True),
+        ("dit-tiny", False, True),
+    ],
+)
 def test_activation_memory_is_within_a_tenth_of_the_measured_peak(
     make_condition, name: str, checkpoint: bool, half: bool
 ) -> None:
-    backbone = preset(name, checkpoint=checkpoint, num_frames=6)
+    backbone = preset(name, checkpoint=checkpoint, num_frames=4)
     condition = ConditionConfig(token_dim=24)
     model, prompts = Generator(backbone, condition), make_condition(length=20)
     for p in model.parameters():

@@ -15,8 +15,19 @@ from hypothesis import strategies as st
 from torch import multiprocessing as mp
 from torch import nn
 
+from model.condition import Condition, ConditionConfig
+from model.edm import edm_for
 from model.ema import Ema, HalfLife, PowerFunction, Snapshot, gamma_of, mixing_weights, reconstruct
+from model.fit import FitConfig
+from model.generator import Generator
 from model.optim import Lamb, adamw, cosine_factor, cosine_schedule, lamb, parameter_groups
+from model.step import accumulate, draw
+
+SHARDED_FIT = FitConfig(
+    num_frames=4, height_px=12, width_px=16, group_height=3, group_width=2, patch_dim=32,
+    patch_head_dim=16, num_latents=8, latent_dim=48, latent_head_dim=16, condition_dim=32,
+    num_blocks=2, layers_per_block=1, checkpoint=True,
+)  # fmt: skip
 
 
 def _model(seed: int = 0) -> nn.Module:
@@ -218,26 +229,48 @@ def test_average_survives_a_round_trip_and_swaps_in_and_out() -> None:
     assert all(torch.equal(a, b) for a, b in zip(live, model.parameters(), strict=True))
 
 
+def _steps(model: Generator) -> dict[str, torch.Tensor]:
+    """Four steps of LAMB with both averages; every resulting tensor by name."""
+    edm, shape = edm_for(4, 12, 16), (4, 3, 12, 16)
+    optimizer = lamb(model, lr=0.02)
+    averages = [Ema(model, HalfLife(20)), Ema(model, PowerFunction(0.1))]
+    zeros = torch.zeros(2, 5, dtype=torch.long)
+    condition = Condition(
+        tokens=torch.ones(2, 5, 24), mask=zeros == 0, role=zeros, segment=zeros,
+        fps=torch.full((2,), 6.0), original_size_px=torch.full((2, 2), 64),
+    )  # fmt: skip
+    for step in range(4):
+        draws = draw(edm, shape, seed=0, indices=[2 * step, 2 * step + 1])
+        accumulate(model, edm, torch.zeros(2, *shape), condition, draws, divisor=2)
+        optimizer.step()
+        optimizer.zero_grad()
+        for ema in averages:
+            ema.update(model, 2 * step + 2)
+    found = dict(model.named_parameters())
+    for i, ema in enumerate(averages):
+        found |= {f"{i}.{n}": w for n, w in ema.weights.items()}
+    return {n: v.detach() for n, v in found.items()}
+
+
+def _small_generator() -> Generator:
+    torch.manual_seed(0)
+    return Generator(SHARDED_FIT, ConditionConfig(token_dim=24))
+
+
 def _sharded(rank: int, world: int, port: int, out: str) -> None:
-    """One rank of an FSDP2 run: LAMB and both averages over sharded parameters."""
+    """One rank of an FSDP2 run, each block a unit; all ranks see the same batch."""
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.distributed.init_process_group("gloo", rank=rank, world_size=world)
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import DTensor
 
     mesh = torch.distributed.init_device_mesh("cpu", (world,))
-    model = _model()
+    model = _small_generator()
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    optimizer = lamb(model, lr=0.02)
-    averages = [Ema(model, HalfLife(20)), Ema(model, PowerFunction(0.1))]
-    for step in range(4):
-        _train(model, optimizer, 1, seed=step)
-        for ema in averages:
-            ema.update(model, (step + 1) * 32)
-    found = dict(model.named_parameters())
-    for i, ema in enumerate(averages):
-        found |= {f"{i}.{n}": w for n, w in ema.weights.items()}
-    whole = {n: v.full_tensor().detach() for n, v in found.items() if isinstance(v, DTensor)}
+    found = _steps(model)
+    whole = {n: v.full_tensor() for n, v in found.items() if isinstance(v, DTensor)}
     assert len(whole) == len(found), "an average lost its sharding"
     if rank == 0:
         torch.save(whole, out)
@@ -245,20 +278,12 @@ def _sharded(rank: int, world: int, port: int, out: str) -> None:
 
 
 def test_sharded_training_equals_whole_training(tmp_path: Path, free_port: int) -> None:
+    """FSDP2 on 2 ranks: the step, LAMB's trust ratios, and both averages."""
     out = tmp_path / "sharded.pt"
     mp.spawn(_sharded, args=(2, free_port, str(out)), nprocs=2)
-    model = _model()
-    optimizer = lamb(model, lr=0.02)
-    averages = [Ema(model, HalfLife(20)), Ema(model, PowerFunction(0.1))]
-    for step in range(4):
-        _train(model, optimizer, 1, seed=step)
-        for ema in averages:
-            ema.update(model, (step + 1) * 32)
-    whole = {n: p.detach() for n, p in model.named_parameters()}
-    for i, ema in enumerate(averages):
-        whole |= {f"{i}.{n}": w for n, w in ema.weights.items()}
+    whole = _steps(_small_generator())
     for name, value in torch.load(out).items():
-        torch.testing.assert_close(value, whole[name], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(value, whole[name], rtol=1e-4, atol=1e-5)
 
 
 @pytest.fixture

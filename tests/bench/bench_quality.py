@@ -1,0 +1,213 @@
+"""What a FIT learns on real clips: against DiT at equal FLOPs, and by heart.
+
+    overfit   fit-tiny learns 8 clips (16 frames of 36 x 64) by heart; sampled with their prompts it
+              must give them back (PSNR 25 dB, goal 28), and with the prompts shuffled it must not
+    compare   FIT and DiT of about equal parameters spend the same FLOPs on the same clips; losses on
+              held-out clips with the same noise
+
+Prompts are the clips' own captions, one frozen random vector per word: it is the generator that is
+measured here, not the encoder.
+
+    python tests/bench/bench_quality.py overfit --minutes 7
+    python tests/bench/bench_quality.py compare --tflop 8
+"""
+
+import argparse
+import json
+import time
+import zlib
+from pathlib import Path
+
+import av
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from model.condition import Condition, ConditionConfig
+from model.edm import edm_for
+from model.ema import Ema, HalfLife
+from model.flops import sizes, training_flops
+from model.generator import BackboneConfig, Generator, preset
+from model.guidance import FULL
+from model.optim import adamw, cosine_factor
+from model.sample import Denoiser, sample_ode
+from model.step import accumulate, draw, losses
+
+ASSETS = Path(__file__).resolve().parents[3] / "shared" / "assets"
+FRAMES, HEIGHT, WIDTH, FPS = 16, 36, 64, 6
+TOKENS, TOKEN_DIM = 24, 64
+EDM = edm_for(FRAMES, HEIGHT, WIDTH)
+CONDITION = ConditionConfig(token_dim=TOKEN_DIM)
+
+
+def load_clips(count: int, folder: str = "droid") -> tuple[Tensor, list[str]]:
+    """The first `count` clips that are long enough: `b t c h w` in [-1, 1], and their captions."""
+    videos, captions = [], []
+    with (ASSETS / folder / "captions.jsonl").open() as lines:
+        for line in lines:
+            row = json.loads(line)
+            video = _decode(ASSETS / folder / row["clip"])
+            if len(video) >= FRAMES:
+                videos.append(video[:FRAMES])
+                captions.append(row["caption"])
+            if len(videos) == count:
+                break
+    return torch.stack(videos), captions
+
+
+def _decode(path: Path) -> Tensor:
+    """`t c h w` in [-1, 1] at FPS frames per second."""
+    frames: list[Tensor] = []
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        every = max(1, round(float(stream.average_rate or 30) / FPS))
+        for i, frame in enumerate(container.decode(stream)):
+            if i % every == 0:
+                frames.append(torch.from_numpy(frame.to_ndarray(format="rgb24")))
+            if len(frames) == FRAMES:
+                break
+    if len(frames) < FRAMES:
+        return torch.empty(0)
+    pixels = torch.stack(frames).permute(0, 3, 1, 2).float()
+    return F.interpolate(pixels, (HEIGHT, WIDTH), mode="area") / 127.5 - 1
+
+
+def encode(captions: list[str]) -> Condition:
+    """One frozen random vector per word."""
+    tokens = torch.zeros(len(captions), TOKENS, TOKEN_DIM)
+    mask = torch.zeros(len(captions), TOKENS, dtype=torch.bool)
+    for row, caption in enumerate(captions):
+        for place, word in enumerate(caption.lower().split()[:TOKENS]):
+            g = torch.Generator().manual_seed(zlib.crc32(f"{place} {word}".encode()))
+            tokens[row, place] = torch.randn(TOKEN_DIM, generator=g)
+            mask[row, place] = True
+    zeros = torch.zeros_like(mask, dtype=torch.long)
+    return Condition(
+        tokens=tokens, mask=mask, role=zeros, segment=zeros,
+        fps=torch.full((len(captions),), float(FPS)),
+        original_size_px=torch.tensor([[180, 320]] * len(captions)),
+    )  # fmt: skip
+
+
+def train(
+    model: Generator,
+    videos: Tensor,
+    condition: Condition,
+    *,
+    batch: int,
+    lr: float,
+    steps: int | None = None,
+    seconds: float | None = None,
+    ema: Ema | None = None,
+) -> list[float]:
+    """Train for `steps`, or for `seconds`; the learning rate follows a cosine of whichever it is."""
+    optimizer = adamw(model, lr=lr, weight_decay=0.0)
+    start, seen, step = time.perf_counter(), [], 0
+    order = torch.Generator().manual_seed(0)
+    while True:
+        spent = time.perf_counter() - start
+        progress = spent / seconds if seconds else step / (steps or 1)
+        if progress >= 1:
+            return seen
+        warm = min(1.0, (step + 1) / 20)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * warm * cosine_factor(int(progress * 1e6), 0, 1_000_000, 0.02)
+        rows = torch.randperm(len(videos), generator=order)[:batch]
+        indices = range(step * batch, (step + 1) * batch)
+        draws = draw(EDM, videos.shape[1:], seed=0, indices=indices, self_condition_rate=0)
+        each = accumulate(model, EDM, videos[rows], condition.select(rows), draws, divisor=batch)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        step += 1
+        if ema is not None:
+            ema.update(model, step * batch)
+        seen.append(each.mean().item())
+        if step % 100 == 0:
+            recent = sum(seen[-100:]) / 100
+            print(f"  step {step:>5} {spent:>5.0f} s  loss {recent:.4f}", flush=True)
+
+
+def overfit(minutes: float, name: str, lr: float, sampling_steps: int) -> None:
+    """Learn 8 clips by heart, and give them back."""
+    videos, captions = load_clips(8)
+    condition = encode(captions)
+    torch.manual_seed(0)
+    model = Generator(preset(name), CONDITION)
+    ema = Ema(model, HalfLife(half_life=8 * 40))
+    start = time.perf_counter()
+    seen = train(model, videos, condition, batch=8, lr=lr, seconds=minutes * 60, ema=ema)
+    ema.swap(model)
+    print(f"{name}: {len(seen)} steps of 8 clips in {time.perf_counter() - start:.0f} s")
+    noise = torch.randn(videos.shape, generator=torch.Generator().manual_seed(1))
+    shuffled = condition.select(torch.arange(8).roll(1))
+    for title, prompts in (("their prompts", condition), ("prompts shuffled", shuffled)):
+        denoiser = Denoiser(model, EDM, {FULL: prompts})
+        got = sample_ode(denoiser, EDM, noise, num_steps=sampling_steps).clamp(-1, 1)
+        each = psnr(got, videos)
+        values = " ".join(f"{v:.1f}" for v in each.tolist())
+        print(f"  sampled with {title:<17} PSNR {each.mean().item():.2f} dB  ({values})")
+    mean_clip = videos.mean(dim=0, keepdim=True).expand_as(videos)
+    print(f"  the mean clip would give      PSNR {psnr(mean_clip, videos).mean().item():.2f} dB")
+
+
+def psnr(got: Tensor, true: Tensor) -> Tensor:
+    """`b` peak signal-to-noise ratios in dB of videos in [-1, 1]."""
+    return 10 * (4 / (got - true).square().flatten(1).mean(dim=1)).log10()
+
+
+def compare(tflop: float, lr: float) -> None:
+    """Equal parameters, clips, noise and FLOPs."""
+    videos, captions = load_clips(112)
+    condition = encode(captions)
+    held, kept = torch.arange(96, 112), torch.arange(96)
+    print(f"{'':<10}{'M params':>9}{'GFLOP/sample':>14}{'samples':>9}{'s':>6}{'val. loss':>11}")
+    for name in ("fit-tiny", "dit-tiny"):
+        torch.manual_seed(0)
+        backbone = preset(name)
+        model = Generator(backbone, CONDITION)
+        each = _training_cost(backbone)
+        steps = max(1, int(tflop * 1e12 / (each * 4)))
+        start = time.perf_counter()
+        train(model, videos[kept], condition.select(kept), batch=4, lr=lr, steps=steps)
+        spent = time.perf_counter() - start
+        loss = validate(model, videos[held], condition.select(held))
+        count = sum(p.numel() for p in model.parameters()) / 1e6
+        print(f"{name:<10}{count:>9.2f}{each / 1e9:>14.1f}{steps * 4:>9}{spent:>6.0f}{loss:>11.4f}")
+
+
+def _training_cost(backbone: BackboneConfig) -> int:
+    n = sizes(backbone, CONDITION, prompt_tokens=TOKENS)
+    parts = training_flops(backbone, CONDITION, n, prompt_tokens=TOKENS, self_condition_rate=0.0)
+    return sum(parts.values())
+
+
+@torch.no_grad()
+def validate(model: Generator, videos: Tensor, condition: Condition) -> float:
+    """Mean loss with noise that depends on the clip alone."""
+    total = 0.0
+    for at in range(0, len(videos), 4):
+        rows = torch.arange(at, at + 4)
+        draws = draw(EDM, videos.shape[1:], seed=99, indices=rows.tolist(), self_condition_rate=0)
+        total += losses(model, EDM, videos[rows], condition.select(rows), draws).sum().item()
+    return total / len(videos)
+
+
+def main() -> None:
+    """Run one of the two."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("what", choices=["overfit", "compare"])
+    parser.add_argument("--minutes", type=float, default=7)
+    parser.add_argument("--preset", default="fit-tiny")
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--sampling-steps", type=int, default=24)
+    parser.add_argument("--tflop", type=float, default=6)
+    args = parser.parse_args()
+    if args.what == "overfit":
+        overfit(args.minutes, args.preset, args.lr, args.sampling_steps)
+    else:
+        compare(args.tflop, min(args.lr, 1e-3))
+
+
+if __name__ == "__main__":
+    main()
