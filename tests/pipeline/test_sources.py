@@ -1,6 +1,8 @@
 """Readers of corpora: what each kind lists, and that a hostile or broken list costs rows, not runs."""
 
+import io
 import json
+import tarfile
 from pathlib import Path
 
 import pyarrow as pa
@@ -10,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from infra.errors import ConfigError
+from pipeline.media import read_media
 from pipeline.sources import Item, SourceConfig, open_source, read_items, source_from_path
 from pipeline.sources.base import clean_caption, parse_time
 from pipeline.sources.sidecars import read_sidecar
@@ -156,3 +159,59 @@ def test_captions_are_clean_text_or_say_why_not(text):
     caption, error = clean_caption(text)
     assert caption is None or caption == " ".join(caption.split())
     assert (caption is None) or error is None
+
+
+def write_tar(path: Path, members: dict[str, bytes]) -> Path:
+    with tarfile.open(path, "w") as archive:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    return path
+
+
+def test_webdataset_samples_are_ranges_of_their_archive(tmp_path):
+    members = {
+        "000.jpg": b"\xff\xd8\xff picture",
+        "000.txt": b"a picture",
+        "000.json": b'{"caption": "not this one", "width": 3}',
+        "001.mp4": b"film",
+        "001.json": b'{"clips": [{"start_s": 1, "end_s": 2, "caption": "one"}]}',
+        "../../etc/002.png": b"png",
+        "003.txt": b"no media",
+    }
+    path = write_tar(tmp_path / "000.tar", members)
+    items = read(path)
+    assert [read_media(item.uri) for item in items] == [b"\xff\xd8\xff picture", b"film", b"png"]
+    assert [item.cuts[0].caption for item in items] == ["a picture", "one", None]
+    assert items[1].cuts[0].start_s == 1
+    write_tar(tmp_path / "001.tar", {"a.jpg": b"x"})
+    assert len(read(tmp_path)) == len(read(f"{tmp_path}/{{000..001}}.tar")) == 4
+
+
+def test_a_broken_archive_is_a_row(tmp_path):
+    whole = write_tar(tmp_path / "a.tar", {f"{n}.jpg": b"x" * 2000 for n in range(5)}).read_bytes()
+    (tmp_path / "a.tar").write_bytes(whole[:5000])
+    (tmp_path / "b.tar").write_bytes(b"not a tar at all" * 90)
+    fates = [item.status for item in read(tmp_path)]
+    assert fates[-1] == "bad_row"
+    assert fates.count(None) >= 1
+
+
+def test_url_lists_take_captions_after_a_tab(tmp_path):
+    lines = [
+        "# films",
+        "http://a.org/x.mp4\ta film",
+        "",
+        "https://a.org/y",
+        "not an address",
+        "ftp://a.org/z.jpg",
+    ]
+    (tmp_path / "list.txt").write_text("\n".join(lines))
+    items = read(tmp_path / "list.txt")
+    assert [(i.media, i.cuts[0].caption, i.status) for i in items] == [
+        ("video", "a film", None),
+        ("auto", None, None),
+        ("auto", None, "bad_row"),
+        ("auto", None, "bad_row"),
+    ]
