@@ -22,11 +22,21 @@ class CacheConfig(Config):
 class PromptEncoderConfig(Config):
     """Names a frozen encoder. VIMI draws an MLLM (paper, both figures); which one, it does not say.
 
-    Memory of the weights, computed as parameters (of the published configurations) x 2 bytes for bf16;
-    activations come on top. Tokens are those of one 336-pixel square picture.
+    Computed, not measured: weights = parameters (as the model cards state them) x 2 bytes (bf16), without
+    activations; tokens of one square picture of `picture_side_px` = 448, unsplit; TFLOP of the forward of
+    a prompt of 100 words' tokens and two pictures = 2 x parameters x tokens. LLaVA-1.5 resizes to 336.
 
-    | family | `model` | parameters | weights, GB | tokens a picture | class |
+    | family | `model` | parameters | weights | tokens a picture | TFLOP a prompt |
     |---|---|---|---|---|---|
+    | SmolVLM | `HuggingFaceTB/SmolVLM-256M-Instruct` | 0.26 B | 0.5 GB | 64 + 3 | 0.1 |
+    | SmolVLM | `HuggingFaceTB/SmolVLM-500M-Instruct` | 0.51 B | 1.0 GB | 64 + 3 | 0.2 |
+    | SmolVLM | `HuggingFaceTB/SmolVLM-Instruct` | 2.2 B | 4.5 GB | 81 + 3 | 1.2 |
+    | Qwen-VL | `Qwen/Qwen2.5-VL-3B-Instruct` | 3.8 B | 7.5 GB | 256 + 2 | 4.6 |
+    | Qwen-VL | `Qwen/Qwen2.5-VL-7B-Instruct` | 8.3 B | 17 GB | 256 + 2 | 10 |
+    | LLaVA | `llava-hf/llava-1.5-7b-hf` | 7.1 B | 14 GB | 576 | 18 |
+    | LLaVA | `llava-hf/llava-1.5-13b-hf` | 13 B | 27 GB | 576 | 33 |
+    | clip | `clip.name: ViT-B-32` | 0.15 B | 0.6 GB (fp32) | 49, or `patch_grid`^2 | 0.02 |
+    | clip | `clip.name: offline` | 0.03 B | 0.1 GB (fp32) | 49, or `patch_grid`^2 | 0.005 |
     """
 
     kind: Literal["mllm", "clip"] = "mllm"
@@ -38,8 +48,14 @@ class PromptEncoderConfig(Config):
     layer: Literal["last", "penultimate"] | int = "penultimate"
     """mllm: hidden states after the final norm (last), before the last layer (penultimate), or at an index:
     0 = embeddings, n = after layer n, negative = from the end. VIMI does not say; penultimate is usual."""
-    max_tokens: int = 1024
+    max_tokens: int = 2048
     """Most tokens of a prompt, at least 8; longer ones are cut as `model.prompt.select.fit` says."""
+    picture_side_px: int = 448
+    """mllm: pictures are shrunk to this longest side before the processor sees them; bounds the tokens of
+    families that take pictures at their own size (Qwen-VL). Ours; smaller pictures stay as they are."""
+    split_pictures: bool = False
+    """mllm: let a processor that can (SmolVLM, Idefics3) cut a picture into tiles besides the whole: finer,
+    but up to 17 times the tokens."""
     patch_grid: int | None = None
     """clip: average the patches of a picture to at most n x n tokens; None = all patches."""
     batch_size: int = 1
@@ -61,7 +77,7 @@ class PromptEncoderConfig(Config):
             raise ValueError("legal: at least 8")
         return value
 
-    @field_validator("batch_size", "max_picture_px")
+    @field_validator("batch_size", "max_picture_px", "picture_side_px")
     @classmethod
     def _is_positive(cls, value: int) -> int:
         if value < 1:

@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from infra.clip.hub import hub_file
 from infra.clip.model import hash_weights
 from infra.errors import ConfigError
-from model.condition import ROLES, Prompt
+from model.condition import ROLES, Prompt, Segment
 from model.prompt.config import PromptEncoderConfig
 from model.prompt.encoder import EncodedPrompt, PromptEncoder
 from model.prompt.layout import Layout, Template, owners
@@ -73,6 +74,16 @@ class MllmPromptEncoder(PromptEncoder):
         self.dim = int(self.model.config.get_text_config().hidden_size)
         self.layer_index = _layer_index(config.layer, _num_layers(self.model))
         self._accepted = set(inspect.signature(self.backbone.forward).parameters)
+        self._can_split = hasattr(processor.image_processor, "do_image_splitting")
+        self._check_limit()
+
+    def _check_limit(self) -> None:
+        """Refuse a limit that the template alone uses up: nothing of any prompt would be left."""
+        least = self._process((Segment("text", "caption", text="a"),), {}).length + 7
+        if self.config.max_tokens < least:
+            raise ConfigError(
+                f"max_tokens = {self.config.max_tokens}", legal=f"at least {least} with this chat template"
+            )
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -93,6 +104,8 @@ class MllmPromptEncoder(PromptEncoder):
             "layout": LAYOUT_VERSION,
             "dtype": str(self.dtype),
             "max_tokens": self.config.max_tokens,
+            "picture_side_px": self.config.picture_side_px,
+            "split_pictures": self.config.split_pictures,
             "bad_pictures": self.config.bad_pictures,
             "max_picture_px": self.config.max_picture_px,
         }
@@ -144,7 +157,8 @@ class MllmPromptEncoder(PromptEncoder):
 
     def _run_processor(self, layout: Layout, decoded: Pictures) -> dict[str, Any]:
         bos = self.processor.tokenizer.bos_token
-        images = [decoded[data] for data in layout.pictures]
+        images = [_shrunk(decoded[data], self.config.picture_side_px) for data in layout.pictures]
+        options = {"do_image_splitting": self.config.split_pictures} if images and self._can_split else {}
         batch = self.processor(
             text=[layout.text],
             images=images or None,
@@ -152,6 +166,7 @@ class MllmPromptEncoder(PromptEncoder):
             return_offsets_mapping=True,
             return_text_replacement_offsets=True,
             return_tensors="pt",
+            **options,
         )
         if images and not batch.get("text_replacement_offsets"):
             raise ConfigError(
@@ -174,6 +189,15 @@ class MllmPromptEncoder(PromptEncoder):
         is_last = self.layer_index == _num_layers(self.model)
         states = out.last_hidden_state if is_last else out.hidden_states[self.layer_index]
         return [state[: one.length] for state, one in zip(states, batch, strict=True)]
+
+
+def _shrunk(image: Image.Image, side_px: int) -> Image.Image:
+    """A picture whose longest side is at most `side_px`."""
+    if max(image.size) <= side_px:
+        return image
+    scale = side_px / max(image.size)
+    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    return image.resize(size, Image.Resampling.BICUBIC)
 
 
 def collate(batch: list[Processed], pad_id: int) -> dict[str, Tensor]:
