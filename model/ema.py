@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from model.optim import _local
+from model.optim import local_shard
 
 
 @dataclass(frozen=True)
@@ -74,15 +74,15 @@ class Ema:
         """Take in the parameters after `samples` samples in all."""
         keep = self.profile.keep(self.samples, samples)
         self.samples = samples
-        params = [_local(p.detach()) for _, p in _trained(model)]
-        averages = [_local(self.weights[name]) for name, _ in _trained(model)]
+        params = [local_shard(p.detach()) for _, p in _trained(model)]
+        averages = [local_shard(self.weights[name]) for name, _ in _trained(model)]
         torch._foreach_lerp_(averages, params, 1 - keep)
 
     @torch.no_grad()
     def swap(self, model: nn.Module) -> None:
         """Exchange the model's parameters and the average; call it twice to come back."""
         for name, p in _trained(model):
-            mine, theirs = _local(self.weights[name]), _local(p.detach())
+            mine, theirs = local_shard(self.weights[name]), local_shard(p.detach())
             kept = theirs.clone()
             theirs.copy_(mine)
             mine.copy_(kept)

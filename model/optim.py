@@ -55,9 +55,9 @@ class Lamb(Optimizer):
     def _update(self, group: dict[str, Any], params: list[Tensor]) -> None:
         beta1, beta2 = group["betas"]
         states = [self._state(p) for p in params]
-        grads = [_local(p.grad) for p in params if p.grad is not None]
-        means = [_local(s["exp_avg"]) for s in states]
-        squares = [_local(s["exp_avg_sq"]) for s in states]
+        grads = [local_shard(p.grad) for p in params if p.grad is not None]
+        means = [local_shard(s["exp_avg"]) for s in states]
+        squares = [local_shard(s["exp_avg_sq"]) for s in states]
         torch._foreach_add_([s["step"] for s in states], 1)
         count = int(states[0]["step"])
         torch._foreach_lerp_(means, grads, 1 - beta1)
@@ -68,7 +68,7 @@ class Lamb(Optimizer):
         torch._foreach_add_(roots, group["eps"])
         updates = list(torch._foreach_div(means, roots))
         torch._foreach_div_(updates, 1 - beta1**count)
-        shards = [_local(p) for p in params]
+        shards = [local_shard(p) for p in params]
         if group["weight_decay"]:
             torch._foreach_add_(updates, shards, alpha=group["weight_decay"])
         if group["adapt"]:
@@ -99,7 +99,8 @@ def _trust_ratios(params: list[Tensor], shards: list[Tensor], updates: list[Tens
     return torch.where(usable, weights / lengths.clamp(min=1e-30), 1.0)
 
 
-def _local(x: Tensor) -> Tensor:
+def local_shard(x: Tensor) -> Tensor:
+    """This rank's part of a sharded tensor, sharing its memory; a plain tensor as it is."""
     return x.to_local() if isinstance(x, DTensor) else x
 
 

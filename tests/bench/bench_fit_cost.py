@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from model.condition import Condition, ConditionConfig
 from model.dit import DitConfig
 from model.fit import FitConfig
+from model.flops import sizes, training_flops
 from model.generator import Generator
 
 FRAMES, HEIGHT, WIDTH, TOKENS, TOKEN_DIM = 16, 32, 64, 32, 128
@@ -33,12 +34,13 @@ DIT = DitConfig(
     num_frames=FRAMES, height_px=HEIGHT, width_px=WIDTH, dim=256, head_dim=64, condition_dim=128,
     num_blocks=5,
 )  # fmt: skip
+CONDITION = ConditionConfig(token_dim=TOKEN_DIM)
 Forward = Callable[[Tensor, Tensor], Tensor]
 
 
 def ours(config: FitConfig | DitConfig) -> tuple[nn.Module, Forward]:
     """One of this project's backbones behind its condition embedder."""
-    model = Generator(config, ConditionConfig(token_dim=TOKEN_DIM))
+    model = Generator(config, CONDITION)
 
     def forward(x: Tensor, sigma: Tensor) -> Tensor:
         b = len(x)
@@ -94,10 +96,12 @@ def step(model: nn.Module, forward: Forward) -> None:
     forward(x, torch.full((1,), 0.5)).square().mean().backward()
 
 
-def flops(model: nn.Module, forward: Forward) -> int:
-    """FLOPs of one step, by torch's counter."""
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        step(model, forward)
+def flops(build: Callable[[], tuple[nn.Module, Forward]]) -> int:
+    """FLOPs of one step by torch's counter, on tensors without memory."""
+    with torch.device("meta"), sdpa_kernel(SDPBackend.MATH):
+        pair = build()
+        with FlopCounterMode(display=False) as counter:
+            step(*pair)
     return counter.get_total_flops()
 
 
@@ -120,9 +124,13 @@ def main() -> None:
     parser.add_argument("--no-clock", action="store_true")
     args = parser.parse_args()
     torch.manual_seed(0)
-    models = {"FIT": ours(FIT), "DiT": ours(DIT), "diffusers Wan": wan(), "diffusers UNet3D": unet()}
+    builders = {
+        "FIT": lambda: ours(FIT), "DiT": lambda: ours(DIT), "diffusers Wan": wan,
+        "diffusers UNet3D": unet,
+    }  # fmt: skip
+    models = {name: build() for name, build in builders.items()}
     count = {n: sum(p.numel() for p in m.parameters()) for n, (m, _) in models.items()}
-    work = {name: flops(*pair) for name, pair in models.items()}
+    work = {name: flops(build) for name, build in builders.items()}
     seconds = {} if args.no_clock else clock(models, args.rounds)
     print(f"{'':<18}{'M params':>9}{'GFLOP':>8}{'FIT is':>9}{'target':>8}{'ms':>8}{'FIT faster':>12}")
     for name in models:
@@ -132,6 +140,10 @@ def main() -> None:
             ratios = [a / b for a, b in zip(seconds[name], seconds["FIT"], strict=True)]
             line += f"{statistics.median(seconds[name]) * 1e3:>8.0f}{statistics.median(ratios):>11.1f}x"
         print(line)
+    n = sizes(FIT, CONDITION, prompt_tokens=TOKENS)
+    whole = sum(training_flops(FIT, CONDITION, n, prompt_tokens=TOKENS).values())
+    print(f"with the first pass of self-conditioning FIT takes {whole / 1e9:.1f} GFLOP", end=": ")
+    print(", ".join(f"{whole / work[name]:.3f}x {name}" for name in TARGETS))
     met = all(work["FIT"] <= bound * work[name] for name, bound in TARGETS.items())
     print(f"FLOP targets {'met' if met else 'MISSED'}; {torch.get_num_threads()} threads")
 

@@ -8,9 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model.condition import ConditionConfig
+from model.edm import edm_for
 from model.fit import Fit, FitBlock, FitConfig, layout
 from model.generator import Generator, preset
 from model.layers import dropout_scale
+from model.step import accumulate, draw
 
 
 def _inputs(config: FitConfig, batch: int = 2, seed: int = 0):
@@ -204,3 +206,19 @@ def test_bf16_answer_is_close_to_float32(fit, tiny_fit) -> None:
         rough = fit(x, tokens, mask)[0]
     assert rough.dtype == torch.bfloat16
     assert ((rough - exact).norm() / exact.norm()).item() < 0.03
+
+
+@pytest.mark.slow
+def test_compiled_model_learns_as_the_eager_one(make_generator, make_condition, tiny_fit) -> None:
+    """The real compiler, with recomputation and dropout: equal losses and gradients."""
+    edm, videos = edm_for(4, 12, 16), torch.rand(2, 4, 3, 12, 16) * 2 - 1
+    draws = draw(edm, videos.shape[1:], seed=0, indices=[0, 1])
+    found = []
+    for compiled in (False, True):
+        model = make_generator(replace(tiny_fit, dropout=0.2, checkpoint=True))
+        if compiled:
+            model.compile_blocks(fullgraph=True)
+        each = accumulate(model, edm, videos, make_condition(), draws, divisor=2)
+        found.append([each, *(p.grad for p in model.parameters())])
+    for eager, quick in zip(*found, strict=True):
+        torch.testing.assert_close(eager, quick, rtol=1e-3, atol=1e-4)
