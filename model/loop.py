@@ -110,6 +110,7 @@ class Training:
             in_background=config.checkpoint.in_background,
         )
         self.watch = Stopwatch(self.device)
+        self.prompt_tokens = 0
         self.position = self.restore()
         self.loader = self._loader(index)
         self.batches: Iterator[Batch] = iter(self.loader)
@@ -174,6 +175,7 @@ class Training:
                 batch = next(self.batches)
             with self.watch.part("encode"):
                 condition = self.condition(batch.prompts, batch.fps, batch.original_size_px)
+                self.prompt_tokens = condition.tokens.shape[1]
             with self.replica.accumulating(last=number == self.config.accumulation - 1):
                 each.append(self._accumulate(batch, condition))
             positions += batch.positions

@@ -10,8 +10,20 @@ from typing import Any
 import torch
 
 from infra.storage import join, write_json
+from model.flops import sizes, training_flops
 from model.loop import Outcome, Training
 from model.telemetry import MetricsLog
+
+PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "A100": 312.0, "B200": 2250.0}
+"""Dense bfloat16 peak of a GPU, TFLOP/s, from NVIDIA's data sheets (SXM)."""
+
+
+def peak_flops(device: torch.device, dtype: str) -> float | None:
+    """Peak of this GPU in FLOP/s; None where we know no peak for it (CPUs, float32)."""
+    if device.type != "cuda" or dtype != "bfloat16":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak * 1e12 for key, peak in PEAK_TFLOPS.items() if key in name), None)
 
 
 class Reporter:
@@ -69,10 +81,27 @@ class Reporter:
             "data_frac": parts.get("data_s", 0.0) / (sum(parts.values()) or 1.0),
             "bad_targets": training.loader.num_bad,
         }
+        record |= self._throughput(record["samples_per_s"])
         self.logged_s, self.logged_at = now_s, training.position
         self.last = record
         self.write(record)
         self.metrics({"samples": training.position, **record})
+
+    def _throughput(self, samples_per_s: float) -> dict[str, float]:
+        """TFLOP/s of all ranks by the exact table (no credit for recomputation), and MFU on known GPUs."""
+        model, config = self.training.model, self.training.config
+        counts = sizes(model.backbone_config, model.condition_config, prompt_tokens=self.training.prompt_tokens)
+        parts = training_flops(
+            model.backbone_config,
+            model.condition_config,
+            counts,
+            prompt_tokens=self.training.prompt_tokens,
+            self_condition_rate=config.self_condition_rate,
+        )
+        rate = sum(parts.values()) * samples_per_s
+        peak = peak_flops(self.training.device, config.parallel.dtype)
+        found = {"tflops": rate / 1e12}
+        return found | ({"mfu": rate / (peak * self.training.world_size)} if peak else {})
 
     def write(self, record: dict[str, Any]) -> None:
         if record:

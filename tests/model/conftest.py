@@ -1,8 +1,8 @@
 """Tiny generators, conditions and prompt shards that the tests of this floor share: real Parquet, JPEG, mp4."""
 
 import hashlib
-import json
 import io
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,12 @@ from torch import nn
 
 from infra.storage import Certificate, FileEntry, write_certificate
 from model.condition import ROLES, Condition, ConditionConfig
+from model.door import prepare_index, read_index
 from model.fit import FitConfig
 from model.generator import Generator
+from model.loop import Training
+from model.shards import open_shards
+from model.stages import Stage1Config
 from pipeline.schema import PROMPTS
 
 TINY_FIT = FitConfig(
@@ -195,7 +199,7 @@ def write_shards(
 
 @pytest.fixture
 def make_shards(tmp_path: Path) -> MakeShards:
-    """make_shards(num_rows=..., name=..., job=..., group_rows=..., **row options) -> folder."""
+    """Call it with num_rows, name, job, group_rows and options of `prompt_row`; gives the folder."""
 
     def make(
         num_rows: int = 40,
@@ -238,12 +242,10 @@ TINY_BACKBONE = {
 }
 
 
-@pytest.fixture(scope="session")
-def tiny_encoder(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Config of a prompt encoder over a random CLIP, from local files."""
+def write_tiny_encoder(folder: Path) -> dict[str, Any]:
+    """Write a random CLIP as a user's local files; the config of a prompt encoder over it."""
     import open_clip
 
-    folder = tmp_path_factory.mktemp("clip")
     (folder / "tiny.json").write_text(json.dumps(TINY_CLIP))
     torch.manual_seed(0)
     torch.save({"state_dict": open_clip.CLIP(**TINY_CLIP).state_dict()}, folder / "tiny.pt")
@@ -251,29 +253,57 @@ def tiny_encoder(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return {"kind": "clip", "clip": clip}
 
 
+@pytest.fixture(scope="session")
+def tiny_encoder(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Config of a prompt encoder over a random CLIP, from local files."""
+    return write_tiny_encoder(tmp_path_factory.mktemp("clip"))
+
+
+def tiny_stage(prompts: Path, out: Path, encoder: dict[str, Any]) -> dict[str, Any]:
+    """Values of a Stage1Config that trains a tiny FIT in seconds."""
+    return {
+        "prompts": str(prompts),
+        "out": str(out),
+        "samples": 40,
+        "batch_size": 4,
+        "preset": "fit-tiny",
+        "num_frames": 4,
+        "height_px": 12,
+        "width_px": 16,
+        "backbone": TINY_BACKBONE,
+        "encoder": encoder,
+        "optim": {"name": "adamw", "lr": 1e-3},
+        "validation": {"num_samples": 2},
+        "checkpoint": {"every_samples": 8, "num_to_keep": None},
+        "log": {"every_samples": 4, "tensorboard": False},
+        "order": {"lanes": 6, "shuffle_rows": 5},
+    }
+
+
 @pytest.fixture
 def stage_values(make_shards: MakeShards, tiny_encoder: dict[str, Any], tmp_path: Path) -> Callable:
-    """stage_values(**changes) -> values of a Stage1Config that trains a tiny FIT in seconds."""
+    """Call it with changed fields; gives values of a tiny Stage1Config over fresh shards."""
 
     def make(**changes: Any) -> dict[str, Any]:
         if "prompts" not in changes:
             changes["prompts"] = str(make_shards(22, num_frames=4, height=12, width=16))
-        values = {
-            "out": str(tmp_path / "run"),
-            "samples": 40,
-            "batch_size": 4,
-            "preset": "fit-tiny",
-            "num_frames": 4,
-            "height_px": 12,
-            "width_px": 16,
-            "backbone": TINY_BACKBONE,
-            "encoder": tiny_encoder,
-            "optim": {"name": "adamw", "lr": 1e-3},
-            "validation": {"num_samples": 2},
-            "checkpoint": {"every_samples": 8, "num_to_keep": None},
-            "log": {"every_samples": 4, "tensorboard": False},
-            "order": {"lanes": 6, "shuffle_rows": 5},
-        }
-        return values | changes
+        return tiny_stage(Path(changes["prompts"]), tmp_path / "run", tiny_encoder) | changes
 
     return make
+
+
+@pytest.fixture(scope="session")
+def trained_run(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: dict[str, Any]) -> Stage1Config:
+    """A run of two steps with two checkpoints; read it, don't train it on."""
+    folder = tmp_path_factory.mktemp("trained")
+    rows = [prompt_row(n, num_frames=4, height=12, width=16) for n in range(22)]
+    write_shards(folder / "prompts", rows, job="augment", group_rows=4, file_rows=16)
+    values = tiny_stage(folder / "prompts", folder / "run", tiny_encoder)
+    config = Stage1Config.model_validate(values)
+    prepare_index(config, open_shards(config.prompts))
+    training = Training(config, read_index(config.out))
+    for _ in range(2):
+        training.step()
+        training.save({})
+    training.close()
+    return config

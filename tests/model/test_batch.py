@@ -16,7 +16,7 @@ def sample_of(row, bucket=VIDEO):
 
 
 def test_roles_of_the_model_are_those_of_the_schema() -> None:
-    assert ROLES == tuple(role.value for role in Role)
+    assert tuple(role.value for role in Role) == ROLES
 
 
 def test_frames_of_the_right_size_come_through_unchanged(make_row) -> None:

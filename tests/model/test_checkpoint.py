@@ -86,7 +86,7 @@ def test_other_shapes_and_names_are_said(tmp_path: Path) -> None:
     uri = checkpoint_uri(str(tmp_path), 8)
     with pytest.raises(TrainingError, match=r"model.w is \(30, 20\) there, \(2, 2\) here"):
         load_state(uri, {"model.w": torch.zeros(2, 2)})
-    with pytest.raises(TrainingError, match="model.new is not there"):
+    with pytest.raises(TrainingError, match=r"model.new is not there"):
         load_state(uri, {"model.new": torch.zeros(2, 2)})
     assert tensors_in(uri)["model.w"] == (30, 20)
 
@@ -96,7 +96,7 @@ def test_unknown_format_says_why(tmp_path: Path) -> None:
     uri = checkpoint_uri(str(tmp_path), 8)
     facts = read_json(uri + "/committed.json")
     write_json(uri + "/committed.json", facts | {"format": 99, "version": "9.9"})
-    with pytest.raises(ConfigError, match="format 99 .vimi 9.9"):
+    with pytest.raises(ConfigError, match=r"format 99 .vimi 9.9"):
         read_facts(uri)
 
 

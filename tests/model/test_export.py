@@ -40,15 +40,10 @@ def test_reloaded_export_equals_the_trained_model(
     assert index["checkpoint"] == {"position": 4, "stage": "stage1", "ema": "weights"}
 
 
-def test_scheduler_opens_in_diffusers(stage_values: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+def test_scheduler_opens_in_diffusers(trained_run: Stage1Config, tmp_path: Path) -> None:
     from diffusers import EDMEulerScheduler  # pyright: ignore[reportPrivateImportUsage]
 
-    config = Stage1Config.model_validate(stage_values())
-    prepare_index(config, open_shards(config.prompts))
-    training = Training(config, read_index(config.out))
-    training.save({})
-    training.close()
-    run(ExportConfig(run=config.out, out=str(tmp_path / "export")))
+    run(ExportConfig(run=trained_run.out, out=str(tmp_path / "export")))
     scheduler = EDMEulerScheduler.from_pretrained(str(tmp_path / "export" / "scheduler"))
     assert scheduler.config["sigma_max"] == 80.0  # pyright: ignore
 

@@ -48,9 +48,7 @@ def test_epoch_visits_every_row_once(rows: list[int], lanes: int, window: int, s
     seed=st.integers(0, 99),
 )
 @settings(max_examples=60, deadline=None)
-def test_mixture_keeps_its_shares_and_skips_nothing(
-    weights: list[float], cycle: int, seed: int
-) -> None:
+def test_mixture_keeps_its_shares_and_skips_nothing(weights: list[float], cycle: int, seed: int) -> None:
     names = {str(n): w for n, w in enumerate(weights)}
     mixture = Mixture(names, seed=seed, cycle=cycle)
     drawn = [mixture.draw(i) for i in range(3 * cycle)]
@@ -95,9 +93,7 @@ def test_ranks_share_one_global_order(rows: list[int], seed: int, position: int)
 
 def test_ranks_that_divide_the_lanes_read_disjoint_row_groups() -> None:
     plan = Plan(_index([10] * 120), 120, seed=0, micro_batch=8, order=OrderConfig(lanes=8))
-    seen = [
-        {plan.source(p).group for p in range(1200) if p % 4 == rank} for rank in range(4)
-    ]
+    seen = [{plan.source(p).group for p in range(1200) if p % 4 == rank} for rank in range(4)]
     shared = sum(len(a & b) for a, b in itertools.combinations(seen, 2))
     assert shared <= 8  # only the groups that a lane's border cuts
 
@@ -158,9 +154,7 @@ def test_two_ranks_make_the_batches_of_one(make_shards) -> None:
 def test_micro_batches_hold_one_bucket(make_shards, make_row) -> None:
     rows = [make_row(n, media="image" if n % 3 == 0 else "video") for n in range(36)]
     folder = make_shards(rows=rows)
-    batches = take(
-        make_loader(folder, buckets=(VIDEO, IMAGE), bucket_weights={0: 1.0, 1: 1.0}), 400
-    )
+    batches = take(make_loader(folder, buckets=(VIDEO, IMAGE), bucket_weights={0: 1.0, 1: 1.0}), 400)
     frames = [b.video.shape[1] for b in batches]
     assert set(frames) == {1, 8}
     assert 190 <= frames.count(1) <= 210 or 0.3 < frames.count(1) / 400 < 0.7
@@ -195,7 +189,7 @@ def test_uncertified_shards_are_refused(make_shards) -> None:
 
 
 def test_missing_task_is_refused(make_shards) -> None:
-    with pytest.raises(ConfigError, match="video_prediction.*legal: pretrain"):
+    with pytest.raises(ConfigError, match=r"video_prediction.*legal: pretrain"):
         make_loader(make_shards(8), task_weights={"video_prediction": 1.0})
 
 

@@ -23,8 +23,8 @@ from model.door import prepare_index, read_index
 from model.loop import Training
 from model.plan import ids_of
 from model.shards import open_shards
-from model.state import hash_tensors, state_of, weights_of
 from model.stages import Stage1Config, Stage2Config, StageConfig
+from model.state import hash_tensors, state_of, weights_of
 from model.telemetry import read_metrics
 from model.train import check, run
 
@@ -79,9 +79,7 @@ def unbroken(config: Stage1Config, steps: int) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("cut", [1, 5])  # 22 rows: step 5 lies across the first epoch's end
-def test_resumed_training_equals_unbroken_training(
-    stage_values: Values, tmp_path: Path, cut: int
-) -> None:
+def test_resumed_training_equals_unbroken_training(stage_values: Values, tmp_path: Path, cut: int) -> None:
     values = stage_values(accumulation=2, optim={"name": "lamb", "lr": 1e-2})
     whole = Stage1Config.model_validate(values | {"out": str(tmp_path / "whole")})
     parts = Stage1Config.model_validate(values | {"out": str(tmp_path / "parts")})
@@ -188,7 +186,7 @@ def test_nonfinite_loss_names_its_samples(stage_values: Values) -> None:
     before = weights_of(training.model)
     with torch.no_grad():
         next(iter(training.model.parameters())).fill_(float("nan"))
-    with pytest.raises(TrainingError, match="gradient norm is nan; samples with a non-finite loss: [0-9a-f]"):
+    with pytest.raises(TrainingError, match=r"gradient norm is nan; samples with a non-finite loss: [0-9a-f]"):
         training.step()
     assert training.position == 0 and before
     training.close()
@@ -209,9 +207,7 @@ def test_stage_two_starts_from_stage_one(stage_values: Values, make_shards, make
     assert second.position == 0
     assert second.weights_sha256() == first.weights_sha256()
     advance(second, 1)
-    averaged = Stage2Config.model_validate(
-        values | {"start_ema": "power-0.05", "out": str(tmp_path / "three")}
-    )
+    averaged = Stage2Config.model_validate(values | {"start_ema": "power-0.05", "out": str(tmp_path / "three")})
     third = open_training(averaged)
     for name, value in first.emas["power-0.05"].weights.items():
         assert value.equal(weights_of(third.model)[f"model.{name}"])

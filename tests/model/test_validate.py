@@ -52,8 +52,7 @@ def test_validation_disturbs_nothing(stage_values: Values, tmp_path: Path) -> No
 
 def test_grid_has_every_cell(stage_values: Values, make_shards, make_row) -> None:
     rows = [
-        make_row(n, media="image" if n % 2 else "video", num_frames=4, height=12, width=16)
-        for n in range(16)
+        make_row(n, media="image" if n % 2 else "video", num_frames=4, height=12, width=16) for n in range(16)
     ]
     values = stage_values(
         prompts=str(make_shards(rows=rows, name="mixed")),
@@ -70,9 +69,7 @@ def test_grid_has_every_cell(stage_values: Values, make_shards, make_row) -> Non
 
 
 def test_held_out_rows_are_validated_and_never_trained_on(stage_values: Values) -> None:
-    config = Stage1Config.model_validate(
-        stage_values(validation={"num_samples": 50, "held_out_frac": 0.4})
-    )
+    config = Stage1Config.model_validate(stage_values(validation={"num_samples": 50, "held_out_frac": 0.4}))
     training, validation = open_run(config)
     groups = training.loader.row_groups
     kept = {groups.row(source, 0)["prompt_id"] for _, source in validation.samples}

@@ -1,0 +1,190 @@
+"""How fast prompt shards are read: our loader against raw pyarrow, WebDataset's tar layout and Ray Data.
+
+    python tests/bench/bench_loader.py [--rows 2000]
+
+Rows are about 250 KB (raw frames). Every reader yields the same bytes as uint8 tensors in batches of 8,
+from the page cache; runs are interleaved and the medians of three are shown. The tar reader is Python's
+own tarfile with decoded arrays, the format of WebDataset without its package. The last lines time a seek.
+"""
+
+import argparse
+import io
+import itertools
+import statistics
+import tarfile
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from infra.storage import Certificate, FileEntry, write_certificate
+from model.batch import Bucket
+from model.loader import Loader, RowGroups
+from model.order import Order
+from model.plan import OrderConfig, Plan
+from model.shards import index_shards, open_shards
+from pipeline.schema import PROMPTS
+
+SHAPE = (16, 72, 72, 3)
+BATCH = 8
+OURS = "ours (shuffled, prompts decoded)"
+
+
+def make_shards(folder: Path, rows: int, group_rows: int = 32, file_rows: int = 512) -> None:
+    """Prompt shards of random frames, and the same rows as tar files."""
+    rng = np.random.default_rng(0)
+    files, meta = [], []
+    for number, first in enumerate(range(0, rows, file_rows)):
+        count = min(file_rows, rows - first)
+        table = [row(first + n, rng.integers(0, 256, SHAPE, dtype=np.uint8)) for n in range(count)]
+        name = f"part-{number:05d}.parquet"
+        raw = pa.Table.from_pylist(table, schema=PROMPTS)
+        pq.write_table(raw, folder / name, row_group_size=group_rows, compression="NONE")
+        size = (folder / name).stat().st_size
+        files.append(FileEntry(path=name, rows=count, num_bytes=size, sha256=""))
+        meta += [
+            {"file": name, "row_group": g, "num_rows": min(group_rows, count - s), "first_row": first + s}
+            for g, s in enumerate(range(0, count, group_rows))
+        ]
+        with tarfile.open(folder / f"part-{number:05d}.tar", "w") as tar:
+            for item in table:
+                info = tarfile.TarInfo(item["prompt_id"] + ".bin")
+                info.size = len(item["target"]["data"])
+                tar.addfile(info, io.BytesIO(item["target"]["data"]))
+    pq.write_table(pa.Table.from_pylist(meta), folder / "meta.parquet")
+    certificate = Certificate(job="augment", config_hash="", num_in=rows, num_out=rows, files=files)
+    write_certificate(str(folder), certificate)
+
+
+def row(number: int, frames: np.ndarray) -> dict[str, Any]:
+    t, h, w, _ = SHAPE
+    return {
+        "prompt_id": f"{number:024x}",
+        "task": "pretrain",
+        "clip_id": f"{number:024x}",
+        "media": "video",
+        "caption": "noise",
+        "segments": [{"type": "text", "role": "caption", "text": "noise"}],
+        "target": {
+            "kind": "frames", "data": frames.tobytes(), "num_frames": t, "height_px": h, "width_px": w,
+            "fps": 8.0,
+        },
+        "height_px": h,
+        "width_px": w,
+    }  # fmt: skip
+
+
+def ours(folder: Path, rows: int, threads: int = 2) -> int:
+    shards = open_shards(str(folder))
+    buckets = (Bucket("video", SHAPE[0], SHAPE[1], SHAPE[2]),)
+    index = index_shards(shards, buckets)
+    plan = Plan(index, len(shards.groups), seed=0, micro_batch=BATCH, order=OrderConfig(lanes=8))
+    loader = Loader(plan, RowGroups(shards, buckets), select=lambda p, _: p, num_threads=threads)
+    seen = sum(len(b.video) for b in itertools.islice(loader, rows // BATCH))
+    loader.close()
+    return seen
+
+
+def raw_pyarrow(folder: Path, rows: int) -> int:
+    """Row groups in file order, the target column alone: no shuffle, no prompts."""
+    seen, waiting = 0, []
+    for file in sorted(folder.glob("*.parquet")):
+        if file.name == "meta.parquet":
+            continue
+        shards = pq.ParquetFile(file)
+        for group in range(shards.num_row_groups):
+            table = shards.read_row_group(group, columns=["prompt_id", "target"])
+            for target in table["target"].combine_chunks().field("data"):
+                waiting.append(torch.from_numpy(np.frombuffer(target.as_buffer(), np.uint8).reshape(SHAPE)))
+                if len(waiting) == BATCH:
+                    seen += len(torch.stack(waiting))
+                    waiting.clear()
+    return seen
+
+
+def tar_reader(folder: Path, rows: int) -> int:
+    seen, waiting = 0, []
+    for file in sorted(folder.glob("*.tar")):
+        with tarfile.open(file) as tar:
+            for member in tar:
+                data = tar.extractfile(member)
+                assert data is not None
+                waiting.append(torch.frombuffer(bytearray(data.read()), dtype=torch.uint8).view(SHAPE))
+                if len(waiting) == BATCH:
+                    seen += len(torch.stack(waiting))
+                    waiting.clear()
+    return seen
+
+
+def ray_data(folder: Path, rows: int) -> int:
+    import ray.data
+
+    def decode(batch: dict[str, Any]) -> dict[str, Any]:
+        frames = [np.frombuffer(t["data"], np.uint8).reshape(SHAPE) for t in batch["target"]]
+        return {"video": np.stack(frames)}
+
+    files = [str(f) for f in sorted(folder.glob("part-*.parquet"))]
+    found = ray.data.read_parquet(files, columns=["target"]).map_batches(decode, batch_size=BATCH)
+    return sum(len(batch["video"]) for batch in found.iter_torch_batches(batch_size=BATCH))
+
+
+def measure(readers: dict[str, Callable[[Path, int], int]], folder: Path, rows: int, runs: int) -> None:
+    rates: dict[str, list[float]] = {name: [] for name in readers}
+    for _ in range(runs):
+        for name, read in readers.items():
+            started_s = time.perf_counter()
+            seen = read(folder, rows)
+            rates[name].append(seen / (time.perf_counter() - started_s))
+    medians = {name: statistics.median(values) for name, values in rates.items()}
+    print(f"{'reader':34} {'rows/s':>10} {'ours / it':>10}")
+    for name, rate in medians.items():
+        print(f"{name:34} {rate:10,.0f} {medians[OURS] / rate:10.2f}")
+
+
+def measure_seek() -> None:
+    """Position 10^9 over 10^7 rows in row groups of 64, from nothing."""
+    counts = np.full(10_000_000 // 64, 64)
+    started_s = time.perf_counter()
+    order = Order(counts, seed=0, lanes=48, window_rows=256)
+    order.locate(10**9)
+    first_s = time.perf_counter() - started_s
+    started_s = time.perf_counter()
+    for index in range(10**9, 10**9 + 1000):
+        order.locate(index)
+    each_us = (time.perf_counter() - started_s) * 1e3
+    print(f"seek to sample 10^9 of 10^7 rows: {first_s * 1e3:.0f} ms, then {each_us:.0f} us a sample")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--rows", type=int, default=2000)
+    parser.add_argument("--runs", type=int, default=3)
+    options = parser.parse_args()
+    readers: dict[str, Callable[[Path, int], int]] = {
+        OURS: ours,
+        "pyarrow, file order, target only": raw_pyarrow,
+        "tar, file order": tar_reader,
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        make_shards(Path(folder), options.rows)
+        measure(readers, Path(folder), options.rows, options.runs)
+        from infra.cluster import RayConfig, ray_session
+
+        with ray_session(RayConfig()):
+            measure(
+                {**{k: readers[k] for k in list(readers)[:1]}, "Ray Data": ray_data},
+                Path(folder),
+                options.rows,
+                1,
+            )
+    measure_seek()
+
+
+if __name__ == "__main__":
+    main()
