@@ -49,6 +49,8 @@ class CrawlConfig(Config):
     media: str | None = None
     """Folder of fetched bytes; None = `media` below `out`. Crawls that share one transfer only what
     has changed since (ETag, Last-Modified)."""
+    transcode: bool = False
+    """Also write each good clip as a file of its own, `standalone/<clip_id>.mp4` (pictures only)."""
     max_failed_frac: float = Field(default=0.5, ge=0, le=1)
     """Ceiling on dead rows (filtered ones don't count), as a share of all rows. Ours."""
     timeout_s: float = Field(default=120.0, gt=0)
@@ -168,7 +170,8 @@ class Worker:
     def __init__(self, config: CrawlConfig, workers: int = 1) -> None:
         self.fetcher: Fetcher | None = None
         self.make_fetcher = partial(Fetcher, config.fetch, config.media_folder, workers=workers)
-        inspect = InspectConfig(shots=config.shots, filters=config.filters)
+        standalone = join(config.out, "standalone") if config.transcode else None
+        inspect = InspectConfig(shots=config.shots, filters=config.filters, standalone=standalone)
         self.settings = inspect.model_dump_json()
         self.child = Isolated(timeout_s=config.timeout_s, memory_bytes=config.memory_bytes)
 
@@ -181,6 +184,11 @@ class Worker:
             found = fetched.get(item["uri"]) or {"local_uri": item["uri"]}
             rows += self.inspect(item, {**found, "attempt": payload.get("attempt", 1)})
         return {"rows": rows, "notes": dict(Counter(row["status"] for row in rows))}
+
+    def close(self) -> None:
+        self.child.close()
+        if self.fetcher is not None:
+            self.fetcher.close()
 
     def fetch(self, urls: list[str]) -> list[dict[str, Any]]:
         if not urls:

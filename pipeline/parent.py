@@ -22,6 +22,7 @@ from pipeline.phash import phash64
 from pipeline.schema import Status, clip_id
 from pipeline.shots import ShotConfig, find_shots
 from pipeline.sources.base import Cut, Item
+from pipeline.transcode import write_clip
 from pipeline.video import VideoError, VideoInfo, clip_times, decode_frames, probe
 
 LOOK_PX: tuple[int, int] = (64, 64)
@@ -37,6 +38,8 @@ class InspectConfig(Config):
 
     shots: ShotConfig = ShotConfig()
     filters: FilterConfig = FilterConfig()
+    standalone: str | None = None
+    """Folder for exact standalone clips, named by clip_id; None = none are written."""
 
 
 def inspect_parent(item: dict[str, Any], found: dict[str, Any], config: str) -> list[Row]:
@@ -106,6 +109,10 @@ def _video_rows(parent: Item, found: dict[str, Any], media: str | bytes, config:
         frames = decode_frames(media, times_s, size_px=LOOK_PX).reshape(len(look), count, *LOOK_PX, 3)
         for row, clip in zip(look, frames, strict=True):
             _judge(row, clip, config)
+    for row in rows if config.standalone else []:
+        if row["status"] == Status.OK.value:
+            uri = f"{config.standalone}/{row['clip_id']}.mp4"
+            write_clip(media, row["start_s"], row["end_s"], uri)
     return rows
 
 
