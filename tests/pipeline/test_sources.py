@@ -1,5 +1,6 @@
 """Readers of corpora: what each kind lists, and that a hostile or broken list costs rows, not runs."""
 
+import hashlib
 import io
 import json
 import tarfile
@@ -12,7 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from infra.errors import ConfigError
+from infra.storage import write_bytes
 from pipeline.media import read_media
+from pipeline.parent import InspectConfig, inspect_parent
 from pipeline.sources import Item, SourceConfig, open_source, read_items, source_from_path
 from pipeline.sources.base import clean_caption, parse_time
 from pipeline.sources.sidecars import read_sidecar
@@ -215,3 +218,18 @@ def test_url_lists_take_captions_after_a_tab(tmp_path):
         ("auto", None, "bad_row"),
         ("auto", None, "bad_row"),
     ]
+
+
+def test_corpora_on_an_object_store_read_like_those_on_disk(s3_server, tmp_path, write_video, write_picture):
+    film = write_video(tmp_path / "a.mp4").read_bytes()
+    picture = write_picture(tmp_path / "b.jpg").read_bytes()
+    write_tar(tmp_path / "t.tar", {"000.jpg": picture, "000.txt": b"a picture"})
+    files = {"in/a.mp4": film, "in/a.txt": b"a film", "t.tar": (tmp_path / "t.tar").read_bytes()}
+    for name, data in files.items():
+        write_bytes(f"s3://corpus/{name}", data)
+    items = [*read("s3://corpus/in"), *read("s3://corpus/t.tar")]
+    assert [item.uri.partition("#")[0] for item in items] == ["s3://corpus/in/a.mp4", "s3://corpus/t.tar"]
+    settings = InspectConfig().model_dump_json()
+    rows = [row for i in items for row in inspect_parent(i.to_json(), {"local_uri": i.uri}, settings)]
+    assert [(row["status"], row["caption"]) for row in rows] == [("ok", "a film"), ("ok", "a picture")]
+    assert rows[0]["source_sha256"] == hashlib.sha256(film).hexdigest()
