@@ -40,6 +40,10 @@ class AugmentConfig(Config):
     """Rows of one row group, the trainer's unit of reading and shuffling. Ours: about 6 MB."""
     max_failed_frac: float = Field(default=0.1, ge=0, le=1)
     """The job fails when more than this share of the clips can't become prompts. Ours."""
+    timeout_s: float = Field(default=120.0, gt=0)
+    """Time that decoding one clip may take; then its row is `timeout`. As in crawl. Ours."""
+    memory_bytes: int = Field(default=4 << 30, ge=1 << 28)
+    """Heap of the process that decodes. As in crawl. Ours."""
     seed: int = 0
     """Of the query dropout."""
     ray: RayConfig = RayConfig()

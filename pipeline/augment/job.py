@@ -38,8 +38,9 @@ from pipeline.schema import REJECTED, Status, content_id
 from pipeline.shards import REJECTED_FILE, write_meta, write_shard
 
 JOB = "augment"
-PLACES = {"clips", "memory", "clip", "max_failed_frac"}
-"""Fields that say where, not what: the inputs' content hashes stand for them in `config_hash`."""
+PLACES = {"clips", "memory", "clip", "max_failed_frac", "timeout_s", "memory_bytes"}
+"""Fields that say where or how long, not what: the inputs' content hashes stand for the places in
+`config_hash`."""
 
 
 @dataclass(frozen=True)
@@ -86,9 +87,6 @@ def check(config: AugmentConfig) -> Inputs:
 def _check_clip(config: AugmentConfig, memory: Memory) -> None:
     if config.clip is None:
         return
-    from infra.clip.load import check_clip
-
-    check_clip(config.clip)
     there = memory.certificate.facts.get("model", {}).get("name")
     if there is not None and there != config.clip.name and not config.clip.name.endswith(".json"):
         raise ConfigError(
@@ -96,6 +94,9 @@ def _check_clip(config: AugmentConfig, memory: Memory) -> None:
             legal="the memory's own CLIP",
             cure="leave clip out, or build a memory with that CLIP",
         )
+    from infra.clip.load import check_clip
+
+    check_clip(config.clip)
 
 
 def run(config: AugmentConfig) -> Certificate:

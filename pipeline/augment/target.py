@@ -82,6 +82,14 @@ def make_target(row: Row, config: TargetConfig) -> Target:
         raise TargetError(Status.UNREACHABLE, str(error)) from error
 
 
+def try_target(row: Row, config: TargetConfig) -> Target | tuple[Status, str]:
+    """`make_target` with the failure as a value: what travels back from another process."""
+    try:
+        return make_target(row, config)
+    except TargetError as error:
+        return error.status, str(error)
+
+
 def frame_times(start_s: float, end_s: float, config: TargetConfig) -> tuple[list[float], float]:
     """Times of the target's frames in seconds, and their rate in frames per second."""
     span_s = end_s - start_s

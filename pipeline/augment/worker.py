@@ -14,14 +14,15 @@ from infra.clip import Clip, ClipConfig, load_clip
 from infra.storage import join, read_json
 from pipeline.augment.config import AugmentConfig
 from pipeline.augment.match import Match, Matcher, excluded, guarded_documents, own_documents
-from pipeline.augment.target import Row, Target, TargetError, make_target
+from pipeline.augment.target import Row, Target, try_target
 from pipeline.embed.units import read_slice
 from pipeline.exclusion import Exclusion, read_exclusion
+from pipeline.isolate import Isolated, IsolatedCrashError, IsolatedTimeoutError
 from pipeline.job import Receipt
 from pipeline.memory import Memory, open_memory, require_model
 from pipeline.retrieve.documents import Documents, load_documents
 from pipeline.retrieve.join import open_search
-from pipeline.schema import CLIPS, PROMPTS, Role, Status, Task, prompt_id
+from pipeline.schema import CLIPS, PROMPTS, Role, Status, TargetKind, Task, prompt_id
 from pipeline.shards import shard_name, write_shard
 
 ORIGIN = (
@@ -128,6 +129,10 @@ class Bench:
         return read_exclusion(guard.exclude, source_pattern=guard.source_pattern)
 
     @cached_property
+    def decoder(self) -> Isolated:
+        return Isolated(timeout_s=self.config.timeout_s, memory_bytes=self.config.memory_bytes)
+
+    @cached_property
     def clip(self) -> Clip:
         clip = load_clip(clip_config(self.config, self.memory))
         require_model(self.memory, clip.model_hash, name=clip.name)
@@ -156,12 +161,26 @@ class Bench:
         """The rows whose target could be made, their targets, and the rejected rows."""
         kept, targets, failed = [], [], []
         for row in rows:
-            try:
-                targets.append(make_target(row, self.config.target))
+            made = self._target(row)
+            if isinstance(made, Target):
                 kept.append(row)
-            except TargetError as error:
-                failed.append(_rejected(row, error.status, str(error)))
+                targets.append(made)
+            else:
+                failed.append(_rejected(row, *made))
         return kept, targets, failed
+
+    def _target(self, row: Row) -> Target | tuple[Status, str]:
+        """The row's target, or its fate; a decoder that hangs or crashes costs this row alone."""
+        if self.config.target.kind == TargetKind.REFERENCE:
+            return try_target(row, self.config.target)
+        try:
+            return self.decoder.call("pipeline.augment.target:try_target", row, self.config.target)
+        except IsolatedTimeoutError as error:
+            return Status.TIMEOUT, str(error)
+        except IsolatedCrashError as error:
+            return Status.CRASHED, str(error)
+        except MemoryError:
+            return Status.TOO_LARGE, f"needs more than {self.config.memory_bytes:,} bytes"
 
     def match(self, rows: list[Row], targets: list[Target]) -> list[Match]:
         if not rows or not self.config.retrieve.k:

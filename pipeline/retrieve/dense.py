@@ -72,13 +72,16 @@ class Dense:
         roundoff = UNIT_ROUNDOFF[str(self.dtype).removeprefix("torch.")]
         slacks = (exact - rounded).norm(dim=1) + self.residual * 1.01
         slacks = 2 * (slacks + roundoff * (largest.amax(1).float().abs() + 2.0**-6))
+        largest, floors, slacks = (x.float().numpy() for x in (largest, floors, slacks))
         found = []
-        for query, product, top, floor, slack in zip(queries, blocks, largest, floors, slacks, strict=True):
-            near = (top >= floor - slack).nonzero().squeeze(1)
-            values = product[near].float()
-            row, column = (values >= floor - slack).nonzero(as_tuple=True)
+        # Numpy from here on: torch would wake its other threads for each of these small steps.
+        for query, product, top, bar in zip(queries, blocks, largest, floors - slacks, strict=True):
+            near = np.flatnonzero(top >= bar)
+            values = product[torch.from_numpy(near)].float().numpy()
+            row, column = np.nonzero(values >= bar)
             docs, values = near[row] * BLOCK + column, values[row, column]
-            docs = docs[values >= values.topk(depth).values[-1] - slack].numpy()
+            slack = slacks[len(found)]
+            docs = docs[values >= np.partition(values, len(values) - depth)[len(values) - depth] - slack]
             docs = docs[docs < len(self.vectors)]
             found.append(ranked(docs, dots(self.vectors[docs], query), depth))
         return found

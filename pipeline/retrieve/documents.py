@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.ipc as ipc
 
+from infra.errors import DataError
 from pipeline.memory import Memory
 from pipeline.retrieve.bm25 import Bm25
 from pipeline.schema import content_id
@@ -24,6 +25,7 @@ from pipeline.schema import content_id
 LIGHT = ("doc_id", "text", "media", "source_uri", "source_sha256", "start_s", "end_s", "split", "phash")
 VECTORS = ("image_embedding", "text_embedding", "document_embedding")
 LAYOUT = 1  # change it when the files below change
+KEPT = 8  # memory versions whose arrays stay on this machine
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,8 @@ def load_documents(memory: Memory, *, k1: float, b: float) -> Documents:
 def _make(memory: Memory, folder: Path, *, k1: float, b: float) -> None:
     """Write the arrays beside `folder` and rename: two processes may race, either result is whole."""
     folder.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    if folder.parent.stat().st_uid != os.getuid():
+        raise DataError(f"{folder.parent} belongs to another user; cure: set TMPDIR to a place of your own")
     staged = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".making-"))
     try:
         table = memory.columns_arrow(list(LIGHT)).combine_chunks()
@@ -91,11 +95,19 @@ def _make(memory: Memory, folder: Path, *, k1: float, b: float) -> None:
             np.save(staged / f"{name}.npy", array)
         (staged / "done.json").write_text(json.dumps({"memory": memory.uri, "version": memory.version}))
         staged.replace(folder)
+        _prune(folder.parent)
     except OSError:
         if not (folder / "done.json").exists():
             raise  # not lost to another process: a full disk
     finally:
         shutil.rmtree(staged, ignore_errors=True)
+
+
+def _prune(base: Path) -> None:
+    """Keep the newest few; a process that has an older one mapped keeps it until it ends."""
+    made = sorted(base.glob("*/done.json"), key=lambda file: file.stat().st_mtime)
+    for file in made[:-KEPT]:
+        shutil.rmtree(file.parent, ignore_errors=True)
 
 
 def _save_vectors(memory: Memory, column: str, ids: np.ndarray, path: Path) -> None:

@@ -13,24 +13,27 @@ import numpy as np
 
 from infra.errors import ConfigError
 from pipeline.memory import Memory
+from pipeline.memory.store import EMBEDDINGS
+from pipeline.memory.vectors import setting_of, vector_search
 from pipeline.retrieve.bm25 import Hits, ranked
 from pipeline.retrieve.documents import Documents
 from pipeline.retrieve.fuse import reciprocal_rank
 from pipeline.retrieve.join import RetrieveConfig
 
 THREADS = 4
-VECTORS_AT_ONCE = 64
 
 
 class LanceSearch:
     """Approximate vectors, exact BM25, by the table's indexes.
 
     Raises:
-        ConfigError: the table has no full-text index, or rows that its indexes don't cover.
+        ConfigError: the table lacks an index.
     """
 
     def __init__(self, config: RetrieveConfig, documents: Documents, memory: Memory) -> None:
         self.config, self.documents, self.table = config, documents, memory.table
+        facts = memory.certificate.facts
+        self.settings = {column: setting_of(facts, column) for column in EMBEDDINGS}
         check_indexes(memory, config)
 
     def __call__(self, texts: Sequence[str], vectors: np.ndarray | None, depth: int, /) -> list[Hits]:
@@ -61,22 +64,18 @@ class LanceSearch:
         return ranked(docs, found["_score"].to_numpy().astype(np.float64), depth)
 
     def _by_vectors(self, vectors: np.ndarray, depth: int) -> list[Hits]:
+        """With the settings whose recall the memory's certificate proves."""
         column = f"{self.config.against}_embedding"
-        hits: list[Hits] = []
-        for start in range(0, len(vectors), VECTORS_AT_ONCE):
-            piece = list(vectors[start : start + VECTORS_AT_ONCE])
-            query = self.table.search(piece, vector_column_name=column, query_type="vector")
-            query = query.distance_type("dot").refine_factor(10)
-            found = query.select(["doc_id", "_distance"]).limit(depth).to_arrow()
-            numbers = found["query_index"].to_numpy() if len(piece) > 1 else np.zeros(len(found))
-            docs = self.documents.find(found["doc_id"].to_pylist())
-            scores = 1.0 - found["_distance"].to_numpy().astype(np.float64)
-            hits += [ranked(docs[numbers == n], scores[numbers == n], depth) for n in range(len(piece))]
+        answers = vector_search(self.table, column, vectors, self.settings[column], k=depth)
+        hits = []
+        for answer in answers:
+            docs = self.documents.find([doc_id for doc_id, _ in answer])
+            hits.append(ranked(docs, np.array([score for _, score in answer], np.float64), depth))
         return hits
 
 
 def check_indexes(memory: Memory, config: RetrieveConfig) -> None:
-    """Refuse indexes that are missing or older than the table: they would hide documents."""
+    """Refuse a table without the indexes. Rows newer than an index are not hidden: LanceDB scans them."""
     wanted = set()
     if config.retriever != "clip":
         wanted.add("text")
@@ -87,14 +86,6 @@ def check_indexes(memory: Memory, config: RetrieveConfig) -> None:
         if column not in indexes:
             raise ConfigError(
                 f"memory {memory.uri} has no index on {column}",
-                legal="retrieve.engine = arrays needs none",
-                cure="run `vimi-data build-index` again",
-            )
-        stats = memory.table.index_stats(indexes[column].name)
-        if stats is not None and stats.num_unindexed_rows:
-            raise ConfigError(
-                f"memory {memory.uri}: the index on {column} is older than the table "
-                f"({stats.num_unindexed_rows} documents are not in it)",
                 legal="retrieve.engine = arrays needs none",
                 cure="run `vimi-data build-index` again",
             )

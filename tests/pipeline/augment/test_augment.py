@@ -1,5 +1,6 @@
 """Augment: every caption gets honest examples, in order, as shards that are the same every time."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -268,3 +269,13 @@ def test_the_whole_frame_scaled_and_cropped_is_the_target() -> None:
     assert sum(times) / 16 == pytest.approx(6.0)  # taken from the middle
     times, rate = frame_times(2.0, 4.0, TargetConfig())
     assert (len(times), rate, times[0] > 2, times[-1] < 4) == (16, 8.0, True, True)
+
+
+def test_a_decoder_that_runs_out_of_time_costs_one_row(world: Any, ray_cluster: None, tmp_path: Path) -> None:
+    """A pipe that nobody writes to: opening it hangs for ever."""
+    os.mkfifo(tmp_path / "hang.mp4")
+    stuck = world.rows[0] | {"clip_id": "stuck", "local_uri": str(tmp_path / "hang.mp4"), "media": "image"}
+    clips = world.write_clips(tmp_path / "clips", [stuck, *world.rows[:3]])
+    more = {"clips": clips, "timeout_s": 3, "max_failed_frac": 0.5}
+    certificate = run(config(world, tmp_path / "out", **more))
+    assert certificate.dead == {"timeout": 1} and certificate.num_out == 3

@@ -1,0 +1,163 @@
+"""Are planted copies caught, and are strangers let through? On real clips.
+
+python tests/bench/bench_guard.py --assets ../shared/assets [--clips 100]
+
+Each Panda clip is planted seven ways, each time really encoded again: re-encoded at half size, cropped,
+trimmed, mirrored, sped up, watermarked, and mirrored + cropped. Strangers are all other Panda clips, the
+MSR-VTT frames and the DROID clips of other scenes. The guard sees what a memory stores: the perceptual
+hash of the middle frame and the mini-CLIP's picture vector; sources are all different on purpose.
+"""
+
+import argparse
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import av
+import numpy as np
+import pyarrow.parquet as pq
+from bench_retrieval_quality import mini_clip
+from PIL import Image
+
+from infra.clip import Clip, load_clip
+from pipeline.embed.worker import frame_mean
+from pipeline.guard import GuardConfig, GuardedClip, GuardedDocuments, Verdict, judge
+from pipeline.phash import phash64
+from pipeline.video import clip_times, decode_frames, probe
+
+KEY_FRAMES = 4
+Look = tuple[np.ndarray, int]  # unit vector, perceptual hash
+Frames = np.ndarray  # uint8 t h w 3
+
+
+def crop(frames: Frames, keep: float = 0.8) -> Frames:
+    height, width = frames.shape[1:3]
+    top, left = round(height * (1 - keep) * 0.5), round(width * (1 - keep) * 0.5)
+    return frames[:, top : top + round(height * keep), left : left + round(width * keep)]
+
+
+def watermark(frames: Frames) -> Frames:
+    marked = frames.copy()
+    height, width = frames.shape[1:3]
+    box = marked[:, -height // 6 :, -width // 3 :]
+    box[:] = (box * 0.4 + 255 * 0.6).astype(np.uint8)
+    box[:, :: max(2, height // 24)] = 20
+    return marked
+
+
+PLANTS: dict[str, Callable[[Frames], Frames]] = {
+    "re-encoded, half size": lambda f: f[:, ::2, ::2],
+    "cropped to 80 %": crop,
+    "trimmed by 30 %": lambda f: f[round(len(f) * 0.3) :],
+    "mirrored": lambda f: f[:, :, ::-1],
+    "twice as fast": lambda f: f[::2],
+    "watermarked": watermark,
+    "mirrored, cropped to 90 %": lambda f: crop(f[:, :, ::-1], 0.9),
+}
+
+
+def encode(frames: Frames, fps: int = 12) -> bytes:
+    frames = frames[:, : frames.shape[1] // 2 * 2, : frames.shape[2] // 2 * 2]
+    sink = io.BytesIO()
+    with av.open(sink, "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=fps, options={"crf": "33", "preset": "ultrafast"})
+        stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "yuv420p"
+        for frame in frames:
+            picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+            container.mux(stream.encode(picture))
+        container.mux(stream.encode(None))
+    return sink.getvalue()
+
+
+def look(video: str | bytes, clip: Clip) -> Look:
+    """What build-index and crawl store of a clip."""
+    duration_s = probe(video).duration_s
+    frames = decode_frames(video, clip_times(0.0, duration_s, KEY_FRAMES))
+    middle = decode_frames(video, clip_times(0.0, duration_s, 1))[0]
+    vector = frame_mean(clip.encode_images(list(frames)), [KEY_FRAMES])[0]
+    return vector, phash64(middle)
+
+
+def strangers(assets: Path, clip: Clip, pictures: int) -> list[Look]:
+    table = pq.read_table(assets / "msrvtt/train.parquet", columns=["image"]).slice(0, pictures)
+    found: list[Look] = []
+    for value in table["image"].to_pylist():
+        data = value["bytes"] if isinstance(value, dict) else value
+        rgb = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+        found.append((clip.encode_images([rgb])[0], phash64(rgb)))
+    droid = [json.loads(line) for line in (assets / "droid/captions.jsonl").open()]
+    for row in list({(r["scene"], r["lab"]): r for r in droid}.values())[:40]:
+        found.append(look(str(assets / "droid" / row["clip"]), clip))
+    return found
+
+
+def documents(looks: list[Look]) -> GuardedDocuments:
+    count = len(looks)
+    return GuardedDocuments(
+        shas=np.arange(1, count + 1).astype(np.uint64),
+        sources=np.arange(1, count + 1).astype(np.uint64),
+        start_s=np.zeros(count),
+        end_s=np.ones(count),
+        phashes=np.array([phash for _, phash in looks], np.uint64),
+        vectors=np.stack([vector for vector, _ in looks]).astype(np.float16),
+        evaluation=np.zeros(count, bool),
+    )
+
+
+def guarded(own: Look) -> GuardedClip:
+    return GuardedClip(1 << 40, 1 << 40, 0.0, 1.0, np.array([own[1]], np.uint64), own[0])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--assets", type=Path, default=Path("../shared/assets"))
+    parser.add_argument("--clips", type=int, default=100)
+    parser.add_argument("--pictures", type=int, default=1000)
+    options = parser.parse_args()
+    assets = options.assets.resolve()
+    clip = load_clip(mini_clip(assets, Path("/tmp")))
+    paths = sorted((assets / "panda/clips").glob("*.mp4"))[: options.clips]
+    own, planted = [], {name: [] for name in PLANTS}
+    for path in paths:
+        own.append(look(str(path), clip))
+        duration_s = min(probe(str(path)).duration_s, 5.0)
+        frames = decode_frames(str(path), clip_times(0.0, duration_s, round(duration_s * 12)))
+        for name, change in PLANTS.items():
+            planted[name].append(look(encode(change(frames)), clip))
+    other = strangers(assets, clip, options.pictures)
+    copies, each = len(own) * len(PLANTS), len(own) - 1 + len(other)
+    print(f"{len(own)} clips, {copies} planted copies, {len(own)} x {each} strangers")
+    sources = [path.name.split(".")[0] for path in paths]
+    for bits, similarity in ((10, 1.0), (-1, 0.9), (8, 0.9), (10, 0.9), (12, 0.9), (14, 0.9), (10, 0.85)):
+        measure(GuardConfig(max_hash_bits=bits, max_similarity=similarity), own, planted, other, sources)
+
+
+def measure(
+    config: GuardConfig,
+    own: list[Look],
+    planted: dict[str, list[Look]],
+    other: list[Look],
+    sources: list[str],
+) -> None:
+    caught = {}
+    for name, looks in planted.items():
+        known = documents(looks)
+        verdicts = [judge(config, guarded(own[i]), known, np.array([i]))[0] for i in range(len(own))]
+        caught[name] = sum(v != Verdict.ALLOWED for v in verdicts)
+    known, refused = documents([*own, *other]), 0
+    for i, mine in enumerate(own):
+        verdicts = judge(config, guarded(mine), known, np.arange(len(own) + len(other)))
+        alike = [j for j in np.flatnonzero(verdicts) if j >= len(own) or sources[j] != sources[i]]
+        refused += len(alike)
+    hits, total = sum(caught.values()), len(own) * len(planted)
+    print(
+        f"hash <= {config.max_hash_bits:2} bits, cosine > {config.max_similarity:4}: "
+        f"recall {hits / total:.3f}, precision {hits / max(hits + refused, 1):.3f} "
+        f"({refused} strangers refused)"
+    )
+    print("   " + ", ".join(f"{name} {count / len(own):.2f}" for name, count in caught.items()))
+
+
+if __name__ == "__main__":
+    main()
