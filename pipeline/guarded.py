@@ -8,6 +8,7 @@ time (DNS rebinding).
 import asyncio
 import ipaddress
 import socket
+import ssl
 
 import httpx
 
@@ -30,6 +31,7 @@ class GuardedTransport(httpx.AsyncBaseTransport):
     def __init__(self, allow_hosts: tuple[str, ...]) -> None:
         self.allowed = frozenset(host.lower() for host in allow_hosts)
         self.pools: dict[str, httpx.AsyncHTTPTransport] = {}
+        self.tls = ssl.create_default_context()  # reading the certificates takes 20 ms: once for all
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         host, port = request.url.host, request.url.port
@@ -67,9 +69,11 @@ class GuardedTransport(httpx.AsyncBaseTransport):
         return addresses[0]
 
     def pool(self, host: str) -> httpx.AsyncHTTPTransport:
-        if host not in self.pools and len(self.pools) >= MAX_HOSTS:
-            self.pools.pop(next(iter(self.pools)))
-        return self.pools.setdefault(host, httpx.AsyncHTTPTransport(retries=0))
+        if host not in self.pools:
+            if len(self.pools) >= MAX_HOSTS:
+                self.pools.pop(next(iter(self.pools)))
+            self.pools[host] = httpx.AsyncHTTPTransport(verify=self.tls, retries=0)
+        return self.pools[host]
 
     async def aclose(self) -> None:
         for pool in self.pools.values():
