@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from infra.errors import ConfigError
 from infra.storage import Certificate, absolute, join, read_bytes
 from pipeline.embed.worker import row_doc_id
 from pipeline.exclusion import Exclusion, read_exclusion, source_name
@@ -37,10 +38,16 @@ def check_guard(
 ) -> None:
     """Check every retrieved document of every prompt in the shards `names`."""
     made_with = yaml.safe_load(read_bytes(join(uri, "config.yaml")))
+    if "memory" not in made_with and made_with.get("prompts"):  # instruct: the laws are augment's
+        made_with = yaml.safe_load(read_bytes(join(absolute(made_with["prompts"]), "config.yaml")))
     place = config.memory or made_with.get("memory")
     if place is None:
-        return  # an instruct job without retrieval
-    memory = open_memory(absolute(place), version=certificate.facts.get("memory_version"))
+        return
+    try:
+        memory = open_memory(absolute(place), version=certificate.facts.get("memory_version"))
+    except ConfigError as error:
+        report.add("guard", f"can't be checked: {error}; give memory if it was moved")
+        return
     guard = GuardConfig.model_validate(made_with.get("guard") or {})
     listed = Exclusion()
     if guard.exclude is not None:
