@@ -13,7 +13,8 @@ from infra.config import Config
 from infra.errors import ConfigError
 from infra.storage import absolute, check_writable, exists, join, require_certificate, write_bytes
 from pipeline.report.album import Album
-from pipeline.report.galleries import clip_cards, instruction_cards, prompt_cards, sample_cards
+from pipeline.report.galleries import clip_cards, prompt_cards
+from pipeline.report.instructions import instruction_cards, sample_cards
 from pipeline.report.page import render
 from pipeline.report.provenance import fates, next_steps, provenance, summary
 from pipeline.report.read import Parts, read_parts
@@ -117,11 +118,13 @@ def run(config: ReportConfig) -> str:
 
 def gather(config: ReportConfig, parts: Parts, album: Album) -> dict[str, Any]:
     """Everything that the template needs; the order is the order of the pictures' claim to space."""
+    shards = [found for found in (parts.instructions, parts.prompts) if found]
+    videos = [sample_cards(folder, shards, album, config.num_samples) for folder in config.samples]
     return {
         "title": config.title,
         "summary": summary(parts),
         "fates": fates(parts),
-        "samples": [card for f in config.samples for card in sample_cards(f, album, config.num_samples)],
+        "samples": [card for cards in videos for card in cards],
         "prompts": prompt_cards(parts.prompts, album, config.num_prompts),
         "instructions": instruction_cards(parts.instructions, album, config.num_instructions),
         "clips": clip_cards(config.clips, album, config.num_clips),

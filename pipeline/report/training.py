@@ -25,14 +25,16 @@ def loss_charts(runs: list[Run]) -> list[dict[str, Any]]:
 def _loss_chart(run: Run) -> dict[str, Any]:
     train = curve(run.records, "loss")
     names = sorted({k for r in run.records for k in r if k.startswith(VALIDATION)}, key=lambda k: (len(k), k))
-    validation = [(name.removeprefix(VALIDATION), curve(run.records, name)) for name in names]
+    held_out = all(record.get("val/held_out", 1) for record in run.records)
+    kind = "validation, " if held_out else "training rows, "  # too few rows to hold any out
+    validation = [(kind + name.removeprefix(VALIDATION), curve(run.records, name)) for name in names]
     series = []
     if train:
         x, y = [p[0] for p in train], [p[1] for p in train]
         series = [Series("", *_thin(x, y), "raw"), Series("training", *_thin(x, smooth(y)), "smooth")]
     for (name, points), style in zip(validation, STYLES, strict=False):
         x, y = [p[0] for p in points], [p[1] for p in points]
-        series.append(Series(f"validation, {name}", *_thin(x, y), style))
+        series.append(Series(name, *_thin(x, y), style))
     chart = line_chart(series, x_label="samples", y_label="loss", title=f"Loss of {run.name}")
     legend = [(s.style, s.name) for s in series if s.name] if validation else []
     return {"name": run.name, "chart": chart, "legend": legend, "facts": _facts(run, train)}

@@ -16,7 +16,7 @@ from pipeline.subjects.entities import Entity
 from pipeline.subjects.mask import SubjectMask
 
 PictureFormat = Literal["jpeg", "png"]
-WHITE = 255
+WHITE, BLACK = 255, 24
 MARGIN_FRAC = 0.04
 """Air around a cut-out, share of its longer side."""
 MIN_CROP_FRAC = 0.2
@@ -55,15 +55,15 @@ def subject_picture(frame: np.ndarray, mask: SubjectMask, side_px: int) -> Image
 
 def background_picture(frame: np.ndarray, masks: list[SubjectMask], side_px: int) -> Image.Image:
     """The place without the subjects: the widest crop beside them, or the frame with the holes filled."""
-    height, width = frame.shape[:2]
+    x0, y0, x1, y1 = content_box(frame)
     left, top, right, bottom = _around([mask.box for mask in masks])
-    crops = [(0, 0, left, height), (right, 0, width, height)]
-    crops += [(0, 0, width, top), (0, bottom, width, height)]
+    crops = [(x0, y0, left, y1), (right, y0, x1, y1), (x0, y0, x1, top), (x0, bottom, x1, y1)]
     best = max(crops, key=_usable_area)
-    if _usable_area(best) >= MIN_CROP_FRAC * width * height:
+    if _usable_area(best) >= MIN_CROP_FRAC * (x1 - x0) * (y1 - y0):
         picture = Image.fromarray(frame).crop(best)
     else:
-        picture = Image.fromarray(fill_hole(frame, np.max([m.alpha for m in masks], axis=0) > 0.05))
+        filled = fill_hole(frame, np.max([mask.alpha for mask in masks], axis=0) > 0.05)
+        picture = Image.fromarray(filled).crop((x0, y0, x1, y1))
     return fit_inside(picture, side_px)
 
 
@@ -75,8 +75,17 @@ def _around(boxes: list[tuple[int, int, int, int]]) -> tuple[int, int, int, int]
 
 def _usable_area(box: tuple[int, int, int, int]) -> int:
     """Area of a crop; slivers, of which nobody can tell the place, count nothing."""
-    width, height = box[2] - box[0], box[3] - box[1]
-    return width * height if min(width, height) * 3 >= max(width, height) else 0
+    width, height = max(box[2] - box[0], 0), max(box[3] - box[1], 0)
+    return width * height if min(width, height) * 2 >= max(width, height) else 0
+
+
+def content_box(frame: np.ndarray) -> tuple[int, int, int, int]:
+    """The frame without black bars (left, top, right, bottom); the whole frame when it is all dark."""
+    bright = frame.max(-1) > BLACK
+    rows, columns = np.flatnonzero(bright.mean(1) > 0.02), np.flatnonzero(bright.mean(0) > 0.02)
+    if not len(rows) or not len(columns):
+        return 0, 0, frame.shape[1], frame.shape[0]
+    return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
 
 
 def fill_hole(frame: np.ndarray, hole: np.ndarray) -> np.ndarray:

@@ -168,11 +168,13 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     lines += [{"samples": 48, "val/loss video retrieval on": 0.1, "val/loss video retrieval off": 0.2}]
     text = "\n".join(map(json.dumps, lines)) + '\n{"samples": 51, "lo'
     (trained / "metrics.jsonl").write_text(text)
+    wanted = instructed[0]["prompt_id"]
+    sample = [{"prompt": HOSTILE, "seed": 3, "prompt_id": wanted}, {"prompt": "words", "video": "../x.mp4"}]
     sampled = root / "samples"
     sampled.mkdir()
     (sampled / "sample-000.mp4").write_bytes(b"not really a video")
     (sampled / "sample-000.png").write_bytes(picture(3))
-    write_json(str(sampled / "samples.json"), [{"prompt": HOSTILE, "seed": 3}])
+    write_json(str(sampled / "samples.json"), {"samples": sample})
     return {
         "clips": save_clips(root / "clips", source),
         "prompts": save_shards(root / "prompts", "augment", pretrain, {"refused": {"self": 4, "similar": 2}}),

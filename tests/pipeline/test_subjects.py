@@ -12,7 +12,14 @@ from PIL import Image, ImageDraw
 
 from infra.errors import ConfigError
 from pipeline.schema import Role
-from pipeline.subjects.cutout import background_picture, encode, fill_hole, fit_inside, subject_picture
+from pipeline.subjects.cutout import (
+    background_picture,
+    content_box,
+    encode,
+    fill_hole,
+    fit_inside,
+    subject_picture,
+)
 from pipeline.subjects.entities import background, find_entities, named_together, subjects
 from pipeline.subjects.extract import SubjectConfig, SubjectFinder
 from pipeline.subjects.mask import (
@@ -161,6 +168,17 @@ def test_background_shows_no_subject():
     assert not isinstance(masks, str)
     picture = np.asarray(background_picture(frame, masks, 336)).astype(int)
     assert (picture[..., 0] < 120).all()
+
+
+def test_black_bars_are_not_background():
+    frame, ball = scene()
+    frame = frame.copy()
+    frame[:, :50] = frame[:, 270:] = 3
+    assert content_box(frame) == (50, 0, 270, 180)
+    masks = find_subjects(ball.astype(np.float32), MaskConfig())
+    assert not isinstance(masks, str)
+    assert (np.asarray(background_picture(frame, masks, 336)).max(-1) > 24).mean() > 0.99
+    assert content_box(np.zeros((9, 16, 3), np.uint8)) == (0, 0, 16, 9)
 
 
 def test_filled_hole_keeps_known_pixels_and_flat_colour():
