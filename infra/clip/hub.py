@@ -20,19 +20,16 @@ def hub_file(repository: str, names: list[str], *, wanted: str, cure: str = OFFL
     Raises:
         ConfigError: the hub can't be reached, or has no such repository or file.
     """
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import (
         EntryNotFoundError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
     )
 
-    for name in names:
-        cached = try_to_load_from_cache(repository, name)
-        if isinstance(cached, str):
-            return cached
-    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-    require_reachable(endpoint, wanted=wanted, cure=cure)
+    cached = require_hub_file(repository, names, wanted=wanted, cure=cure)
+    if cached:
+        return cached
     for name in names:
         try:
             return hf_hub_download(repository, name)
@@ -45,6 +42,23 @@ def hub_file(repository: str, names: list[str], *, wanted: str, cure: str = OFFL
         except OSError as error:
             raise ConfigError(f"can't fetch {wanted}: {_reason(error)}", cure=cure) from None
     raise ConfigError(f"{repository} on the hub has none of {', '.join(names)} (for {wanted})")
+
+
+def require_hub_file(repository: str, names: list[str], *, wanted: str, cure: str = OFFLINE_CURE) -> str | None:
+    """Path of the first of `names` in the local cache; None if none is, but the hub can be asked.
+
+    Raises:
+        ConfigError: not in the cache, and the hub can't be reached.
+    """
+    from huggingface_hub import try_to_load_from_cache
+
+    for name in names:
+        cached = try_to_load_from_cache(repository, name)
+        if isinstance(cached, str):
+            return cached
+    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    require_reachable(endpoint, wanted=wanted, cure=cure)
+    return None
 
 
 def url_file(url: str, *, wanted: str) -> str:

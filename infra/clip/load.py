@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from infra.clip.config import OFFLINE, ClipConfig
-from infra.clip.hub import hub_file, url_file
+from infra.clip.hub import hub_file, require_hub_file, url_file
 from infra.clip.model import Clip
 from infra.clip.preprocess import Preprocessing
 from infra.errors import ConfigError
@@ -61,7 +61,9 @@ def find_source(config: ClipConfig) -> Source:
 
 
 def check_clip(config: ClipConfig) -> None:
-    """Refuse what can be refused without reading weights or the network: names, tags, local files.
+    """Refuse what can be refused without loading weights: names, tags, local files, a hub out of reach.
+
+    Fetches nothing; asks the network (once, seconds) only when the weights are not in the local cache.
 
     Raises:
         ConfigError: as `load_clip`.
@@ -73,8 +75,20 @@ def check_clip(config: ClipConfig) -> None:
         lite0_file()
     elif config.name.endswith(".json"):
         _from_files(Path(config.name).expanduser(), config.pretrained)
-    elif not config.name.startswith(HUB_PREFIX):
-        _check_names(config.name.replace("/", "-"), config.pretrained)
+    elif config.name.startswith(HUB_PREFIX):
+        repository = config.name.removeprefix(HUB_PREFIX)
+        require_hub_file(repository, ["open_clip_config.json"], wanted=config.name)
+    else:
+        _check_tag(config.name.replace("/", "-"), config.pretrained)
+
+
+def _check_tag(name: str, pretrained: str) -> None:
+    from open_clip import get_pretrained_cfg
+
+    _check_names(name, pretrained)
+    repository, _, file = get_pretrained_cfg(name, pretrained).get("hf_hub", "").rpartition("/")
+    if repository and not Path(pretrained).expanduser().is_file():
+        require_hub_file(repository, _weight_names(file), wanted=f"{name}/{pretrained}")
 
 
 def _load_offline(config: ClipConfig, device: str | torch.device) -> Clip:

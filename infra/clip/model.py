@@ -162,12 +162,17 @@ class Clip:
         return _inference(self.device, self.uses_bf16)
 
 
-def hash_weights(model: nn.Module) -> str:
-    """Hex sha256 over names, types, shapes and bytes of all weights, in name order."""
+def hash_weights(model: nn.Module, dtype: torch.dtype | None = None) -> str:
+    """Hex sha256 over names, types, shapes and bytes of all weights, in name order.
+
+    With `dtype`, floats are rounded to it first: equal for a model loaded in float32 or in bfloat16.
+    """
     import torch
 
     digest = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
+        if dtype is not None and value.is_floating_point():
+            value = value.to(dtype)
         digest.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
         flat = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
         digest.update(memoryview(flat.numpy()))

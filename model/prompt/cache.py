@@ -1,7 +1,7 @@
 """Encoded prompts, kept by content: in memory (least recently used goes) and in a folder or bucket.
 
 The key is a hash of all that the tokens depend on: the encoder's identity (weights, tokenizer,
-preprocessing, layer, limits) and, for every segment of the prompt as it is *after* `select`, its type,
+preprocessing, layer, limits, arithmetic) and, for every segment of the prompt as it is *after* `select`, its type,
 role, text and picture bytes. Nothing else goes in, so an entry can't be stale, only unused.
 """
 
@@ -19,15 +19,15 @@ from model.prompt.config import CacheConfig
 from model.prompt.encoder import EncodedPrompt, PromptEncoder
 
 
-def prompt_key(identity_hash: str, prompt: Prompt) -> str:
-    """Hex sha256 over the encoder's identity and the prompt; every part is length-prefixed."""
+def prompt_key(encoder_hash: str, prompt: Prompt) -> str:
+    """Hex sha256 over the encoder's `content_hash` and the prompt; every part is length-prefixed."""
     digest = sha256()
 
     def add(part: bytes | None) -> None:
         digest.update(b"\0" if part is None else b"\1" + len(part).to_bytes(8, "little"))
         digest.update(part or b"")
 
-    add(identity_hash.encode())
+    add(encoder_hash.encode())
     for segment in prompt:
         add(segment.type.encode())
         add(segment.role.encode())
@@ -100,8 +100,12 @@ class CachedPromptEncoder(PromptEncoder):
     def identity(self) -> dict[str, Any]:
         return self.encoder.identity
 
+    @property
+    def arithmetic(self) -> dict[str, Any]:
+        return self.encoder.arithmetic
+
     def encode_each(self, prompts: Sequence[Prompt]) -> list[EncodedPrompt]:
-        keys = [prompt_key(self.identity_hash, prompt) for prompt in prompts]
+        keys = [prompt_key(self.content_hash, prompt) for prompt in prompts]
         found = {key: self.cache.get(key) for key in dict.fromkeys(keys)}
         wanted = {key: p for key, p in zip(keys, prompts, strict=True) if found[key] is None}
         made = self.encoder.encode_each(list(wanted.values()))

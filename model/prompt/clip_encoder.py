@@ -34,13 +34,15 @@ class ClipPromptEncoder(PromptEncoder):
         return {
             "kind": "clip",
             "clip": self.clip.identity,
-            "bf16": self.clip.uses_bf16,
-            "dtype": str(self.dtype),
             "max_tokens": self.config.max_tokens,
             "patch_grid": self.config.patch_grid,
             "bad_pictures": self.config.bad_pictures,
             "max_picture_px": self.config.max_picture_px,
         }
+
+    @property
+    def arithmetic(self) -> dict[str, Any]:
+        return {"bf16": self.clip.uses_bf16, "dtype": str(self.dtype), "device": self.clip.device.type}
 
     def encode_each(self, prompts: Sequence[Prompt]) -> list[EncodedPrompt]:
         decoded: Pictures = {}

@@ -59,7 +59,12 @@ class PromptEncoder(ABC):
     @property
     @abstractmethod
     def identity(self) -> dict[str, Any]:
-        """All that decides the tokens of a prompt: weights, tokenizer, preprocessing, layer, limits."""
+        """What the tokens of a prompt mean: weights, tokenizer, preprocessing, layer, limits."""
+
+    @property
+    @abstractmethod
+    def arithmetic(self) -> dict[str, Any]:
+        """What else decides their last bits: dtypes, exact weights."""
 
     @abstractmethod
     def encode_each(self, prompts: Sequence[Prompt]) -> list[EncodedPrompt]:
@@ -67,8 +72,13 @@ class PromptEncoder(ABC):
 
     @cached_property
     def identity_hash(self) -> str:
-        """Hex sha256 of `identity` and of the order of the roles."""
+        """Hex sha256 of `identity` and of the order of the roles; the same on every machine."""
         return sha256(canonical_json({"roles": ROLES, **self.identity})).hexdigest()
+
+    @cached_property
+    def content_hash(self) -> str:
+        """Hex sha256 of `identity_hash` and `arithmetic`: equal only if tokens are equal to the bit."""
+        return sha256(canonical_json({"identity": self.identity_hash, **self.arithmetic})).hexdigest()
 
     def encode(self, prompts: Sequence[Prompt]) -> EncodedBatch:
         """Encode prompts and pad them to one batch."""

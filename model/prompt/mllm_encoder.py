@@ -11,7 +11,6 @@ import inspect
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -90,7 +89,7 @@ class MllmPromptEncoder(PromptEncoder):
         """Weights by content: the same name with other weights is another encoder."""
         processor = self.processor
         parts = {
-            "config": self.model.config.to_json_string(use_diff=False),
+            "config": _config_of(self.model),
             "tokenizer": processor.tokenizer.backend_tokenizer.to_str(),
             "image_processor": json.dumps(processor.image_processor.to_dict(), sort_keys=True, default=str),
             "chat_template": str(getattr(processor, "chat_template", None)),
@@ -98,11 +97,10 @@ class MllmPromptEncoder(PromptEncoder):
         return {
             "kind": "mllm",
             "class": type(self.model).__name__,
-            "weights": self._weight_hash,
+            "weights": hash_weights(self.model, torch.bfloat16),
             **{name: sha256(text.encode()).hexdigest() for name, text in parts.items()},
             "layer": self.layer_index,
             "layout": LAYOUT_VERSION,
-            "dtype": str(self.dtype),
             "max_tokens": self.config.max_tokens,
             "picture_side_px": self.config.picture_side_px,
             "split_pictures": self.config.split_pictures,
@@ -110,9 +108,10 @@ class MllmPromptEncoder(PromptEncoder):
             "max_picture_px": self.config.max_picture_px,
         }
 
-    @cached_property
-    def _weight_hash(self) -> str:
-        return hash_weights(self.model)
+    @property
+    def arithmetic(self) -> dict[str, Any]:
+        weights = hash_weights(self.model)
+        return {"weights": weights, "dtype": str(self.dtype), "device": self.device.type}
 
     def encode_each(self, prompts: Sequence[Prompt]) -> list[EncodedPrompt]:
         ready = [self.process(prompt) for prompt in prompts]
@@ -273,6 +272,18 @@ def load_mllm_encoder(config: PromptEncoderConfig, device: str | torch.device = 
             cure=CURE,
         ) from None
     return MllmPromptEncoder(config, model, processor, device)
+
+
+def _config_of(model: Any) -> str:
+    """The model's config without where it came from and in which dtype it was loaded."""
+    passing = ("_name_or_path", "dtype", "torch_dtype", "transformers_version", "_attn_implementation")
+
+    def clean(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: clean(v) for k, v in value.items() if k not in passing}
+        return value
+
+    return json.dumps(clean(model.config.to_dict()), sort_keys=True, default=str)
 
 
 def _num_layers(model: Any) -> int:

@@ -38,6 +38,10 @@ class HashEncoder(PromptEncoder):
     def identity(self) -> dict[str, Any]:
         return {"name": self.name}
 
+    @property
+    def arithmetic(self) -> dict[str, Any]:
+        return {}
+
     def encode_each(self, prompts: Sequence[Prompt]) -> list[EncodedPrompt]:
         self.num_encoded += len(prompts)
         return [self._encode(prompt) for prompt in prompts]

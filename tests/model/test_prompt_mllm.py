@@ -394,6 +394,21 @@ def test_identity_follows_weights_layer_and_template(family: str) -> None:
     assert len(hashes) == 4
 
 
+def test_a_model_in_bfloat16_is_the_same_encoder_with_other_arithmetic(family: str, tmp_path: Path) -> None:
+    model, processor = made(family)
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    both = [
+        load_prompt_encoder(
+            PromptEncoderConfig.model_validate({"model": str(tmp_path), "dtype": dtype, "cache": None})
+        )
+        for dtype in ("float32", "bfloat16")
+    ]
+    assert both[0].identity_hash == both[1].identity_hash
+    assert both[0].content_hash != both[1].content_hash
+    assert both[1].encode([CAPTION]).tokens.dtype == torch.bfloat16
+
+
 def test_a_saved_model_loads_from_its_folder_with_its_cache(family: str, tmp_path: Path) -> None:
     model, processor = made(family)
     model.save_pretrained(tmp_path / "model")
