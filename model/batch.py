@@ -9,18 +9,17 @@ Targets come as raw frames (`frames`), as mp4 bytes (`video`) or as a range of a
 import hashlib
 import io
 from dataclasses import dataclass, replace
-from fractions import Fraction
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from infra.errors import ConfigError, DataError
 from infra.storage import absolute, is_remote
 from model.condition import ROLES, Prompt, Segment
+from model.frames import decode_video, fit_frames, slower, spread
 from pipeline.schema import PROMPTS, TargetKind, check_table
 
 KEY_COLUMNS = ["media", "task", "height_px", "width_px", "source_sha256", "source_uri", "split"]
@@ -195,8 +194,8 @@ def read_target(row: dict[str, Any], bucket: Bucket) -> tuple[np.ndarray, float]
     if target["kind"] == TargetKind.FRAMES:
         shape = (target["num_frames"], target["height_px"], target["width_px"], 3)
         frames = np.frombuffer(target["data"], dtype=np.uint8).reshape(shape)
-        keep = _spread(len(frames), bucket.num_frames)
-        return frames[keep], _slower(target["fps"], len(frames), bucket.num_frames)
+        keep = spread(len(frames), bucket.num_frames)
+        return frames[keep], slower(target["fps"], len(frames), bucket.num_frames)
     if target["kind"] == TargetKind.VIDEO:
         return decode_video(io.BytesIO(target["data"]), bucket.num_frames)
     uri = row["source_uri"]
@@ -204,61 +203,3 @@ def read_target(row: dict[str, Any], bucket: Bucket) -> tuple[np.ndarray, float]
         raise DataError(f"target of prompt {row['prompt_id']} is a reference to {uri}: not a local file")
     span_s = None if bucket.media == "image" else (row["start_s"] or 0.0, row["end_s"] or float("inf"))
     return decode_video(absolute(uri), bucket.num_frames, span_s=span_s)
-
-
-def decode_video(
-    source: str | io.BytesIO, num_frames: int, *, span_s: tuple[float, float] | None = None
-) -> tuple[np.ndarray, float]:
-    """`num_frames` frames spread evenly over a video (or a span of it), and their frame rate.
-
-    Raises:
-        ValueError: no frame could be decoded.
-    """
-    import av
-
-    start_s, end_s = span_s or (0.0, float("inf"))
-    frames, times_s = [], []
-    with av.open(source, "r") as container:
-        stream = container.streams.video[0]
-        stream.thread_count = 1  # the loader has threads of its own
-        base = stream.time_base or Fraction(1, 1000)
-        if start_s > 0:
-            container.seek(int(start_s / base), stream=stream)
-        for frame in container.decode(stream):
-            time_s = float((frame.pts or 0) * base)
-            if time_s >= end_s - 1e-6 and frames:
-                break
-            if time_s >= start_s - 1e-6:
-                frames.append(frame.to_ndarray(format="rgb24"))
-                times_s.append(time_s)
-    if not frames:
-        raise ValueError("no frame could be decoded")
-    fps = (len(frames) - 1) / (times_s[-1] - times_s[0]) if len(frames) > 1 else 1.0
-    keep = _spread(len(frames), num_frames)
-    return np.stack([frames[n] for n in keep]), _slower(fps, len(frames), num_frames)
-
-
-def _spread(available: int, wanted: int) -> np.ndarray:
-    """Indices of `wanted` frames over all the `available` ones; too few: some are shown twice."""
-    return np.linspace(0, available - 1, wanted).round().astype(int)
-
-
-def _slower(fps: float | None, available: int, wanted: int) -> float:
-    """Frame rate after keeping `wanted` of `available` frames of the same duration."""
-    if not fps or wanted == available or available < 2:
-        return float(fps or 1.0)
-    return fps * max(wanted - 1, 1) / (available - 1)
-
-
-def fit_frames(frames: np.ndarray, height_px: int, width_px: int) -> Tensor:
-    """uint8 `t h w 3` to uint8 `t 3 height width`: cover, then crop the middle."""
-    video = torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2)
-    height, width = video.shape[-2:]
-    if (height, width) != (height_px, width_px):
-        scale = max(height_px / height, width_px / width)
-        size = (max(height_px, round(height * scale)), max(width_px, round(width * scale)))
-        video = F.interpolate(video.float(), size=size, mode="bilinear", antialias=True)
-        top, left = (size[0] - height_px) // 2, (size[1] - width_px) // 2
-        video = video[..., top : top + height_px, left : left + width_px]
-        video = video.round().clamp(0, 255).to(torch.uint8)
-    return video.contiguous()

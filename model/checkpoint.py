@@ -8,25 +8,14 @@ A folder without committed.json is no checkpoint. Only tensors are stored by tor
 JSON, and the index that torch pickles is read by an unpickler that knows nothing but tensors' types.
 """
 
-import io
-import os
-import pickle
-from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import (
-    FileSystem,
-    FileSystemBase,
-    FileSystemReader,
-    FileSystemWriter,
-)
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
@@ -36,13 +25,12 @@ from infra.storage import (
     VERSION,
     delete,
     exists,
-    filesystem,
-    is_remote,
     join,
     list_files,
     read_json,
     write_json,
 )
+from model.checkpoint_files import SafeReader, files_writer
 
 COMMITTED = "committed.json"
 FORMAT = 1
@@ -160,7 +148,7 @@ class CheckpointWriter:
     def _write(self, uri: str, state: State, facts: dict[str, Any]) -> str:
         if exists(join(uri, COMMITTED)):
             return uri  # an earlier life of this run came further than its last report
-        save(state, storage_writer=_writer(uri), process_group=self.group, no_dist=self.group is None)
+        save(state, storage_writer=files_writer(uri), process_group=self.group, no_dist=self.group is None)
         if self.rank == 0:
             write_json(join(uri, COMMITTED), {**facts, "format": FORMAT, "version": VERSION})
             self._prune()
@@ -196,101 +184,10 @@ def load_state(uri: str, state: State, *, group: dist.ProcessGroup | None = None
         reasons = "; ".join([*(f"{name} is not there" for name in missing), *other][:4])
         raise TrainingError(f"checkpoint {uri} does not fit this model: {reasons}")
     alone = not dist.is_initialized() or dist.get_world_size() == 1
-    load(dict(state), storage_reader=_SafeReader(uri), process_group=group, no_dist=alone)
+    load(dict(state), storage_reader=SafeReader(uri), process_group=group, no_dist=alone)
 
 
 def tensors_in(uri: str) -> dict[str, torch.Size]:
     """Names and shapes of a checkpoint's tensors; reads the index only."""
-    found = _SafeReader(uri).read_metadata().state_dict_metadata
+    found = SafeReader(uri).read_metadata().state_dict_metadata
     return {name: m.size for name, m in found.items() if isinstance(m, TensorStorageMetadata)}
-
-
-class _ArrowFileSystem(FileSystemBase):
-    """torch's checkpoint files on any filesystem of pyarrow."""
-
-    @contextmanager
-    def create_stream(self, path: str | os.PathLike, mode: str) -> Iterator[Any]:
-        fs, place = filesystem(str(path))
-        if "r" in mode:
-            with fs.open_input_file(place) as stream:
-                yield stream
-        else:
-            fs.create_dir(place.rpartition("/")[0], recursive=True)
-            with fs.open_output_stream(place) as stream:
-                yield stream
-
-    def concat_path(self, path: str | os.PathLike, suffix: str) -> str:
-        return join(str(path), suffix)
-
-    def rename(self, path: str | os.PathLike, new_path: str | os.PathLike) -> None:
-        fs, source = filesystem(str(path))
-        fs.move(source, filesystem(str(new_path))[1])
-
-    def init_path(self, path: str | os.PathLike) -> str:
-        return str(path)
-
-    def mkdir(self, path: str | os.PathLike) -> None:
-        fs, place = filesystem(str(path))
-        fs.create_dir(place, recursive=True)
-
-    @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike) -> bool:
-        return True
-
-    def exists(self, path: str | os.PathLike) -> bool:
-        return exists(str(path))
-
-    def rm_file(self, path: str | os.PathLike) -> None:
-        delete(str(path))
-
-
-def _files_of(uri: str) -> FileSystemBase:
-    return _ArrowFileSystem() if is_remote(uri) else FileSystem()
-
-
-def _writer(uri: str) -> FileSystemWriter:
-    writer: Any = FileSystemWriter(uri, sync_files=not is_remote(uri))
-    writer.fs = _files_of(uri)
-    writer.path = writer.fs.init_path(uri)
-    return writer
-
-
-class _SafeReader(FileSystemReader):
-    """torch's reader; the pickled index may name tensor types and nothing else."""
-
-    def __init__(self, uri: str) -> None:
-        super().__init__(uri)
-        self.fs: Any = _files_of(uri)
-        self.path = self.fs.init_path(uri)
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        with self.fs.create_stream(self._get_metadata_path(), "rb") as stream:
-            metadata = _IndexUnpickler(io.BytesIO(stream.read())).load()
-        metadata.storage_meta = StorageMeta(load_id=self.load_id)
-        return metadata
-
-
-_INDEX_TYPES = {
-    "torch.distributed.checkpoint.metadata": {
-        "Metadata",
-        "TensorStorageMetadata",
-        "BytesStorageMetadata",
-        "TensorProperties",
-        "ChunkStorageMetadata",
-        "MetadataIndex",
-        "StorageMeta",
-        "_MEM_FORMAT_ENCODING",
-    },
-    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
-    "torch.serialization": {"_get_layout"},
-    "torch": {"Size", *(n for n in dir(torch) if isinstance(getattr(torch, n), torch.dtype))},
-    "collections": {"OrderedDict"},
-    "pathlib": {"PosixPath", "PurePosixPath"},
-}
-
-
-class _IndexUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if name not in _INDEX_TYPES.get(module, ()):
-            raise TrainingError(f"checkpoint index names {module}.{name}: not a checkpoint of ours")
-        return super().find_class(module, name)

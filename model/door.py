@@ -1,15 +1,17 @@
 """The door of the trainer: everything that can be refused before Ray starts, each in one line."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from infra.errors import ConfigError
 from infra.storage import absolute, exists, filesystem, is_remote, join, read_bytes, write_bytes
+from model.build import make_plan
 from model.checkpoint import find_checkpoint, read_facts
 from model.generator import PRESETS, preset
-from model.loop import make_plan
+from model.prompt import PromptEncoderConfig
 from model.shards import Shards, index_shards, open_shards
 from model.stages import Stage2Config, StageConfig
 
@@ -31,7 +33,22 @@ def resolve(config: StageConfig) -> StageConfig:
     places = {name: absolute(getattr(config, name)) for name in ("prompts", "out")}
     if isinstance(config, Stage2Config):
         places["start_from"] = absolute(config.start_from)
-    return config.model_copy(update=places)
+    return config.model_copy(update={**places, "encoder": _resolve_encoder(config.encoder)})
+
+
+def _resolve_encoder(encoder: PromptEncoderConfig) -> PromptEncoderConfig:
+    """Local files of the encoder by absolute path; names of models stay as they are."""
+
+    def local(value: str) -> str:
+        return absolute(value) if Path(value).exists() else value
+
+    clip = encoder.clip.model_copy(
+        update={"name": local(encoder.clip.name), "pretrained": local(encoder.clip.pretrained)}
+    )
+    cache = encoder.cache
+    if cache is not None and cache.uri:
+        cache = cache.model_copy(update={"uri": absolute(cache.uri)})
+    return encoder.model_copy(update={"clip": clip, "model": local(encoder.model), "cache": cache})
 
 
 def inspect(config: StageConfig) -> Ready:

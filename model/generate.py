@@ -27,11 +27,11 @@ from infra.storage import (
     write_json,
 )
 from model.ask import Request, describe_prompt, from_file, from_shards, parse_prompt, prompt_hash
+from model.build import Conditioner
 from model.checkpoint import COMMITTED, find_checkpoint, read_facts
 from model.edm import edm_for
 from model.film import contact_sheet, encode_mp4, scale_to_look_at, to_frames
 from model.guidance import FULL, Guidance
-from model.loop import Conditioner
 from model.parallel import pick_device
 from model.prompt import PromptEncoder, load_prompt_encoder, select
 from model.restore import WEIGHTS, Restored, check_average, restore_generator

@@ -17,15 +17,15 @@ from torch.optim import Optimizer
 
 from infra.errors import TrainingError
 from model.batch import Batch
+from model.build import Conditioner, make_generator, make_plan
 from model.checkpoint import CheckpointWriter, find_checkpoint, latest_checkpoint, load_state, read_facts
-from model.condition import Condition, ConditionConfig, Prompt
+from model.condition import Condition
 from model.edm import Edm, edm_for
 from model.ema import Ema
-from model.generator import Generator, preset
+from model.generator import Generator
 from model.loader import Loader, RowGroups
 from model.parallel import Replica, pick_device
-from model.plan import Plan
-from model.prompt import PromptEncoder, load_prompt_encoder, reference_tensors, select
+from model.prompt import load_prompt_encoder
 from model.shards import open_shards
 from model.stages import Stage2Config, StageConfig
 from model.state import (
@@ -37,7 +37,7 @@ from model.state import (
     state_of,
     weights_of,
 )
-from model.step import draw, draw_dropped, draw_num_documents, losses
+from model.step import draw, losses
 from model.telemetry import Stopwatch
 
 
@@ -48,44 +48,6 @@ class Outcome:
     loss: Tensor
     grad_norm: float
     lr: float
-
-
-def make_generator(config: StageConfig, token_dim: int) -> Generator:
-    """The network of this config, freshly drawn from its seed: the same on every rank."""
-    torch.manual_seed(config.seed)
-    backbone = preset(
-        config.preset,
-        num_frames=config.num_frames,
-        height_px=config.height_px,
-        width_px=config.width_px,
-        checkpoint=config.parallel.recompute,
-        **config.backbone,
-    )
-    return Generator(backbone, ConditionConfig(token_dim=token_dim, mode=config.references))
-
-
-class Conditioner:
-    """Prompts of a batch -> the generator's condition, by the frozen encoder."""
-
-    def __init__(self, config: StageConfig, encoder: PromptEncoder, device: torch.device) -> None:
-        self.config, self.encoder, self.device = config, encoder, device
-
-    def __call__(self, prompts: list[Prompt], fps: Tensor, original_size_px: Tensor) -> Condition:
-        references = None
-        if self.config.references == "plus":
-            size = (self.config.height_px // 8 * 8, self.config.width_px // 8 * 8)
-            references = reference_tensors(prompts, size_px=size)
-        with torch.no_grad():
-            condition = self.encoder.condition(
-                prompts, fps=fps, original_size_px=original_size_px, references=references
-            )
-        return condition.to(self.device)
-
-    def choose(self, prompt: Prompt, position: int) -> Prompt:
-        """K documents and condition dropout, drawn for the sample at this position."""
-        seed = self.config.seed
-        number = draw_num_documents(self.config.documents, seed=seed, index=position)
-        return select(prompt, number, draw_dropped(self.config.dropout, seed=seed, index=position))
 
 
 class Training:
@@ -211,6 +173,35 @@ class Training:
             (each.sum() * (self.world_size / self.config.batch_size)).backward()
         return each.detach()
 
+    def rehearse(self) -> int:
+        """Try the largest bucket with the longest prompts, so that memory runs out now or never.
+
+        Returns:
+            Peak memory of the device, bytes; 0 on a CPU. Nothing of the run's state is changed.
+        """
+        config, count = self.config, self.config.micro_batch // self.world_size
+        bucket = max(config.shapes, key=lambda b: b.num_frames * b.height_px * b.width_px)
+        length = config.encoder.max_tokens
+        shape = (count, bucket.num_frames, 3, bucket.height_px, bucket.width_px)
+        plain = torch.zeros(count, length, dtype=torch.long)
+        fps, size = torch.full((count,), 24.0), torch.full((count, 2), 288.0)
+        batch = Batch(
+            [0] * count, [""] * count, [""] * count, [()] * count, torch.zeros(shape).byte(), fps, size
+        )
+        condition = Condition(
+            tokens=torch.zeros(count, length, self.encoder.dim, dtype=self.encoder.dtype),
+            mask=torch.ones(count, length, dtype=torch.bool),
+            role=plain,
+            segment=plain,
+            fps=fps,
+            original_size_px=size,
+        )
+        with self.replica.accumulating(last=True):
+            self._accumulate(batch, condition.to(self.device))
+        self.optimizer.zero_grad(set_to_none=True)
+        self.watch.take()
+        return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else 0
+
     def _refuse_nonfinite(self, norm: float, each: Tensor, positions: list[int]) -> None:
         """Stop before the optimizer moves; the norm is the same on all ranks, so all of them stop."""
         if math.isfinite(norm):
@@ -249,16 +240,3 @@ class Training:
     def close(self) -> None:
         self.loader.close()
         self.writer.close()
-
-
-def make_plan(config: StageConfig, index: pa.Table, num_groups: int) -> Plan:
-    """The order of samples of this run."""
-    return Plan(
-        index,
-        num_groups,
-        seed=config.seed,
-        micro_batch=config.micro_batch,
-        order=config.order,
-        bucket_weights={n: b.weight for n, b in enumerate(config.buckets)},
-        task_weights=config.task_weights,
-    )

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from infra.errors import ConfigError
 from infra.storage import join
+from model.build import make_generator
 from model.checkpoint import (
     checkpoint_uri,
     committed_positions,
@@ -18,7 +19,6 @@ from model.checkpoint import (
 )
 from model.ema import Snapshot, reconstruct
 from model.generator import Generator
-from model.loop import make_generator
 from model.stages import StageConfig, config_class
 from model.state import from_average, weights_of
 

@@ -92,6 +92,8 @@ def train(words: dict[str, Any]) -> None:
     validation = Validation(training, index)
     reporter = Reporter(training, metrics=RunMetrics().publish)
     try:
+        if training.device.type == "cuda":
+            training.rehearse()
         while training.position < config.total_samples:
             outcome = training.step()
             reporter.note(outcome)

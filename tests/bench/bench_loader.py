@@ -125,7 +125,7 @@ def tar_reader(folder: Path, rows: int) -> int:
 def ray_data(folder: Path, rows: int) -> int:
     import ray.data
 
-    def decode(batch: dict[str, Any]) -> dict[str, Any]:
+    def decode(batch: Any) -> Any:
         frames = [np.frombuffer(t["data"], np.uint8).reshape(SHAPE) for t in batch["target"]]
         return {"video": np.stack(frames)}
 

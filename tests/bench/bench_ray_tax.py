@@ -7,6 +7,7 @@ checkpoints in the background; medians of the steps after the first ten.
 """
 
 import argparse
+import importlib
 import json
 import statistics
 import sys
@@ -78,7 +79,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--rounds", type=int, default=2)
     options = parser.parse_args()
-    import conftest  # the tests' maker of shards  # pyright: ignore[reportMissingImports]
+    conftest: Any = importlib.import_module("conftest")  # the tests' maker of shards
 
     found: dict[str, list[float]] = {"plain": [], "ray": []}
     stalls: list[float] = []

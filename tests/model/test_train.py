@@ -120,7 +120,7 @@ def _rank(rank: int, world: int, values: dict[str, Any], folder: str, steps: int
     training = Training(config, read_index(config.out))
     ids = []
     for _ in range(steps):
-        positions = [p for p in range(training.position, training.position + config.batch_size)]
+        positions = range(training.position, training.position + config.batch_size)
         ids.append([training.loader.plan.source(p).rows[0] for p in positions])
         training.step()
     training.save({})
@@ -179,6 +179,18 @@ def test_two_ranks_see_the_samples_of_one_and_end_alike(
     assert again.weights_sha256() == two["sha"]
     advance(again, 1)
     again.close()
+
+
+def test_rehearsal_changes_nothing(stage_values: Values, tmp_path: Path) -> None:
+    found = []
+    for name in ("with", "without"):
+        training = open_training(Stage1Config.model_validate(stage_values(out=str(tmp_path / name))))
+        if name == "with":
+            assert training.rehearse() == 0  # no device memory on a CPU
+        advance(training, 2)
+        found.append(fingerprint(training))
+        training.close()
+    assert found[0] == found[1]
 
 
 def test_nonfinite_loss_names_its_samples(stage_values: Values) -> None:
