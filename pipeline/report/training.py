@@ -52,7 +52,7 @@ def _number(value: Any) -> bool:
 
 def smooth(values: list[float], share: float = 0.1) -> list[float]:
     """Median over a window of `share` of the points: outliers of single batches don't bend it."""
-    half = max(1, round(len(values) * share / 2))
+    half = round(len(values) * share / 2)
     array = np.asarray(values, float)
     return [float(np.median(array[max(0, i - half) : i + half + 1])) for i in range(len(array))]
 
