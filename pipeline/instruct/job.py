@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -35,7 +36,7 @@ from pipeline.instruct.worker import make_worker
 from pipeline.job import Receipts, Unit, run_units
 from pipeline.schema import REJECTED, Status, Task, content_id
 from pipeline.shards import REJECTED_FILE, ShardSet, write_meta, write_shard
-from pipeline.subjects.mask import model_path
+from pipeline.subjects.mask import OFFLINE, model_path
 
 
 def check(config: InstructConfig) -> ShardSet:
@@ -69,13 +70,14 @@ def run(config: InstructConfig) -> Certificate:
         TooManyFailuresError: more draws died than `max_failed_frac` allows.
     """
     shards = check(config)
+    config = with_absolute_paths(config)
     started_s = time.time()
     inputs = {"prompts": shards.certificate.content_hash()}
     done = open_job(config.out, job=JOB, config=config, inputs=inputs, hash_exclude=PLACES)
     if done is not None:
         return done
     config_hash = hash_of(config, inputs)
-    out = absolute(config.out)
+    out = config.out
     units = list(plan_units(config, shards))
     with ray_session(config.ray):
         receipts = run_units(
@@ -90,6 +92,20 @@ def run(config: InstructConfig) -> Certificate:
     write_certificate(out, certificate)
     receipts.clear()
     return certificate
+
+
+def with_absolute_paths(config: InstructConfig) -> InstructConfig:
+    """The same config for every process: workers run in a folder of their own."""
+    subjects = config.subjects
+    if subjects.mask.model != OFFLINE:
+        mask = subjects.mask.model_copy(update={"model": str(model_path(subjects.mask.model))})
+        subjects = subjects.model_copy(update={"mask": mask})
+    if subjects.clip is not None:
+        paths = {name: getattr(subjects.clip, name) for name in ("name", "pretrained")}
+        found = {name: absolute(text) for name, text in paths.items() if Path(text).is_file()}
+        subjects = subjects.model_copy(update={"clip": subjects.clip.model_copy(update=found)})
+    places = {"out": absolute(config.out), "prompts": absolute(config.prompts), "subjects": subjects}
+    return config.model_copy(update=places)
 
 
 def hash_of(config: InstructConfig, inputs: dict[str, str]) -> str:

@@ -19,7 +19,7 @@ from infra.errors import ConfigError, TooManyFailuresError
 from infra.storage import Certificate, read_certificate, write_certificate
 from pipeline.instruct import InstructConfig, check, run
 from pipeline.instruct.config import TASKS, draw_tasks
-from pipeline.instruct.job import hash_of, plan_units
+from pipeline.instruct.job import hash_of, plan_units, with_absolute_paths
 from pipeline.instruct.tasks import INSTRUCTIONS, subject_driven
 from pipeline.instruct.worker import make_worker
 from pipeline.job import JournalWriter
@@ -249,6 +249,15 @@ def test_text_and_replaced_words_joined_are_the_caption(tail: str, count: int):
     segments = subject_driven(caption, pictures)[1:]
     assert "".join(segment["text"] for segment in segments) == caption
     assert sum(segment["type"] == "image" for segment in segments) == len(pictures)
+
+
+def test_relative_paths_are_the_same_place_for_every_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    Path("net.onnx").write_bytes(b"onnx")
+    subjects = SubjectConfig.model_validate({"mask": {"model": "net.onnx"}})
+    found = with_absolute_paths(config("prompts", Path("out"), subjects=subjects))
+    assert found.subjects.mask.model == str(tmp_path / "net.onnx")
+    assert (found.prompts, found.out) == (str(tmp_path / "prompts"), str(tmp_path / "out"))
 
 
 def test_wrong_inputs_are_refused_before_ray_starts(prompts: str, tmp_path: Path):
