@@ -7,11 +7,14 @@ from model.stages import SPEED_ONLY, StageConfig
 from model.telemetry import say
 
 
-def say_where_it_stands(config: StageConfig) -> None:
+def say_where_it_stands(config: StageConfig) -> int:
+    """The position that the run continues from; 0 for a fresh one."""
     last = latest_checkpoint(config.out)
-    if last is not None:
-        position = read_facts(last)["position"]
-        say(f"  resumes at {position:,} of {config.total_samples:,} samples")
+    if last is None:
+        return 0
+    position = int(read_facts(last)["position"])
+    say(f"  resumes at {position:,} of {config.total_samples:,} samples")
+    return position
 
 
 def refuse_failed(run: str) -> None:

@@ -148,8 +148,9 @@ def read_metrics(run: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in read_bytes(place).decode().splitlines()]
 
 
-def progress_line(record: dict[str, Any], position: int, total: int) -> str:
+def progress_line(record: dict[str, Any], total: int) -> str:
     """1,600 / 8,000 samples · loss 0.412 · 21.3 samples/s · ETA 5 min · data 1 % encode 4 % ..."""
+    position = record["samples"]
     rate = record["samples_per_s"]
     parts = {k.removesuffix("_s"): v for k, v in record.items() if k in PARTS}
     whole = sum(parts.values()) or 1.0
@@ -171,9 +172,9 @@ class Follower:
     The loop runs in a worker, maybe on another machine; the run's folder is what both can see.
     """
 
-    def __init__(self, run: str, total: int, *, every_s: float = 1.0) -> None:
+    def __init__(self, run: str, total: int, *, position: int = 0, every_s: float = 1.0) -> None:
         self.run, self.total, self.every_s = run, total, every_s
-        self.shown = max((r["samples"] for r in read_metrics(run)), default=-1)
+        self.shown = {_kind(r) for r in read_metrics(run) if r["samples"] <= position}
         self.stop = threading.Event()
         self.thread = threading.Thread(target=self._follow, daemon=True)
 
@@ -193,18 +194,22 @@ class Follower:
     def _show(self) -> None:
         """Records that were not shown before; a torn or vanished file is read again next time."""
         try:
-            records = [r for r in read_metrics(self.run) if r["samples"] > self.shown]
+            records = [r for r in read_metrics(self.run) if _kind(r) not in self.shown]
         except (OSError, ValueError):
             return
         for record in records:
-            if "loss" in record:
-                say(progress_line(record, record["samples"], self.total))
-            self.shown = record["samples"]
-        for record in records[-1:]:
-            values = {k: v for k, v in record.items() if k.startswith("val/loss")}
-            if values:
-                words = " · ".join(f"{k.removeprefix('val/loss ')} {v:.4f}" for k, v in values.items())
-                say(f"  validation loss: {words}")
+            self.shown.add(_kind(record))
+            say(progress_line(record, self.total) if "loss" in record else validation_line(record))
+
+
+def _kind(record: dict[str, Any]) -> tuple[int, bool]:
+    return record["samples"], "loss" in record
+
+
+def validation_line(record: dict[str, Any]) -> str:
+    values = {k.removeprefix("val/loss "): v for k, v in record.items() if k.startswith("val/loss ")}
+    words = " · ".join(f"{name} {value:.4f}" for name, value in values.items())
+    return f"  validation loss at {record['samples']:,} samples: {words}"
 
 
 PARTS = ("data_s", "encode_s", "forward_s", "backward_s", "optimizer_s")

@@ -37,8 +37,8 @@ def run(config: StageConfig) -> Certificate:
         say(f"  {config.out} is already complete: {done.num_out:,} samples")
         return done
     prepare_index(config, ready.shards)
-    say_where_it_stands(config)
-    with ray_session(config.ray), Follower(config.out, config.total_samples):
+    position = say_where_it_stands(config)
+    with ray_session(config.ray), Follower(config.out, config.total_samples, position=position):
         fit(config, num_groups=len(ready.shards.groups))
     refuse_failed(config.out)
     draw_curves(config.out)
