@@ -1,8 +1,8 @@
 """Encoded prompts, kept by content: in memory (least recently used goes) and in a folder or bucket.
 
 The key is a hash of all that the tokens depend on: the encoder's identity (weights, tokenizer,
-preprocessing, layer, limits, arithmetic) and, for every segment of the prompt as it is *after* `select`, its type,
-role, text and picture bytes. Nothing else goes in, so an entry can't be stale, only unused.
+preprocessing, layer, limits, arithmetic) and, for every segment of the prompt as it is *after* `select`,
+its type, role, text and picture bytes. Nothing else goes in, so an entry can't be stale, only unused.
 """
 
 import threading

@@ -10,7 +10,6 @@ marks) are attended to but not handed on; marks around a picture belong to the p
 import inspect
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from infra.clip.hub import hub_file
 from infra.clip.model import hash_weights
 from infra.errors import ConfigError
 from model.condition import ROLES, Prompt, Segment
+from model.prompt.collate import Processed, batches_of, collate
 from model.prompt.config import PromptEncoderConfig
 from model.prompt.encoder import EncodedPrompt, PromptEncoder
 from model.prompt.layout import Layout, Template, owners
@@ -32,26 +32,6 @@ from model.prompt.select import drop_empty, fit
 LAYOUT_VERSION = 1
 """Raise when `layout.py` lays prompts out differently: old cache entries then no longer match."""
 CURE = "give a local folder as model, or use kind: clip with clip.name: offline"
-
-
-@dataclass(frozen=True)
-class Processed:
-    """One prompt, ready for the model."""
-
-    inputs: dict[str, Tensor]
-    """As the processor gives them, batch of one."""
-    kept: Tensor
-    """Positions of the tokens that belong to segments, `l`."""
-    role: Tensor
-    segment: Tensor
-
-    @property
-    def length(self) -> int:
-        return self.inputs["input_ids"].shape[1]
-
-    @property
-    def has_pictures(self) -> bool:
-        return "pixel_values" in self.inputs
 
 
 class MllmPromptEncoder(PromptEncoder):
@@ -116,7 +96,7 @@ class MllmPromptEncoder(PromptEncoder):
     def encode_each(self, prompts: Sequence[Prompt]) -> list[EncodedPrompt]:
         ready = [self.process(prompt) for prompt in prompts]
         out: list[EncodedPrompt | None] = [None] * len(ready)
-        for rows in _batches(ready, self.config.batch_size):
+        for rows in batches_of(ready, self.config.batch_size):
             states = self._states([ready[row] for row in rows])
             for row, state in zip(rows, states, strict=True):
                 one = ready[row]
@@ -197,50 +177,6 @@ def _shrunk(image: Image.Image, side_px: int) -> Image.Image:
     scale = side_px / max(image.size)
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
     return image.resize(size, Image.Resampling.BICUBIC)
-
-
-def collate(batch: list[Processed], pad_id: int) -> dict[str, Tensor]:
-    """Processor outputs of single prompts -> one batch, as the processor itself would make it.
-
-    Token tensors are right padded. Picture tensors are concatenated along the first dimension, which is
-    pictures (LLaVA), patches (Qwen-VL) or prompts (SmolVLM); other dimensions are zero padded.
-    """
-    longest = max(one.length for one in batch)
-    out = {}
-    for name in batch[0].inputs:
-        values = [one.inputs[name] for one in batch]
-        if values[0].shape[:2] == (1, batch[0].length):
-            fill = pad_id if name == "input_ids" else 0
-            values = [torch.nn.functional.pad(v, (0, longest - v.shape[1]), value=fill) for v in values]
-        else:
-            values = _pad_alike(values)
-        out[name] = torch.cat(values)
-    return out
-
-
-def _pad_alike(values: list[Tensor]) -> list[Tensor]:
-    """Zero pad all dimensions but the first to the largest."""
-    shape = [max(sizes) for sizes in zip(*(value.shape[1:] for value in values), strict=True)]
-    padded = []
-    for value in values:
-        missing = [have - got for have, got in zip(shape, value.shape[1:], strict=True)]
-        sides = [side for gap in reversed(missing) for side in (0, gap)]
-        padded.append(torch.nn.functional.pad(value, sides))
-    return padded
-
-
-def _batches(ready: list[Processed], size: int) -> list[list[int]]:
-    """Rows in batches of like length; prompts with and without pictures apart, empty ones too."""
-    order = sorted(range(len(ready)), key=lambda n: (ready[n].has_pictures, ready[n].length, n))
-    batches: list[list[int]] = []
-    for row in order:
-        kind = (ready[row].has_pictures, ready[row].length > 0)
-        last = batches[-1] if batches else None
-        if last and len(last) < size and kind == (ready[last[0]].has_pictures, ready[last[0]].length > 0):
-            last.append(row)
-        else:
-            batches.append([row])
-    return batches
 
 
 def load_mllm_encoder(config: PromptEncoderConfig, device: str | torch.device = "cpu") -> MllmPromptEncoder:

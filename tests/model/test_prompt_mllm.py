@@ -20,6 +20,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from infra.errors import ConfigError, DataError
 from model.condition import ROLES, Prompt, Segment
 from model.prompt import PromptEncoderConfig, load_prompt_encoder
+from model.prompt.collate import batches_of
 from model.prompt.layout import Span
 from model.prompt.mllm_encoder import MllmPromptEncoder
 
@@ -275,12 +276,10 @@ def test_batches_of_mixed_length_equal_single_prompts(family: str) -> None:
 
 def test_batches_are_of_like_length(family: str) -> None:
     """Sorted by length, padding is a small part; in the order given it is not."""
-    from model.prompt.mllm_encoder import _batches
-
     encoder = encoder_of(family)
     prompts = [(Segment("text", "caption", "dog " * n),) for n in (1, 40, 2, 39, 3, 38, 4, 37)]
     ready = [encoder.process(prompt) for prompt in prompts]
-    padded = [max(ready[row].length for row in rows) * len(rows) for rows in _batches(ready, 4)]
+    padded = [max(ready[row].length for row in rows) * len(rows) for rows in batches_of(ready, 4)]
     assert sum(padded) <= 1.1 * sum(one.length for one in ready)
 
 
