@@ -34,8 +34,9 @@ class PlanError(Exception):
 class Group:
     """A run of the decoder: from a key frame to the last wanted packet."""
 
-    key_ticks: int
-    """Where to seek to: the key frame's time in the container's index."""
+    seek_ticks: int
+    """Where to seek to: the first wanted time. (Not the key frame's time in the index: that is when it
+    is decoded, and a seek to before its presentation goes one key frame too far back.)"""
     shown: dict[int, int] = field(default_factory=dict)
     """Wanted tick -> presentation time of the frame on screen then."""
     packets: list[Packet] | None = None
@@ -61,12 +62,10 @@ def planned_frames(
         ticks = [tick for tick in pending if tick >= key]
         if not ticks:
             raise PlanError("wanted before the first key frame")
-        group, early = _look_up(container, stream, key, ticks)
+        group, early = _look_up(container, stream, ticks)
         del pending[len(pending) - len(ticks) :]
         if early:  # on screen before this group's key frame is: they belong to the group before
-            if _key_before(stream, key - 1) >= key:
-                raise PlanError("frames before the first key frame")
-            group_before, left = _look_up(container, stream, _key_before(stream, key - 1), early)
+            group_before, left = _look_up(container, stream, early)
             if left:
                 raise PlanError("key frames are not in order of presentation")
             yield from _decode(container, stream, group_before)
@@ -84,14 +83,12 @@ def _key_before(stream: VideoStream, tick: int) -> int:
     return entries[place].timestamp
 
 
-def _look_up(
-    container: InputContainer, stream: VideoStream, key: int, ticks: list[int]
-) -> tuple[Group, list[int]]:
-    """The group that starts at `key` for its ticks, and the ticks that are before it on screen."""
-    group, held, keep = Group(key), 0, True
+def _look_up(container: InputContainer, stream: VideoStream, ticks: list[int]) -> tuple[Group, list[int]]:
+    """The group of the first tick, up to the last one; and the ticks that are before it on screen."""
+    group, held, keep = Group(ticks[0]), 0, True
     packets: list[Packet] = []
     times: list[int] = []
-    for packet in _packets_from(container, stream, key):
+    for packet in _packets_from(container, stream, ticks[0]):
         if packet.pts is None:
             raise PlanError("packets without times")
         if not times and not packet.is_keyframe:
@@ -115,8 +112,8 @@ def _look_up(
 _NEVER = 1 << 62
 
 
-def _packets_from(container: InputContainer, stream: VideoStream, key: int) -> Iterator[Packet]:
-    container.seek(key, stream=stream, backward=True, any_frame=False)
+def _packets_from(container: InputContainer, stream: VideoStream, ticks: int) -> Iterator[Packet]:
+    container.seek(ticks, stream=stream, backward=True, any_frame=False)
     for packet in container.demux(stream):
         if packet.size:
             yield packet
@@ -130,7 +127,7 @@ def _decode(container: InputContainer, stream: VideoStream, group: Group) -> Ite
     skips = context.codec.name in SKIPPABLE
     targets = set(group.shown.values())
     frames: dict[int, VideoFrame] = {}
-    packets = group.packets or _packets_from(container, stream, group.key_ticks)
+    packets = group.packets or _packets_from(container, stream, group.seek_ticks)
     context.flush_buffers()
     for _, packet in zip(range(group.num_packets), packets, strict=False):
         if skips:
