@@ -94,6 +94,46 @@ def build_index(
 
 
 @app.command()
+def search(
+    memory: Annotated[str | None, typer.Argument(help="Folder that `vimi-data build-index` made.")] = None,
+    text: Annotated[str | None, typer.Argument(help="Words to look for.")] = None,
+    image: Annotated[str | None, typer.Option(help="A picture to look for.")] = None,
+    retriever: Retriever = None,
+    against: Annotated[str | None, typer.Option(help="clip, hybrid: document, image or text.")] = None,
+    k: Annotated[int | None, typer.Option("-k", help="How many documents.")] = None,
+    out: Annotated[str | None, typer.Option("--out", "-o", help="Folder for the page of pictures.")] = None,
+    config: ConfigPath = None,
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Look into a memory by words, a picture or both: a table here, pictures in a page."""
+    options = {"memory": memory, "text": text, "image": image, "out": out}
+    chosen = {"retriever": retriever or "hybrid", "k": k or 12, "against": against}
+    if config is None or retriever or k or against:
+        options |= {f"retrieve.{name}": value for name, value in chosen.items()}
+    job, loaded = resolve("pipeline.search", "SearchConfig", config, overrides, options)
+    job.check(loaded)
+    if dry_run:
+        print(loaded.to_yaml().rstrip())
+        return
+    job.run(loaded)
+
+
+@app.command()
+def plan(
+    documents: Annotated[int | None, typer.Option(help="Documents of the memory.")] = None,
+    nodes: Annotated[int | None, typer.Option(help="Machines.")] = None,
+    gpus: Annotated[int | None, typer.Option(help="GPUs of each machine.")] = None,
+    config: ConfigPath = None,
+    overrides: Overrides = None,
+) -> None:
+    """Estimate what a memory costs: hours, disk, memory, wall time; every number with its source."""
+    options = {"documents": documents, "nodes": nodes, "gpus_per_node": gpus}
+    job, loaded = resolve("pipeline.estimate", "PlanConfig", config, overrides, options)
+    job.run(loaded)
+
+
+@app.command()
 def augment(
     clips: Annotated[list[str] | None, typer.Argument(help="Folders that `vimi-data crawl` made.")] = None,
     memory: Annotated[str | None, typer.Option(help="Folder that `vimi-data build-index` made.")] = None,

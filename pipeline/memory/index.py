@@ -26,6 +26,9 @@ from pipeline.memory.recall import (
 from pipeline.memory.store import EMBEDDINGS, sorted_columns, stream_vectors
 from pipeline.memory.vectors import Setting, vector_search
 
+FLAT_QUERIES = 50
+"""A scan is exact by construction; so many queries check that it is one."""
+
 
 class IndexConfig(Config):
     """What the vector indexes must reach, and what they may cost."""
@@ -85,7 +88,7 @@ def build_vector_index(
         started_s = time.monotonic()
         make_index(table, column, first)
         build_s = time.monotonic() - started_s
-        samples = _samples(table, column, config, seed=seed * 97 + number)
+        samples = _samples(table, column, config, first, seed=seed * 97 + number)
         settings = _ladder(first)
         setting, tuned = _tune(table, column, config, settings, samples.tuning)
         if best is None or tuned > best[0]:
@@ -110,7 +113,7 @@ def verify_vector_index(
     table: Any, column: str, config: IndexConfig, setting: Setting, *, seed: int = 0
 ) -> dict[str, Any] | None:
     """Hold an index that is there to the declared recall; None if it falls short."""
-    samples = _samples(table, column, config, seed=seed * 97 + 89)
+    samples = _samples(table, column, config, setting, seed=seed * 97 + 89)
     verified = {q: _verify(table, column, config, setting, e) for q, e in samples.held_out.items()}
     if min(v["recall_lower_95"] for v in verified.values()) < config.recall:
         return None
@@ -158,12 +161,14 @@ def _ladder(base: Setting) -> list[Setting]:
     return [Setting(base.kind, base.num_bits, n, r, e) for n, r, e in dials]
 
 
-def _samples(table: Any, column: str, config: IndexConfig, *, seed: int) -> Samples:
+def _samples(table: Any, column: str, config: IndexConfig, setting: Setting, *, seed: int) -> Samples:
     """Two disjoint samples of documents; their text vectors (a caption asks) and this column's own."""
     ids = sorted_columns(table, ["doc_id"])["doc_id"].to_pylist()
     order = np.random.default_rng(seed).permutation(len(ids))
-    tuning = min(config.num_tuning_queries, len(ids) // 4 or 1)
-    chosen = [ids[i] for i in order[: tuning + config.num_queries]]
+    tuning = 10 if setting.kind == "flat" else config.num_tuning_queries
+    tuning = min(tuning, len(ids) // 4 or 1)
+    held_out = min(config.num_queries, FLAT_QUERIES) if setting.kind == "flat" else config.num_queries
+    chosen = [ids[i] for i in order[: tuning + held_out]]
     parts = {"tuning": chosen[:tuning], "held_out": chosen[tuning:] or chosen}
     asked = list(dict.fromkeys(["text_embedding", column]))
     exact: dict[str, dict[str, Exact]] = {"tuning": {}, "held_out": {}}

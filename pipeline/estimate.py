@@ -1,0 +1,182 @@
+"""`vimi-data plan`: what a memory of N documents costs on M nodes, from measured points and fitted laws.
+
+Every number says where it comes from, and all of them are estimates. A law is a power of the number of
+documents, `cost = a N^p`, fitted to runs of growing size (least squares on logarithms); beyond the largest
+run it is an extrapolation, at least linear, and is called one.
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from infra.config import Config
+from infra.errors import ConfigError
+from infra.progress import span
+from pipeline.memory.vectors import Setting
+
+STORED = Path(__file__).with_name("estimate_profile.json")
+COLUMNS = 3  # image, text and document vectors
+
+
+class PlanConfig(Config):
+    """How large, and on what."""
+
+    documents: int = Field(default=500_000_000, ge=1)
+    """Documents of the memory. Default: the paper's 500M image-text pairs."""
+    nodes: int = Field(default=1, ge=1)
+    """Machines."""
+    cpus_per_node: int = Field(default=64, ge=1)
+    """CPU cores of each."""
+    gpus_per_node: int = Field(default=0, ge=0)
+    """GPUs of each; 0 = embed on CPUs."""
+    gpu_documents_per_s: float = Field(default=1500.0, gt=0)
+    """Documents a second and GPU. Default: clip-retrieval's published rate for ViT-B/32 on an RTX 3080;
+    measure yours."""
+    dim: int = Field(default=512, ge=1)
+    """Width of the embeddings (ViT-B-32: 512)."""
+    image_bytes: int = Field(default=25_000, ge=0)
+    """Mean size of a document's JPEG, bytes (384 px at quality 90: 15 to 40 kB)."""
+    profile: str | None = None
+    """JSON of measurements (`tests/bench/bench_index.py --profile`); None = the stored one."""
+
+
+@dataclass(frozen=True)
+class Law:
+    """`cost = a N^p`, and the runs that it was fitted to."""
+
+    a: float
+    p: float
+    smallest: int
+    largest: int
+
+    def __call__(self, count: float) -> float:
+        fitted = self.a * count**self.p
+        if count <= self.largest:
+            return fitted
+        # Small runs are mostly fixed costs; beyond the largest run every document costs its share.
+        return max(fitted, self.a * self.largest**self.p * count / self.largest)
+
+    def source(self, count: int) -> str:
+        beyond = f", extrapolated {count / self.largest:,.0f}x, at least linearly"
+        reach = beyond if count > self.largest else ""
+        return f"{self.a:.3g} N^{self.p:.2f}, fitted to {self.smallest:,} to {self.largest:,} rows{reach}"
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of the plan."""
+
+    what: str
+    value: str
+    source: str
+
+
+def fit_law(points: Sequence[tuple[int, float]]) -> Law:
+    """Least squares of log cost on log N; one point gives a law of power 1.
+
+    Raises:
+        ValueError: no usable point.
+    """
+    usable = [(math.log(n), math.log(cost)) for n, cost in points if n > 0 and cost > 0]
+    if not usable:
+        raise ValueError("no measured point to fit a law to")
+    mean_x = sum(x for x, _ in usable) / len(usable)
+    mean_y = sum(y for _, y in usable) / len(usable)
+    spread = sum((x - mean_x) ** 2 for x, _ in usable)
+    power = sum((x - mean_x) * (y - mean_y) for x, y in usable) / spread if spread else 1.0
+    sizes = [n for n, cost in points if cost > 0]
+    return Law(math.exp(mean_y - power * mean_x), power, min(sizes), max(sizes))
+
+
+def check(config: PlanConfig) -> str:
+    """The plan's first words; refuses an unreadable profile."""
+    load_profile(config.profile)
+    return f"{config.documents:,} documents on {config.nodes:,} nodes"
+
+
+def run(config: PlanConfig) -> list[Line]:
+    """Print the plan and return its lines."""
+    lines = plan(config)
+    wide, narrow = max(len(line.what) for line in lines), max(len(line.value) for line in lines)
+    print(f"ESTIMATE: a memory of {config.documents:,} documents on {config.nodes:,} nodes")
+    for line in lines:
+        print(f"  {line.what:<{wide}}  {line.value:>{narrow}}  {line.source}")
+    return lines
+
+
+def plan(config: PlanConfig) -> list[Line]:
+    """Work, room and time, each with its source."""
+    profile = load_profile(config.profile)
+    count, machine = config.documents, profile["machine"]
+    where = f"measured on {machine['cpus']} CPUs ({machine['processor']})"
+    lines, embed_s = _embedding(config, profile, where)
+    vector_law = fit_law([(r["rows"], r["vector_index_s"]) for r in profile["index"]])
+    text_law = fit_law([(r["rows"], r["text_index_s"]) for r in profile["index"]])
+    write_law = fit_law([(r["rows"], r["write_s"]) for r in profile["index"]])
+    scale = config.dim / machine["dim"]
+    vector_s, text_s = COLUMNS * scale * vector_law(count), text_law(count)
+    write_s = COLUMNS * scale * write_law(count)
+    rq = Setting("rq", num_bits=1)
+    vectors_bytes, index_bytes = COLUMNS * 2 * config.dim * count, COLUMNS * rq.bytes_of(count, config.dim)
+    on_one = "one machine, as measured"
+    lines += [
+        Line("write vectors", span(write_s), f"{write_law.source(count)}; {on_one}"),
+        Line("vector indexes (IVF_RQ)", span(vector_s), f"{vector_law.source(count)}; {on_one}"),
+        Line("BM25 index", span(text_s), f"{text_law.source(count)}; {on_one}"),
+        Line(
+            "pictures on disk",
+            _bytes(config.image_bytes * count),
+            f"{config.image_bytes:,} bytes each (config)",
+        ),
+        Line("vectors on disk", _bytes(vectors_bytes), f"{COLUMNS} x {config.dim} x float16 (schema)"),
+        Line("index in memory", _bytes(index_bytes), f"{COLUMNS} x (dim/8 + 20) bytes each (1-bit IVF_RQ)"),
+        Line("wall time", span(embed_s + write_s + vector_s + text_s), "sum of the above; no faults"),
+    ]
+    return lines
+
+
+def _embedding(config: PlanConfig, profile: dict[str, Any], where: str) -> tuple[list[Line], float]:
+    cpu_s = profile["embed"]["cpu_s_per_document"] * config.documents
+    what = profile["embed"]["what"]
+    if config.gpus_per_node:
+        gpus = config.nodes * config.gpus_per_node
+        gpu_s = config.documents / config.gpu_documents_per_s
+        source = f"{config.gpu_documents_per_s:,.0f} documents/s and GPU (published, not measured)"
+        work = Line("embed, GPU hours", f"{gpu_s / 3600:,.0f}", source)
+        return [work, Line("embed, wall", span(gpu_s / gpus), f"on {gpus:,} GPUs, evenly spread")], gpu_s / gpus
+    cpus = config.nodes * config.cpus_per_node
+    work = Line("embed, CPU hours", f"{cpu_s / 3600:,.0f}", f"{what}, {where}; linear")
+    return [work, Line("embed, wall", span(cpu_s / cpus), f"on {cpus:,} CPUs, evenly spread")], cpu_s / cpus
+
+
+def load_profile(place: str | None) -> dict[str, Any]:
+    """A profile's measurements; parts that it lacks come from the stored one.
+
+    Raises:
+        ConfigError: unreadable, or not a profile.
+    """
+    stored = json.loads(STORED.read_text(encoding="utf-8"))
+    if place is None:
+        return stored
+    try:
+        own = json.loads(Path(place).read_text(encoding="utf-8"))
+        points = [(r["rows"], r["vector_index_s"], r["text_index_s"], r["write_s"]) for r in own["index"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"profile {place} can't be used: {type(error).__name__} {error}",
+            cure="make one with tests/bench/bench_index.py --profile",
+        ) from None
+    return {**stored, **own} if points else stored
+
+
+def _bytes(count: float) -> str:
+    for unit in ("bytes", "kB", "MB", "GB", "TB"):
+        if count < 1000:
+            return f"{count:,.0f} {unit}" if unit == "bytes" else f"{count:,.1f} {unit}"
+        count /= 1000
+    return f"{count:,.1f} PB"
