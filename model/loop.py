@@ -41,6 +41,10 @@ from model.step import draw, losses
 from model.telemetry import Stopwatch
 
 
+class NonFiniteError(TrainingError):
+    """A non-finite gradient: known on all ranks at the same step, and the same on every further try."""
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What a step came to; `loss` is this rank's mean, a tensor so that nothing waits for it."""
@@ -214,7 +218,7 @@ class Training:
             found = [bad]
         places = sorted(p for part in found for p in part)[:8]
         names = [self.loader.read(p).prompt_id for p in places]
-        raise TrainingError(
+        raise NonFiniteError(
             f"step at {self.position:,} samples: gradient norm is {norm}; "
             f"samples with a non-finite loss: {', '.join(names) or 'none'}"
         )

@@ -120,6 +120,8 @@ def plain_name(name: str) -> str:
 
 def pick_device() -> torch.device:
     """This rank's GPU where there is one, else the CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    return torch.device("cpu")
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    torch.cuda.set_device(device)  # NCCL and pinned copies use the current one
+    return device

@@ -82,7 +82,7 @@ def fit(config: StageConfig, *, num_groups: int) -> None:
 def train(words: dict[str, Any]) -> None:
     """The loop of one worker."""
     from infra.telemetry import RunMetrics
-    from model.loop import Training
+    from model.loop import NonFiniteError, Training
     from model.report import Reporter
     from model.validate import Validation
 
@@ -106,7 +106,7 @@ def train(words: dict[str, Any]) -> None:
                 training.save(reporter.last)
         announce(training.writer.wait(), reporter.last)
         reporter.finish()
-    except TrainingError as error:  # known on all ranks: another try would end the same
+    except NonFiniteError as error:  # on all ranks alike: another try would end the same
         if training.rank == 0:
             write_json(join(config.out, "failure.json"), {"error": str(error)})
     finally:
