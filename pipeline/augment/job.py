@@ -29,7 +29,9 @@ from infra.storage import (
     write_certificate,
 )
 from pipeline.augment.config import AugmentConfig
-from pipeline.augment.worker import AugmentWorker
+from pipeline.augment.workbench import clip_config
+from pipeline.augment.worker import AugmentWorker, good_rows, has_caption
+from pipeline.embed.worker import row_doc_id
 from pipeline.exclusion import read_exclusion
 from pipeline.job import Receipts, Unit, run_units
 from pipeline.memory import Memory, open_memory
@@ -38,6 +40,7 @@ from pipeline.schema import REJECTED, Status, content_id
 from pipeline.shards import REJECTED_FILE, write_meta, write_shard
 
 JOB = "augment"
+LOOKED_AT = 256  # rows of each table that tell whether its clips are documents of the memory
 PLACES = {"clips", "memory", "clip", "max_failed_frac", "timeout_s", "memory_bytes"}
 """Fields that say where or how long, not what: the inputs' content hashes stand for the places in
 `config_hash`."""
@@ -70,7 +73,7 @@ def check(config: AugmentConfig) -> Inputs:
     memory = open_memory(config.memory, version=config.memory_version)
     if not memory.num_documents:
         raise ConfigError(f"the memory {config.memory} is empty", cure="build it from a corpus")
-    _check_clip(config, memory)
+    _check_clip(config, clips, memory)
     if not uses_arrays(config.retrieve, memory.num_documents):
         from pipeline.retrieve.lance import check_indexes
 
@@ -84,19 +87,43 @@ def check(config: AugmentConfig) -> Inputs:
     return Inputs(clips, memory, hashes)
 
 
-def _check_clip(config: AugmentConfig, memory: Memory) -> None:
-    if config.clip is None:
-        return
+def _check_clip(config: AugmentConfig, clips: list[tuple[str, Certificate]], memory: Memory) -> None:
     there = memory.certificate.facts.get("model", {}).get("name")
-    if there is not None and there != config.clip.name and not config.clip.name.endswith(".json"):
+    wanted = config.clip
+    is_file = wanted is not None and wanted.name.endswith(".json")  # its identity shows when it is loaded
+    if wanted is not None and there is not None and there != wanted.name and not is_file:
         raise ConfigError(
-            f"clip {config.clip.name!r}, but the memory {memory.uri} was embedded with {there!r}",
+            f"clip {wanted.name!r}, but the memory {memory.uri} was embedded with {there!r}",
             legal="the memory's own CLIP",
             cure="leave clip out, or build a memory with that CLIP",
         )
-    from infra.clip.load import check_clip
+    if wanted is not None or _needs_clip(config, clips, memory):
+        from infra.clip.load import check_clip
 
-    check_clip(config.clip)
+        try:
+            check_clip(clip_config(config, memory))
+        except ConfigError as error:
+            raise ConfigError(
+                f"some clips are not in the memory, so a CLIP is needed to guard them: {error}",
+                cure="set clip to where its weights lie; or, with retriever bm25, set vectors to stored",
+            ) from None
+
+
+def _needs_clip(config: AugmentConfig, clips: list[tuple[str, Certificate]], memory: Memory) -> bool:
+    """Will a worker have to load the CLIP? Judged by the first rows of each table."""
+    if not config.retrieve.k or (config.vectors == "stored" and config.retrieve.retriever == "bm25"):
+        return False
+    if config.retrieve.retriever != "bm25" and config.retrieve.query_dropout_frac:
+        return True
+    for uri, certificate in clips:
+        part = next((f for f in certificate.files if f.path.startswith("part-") and f.rows), None)
+        if part is None:
+            continue
+        rows = good_rows(join(uri, part.path), 0, min(part.rows, LOOKED_AT))
+        ids = {row_doc_id(row) for row in rows if has_caption(row)}
+        if len(memory.rows(sorted(ids), ["doc_id"])) < len(ids):
+            return True
+    return False
 
 
 def run(config: AugmentConfig) -> Certificate:

@@ -69,7 +69,7 @@ class Workbench:
         reasons = excluded(rows, self.config.guard, self.exclusion)
         kept = [row for row, reason in zip(rows, reasons, strict=True) if reason is None]
         left_out = [
-            _rejected(row, Status.FILTERED_EVAL_SPLIT, reason)
+            rejected(row, Status.FILTERED_EVAL_SPLIT, reason)
             for row, reason in zip(rows, reasons, strict=True)
             if reason is not None
         ]
@@ -84,7 +84,7 @@ class Workbench:
                 kept.append(row)
                 targets.append(made)
             else:
-                failed.append(_rejected(row, *made))
+                failed.append(rejected(row, *made))
         return kept, targets, failed
 
     def _target(self, row: Row) -> Target | tuple[Status, str]:
@@ -166,5 +166,6 @@ def clip_picture_vector(row: Row, clip: Clip) -> np.ndarray | None:
     return frame_mean(clip.encode_pixels(picture.pixels), [len(picture.pixels)])[0]
 
 
-def _rejected(row: Row, status: Status, error: str | None) -> list[str | None]:
+def rejected(row: Row, status: Status, error: str | None) -> list[str | None]:
+    """A row of `schema.REJECTED`."""
     return [row["clip_id"], row["source_uri"], status.value, error]

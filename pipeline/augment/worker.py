@@ -10,7 +10,7 @@ from infra.storage import join
 from pipeline.augment.config import AugmentConfig
 from pipeline.augment.match import Match
 from pipeline.augment.target import Row, Target
-from pipeline.augment.workbench import Workbench, workbench
+from pipeline.augment.workbench import Workbench, rejected, workbench
 from pipeline.embed.units import read_slice
 from pipeline.job import Receipt
 from pipeline.schema import CLIPS, PROMPTS, Role, Status, Task, prompt_id
@@ -38,8 +38,10 @@ class AugmentWorker:
 
     def __call__(self, payload: dict[str, Any]) -> Receipt:
         bench = workbench(self.config.model_dump_json())
-        rows = [row for piece in payload["pieces"] for row in _good_rows(*piece)]
-        rows, left_out = bench.without_excluded(rows)
+        rows = [row for piece in payload["pieces"] for row in good_rows(*piece)]
+        silent = [row for row in rows if not has_caption(row)]
+        rows, left_out = bench.without_excluded([row for row in rows if has_caption(row)])
+        left_out += [rejected(row, Status.FILTERED_NO_CAPTION, "no caption") for row in silent]
         rows, targets, failed = bench.with_targets(rows)
         matches = bench.match(rows, targets)
         pictures = bench.pictures(matches)
@@ -52,14 +54,14 @@ class AugmentWorker:
             place = join(self.config.out, shard_name(payload["number"]))
             entry = write_shard(place, prompts, PROMPTS, row_group_rows=self.config.row_group_rows)
             file = entry.model_dump()
-        rejected = [*left_out, *failed]
+        lost = [*left_out, *failed]
         return {
             "file": file,
-            "num_in": len(rows) + len(rejected),
-            "rejected": rejected,
+            "num_in": len(rows) + len(lost),
+            "rejected": lost,
             "refused": dict(sum((Counter(match.refused) for match in matches), Counter())),
             "documents": dict(Counter(str(len(match.docs)) for match in matches)),
-            "notes": dict(Counter(reason for _, _, reason, _ in rejected)),
+            "notes": dict(Counter(reason for _, _, reason, _ in lost)),
         }
 
     def _prompt(
@@ -107,6 +109,11 @@ class AugmentWorker:
         return found
 
 
-def _good_rows(uri: str, start: int, rows: int) -> list[Row]:
+def good_rows(uri: str, start: int, rows: int) -> list[Row]:
+    """The usable ones of rows [start, start + rows) of a part."""
     table = read_slice(uri, start, rows, CLIPS.names)
     return [row for row in table.to_pylist() if row["status"] == Status.OK]
+
+
+def has_caption(row: Row) -> bool:
+    return bool((row["caption"] or "").strip())

@@ -195,15 +195,17 @@ def test_pictures_are_targets_of_one_frame_at_infinite_rate(
     broken = row | {"clip_id": "broken", "local_uri": str(tmp_path / "absent.png"), "source_sha256": "d" * 64}
     (tmp_path / "torn.png").write_bytes((tmp_path / "a.png").read_bytes()[:60])
     torn = row | {"clip_id": "torn", "local_uri": str(tmp_path / "torn.png"), "source_sha256": "e" * 64}
-    clips = world.write_clips(tmp_path / "clips", [row, broken, torn])
+    silent = row | {"clip_id": "silent", "caption": None, "source_sha256": "f" * 64}
+    clips = world.write_clips(tmp_path / "clips", [row, broken, torn, silent])
     more = {"clips": clips, "vectors": "stored", "max_failed_frac": 0.9}
     certificate = run(config(world, tmp_path / "out", **more))
     assert certificate.dead == {"not_found": 1, "undecodable": 1}
+    assert certificate.filtered == {"filtered_no_caption": 1}
     (made,) = read(tmp_path / "out")
     frames = np.frombuffer(made["target"]["data"], np.uint8).reshape(1, 36, 64, 3)
     assert made["target"]["fps"] == np.inf and (frames[0, 18, 32] == (200, 30, 90)).all()
     assert made["segments"][0]["document"]["clip_similarity"] is None  # no vector was wanted
-    with pytest.raises(TooManyFailuresError, match="2 of 3 clips could not become prompts"):
+    with pytest.raises(TooManyFailuresError, match="2 of 4 clips could not become prompts"):
         run(config(world, tmp_path / "strict", clips=clips, vectors="stored"))
 
 
@@ -247,6 +249,10 @@ def test_the_door_refuses_in_one_line(world: Any, tmp_path: Path) -> None:
     refused(world, tmp_path, "embedded with 'offline'", clip={"name": "ViT-B-32"})
     refused(world, tmp_path, "no exclusion file", guard={"exclude": str(tmp_path / "absent.txt")})
     refused(world, tmp_path, "memory version 'x'", memory_version="x")
+    stranger = world.write_clips(tmp_path / "other", [world.rows[0] | {"caption": "in no memory"}])
+    lost = {"name": str(tmp_path / "lost.json"), "pretrained": "lost.pt"}
+    refused(world, tmp_path, "a CLIP is needed to guard them", clips=stranger, clip=lost)
+    check(config(world, tmp_path / "out", clips=stranger, vectors="stored"))
     empty = world.write_clips(tmp_path / "empty", [])
     refused(world, tmp_path, "no usable clip", clips=empty)
     with pytest.raises(ConfigError, match="retriever"):
