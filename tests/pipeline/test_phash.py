@@ -43,8 +43,4 @@ def test_flat_pictures_hash_to_zero():
 
 @given(st.integers(1, 70), st.integers(1, 70))
 def test_any_size_hashes(height, width):
-    assert (
-        0
-        <= phash64(np.arange(height * width * 3, dtype=np.uint8).reshape(height, width, 3))
-        < 2**64
-    )
+    assert 0 <= phash64(np.arange(height * width * 3, dtype=np.uint8).reshape(height, width, 3)) < 2**64
