@@ -30,6 +30,10 @@ FLAT_QUERIES = 50
 """A scan is exact by construction; so many queries check that it is one."""
 
 
+ATTEMPTS = 3
+"""Settings of one index that may be put to the test, each on a sample of its own, stronger each time."""
+
+
 class IndexConfig(Config):
     """What the vector indexes must reach, and what they may cost."""
 
@@ -88,24 +92,23 @@ def build_vector_index(
         started_s = time.monotonic()
         make_index(table, column, first)
         build_s = time.monotonic() - started_s
-        samples = _samples(table, column, config, first, seed=seed * 97 + number)
         settings = _ladder(first)
-        setting, tuned = _tune(table, column, config, settings, samples.tuning)
-        if best is None or tuned > best[0]:
-            best = (tuned, setting)
-        if tuned < config.recall:
-            continue
-        verified = {
-            query: _verify(table, column, config, setting, exact) for query, exact in samples.held_out.items()
-        }
-        lowest = min(v["recall_lower_95"] for v in verified.values())
-        best = max(best, (lowest, setting), key=lambda b: b[0])
-        if lowest < config.recall:
-            continue
-        return _facts(setting, config, verified), {
-            "build_s": build_s,
-            "index_bytes": float(_size(table, column)),
-        }
+        for attempt in range(ATTEMPTS):
+            samples = _samples(table, column, config, first, seed=(seed * 97 + number) * ATTEMPTS + attempt)
+            setting, tuned = _tune(table, column, config, settings, samples.tuning)
+            best = max(best or (tuned, setting), (tuned, setting), key=lambda found: found[0])
+            if tuned < config.recall:
+                break
+            verified = {
+                query: _verify(table, column, config, setting, exact)
+                for query, exact in samples.held_out.items()
+            }
+            if min(v["recall_lower_95"] for v in verified.values()) >= config.recall:
+                measured = {"build_s": build_s, "index_bytes": float(_size(table, column))}
+                return _facts(setting, config, verified), measured
+            settings = settings[settings.index(setting) + 1 :]
+            if not settings:
+                break
     raise DataError(_shortfall(column, config, best, rows, dim, budget))
 
 

@@ -235,7 +235,7 @@ def test_a_recall_that_is_not_met_fails_the_build_and_says_what_would(tmp_path: 
     table = create_table(str(tmp_path), 32)
     upsert(table, documents(3000, dim=32))
     strict = IndexConfig(kind="rq", columns=("image_embedding",), num_queries=40, recall=0.99)
-    with pytest.raises(DataError, match=r"would meet it: .*num_queries of at least 268"):
+    with pytest.raises(DataError, match=r"would meet it: .*num_queries of at least 449"):
         build_vector_index(table, "image_embedding", strict)
     tight = IndexConfig(kind="hnsw", columns=("image_embedding",), max_index_bytes=1000)
     with pytest.raises(DataError, match="max_index_bytes of at least"):
