@@ -43,7 +43,7 @@ def hamming(a: int, b: int) -> int:
 
 @lru_cache(maxsize=1)
 def mirror_mask() -> int:
-    """`phash ^ mirror_mask()` is about the hash of the picture mirrored left to right.
+    """XOR a hash with this to get about the hash of the picture mirrored left to right.
 
     Mirroring changes the sign of the odd horizontal frequencies. Exact where the median coefficient is
     0; else the few coefficients that are smaller than the median keep the wrong bit.
