@@ -49,6 +49,9 @@ class AugmentConfig(Config):
     ray: RayConfig = RayConfig()
     num_workers: int | None = Field(default=None, ge=1)
     """Workers at once; None = as many as the CPUs allow."""
+    in_process_rows: int = Field(default=2000, ge=0)
+    """With `num_workers` None, a job of at most so many clips that decodes nothing (`reference` targets)
+    and needs no CLIP runs without Ray, whose start would take longer. The bytes are the same. Ours."""
 
     @field_validator("clips", mode="before")
     @classmethod

@@ -8,7 +8,6 @@ rejected, meta, certificate last
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -17,7 +16,8 @@ import pyarrow as pa
 from infra.claim import open_job
 from infra.cluster import ray_session
 from infra.config import canonical_json
-from infra.errors import ConfigError, TooManyFailuresError
+from infra.errors import TooManyFailuresError
+from infra.progress import Progress
 from infra.storage import (
     Certificate,
     FileEntry,
@@ -25,105 +25,19 @@ from infra.storage import (
     delete,
     join,
     list_files,
-    require_certificate,
     write_certificate,
 )
 from pipeline.augment.config import AugmentConfig
-from pipeline.augment.workbench import clip_config
-from pipeline.augment.worker import AugmentWorker, good_rows, has_caption
-from pipeline.embed.worker import row_doc_id
-from pipeline.exclusion import read_exclusion
-from pipeline.job import Receipts, Unit, run_units
-from pipeline.memory import Memory, open_memory
-from pipeline.retrieve.join import uses_arrays
-from pipeline.schema import REJECTED, Status, content_id
+from pipeline.augment.door import Inputs, check, needs_clip
+from pipeline.augment.worker import AugmentWorker
+from pipeline.job import JournalWriter, Receipts, Unit, run_units
+from pipeline.schema import REJECTED, Status, TargetKind, content_id
 from pipeline.shards import REJECTED_FILE, write_meta, write_shard
 
 JOB = "augment"
-LOOKED_AT = 256  # rows of each table that tell whether its clips are documents of the memory
-PLACES = {"clips", "memory", "clip", "max_failed_frac", "timeout_s", "memory_bytes"}
+PLACES = {"clips", "memory", "clip", "max_failed_frac", "timeout_s", "memory_bytes", "in_process_rows"}
 """Fields that say where or how long, not what: the inputs' content hashes stand for the places in
 `config_hash`."""
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """What the door found: certified inputs."""
-
-    clips: list[tuple[str, Certificate]]
-    memory: Memory
-    hashes: dict[str, str]
-
-
-def check(config: AugmentConfig) -> Inputs:
-    """Refuse what can be refused before Ray starts.
-
-    Raises:
-        ConfigError: an input that is missing, foreign, empty or built with another CLIP.
-    """
-    clips = []
-    for uri in config.clips:
-        certificate = require_certificate(uri, job="crawl", made_by="vimi-data crawl")
-        clips.append((absolute(uri), certificate))
-    if not sum(certificate.num_out for _, certificate in clips):
-        raise ConfigError(
-            f"no usable clip in {', '.join(config.clips)}",
-            cure="look at the reasons in the certificate, mend the corpus, crawl again",
-        )
-    memory = open_memory(config.memory, version=config.memory_version)
-    if not memory.num_documents:
-        raise ConfigError(f"the memory {config.memory} is empty", cure="build it from a corpus")
-    _check_clip(config, clips, memory)
-    if not uses_arrays(config.retrieve, memory.num_documents):
-        from pipeline.retrieve.lance import check_indexes
-
-        check_indexes(memory, config.retrieve)
-    hashes = {f"clips-{n}": certificate.content_hash() for n, (_, certificate) in enumerate(clips)}
-    hashes["memory"] = content_id(memory.version, memory.model_hash)
-    if config.guard.exclude is not None:
-        listed = read_exclusion(absolute(config.guard.exclude), source_pattern=config.guard.source_pattern)
-        groups = (listed.ids, listed.hashes, listed.sources, listed.phashes)
-        hashes["exclude"] = content_id(*(str(sorted(group)) for group in groups))
-    return Inputs(clips, memory, hashes)
-
-
-def _check_clip(config: AugmentConfig, clips: list[tuple[str, Certificate]], memory: Memory) -> None:
-    there = memory.certificate.facts.get("model", {}).get("name")
-    wanted = config.clip
-    is_file = wanted is not None and wanted.name.endswith(".json")  # its identity shows when it is loaded
-    if wanted is not None and there is not None and there != wanted.name and not is_file:
-        raise ConfigError(
-            f"clip {wanted.name!r}, but the memory {memory.uri} was embedded with {there!r}",
-            legal="the memory's own CLIP",
-            cure="leave clip out, or build a memory with that CLIP",
-        )
-    if wanted is not None or _needs_clip(config, clips, memory):
-        from infra.clip.load import check_clip
-
-        try:
-            check_clip(clip_config(config, memory))
-        except ConfigError as error:
-            raise ConfigError(
-                f"some clips are not in the memory, so a CLIP is needed to guard them: {error}",
-                cure="set clip to where its weights lie; or, with retriever bm25, set vectors to stored",
-            ) from None
-
-
-def _needs_clip(config: AugmentConfig, clips: list[tuple[str, Certificate]], memory: Memory) -> bool:
-    """Will a worker have to load the CLIP? Judged by the first rows of each table."""
-    if not config.retrieve.k or (config.vectors == "stored" and config.retrieve.retriever == "bm25"):
-        return False
-    if config.retrieve.retriever != "bm25" and config.retrieve.query_dropout_frac:
-        return True
-    for uri, certificate in clips:
-        part = next((f for f in certificate.files if f.path.startswith("part-") and f.rows), None)
-        if part is None:
-            continue
-        rows = good_rows(join(uri, part.path), 0, min(part.rows, LOOKED_AT))
-        ids = {row_doc_id(row) for row in rows if has_caption(row)}
-        if len(memory.rows(sorted(ids), ["doc_id"])) < len(ids):
-            return True
-    return False
 
 
 def run(config: AugmentConfig) -> Certificate:
@@ -141,15 +55,19 @@ def run(config: AugmentConfig) -> Certificate:
         return done
     config_hash = hash_of(config, inputs)
     units = list(make_units(config, inputs))
-    with ray_session(config.ray):
-        receipts = run_units(
-            config.out,
-            units,
-            partial(AugmentWorker, config, config_hash),
-            what="augment",
-            total=len(units),
-            num_workers=config.num_workers,
-        )
+    make_worker = partial(AugmentWorker, config, config_hash)
+    if is_small(config, inputs):
+        receipts = run_here(config.out, units, make_worker())
+    else:
+        with ray_session(config.ray):
+            receipts = run_units(
+                config.out,
+                units,
+                make_worker,
+                what="augment",
+                total=len(units),
+                num_workers=config.num_workers,
+            )
     certificate = _finish(config, config_hash, inputs, units, receipts)
     certificate = certificate.model_copy(
         update={"created_at_s": time.time(), "wall_s": time.monotonic() - started_s}
@@ -157,6 +75,33 @@ def run(config: AugmentConfig) -> Certificate:
     write_certificate(config.out, certificate)
     receipts.clear()
     return certificate
+
+
+def is_small(config: AugmentConfig, inputs: Inputs) -> bool:
+    """Would starting Ray take longer than the job? Only where nothing is decoded and no CLIP is loaded."""
+    rows = sum(certificate.num_out for _, certificate in inputs.clips)
+    return (
+        config.num_workers is None
+        and rows <= config.in_process_rows
+        and config.target.kind == TargetKind.REFERENCE
+        and not needs_clip(config, inputs.clips, inputs.memory)
+    )
+
+
+def run_here(out: str, units: list[Unit], worker: AugmentWorker) -> Receipts:
+    """Run the units in this process, with the same journal and the same bytes as Ray's workers."""
+    receipts = Receipts(out)
+    journal = JournalWriter(receipts.folder, "here")
+    progress = Progress("augment", len(units), unit="units")
+    for unit in units:
+        if unit.id not in receipts:
+            receipt = worker(unit.payload)
+            journal.append(unit.id, receipt)
+            progress.add(1, receipt["notes"])
+    journal.close()
+    progress.close()
+    receipts.refresh()
+    return receipts
 
 
 def with_absolute_paths(config: AugmentConfig) -> AugmentConfig:

@@ -13,6 +13,7 @@ from PIL import Image
 from infra.errors import ConfigError, TooManyFailuresError
 from infra.storage import Certificate, list_files
 from pipeline.augment import AugmentConfig, TargetConfig, check, run
+from pipeline.augment.job import is_small
 from pipeline.augment.target import covering_size, frame_times
 from pipeline.embed.worker import row_doc_id
 from pipeline.schema import CLIPS, PROMPTS, check_table
@@ -207,6 +208,15 @@ def test_pictures_are_targets_of_one_frame_at_infinite_rate(
     assert made["segments"][0]["document"]["clip_similarity"] is None  # no vector was wanted
     with pytest.raises(TooManyFailuresError, match="2 of 4 clips could not become prompts"):
         run(config(world, tmp_path / "strict", clips=clips, vectors="stored"))
+
+
+def test_a_small_job_without_ray_gives_the_same_bytes(world: Any, ray_cluster: None, tmp_path: Path) -> None:
+    more = {"target": {"kind": "reference"}, "retrieve": {"retriever": "hybrid"}}
+    for name, workers in (("here", None), ("ray", 2)):
+        settings = config(world, tmp_path / name, num_workers=workers, **more)
+        assert is_small(settings, check(settings)) == (workers is None)
+        run(settings)
+    assert contents(tmp_path / "here") == contents(tmp_path / "ray")
 
 
 @pytest.mark.parametrize("kind", ["video", "reference"])
