@@ -28,7 +28,7 @@ def stage1(
 ) -> None:
     """Pretrain on retrieval-augmented prompts; the same command resumes, exactly."""
     execute(
-        "model.train",
+        "model.training.train",
         "Stage1Config",
         path=config,
         overrides=overrides,
@@ -52,7 +52,7 @@ def stage2(
     """Finetune a stage-1 run on the three instruction tasks."""
     named = {"prompts": prompts, "out": out, "start_from": start, "preset": preset, "num_workers": workers}
     execute(
-        "model.train",
+        "model.training.train",
         "Stage2Config",
         path=config,
         overrides=overrides,
@@ -80,7 +80,7 @@ def sample(
 ) -> None:
     """Sample videos: an mp4 and a contact sheet each; the same command makes the same bytes."""
     execute(
-        "model.generate",
+        "model.sampling.generate",
         "SampleConfig",
         path=config,
         overrides=overrides,
@@ -112,7 +112,7 @@ def export(
 ) -> None:
     """Write a checkpoint as safetensors in a diffusers-style folder; read back without difference."""
     execute(
-        "model.export",
+        "model.sampling.export",
         "ExportConfig",
         path=config,
         overrides=overrides,
@@ -129,8 +129,8 @@ def describe(
 ) -> None:
     """Parameters, tokens, FLOPs by part and memory of a generator, without building it."""
     from infra.errors import ConfigError
-    from model.describe import describe as measure
-    from model.describe import render
+    from model.cost.describe import describe as measure
+    from model.cost.describe import render
 
     try:
         print(render(measure(preset, batch=batch, prompt_tokens=prompt_tokens)))

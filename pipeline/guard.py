@@ -19,7 +19,7 @@ import numpy as np
 from pydantic import Field, field_validator
 
 from infra.config import Config
-from pipeline.phash import NUM_BITS, mirror_mask
+from pipeline.phash import NUM_BITS, mirror_mask, phash64
 
 
 class Verdict(IntEnum):
@@ -89,6 +89,26 @@ class GuardedClip:
     end_s: float
     phashes: np.ndarray  # uint64 [m] of the clip's frames, 0 = none
     vector: np.ndarray | None  # float [d] unit picture embedding
+
+
+CROPS = ((1.0, 0.5, 0.5), (0.9, 0.5, 0.5), (0.8, 0.5, 0.5), (0.7, 0.5, 0.5)) + tuple(
+    (0.8, top, left) for top in (0.0, 1.0) for left in (0.0, 1.0)
+)
+"""(share of each side kept, place from top, place from left) under which a frame is hashed. Ours."""
+
+
+def frame_hashes(frames: np.ndarray) -> tuple[int, ...]:
+    """Perceptual hashes of a clip's frames, whole and cropped: what copies of it may look like.
+
+    Args:
+        frames: uint8 `t h w 3`.
+    """
+    hashes = []
+    for keep, top, left in CROPS:
+        height, width = (max(1, round(side * keep)) for side in frames.shape[1:3])
+        y, x = round((frames.shape[1] - height) * top), round((frames.shape[2] - width) * left)
+        hashes += [phash64(frame) for frame in frames[:, y : y + height, x : x + width]]
+    return tuple(dict.fromkeys(hashes))
 
 
 def judge(

@@ -11,13 +11,16 @@ from pydantic import Field
 
 from infra.config import Config
 from infra.errors import DataError
+from pipeline.guard import frame_hashes
 from pipeline.media import open_media, read_media
-from pipeline.phash import phash64
 from pipeline.schema import Media, Status, TargetKind
 from pipeline.video import VideoError, clip_times, decode_frames
 
 Row = dict[str, Any]
 MAX_PIXELS = 100_000_000
+GUARD_FRAMES = 8
+"""Frames over the whole clip that the guard hashes, so that a trimmed or sped-up copy, which shows
+another middle, is still known. Ours."""
 
 
 class TargetConfig(Config):
@@ -52,7 +55,7 @@ class Target:
     value: dict[str, Any]
     """As `schema.TARGET`."""
     phashes: tuple[int, ...] = ()
-    """Perceptual hashes of whole frames (not cropped): first, middle, last."""
+    """Perceptual hashes of frames over the whole clip, whole and cropped; see `guard.frame_hashes`."""
 
 
 def make_target(row: Row, config: TargetConfig) -> Target:
@@ -116,15 +119,25 @@ def centre_crop(frames: np.ndarray, config: TargetConfig) -> np.ndarray:
 
 
 def _frames(row: Row, source: str | bytes, config: TargetConfig) -> Target:
-    times_s, rate = frame_times(row["start_s"] or 0.0, row["end_s"] or 0.0, config)
+    start_s, end_s = row["start_s"] or 0.0, row["end_s"] or 0.0
+    times_s, rate = frame_times(start_s, end_s, config)
     size = covering_size(row["height_px"] or 1, row["width_px"] or 1, config)
-    whole = decode_frames(source, times_s, size_px=size)
-    return _target(whole, rate, config)
+    # One pass for both: frames to learn from, and frames over the whole clip for the guard to hash.
+    looked_at = clip_times(start_s, end_s, GUARD_FRAMES)
+    whole = decode_frames(source, [*times_s, *looked_at], size_px=(2 * size[0], 2 * size[1]))
+    return _target(whole[: len(times_s)], whole[len(times_s) :], rate, config)
 
 
-def _target(whole: np.ndarray, rate: float, config: TargetConfig) -> Target:
-    data = np.ascontiguousarray(centre_crop(whole, config))
-    places = sorted({0, len(whole) // 2, len(whole) - 1})
+def _halved(frames: np.ndarray) -> np.ndarray:
+    """uint8 `t 2h 2w 3` -> `t h w 3`, each pixel the mean of four."""
+    count, height, width, _ = frames.shape
+    cells = frames.reshape(count, height // 2, 2, width // 2, 2, 3).astype(np.uint16)
+    return ((cells.sum(axis=(2, 4)) + 2) // 4).astype(np.uint8)
+
+
+def _target(whole: np.ndarray, looked_at: np.ndarray, rate: float, config: TargetConfig) -> Target:
+    """Of frames at twice the covering size: hashes need more pixels than the base stage does."""
+    data = np.ascontiguousarray(centre_crop(_halved(whole), config))
     return Target(
         {
             "kind": TargetKind.FRAMES.value,
@@ -134,7 +147,7 @@ def _target(whole: np.ndarray, rate: float, config: TargetConfig) -> Target:
             "width_px": config.width_px,
             "fps": rate,
         },
-        tuple(phash64(whole[place]) for place in places),
+        frame_hashes(looked_at),
     )
 
 
@@ -154,8 +167,9 @@ def _picture(data: bytes, config: TargetConfig) -> Target:
     except Exception as error:  # the row boundary: Pillow's decoders raise anything on hostile files
         raise TargetError(Status.UNDECODABLE, f"{type(error).__name__}: {error}") from error
     size = covering_size(upright.height, upright.width, config)
-    scaled = upright.resize((size[1], size[0]), Image.Resampling.BICUBIC, reducing_gap=3.0)
-    return _target(np.asarray(scaled)[None], math.inf, config)
+    scaled = upright.resize((2 * size[1], 2 * size[0]), Image.Resampling.BICUBIC, reducing_gap=3.0)
+    frames = np.asarray(scaled)[None]
+    return _target(frames, frames, math.inf, config)
 
 
 def _video(row: Row, source: str | bytes, config: TargetConfig) -> Target:

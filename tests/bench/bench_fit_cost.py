@@ -18,9 +18,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from model.condition import Condition, ConditionConfig
+from model.cost.flops import sizes, training_flops
 from model.dit import DitConfig
 from model.fit import FitConfig
-from model.flops import sizes, training_flops
 from model.generator import Generator
 
 FRAMES, HEIGHT, WIDTH, TOKENS, TOKEN_DIM = 16, 32, 64, 32, 128

@@ -24,11 +24,11 @@ import pyarrow.parquet as pq
 import torch
 
 from infra.storage import Certificate, FileEntry, write_certificate
-from model.batch import Bucket
-from model.loader import Loader, RowGroups
-from model.order import Order
-from model.plan import OrderConfig, Plan
-from model.shards import index_shards, open_shards
+from model.data.batch import Bucket
+from model.data.loader import Loader, RowGroups
+from model.data.order import Order
+from model.data.plan import OrderConfig, Plan
+from model.data.shards import index_shards, open_shards
 from pipeline.schema import PROMPTS
 
 SHAPE = (16, 72, 72, 3)

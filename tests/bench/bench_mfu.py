@@ -2,7 +2,7 @@
 
 On a CPU the yardstick is the machine's own float32 matrix product, on a CUDA device the dense bf16
 peak of its data sheet, or the matrix product where the sheet is unknown. The FLOPs are the exact
-ones of `model.flops`, without credit for recomputation or for elementwise work.
+ones of `model.cost.flops`, without credit for recomputation or for elementwise work.
 
     python tests/bench/bench_mfu.py [--preset fit-small] [--batch 4] [--steps 8] [--compile]
 """
@@ -14,8 +14,8 @@ import time
 import torch
 
 from model.condition import Condition, ConditionConfig
+from model.cost.flops import sizes, training_flops
 from model.edm import edm_for
-from model.flops import sizes, training_flops
 from model.generator import Generator, preset
 from model.optim import lamb
 from model.step import accumulate, draw

@@ -27,9 +27,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from model.condition import Condition, ConditionConfig
+from model.cost.flops import sizes, training_flops
 from model.edm import edm_for
 from model.ema import Ema, HalfLife
-from model.flops import sizes, training_flops
 from model.generator import BackboneConfig, Generator, preset
 from model.guidance import FULL
 from model.optim import adamw, cosine_factor

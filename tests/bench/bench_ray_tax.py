@@ -2,7 +2,7 @@
 
     python tests/bench/bench_ray_tax.py [--steps 120]
 
-Both run the class `model.loop.Training` on the same shards, one process, the same number of threads, with
+Both run the class `model.training.loop.Training` on the same shards, one process, the same number of threads, with
 checkpoints in the background; medians of the steps after the first ten.
 """
 
@@ -19,10 +19,10 @@ from typing import Any
 import torch
 
 from infra.cluster import RayConfig, ray_session
-from model.door import prepare_index, read_index
-from model.loop import Training
-from model.shards import open_shards
-from model.stages import Stage1Config
+from model.data.shards import open_shards
+from model.training.door import prepare_index, read_index
+from model.training.loop import Training
+from model.training.stages import Stage1Config
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "model"))
 

@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "model"))
-CODE = "import sys; from model.train import Stage1Config, run; run(Stage1Config.load(sys.argv[1]))"
+CODE = "import sys; from model.training.train import Stage1Config, run; run(Stage1Config.load(sys.argv[1]))"
 
 
 def records(run: Path) -> list[int]:

@@ -18,9 +18,9 @@ JOBS = {
     "augment": ("pipeline.augment", "AugmentConfig"),
     "instruct": ("pipeline.instruct", "InstructConfig"),
     "report": ("pipeline.report", "ReportConfig"),
-    "stage1": ("model.stages", "Stage1Config"),
-    "stage2": ("model.stages", "Stage2Config"),
-    "sample": ("model.generate", "SampleConfig"),
+    "stage1": ("model.training.stages", "Stage1Config"),
+    "stage2": ("model.training.stages", "Stage2Config"),
+    "sample": ("model.sampling.generate", "SampleConfig"),
 }
 CONFIGS = sorted((ROOT / "infra" / "configs").rglob("*.yaml"))
 

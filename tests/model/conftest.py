@@ -18,12 +18,12 @@ from torch import nn
 
 from infra.storage import Certificate, FileEntry, write_certificate
 from model.condition import ROLES, Condition, ConditionConfig
-from model.door import prepare_index, read_index
+from model.data.shards import open_shards
 from model.fit import FitConfig
 from model.generator import Generator
-from model.loop import Training
-from model.shards import open_shards
-from model.stages import Stage1Config
+from model.training.door import prepare_index, read_index
+from model.training.loop import Training
+from model.training.stages import Stage1Config
 from pipeline.schema import PROMPTS
 
 TINY_FIT = FitConfig(

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from infra.errors import ConfigError, DataError
-from model.batch import Bucket, check_schema, collate, read_prompt, read_sample, streams_of
 from model.condition import ROLES
-from model.frames import fit_frames
+from model.data.batch import Bucket, check_schema, collate, read_prompt, read_sample, streams_of
+from model.data.frames import fit_frames
 from pipeline.schema import PROMPTS, Role
 
 VIDEO = Bucket("video", 8, 24, 40)

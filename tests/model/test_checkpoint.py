@@ -8,7 +8,7 @@ import torch
 
 from infra.errors import ConfigError, TrainingError
 from infra.storage import read_json, write_bytes, write_json
-from model.checkpoint import (
+from model.training.checkpoint import (
     CheckpointWriter,
     checkpoint_uri,
     committed_positions,

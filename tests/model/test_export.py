@@ -9,11 +9,11 @@ from safetensors.torch import load_file
 
 from infra.errors import ConfigError
 from infra.storage import read_json
-from model.door import prepare_index, read_index
-from model.export import ExportConfig, check, largest_difference, load_exported, run
-from model.loop import Training
-from model.shards import open_shards
-from model.stages import Stage1Config
+from model.data.shards import open_shards
+from model.sampling.export import ExportConfig, check, largest_difference, load_exported, run
+from model.training.door import prepare_index, read_index
+from model.training.loop import Training
+from model.training.stages import Stage1Config
 
 
 @pytest.mark.parametrize("preset", ["fit-tiny", "dit-tiny"])

@@ -9,12 +9,12 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from model.condition import ConditionConfig
-from model.describe import describe, render
+from model.cost.describe import describe, render
+from model.cost.flops import count_parameters, forward_flops, sizes, training_flops
+from model.cost.memory import activation_bytes
 from model.dit import DitConfig
 from model.edm import edm_for
-from model.flops import count_parameters, forward_flops, sizes, training_flops
 from model.generator import Generator, preset
-from model.memory import activation_bytes
 from model.step import accumulate, draw
 
 DIT = DitConfig(num_frames=4, height_px=12, width_px=16, dim=32, head_dim=16, condition_dim=24, num_blocks=2)

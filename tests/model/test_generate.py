@@ -11,9 +11,9 @@ from PIL import Image
 
 from infra.errors import ConfigError
 from infra.storage import read_json
-from model.ask import describe_prompt, from_shards, parse_prompt
-from model.generate import SampleConfig, check, run
-from model.stages import Stage1Config
+from model.sampling.ask import describe_prompt, from_shards, parse_prompt
+from model.sampling.generate import SampleConfig, check, run
+from model.training.stages import Stage1Config
 
 
 @pytest.fixture

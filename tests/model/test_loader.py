@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from infra.errors import ConfigError
-from model.batch import Bucket
-from model.loader import Loader, RowGroups
-from model.order import Mixture, Order, make_key, permute, permute_all
-from model.plan import OrderConfig, Plan
-from model.shards import index_shards, open_shards
+from model.data.batch import Bucket
+from model.data.loader import Loader, RowGroups
+from model.data.order import Mixture, Order, make_key, permute, permute_all
+from model.data.plan import OrderConfig, Plan
+from model.data.shards import index_shards, open_shards
 
 VIDEO = Bucket("video", 8, 24, 40)
 IMAGE = Bucket("image", 1, 24, 40)

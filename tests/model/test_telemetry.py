@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from model.telemetry import (
+from model.training.telemetry import (
     Follower,
     LogConfig,
     MetricsLog,

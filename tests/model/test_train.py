@@ -18,15 +18,15 @@ import yaml
 
 from infra.errors import ConfigError, TrainingError
 from infra.storage import read_certificate, write_json
-from model.checkpoint import CheckpointWriter, latest_checkpoint, read_facts
-from model.door import prepare_index, read_index
-from model.loop import Training
-from model.plan import ids_of
-from model.shards import open_shards
-from model.stages import Stage1Config, Stage2Config, StageConfig
-from model.state import hash_tensors, state_of, weights_of
-from model.telemetry import read_metrics
-from model.train import check, run
+from model.data.plan import ids_of
+from model.data.shards import open_shards
+from model.training.checkpoint import CheckpointWriter, latest_checkpoint, read_facts
+from model.training.door import prepare_index, read_index
+from model.training.loop import Training
+from model.training.stages import Stage1Config, Stage2Config, StageConfig
+from model.training.state import hash_tensors, state_of, weights_of
+from model.training.telemetry import read_metrics
+from model.training.train import check, run
 
 Values = Callable[..., dict[str, Any]]
 
@@ -148,7 +148,7 @@ def on_ranks(world: int, values: dict[str, Any], folder: Path, steps: int) -> di
 
 
 def weights_at(run: str) -> dict[str, torch.Tensor]:
-    from model.checkpoint import load_state, tensors_in
+    from model.training.checkpoint import load_state, tensors_in
 
     uri = latest_checkpoint(run) or ""
     state = {k: torch.zeros(s) for k, s in tensors_in(uri).items() if k.startswith("model.")}
@@ -274,7 +274,7 @@ def driver(config_file: Path, folder: Path) -> subprocess.Popen[bytes]:
     """The command in a process of its own, as a user starts it."""
     code = f"""
 import sys
-from model.train import Stage1Config, run
+from model.training.train import Stage1Config, run
 run(Stage1Config.load({str(config_file)!r}))
 """
     log = (folder / "driver.log").open("ab")

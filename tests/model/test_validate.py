@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from model.door import prepare_index, read_index
-from model.loop import Training
-from model.shards import open_shards
-from model.stages import Stage1Config
-from model.validate import Validation
+from model.data.shards import open_shards
+from model.training.door import prepare_index, read_index
+from model.training.loop import Training
+from model.training.stages import Stage1Config
+from model.training.validate import Validation
 
 Values = Callable[..., dict[str, Any]]
 

@@ -11,12 +11,12 @@ from pydantic import Field, field_validator, model_validator
 
 from infra.cluster import RayConfig
 from infra.config import Config
-from model.batch import Bucket
-from model.loader import LoaderConfig
-from model.parallel import ParallelConfig
-from model.plan import OrderConfig
+from model.data.batch import Bucket
+from model.data.loader import LoaderConfig
+from model.data.plan import OrderConfig
 from model.prompt.config import PromptEncoderConfig
-from model.telemetry import LogConfig
+from model.training.parallel import ParallelConfig
+from model.training.telemetry import LogConfig
 
 
 class BucketConfig(Config):

@@ -2,9 +2,9 @@
 
 from infra.errors import TrainingError
 from infra.storage import Certificate, exists, join, read_json, write_certificate
-from model.checkpoint import latest_checkpoint, read_facts
-from model.stages import SPEED_ONLY, StageConfig
-from model.telemetry import say
+from model.training.checkpoint import latest_checkpoint, read_facts
+from model.training.stages import SPEED_ONLY, StageConfig
+from model.training.telemetry import say
 
 
 def say_where_it_stands(config: StageConfig) -> int:

@@ -26,18 +26,18 @@ from infra.storage import (
     write_certificate,
     write_json,
 )
-from model.ask import Request, describe_prompt, from_file, from_shards, parse_prompt, prompt_hash
-from model.build import Conditioner
-from model.checkpoint import COMMITTED, find_checkpoint, read_facts
 from model.edm import edm_for
-from model.film import contact_sheet, encode_mp4, scale_to_look_at, to_frames
 from model.guidance import FULL, Guidance
-from model.parallel import pick_device
 from model.prompt import PromptEncoder, load_prompt_encoder, select
-from model.restore import WEIGHTS, Restored, check_average, restore_generator
 from model.sample import Denoiser, sample_ode
+from model.sampling.ask import Request, describe_prompt, from_file, from_shards, parse_prompt, prompt_hash
+from model.sampling.film import contact_sheet, encode_mp4, scale_to_look_at, to_frames
+from model.sampling.restore import WEIGHTS, Restored, check_average, restore_generator
 from model.step import sample_generator
-from model.telemetry import say
+from model.training.build import Conditioner
+from model.training.checkpoint import COMMITTED, find_checkpoint, read_facts
+from model.training.parallel import pick_device
+from model.training.telemetry import say
 
 
 class GuidanceConfig(Config):
@@ -68,7 +68,7 @@ class SampleConfig(Config):
     """Pictures for the placeholders of all `prompts`, in order: `path`, or `role:path` with role subject,
     background, first_frame or retrieved."""
     prompts_file: str | None = None
-    """JSONL file of prompts (model/ask.py)."""
+    """JSONL file of prompts (model/sampling/ask.py)."""
     prompts_uri: str | None = None
     """Folder of prompt shards: their documents and pictures come with them."""
     rows: int = Field(default=4, ge=1)

@@ -16,8 +16,8 @@ from torch.optim import Optimizer
 
 from model.ema import Ema, HalfLife, PowerFunction, Profile
 from model.optim import adamw, cosine_factor, lamb
-from model.parallel import plain_name
-from model.stages import EmaConfig, StageConfig
+from model.training.parallel import plain_name
+from model.training.stages import EmaConfig, StageConfig
 
 
 def make_optimizer(model: nn.Module, config: StageConfig) -> Optimizer:

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from infra.errors import ConfigError, DataError
 from infra.storage import Certificate, absolute, exists, filesystem, join, read_certificate
-from model.batch import KEY_COLUMNS, Bucket, check_schema, streams_of
+from model.data.batch import KEY_COLUMNS, Bucket, check_schema, streams_of
 
 
 @dataclass(frozen=True)

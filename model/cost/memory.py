@@ -6,9 +6,9 @@ be fused (flash or memory-efficient), so that no map of queries by keys is ever 
 
 from dataclasses import dataclass
 
+from model.cost.flops import Sizes
 from model.dit import DitConfig
 from model.fit import FitConfig
-from model.flops import Sizes
 from model.generator import BackboneConfig
 
 

@@ -30,13 +30,13 @@ from infra.storage import (
     write_bytes,
     write_certificate,
 )
-from model.checkpoint import COMMITTED, find_checkpoint
 from model.condition import ConditionConfig
 from model.dit import DitConfig
 from model.edm import edm_for
 from model.fit import FitConfig
 from model.generator import Generator
-from model.restore import WEIGHTS, Restored, check_average, named_weights, restore_generator
+from model.sampling.restore import WEIGHTS, Restored, check_average, named_weights, restore_generator
+from model.training.checkpoint import COMMITTED, find_checkpoint
 
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 BACKBONES = {"fit": FitConfig, "dit": DitConfig}
@@ -99,7 +99,7 @@ def contents(restored: Restored, ema: str) -> dict[str, bytes]:
     index = {
         "_class_name": "VimiPipeline",
         "_vimi_version": VERSION,
-        "transformer": ["model.export", "load_exported"],
+        "transformer": ["model.sampling.export", "load_exported"],
         "scheduler": ["diffusers", "EDMEulerScheduler"],
         "checkpoint": {"position": restored.facts["position"], "stage": trained.stage, "ema": ema},
     }

@@ -3,11 +3,11 @@
 from typing import Any
 
 from model.condition import ConditionConfig
+from model.cost.flops import count_parameters, forward_flops, sizes, training_flops
+from model.cost.memory import activation_bytes
 from model.edm import sigma_in
 from model.fit import FitConfig
-from model.flops import count_parameters, forward_flops, sizes, training_flops
 from model.generator import BackboneConfig, preset
-from model.memory import activation_bytes
 
 
 def describe(

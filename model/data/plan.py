@@ -14,9 +14,9 @@ from pydantic import Field
 
 from infra.config import Config
 from infra.errors import ConfigError
-from model.batch import VALIDATION
-from model.order import Mixture, Order, make_key
-from model.shards import Shards, Stream
+from model.data.batch import VALIDATION
+from model.data.order import Mixture, Order, make_key
+from model.data.shards import Shards, Stream
 
 SPARES = 16
 """Rows that are tried in place of one whose target can't be read, before the run stops."""

@@ -8,8 +8,10 @@ from torch import Tensor
 
 from infra.errors import ConfigError
 from infra.storage import join
-from model.build import make_generator
-from model.checkpoint import (
+from model.ema import Snapshot, reconstruct
+from model.generator import Generator
+from model.training.build import make_generator
+from model.training.checkpoint import (
     checkpoint_uri,
     committed_positions,
     find_checkpoint,
@@ -17,10 +19,8 @@ from model.checkpoint import (
     read_facts,
     tensors_in,
 )
-from model.ema import Snapshot, reconstruct
-from model.generator import Generator
-from model.stages import StageConfig, config_class
-from model.state import from_average, weights_of
+from model.training.stages import StageConfig, config_class
+from model.training.state import from_average, weights_of
 
 WEIGHTS = "weights"
 

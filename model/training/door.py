@@ -8,12 +8,12 @@ import pyarrow.parquet as pq
 
 from infra.errors import ConfigError
 from infra.storage import absolute, exists, filesystem, is_remote, join, read_bytes, write_bytes
-from model.build import make_plan
-from model.checkpoint import find_checkpoint, read_facts
+from model.data.shards import Shards, index_shards, open_shards
 from model.generator import PRESETS, preset
 from model.prompt import PromptEncoderConfig
-from model.shards import Shards, index_shards, open_shards
-from model.stages import Stage2Config, StageConfig
+from model.training.build import make_plan
+from model.training.checkpoint import find_checkpoint, read_facts
+from model.training.stages import Stage2Config, StageConfig
 
 
 @dataclass(frozen=True)

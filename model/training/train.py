@@ -14,10 +14,18 @@ from infra.claim import open_job
 from infra.cluster import ray_session
 from infra.errors import TrainingError
 from infra.storage import Certificate, delete, filesystem, join, write_json
-from model.door import check_workers, inspect, plan_text, prepare_index, read_index, resolve, storage_of
-from model.outcome import certify, refuse_failed, say_where_it_stands
-from model.stages import SPEED_ONLY, Stage1Config, Stage2Config, StageConfig, config_class
-from model.telemetry import Follower, draw_curves, say
+from model.training.door import (
+    check_workers,
+    inspect,
+    plan_text,
+    prepare_index,
+    read_index,
+    resolve,
+    storage_of,
+)
+from model.training.outcome import certify, refuse_failed, say_where_it_stands
+from model.training.stages import SPEED_ONLY, Stage1Config, Stage2Config, StageConfig, config_class
+from model.training.telemetry import Follower, draw_curves, say
 
 __all__ = ["Stage1Config", "Stage2Config", "check", "run"]
 
@@ -82,9 +90,9 @@ def fit(config: StageConfig, *, num_groups: int) -> None:
 def train(words: dict[str, Any]) -> None:
     """The loop of one worker."""
     from infra.telemetry import RunMetrics
-    from model.loop import NonFiniteError, Training
-    from model.report import Reporter
-    from model.validate import Validation
+    from model.training.loop import NonFiniteError, Training
+    from model.training.report import Reporter
+    from model.training.validate import Validation
 
     config = config_class(words["stage"]).model_validate(words["config"])
     index = read_index(config.out)

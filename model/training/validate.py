@@ -15,12 +15,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from model.batch import VALIDATION, Batch, collate, read_prompt, read_sample
-from model.loop import Training
-from model.order import permute_all
-from model.plan import Source, count_streams
+from model.data.batch import VALIDATION, Batch, collate, read_prompt, read_sample
+from model.data.order import permute_all
+from model.data.plan import Source, count_streams
 from model.prompt import select
 from model.step import Draws, losses, sample_generator, sample_key
+from model.training.loop import Training
 
 
 class Validation:

@@ -16,10 +16,10 @@ from pydantic import Field
 
 from infra.config import Config
 from infra.errors import DataError
-from model.batch import Batch, Bucket, Sample, collate, read_prompt, read_sample, streams_of
 from model.condition import Prompt
-from model.plan import Plan, Source
-from model.shards import Shards, Stream, open_parquet
+from model.data.batch import Batch, Bucket, Sample, collate, read_prompt, read_sample, streams_of
+from model.data.plan import Plan, Source
+from model.data.shards import Shards, Stream, open_parquet
 
 
 class LoaderConfig(Config):

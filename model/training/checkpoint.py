@@ -30,7 +30,7 @@ from infra.storage import (
     read_json,
     write_json,
 )
-from model.checkpoint_files import SafeReader, files_writer
+from model.training.checkpoint_files import SafeReader, files_writer
 
 COMMITTED = "committed.json"
 FORMAT = 1

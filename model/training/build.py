@@ -5,11 +5,11 @@ import torch
 from torch import Tensor
 
 from model.condition import Condition, ConditionConfig, Prompt
+from model.data.plan import Plan
 from model.generator import Generator, preset
-from model.plan import Plan
 from model.prompt import PromptEncoder, reference_tensors, select
-from model.stages import StageConfig
 from model.step import draw_dropped, draw_num_documents
+from model.training.stages import StageConfig
 
 
 def make_generator(config: StageConfig, token_dim: int) -> Generator:

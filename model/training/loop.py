@@ -1,6 +1,6 @@
 """One rank's training, without Ray: open (fresh, finetuned or resumed), step, save.
 
-`model/train.py` reads it aloud under Ray Train; the benchmarks run the same class under plain
+`model/training/train.py` reads it aloud under Ray Train; the benchmarks run the same class under plain
 torch.distributed.
 """
 
@@ -16,19 +16,26 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from infra.errors import TrainingError
-from model.batch import Batch
-from model.build import Conditioner, make_generator, make_plan
-from model.checkpoint import CheckpointWriter, find_checkpoint, latest_checkpoint, load_state, read_facts
 from model.condition import Condition
+from model.data.batch import Batch
+from model.data.loader import Loader, RowGroups
+from model.data.shards import open_shards
 from model.edm import Edm, edm_for
 from model.ema import Ema
 from model.generator import Generator
-from model.loader import Loader, RowGroups
-from model.parallel import Replica, pick_device
 from model.prompt import load_prompt_encoder
-from model.shards import open_shards
-from model.stages import Stage2Config, StageConfig
-from model.state import (
+from model.step import draw, losses
+from model.training.build import Conditioner, make_generator, make_plan
+from model.training.checkpoint import (
+    CheckpointWriter,
+    find_checkpoint,
+    latest_checkpoint,
+    load_state,
+    read_facts,
+)
+from model.training.parallel import Replica, pick_device
+from model.training.stages import Stage2Config, StageConfig
+from model.training.state import (
     from_average,
     hash_tensors,
     make_emas,
@@ -37,8 +44,7 @@ from model.state import (
     state_of,
     weights_of,
 )
-from model.step import draw, losses
-from model.telemetry import Stopwatch
+from model.training.telemetry import Stopwatch
 
 
 class NonFiniteError(TrainingError):

@@ -19,7 +19,7 @@ from torch import Tensor
 from infra.errors import ConfigError, DataError
 from infra.storage import absolute, is_remote
 from model.condition import ROLES, Prompt, Segment
-from model.frames import decode_video, fit_frames, slower, spread
+from model.data.frames import decode_video, fit_frames, slower, spread
 from pipeline.schema import PROMPTS, TargetKind, check_table
 
 KEY_COLUMNS = ["media", "task", "height_px", "width_px", "source_sha256", "source_uri", "split"]

@@ -14,9 +14,9 @@ from typing import Any
 
 from infra.errors import ConfigError
 from infra.storage import absolute, exists, read_bytes
-from model.batch import read_prompt
 from model.condition import ROLES, Prompt, Segment
-from model.shards import open_parquet, open_shards
+from model.data.batch import read_prompt
+from model.data.shards import open_parquet, open_shards
 
 PLACEHOLDER = "<image>"
 IMAGE_ROLES = ("subject", "background", "first_frame", "retrieved")

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from infra.storage import join, write_json
-from model.flops import sizes, training_flops
-from model.loop import Outcome, Training
-from model.telemetry import MetricsLog
+from model.cost.flops import sizes, training_flops
+from model.training.loop import Outcome, Training
+from model.training.telemetry import MetricsLog
 
 PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "A100": 312.0, "B200": 2250.0}
 """Dense bfloat16 peak of a GPU, TFLOP/s, from NVIDIA's data sheets (SXM)."""
