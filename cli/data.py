@@ -39,7 +39,7 @@ def crawl(
 
         options["sources"] = [source_from_path(source).model_dump() for source in sources]
     execute(
-        "pipeline.crawl",
+        "pipeline.crawl.job",
         "CrawlConfig",
         path=config,
         overrides=overrides,
@@ -59,7 +59,7 @@ def redrive(
 ) -> None:
     """Try again the rows of a crawl that a retry may cure; all others are carried over."""
     execute(
-        "pipeline.redrive",
+        "pipeline.crawl.redrive",
         "RedriveConfig",
         path=config,
         overrides=overrides,

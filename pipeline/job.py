@@ -18,7 +18,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pyarrow as pa
 
@@ -207,7 +207,8 @@ def run_units(
     receipts = Receipts(out)
     progress = Progress(what, total, unit="units")
     metrics = JobMetrics(what)
-    key = content_id(out, cloudpickle.dumps(make_worker).hex())
+    pickled = cloudpickle.dumps(make_worker)  # pyright: ignore[reportPrivateImportUsage]
+    key = content_id(out, pickled.hex())
     for window in _windows(units, window_units):
         todo = [unit for unit in window if unit.id not in receipts]
         progress.skip(len(window) - len(todo))
@@ -218,6 +219,7 @@ def run_units(
         compute = ray.data.ActorPoolStrategy(size=size or 1) if actors else ray.data.TaskPoolStrategy(size=size)
         arguments = (make_worker, receipts.folder, key)
         runner: Any = BlockRunner if actors else BlockRunner(*arguments)
+        options: dict[str, Any] = {"fn_constructor_args": arguments} if actors else {}
         results = ray.data.from_arrow(blocks).map_batches(
             runner,
             batch_size=None,
@@ -225,9 +227,10 @@ def run_units(
             compute=compute,
             num_cpus=num_cpus,
             num_gpus=num_gpus or None,
-            **({"fn_constructor_args": arguments} if actors else {}),
+            **options,
         )
-        for batch in results.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+        batches = results.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
+        for batch in cast("Iterator[pa.Table]", batches):
             notes: dict[str, int] = {}
             for text in batch["notes"].to_pylist():
                 for word, count in json.loads(text).items():

@@ -32,7 +32,7 @@ IMAGE_SIGNATURES = (
 
 
 def open_media(local_uri: str) -> str | bytes:
-    """What `pipeline.video` takes: the path itself, or the bytes of a piece."""
+    """What `pipeline.video.frames` takes: the path itself, or the bytes of a piece."""
     return read_media(local_uri) if _fragment(local_uri)[1] else local_uri
 
 

@@ -8,7 +8,7 @@ from infra.clip import ClipConfig
 from infra.cluster import RayConfig
 from infra.config import Config
 from pipeline.augment.target import TargetConfig
-from pipeline.guard import GuardConfig
+from pipeline.guard.rules import GuardConfig
 from pipeline.retrieve.join import RetrieveConfig
 
 

@@ -8,7 +8,7 @@ from pipeline.augment.config import AugmentConfig
 from pipeline.augment.workbench import clip_config
 from pipeline.augment.worker import good_rows, has_caption
 from pipeline.embed.worker import row_doc_id
-from pipeline.exclusion import read_exclusion
+from pipeline.guard.exclusion import read_exclusion
 from pipeline.memory import Memory, open_memory
 from pipeline.retrieve.join import uses_arrays
 from pipeline.schema import content_id

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from pipeline.embed.worker import row_doc_id
-from pipeline.exclusion import Exclusion, key, keys, source_name
-from pipeline.guard import GuardConfig, GuardedClip, GuardedDocuments, Verdict, count, judge
+from pipeline.guard.exclusion import Exclusion, key, keys, source_name
+from pipeline.guard.rules import GuardConfig, GuardedClip, GuardedDocuments, Verdict, count, judge
 from pipeline.retrieve.bm25 import Hits
 from pipeline.retrieve.documents import Documents
 from pipeline.retrieve.fuse import cosines, spread

@@ -8,7 +8,7 @@ import av
 from av.error import FFmpegError
 
 from pipeline.schema import Status
-from pipeline.video import VideoError, decode_frames, probe
+from pipeline.video.frames import VideoError, decode_frames, probe
 
 WHOLE_S = 0.05  # a clip this close to both ends of its source is the whole source
 

@@ -11,14 +11,14 @@ from pydantic import Field
 
 from infra.config import Config
 from infra.errors import DataError
-from pipeline.guard import frame_hashes
+from pipeline.guard.rules import frame_hashes
 from pipeline.media import open_media, read_media
 from pipeline.schema import Media, Status, TargetKind
-from pipeline.video import VideoError, clip_times, decode_frames
+from pipeline.video.frames import VideoError, clip_times, decode_frames
 
 Row = dict[str, Any]
 MAX_PIXELS = 100_000_000
-GUARD_FRAMES = 8
+GUARD_FRAMES = 16
 """Frames over the whole clip that the guard hashes, so that a trimmed or sped-up copy, which shows
 another middle, is still known. Ours."""
 
@@ -27,7 +27,8 @@ class TargetConfig(Config):
     """What is stored for the generator to learn."""
 
     kind: TargetKind = TargetKind.FRAMES
-    """frames = uint8 at the training size; video = encoded mp4; reference = path and times only."""
+    """frames = uint8 at the training size; video = encoded mp4; reference = path and times only: nothing
+    is decoded, so the guard knows the clip by the crawl's hash of its middle frame alone."""
     num_frames: int = Field(default=16, ge=1, le=1024)
     """Frames of a video target. Snap Video and VIMI's samples: 16. Pictures always have 1."""
     height_px: int = Field(default=36, ge=1)
@@ -175,7 +176,12 @@ def _picture(data: bytes, config: TargetConfig) -> Target:
 def _video(row: Row, source: str | bytes, config: TargetConfig) -> Target:
     from pipeline.augment.mp4 import cut_mp4
 
-    data, frames = cut_mp4(source, row["start_s"] or 0.0, row["end_s"] or 0.0, crf=config.crf)
+    start_s, end_s = row["start_s"] or 0.0, row["end_s"] or 0.0
+    data, frames = cut_mp4(source, start_s, end_s, crf=config.crf)
+    size = covering_size(row["height_px"] or 1, row["width_px"] or 1, config)
+    looked_at = decode_frames(
+        source, clip_times(start_s, end_s, GUARD_FRAMES), size_px=(2 * size[0], 2 * size[1])
+    )
     return Target(
         {
             "kind": TargetKind.VIDEO.value,
@@ -184,5 +190,6 @@ def _video(row: Row, source: str | bytes, config: TargetConfig) -> Target:
             "height_px": frames.height_px,
             "width_px": frames.width_px,
             "fps": frames.fps,
-        }
+        },
+        frame_hashes(looked_at),
     )

@@ -11,12 +11,12 @@ from infra.storage import join, read_json
 from pipeline.augment.config import AugmentConfig
 from pipeline.augment.match import Match, Matcher, excluded, guarded_documents, own_documents
 from pipeline.augment.target import Row, Target, try_target
-from pipeline.exclusion import Exclusion, read_exclusion
-from pipeline.isolate import Isolated, IsolatedCrashError, IsolatedTimeoutError
+from pipeline.guard.exclusion import Exclusion, read_exclusion
 from pipeline.memory import Memory, open_memory, require_model
 from pipeline.retrieve.documents import Documents, load_documents
 from pipeline.retrieve.join import open_search
 from pipeline.schema import Status, TargetKind
+from pipeline.video.isolate import Isolated, IsolatedCrashError, IsolatedTimeoutError
 
 
 @lru_cache(maxsize=1)

@@ -14,7 +14,7 @@ from infra.storage import size_bytes
 from pipeline.media import open_media, read_media
 from pipeline.phash import phash64
 from pipeline.schema import Media, Status
-from pipeline.video import VideoError, clip_times, decode_frames
+from pipeline.video.frames import VideoError, clip_times, decode_frames
 
 if TYPE_CHECKING:
     from infra.clip.preprocess import Preprocessing

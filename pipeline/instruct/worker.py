@@ -15,7 +15,7 @@ from pipeline.shards import ShardSet, shard_name, write_shard
 from pipeline.subjects.cutout import encode, fit_inside
 from pipeline.subjects.extract import SubjectFinder
 from pipeline.subjects.frames import first_frame, read_frames
-from pipeline.video import VideoError
+from pipeline.video.frames import VideoError
 
 
 class Unservable(Exception):

@@ -10,7 +10,7 @@ from PIL import Image, ImageOps
 from infra.errors import DataError
 from pipeline.media import open_media, read_media
 from pipeline.schema import Media, Status, TargetKind
-from pipeline.video import VideoError, decode_frames, probe
+from pipeline.video.frames import VideoError, decode_frames, probe
 
 
 @dataclass(frozen=True)

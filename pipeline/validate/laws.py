@@ -1,6 +1,6 @@
 """The guard's laws again, written a second time: one document at a time, straight from the memory.
 
-Nothing of `pipeline/guard.py`'s arrays is used, so that a mistake there can't hide itself here.
+Nothing of `pipeline/guard/rules.py`'s arrays is used, so that a mistake there can't hide itself here.
 """
 
 from typing import Any
@@ -11,8 +11,8 @@ import yaml
 from infra.errors import ConfigError
 from infra.storage import Certificate, absolute, join, read_bytes
 from pipeline.embed.worker import row_doc_id
-from pipeline.exclusion import Exclusion, read_exclusion, source_name
-from pipeline.guard import GuardConfig
+from pipeline.guard.exclusion import Exclusion, read_exclusion, source_name
+from pipeline.guard.rules import GuardConfig
 from pipeline.memory import Memory, open_memory
 from pipeline.phash import hamming, mirror_mask
 from pipeline.schema import clip_id

@@ -53,7 +53,7 @@ def picture_problem(data: bytes | None, max_px: int) -> str | None:
 
 def check_target(row: dict[str, Any], where: str, report: Report) -> None:
     """A target decodes to what its row says."""
-    from pipeline.video import VideoError, probe
+    from pipeline.video.frames import VideoError, probe
 
     target = row["target"] or {}
     report.checked["targets"] += 1

@@ -19,9 +19,9 @@ import av
 import numpy as np
 from PIL import Image
 
-from pipeline.crawl import CrawlConfig, Worker
-from pipeline.duplicates import find_duplicates
-from pipeline.parent import InspectConfig, inspect_parent
+from pipeline.crawl.duplicates import find_duplicates
+from pipeline.crawl.job import CrawlConfig, Worker
+from pipeline.crawl.parent import InspectConfig, inspect_parent
 from pipeline.schema import content_id
 from pipeline.sources import Cut, Item, SourceConfig
 

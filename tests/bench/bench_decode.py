@@ -19,7 +19,7 @@ from typing import Any
 import av
 import numpy as np
 
-from pipeline.video import clip_times, decode_frames, probe
+from pipeline.video.frames import clip_times, decode_frames, probe
 
 LAYOUTS: dict[str, dict[str, str]] = {
     "GOP 12": {"g": "12", "bf": "0"},

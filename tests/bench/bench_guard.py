@@ -23,11 +23,12 @@ from PIL import Image
 from infra.clip import Clip, load_clip
 from pipeline.augment.target import GUARD_FRAMES
 from pipeline.embed.worker import frame_mean
-from pipeline.guard import GuardConfig, GuardedClip, GuardedDocuments, Verdict, frame_hashes, judge
+from pipeline.guard.rules import GuardConfig, GuardedClip, GuardedDocuments, Verdict, frame_hashes, judge
 from pipeline.phash import phash64
-from pipeline.video import clip_times, decode_frames, probe
+from pipeline.video.frames import clip_times, decode_frames, probe
 
 KEY_FRAMES = 4
+BOUNDS = ((10, 1.0), (12, 1.0), (-1, 0.9), (10, 0.9), (11, 0.9), (12, 0.9), (14, 0.9), (11, 0.85))
 Look = tuple[np.ndarray, int]  # unit vector, perceptual hash
 Frames = np.ndarray  # uint8 t h w 3
 
@@ -143,19 +144,9 @@ def main() -> None:
     copies, each = len(own) * len(PLANTS), len(own) - 1 + len(other)
     print(f"{len(own)} clips, {copies} planted copies, {len(own)} x {each} strangers")
     sources = [path.name.split(".")[0] for path in paths]
-    for bits, similarity in (
-        (10, 1.0),
-        (12, 1.0),
-        (14, 1.0),
-        (-1, 0.9),
-        (10, 0.9),
-        (12, 0.9),
-        (14, 0.9),
-        (12, 0.85),
-    ):
-        measure(
-            GuardConfig(max_hash_bits=bits, max_similarity=similarity), own, hashes, planted, other, sources
-        )
+    for bits, similarity in BOUNDS:
+        config = GuardConfig(max_hash_bits=bits, max_similarity=similarity)
+        measure(config, own, hashes, planted, other, sources)
 
 
 def measure(

@@ -23,10 +23,10 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from infra.cluster import RayConfig
-from pipeline.crawl import CrawlConfig, run
-from pipeline.isolate import Isolated
-from pipeline.parent import InspectConfig, inspect_parent
+from pipeline.crawl.job import CrawlConfig, run
+from pipeline.crawl.parent import InspectConfig, inspect_parent
 from pipeline.sources import Item, SourceConfig
+from pipeline.video.isolate import Isolated
 
 PLUGIN = """
 import os
@@ -161,7 +161,7 @@ def clean_cost(paths: list[str]) -> None:
     child = Isolated(timeout_s=60, memory_bytes=4 << 30)
     items = [(Item(path, "video").to_json(), {"local_uri": path}, settings) for path in paths]
     inspect_parent(*items[0])
-    child.call("pipeline.parent:inspect_parent", *items[0])
+    child.call("pipeline.crawl.parent:inspect_parent", *items[0])
     ratios = []
     for _ in range(5):
         start = time.monotonic()
@@ -170,7 +170,7 @@ def clean_cost(paths: list[str]) -> None:
         here_s = time.monotonic() - start
         start = time.monotonic()
         for item in items:
-            child.call("pipeline.parent:inspect_parent", *item)
+            child.call("pipeline.crawl.parent:inspect_parent", *item)
         ratios.append((time.monotonic() - start) / here_s)
     child.close()
     print(f"clean cost of isolation: {100 * (statistics.median(ratios) - 1):+.1f} % ({len(paths)} videos)")

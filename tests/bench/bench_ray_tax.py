@@ -2,7 +2,7 @@
 
     python tests/bench/bench_ray_tax.py [--steps 120]
 
-Both run the class `model.training.loop.Training` on the same shards, one process, the same number of threads, with
+Both run `model.training.loop.Training` on the same shards, one process, the same number of threads, with
 checkpoints in the background; medians of the steps after the first ten.
 """
 

@@ -17,7 +17,8 @@ import numpy as np
 from infra.clip import ClipConfig
 from infra.cluster import RayConfig, ray_session
 from infra.storage import read_certificate
-from pipeline import augment, build_index, crawl
+from pipeline import augment, build_index
+from pipeline.crawl import job as crawl
 from pipeline.memory import open_memory
 from pipeline.retrieve.documents import load_documents
 from pipeline.shards import ShardSet
@@ -51,8 +52,8 @@ def prepare(assets: Path, work: Path) -> Path:
         },
     }
     for name, source in sources.items():
-        crawl.run(
-            crawl.CrawlConfig.model_validate(
+        crawl(
+            CrawlConfig.model_validate(
                 {"sources": [{"kind": "manifest", "name": name, **source}], "out": str(work / name)}
             )
         )

@@ -13,7 +13,7 @@ import yaml
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
 JOBS = {
-    "crawl": ("pipeline.crawl", "CrawlConfig"),
+    "crawl": ("pipeline.crawl.job", "CrawlConfig"),
     "build": ("pipeline.build_index", "BuildIndexConfig"),
     "augment": ("pipeline.augment", "AugmentConfig"),
     "instruct": ("pipeline.instruct", "InstructConfig"),

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from infra.storage import read_certificate
-from pipeline.crawl import CrawlConfig, run
+from pipeline.crawl.job import CrawlConfig, run
 from pipeline.job import Receipts
 from pipeline.sources import source_from_path
 
@@ -20,7 +20,7 @@ NUM_VIDEOS, UNITS_IN_HAND = 48, 2  # two workers, one unit each
 SCRIPT = """
 import sys
 from infra.cluster import RayConfig
-from pipeline.crawl import CrawlConfig, run
+from pipeline.crawl.job import CrawlConfig, run
 from pipeline.sources import source_from_path
 run(CrawlConfig(
     sources=(source_from_path(sys.argv[1]),),
@@ -82,7 +82,7 @@ def descendants(pid: int) -> dict[int, str]:
 
 def kill_one(process: "subprocess.Popen[bytes]", rng: random.Random) -> str:
     """SIGKILL a Ray worker or a decoding child of this run; which, is drawn."""
-    kind, mark = rng.choice([("worker", "ray::MapBatches"), ("child", "pipeline.isolate")])
+    kind, mark = rng.choice([("worker", "ray::MapBatches"), ("child", "pipeline.video.isolate")])
     found = [pid for pid, name in sorted(descendants(process.pid).items()) if mark in name]
     for pid in found[: 1 if kind == "child" else None]:
         os.kill(pid, signal.SIGKILL)

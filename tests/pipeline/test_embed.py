@@ -121,7 +121,7 @@ def test_stored_vectors_are_those_of_the_bare_model(tmp_path: Path, clip: Clip) 
 def test_key_frames_are_averaged_and_the_middle_one_is_the_picture(
     tmp_path: Path, clip: Clip, write_video
 ) -> None:
-    from pipeline.video import clip_times, decode_frames
+    from pipeline.video.frames import clip_times, decode_frames
 
     film = write_video(tmp_path / "film.mp4", num_frames=40)
     row = clip_row(film, "a film", media="video", end_s=1.2)

@@ -15,9 +15,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.fetch import FetchConfig, Fetcher, FetchError
-from pipeline.guarded import is_public
-from pipeline.robots import opted_out, parse_robots
+from pipeline.fetch.fetcher import FetchConfig, Fetcher, FetchError
+from pipeline.fetch.guarded import is_public
+from pipeline.fetch.robots import opted_out, parse_robots
 from pipeline.sources.page import PageReader, parse_page
 
 BODY = bytes(range(256)) * 400  # 102,400 bytes that are no text

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from infra.errors import ConfigError
-from pipeline.exclusion import Exclusion, key, read_exclusion, source_name
-from pipeline.guard import GuardConfig, GuardedClip, GuardedDocuments, Verdict, count, judge
+from pipeline.guard.exclusion import Exclusion, key, read_exclusion, source_name
+from pipeline.guard.rules import GuardConfig, GuardedClip, GuardedDocuments, Verdict, count, frame_hashes, judge
 from pipeline.phash import mirror_mask, phash64
 
 DIM = 6
@@ -201,3 +201,36 @@ def test_a_wrong_exclusion_file_is_refused_in_one_line(
 def test_keys_are_never_zero_for_something() -> None:
     assert key(None) == key("") == 0
     assert key("a") != key("b") != 0
+
+
+def test_a_copy_that_is_cropped_mirrored_or_trimmed_is_known_by_the_frames_of_the_clip() -> None:
+    """The memory holds one hash, of the copy's middle frame; the clip brings many."""
+    random = np.random.default_rng(3)
+    scene = np.kron(random.integers(0, 255, (12, 30, 3)), np.ones((16, 16, 1))).astype(np.uint8)
+    frames = np.stack([scene[:, 12 * t : 12 * t + 256] for t in range(16)])  # a slow pan
+    clip = GuardedClip(0, 0, 0.0, 1.0, np.array(frame_hashes(frames), np.uint64), None)
+    copies = {
+        "trimmed": frames[11],
+        "cropped": frames[8, 15:-15, 20:-20],
+        "cropped in a corner": frames[8, : round(192 * 0.8), : round(256 * 0.8)],
+        "mirrored and cropped": frames[8, 9:-9, 12:-12][:, ::-1],
+    }
+    stranger = np.kron(random.integers(0, 255, (12, 16, 3)), np.ones((16, 16, 1))).astype(np.uint8)
+    for name, picture in copies.items():
+        known = pictured([phash64(picture), phash64(stranger)])
+        found = judge(GuardConfig(), clip, known, np.arange(2))
+        assert found.tolist() == [Verdict.DUPLICATE, Verdict.ALLOWED], name
+
+
+def pictured(phashes: list[int]) -> GuardedDocuments:
+    """Documents of unknown source, known by their pictures alone."""
+    none, number = np.zeros(len(phashes), np.uint64), len(phashes)
+    return GuardedDocuments(
+        shas=none,
+        sources=none,
+        start_s=np.zeros(number),
+        end_s=np.ones(number),
+        phashes=np.array(phashes, np.uint64),
+        vectors=np.zeros((number, 2)),
+        evaluation=none != 0,
+    )

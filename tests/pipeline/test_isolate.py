@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.isolate import Isolated, IsolatedCrashError, IsolatedTimeoutError
+from pipeline.video.isolate import Isolated, IsolatedCrashError, IsolatedTimeoutError
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ def test_what_libraries_print_does_not_reach_the_answers(child):
 
 def test_the_child_does_not_outlive_a_killed_parent(tmp_path):
     code = (
-        "from pipeline.isolate import Isolated\n"
+        "from pipeline.video.isolate import Isolated\n"
         "c = Isolated(timeout_s=60, memory_bytes=1 << 30)\n"
         "print(c.call('os:getpid'), flush=True)\n"
         "c.call('time:sleep', 50)\n"
@@ -90,5 +90,5 @@ def test_a_folder_of_the_user_cannot_shadow_the_child(tmp_path, monkeypatch):
     (tmp_path / "pipeline" / "__init__.py").write_text("raise RuntimeError('shadowed')")
     monkeypatch.chdir(tmp_path)
     isolated = Isolated(timeout_s=5, memory_bytes=1 << 30)
-    assert isolated.call("pipeline.video:clip_times", 0.0, 2.0, 1) == [1.0]
+    assert isolated.call("pipeline.video.frames:clip_times", 0.0, 2.0, 1) == [1.0]
     isolated.close()

@@ -11,9 +11,10 @@ import pytest
 
 from infra.errors import ConfigError
 from infra.storage import read_certificate
-from pipeline import crawl, redrive
-from pipeline.crawl import CrawlConfig
-from pipeline.redrive import RedriveConfig
+from pipeline.crawl import job as crawl
+from pipeline.crawl import redrive
+from pipeline.crawl.job import CrawlConfig
+from pipeline.crawl.redrive import RedriveConfig
 from pipeline.sources import SourceConfig, source_from_path
 
 pytestmark = pytest.mark.ray

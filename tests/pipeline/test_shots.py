@@ -9,11 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from infra.errors import ConfigError
-from pipeline.duplicates import find_duplicates, near_pairs
-from pipeline.filters import FilterConfig, judge_by_facts, largest_change, load_plugins
+from pipeline.crawl.duplicates import find_duplicates, near_pairs
+from pipeline.crawl.filters import FilterConfig, judge_by_facts, largest_change, load_plugins
+from pipeline.crawl.shots import ShotConfig, find_shots, shot_ranges, split_long
 from pipeline.phash import hamming
 from pipeline.schema import Status
-from pipeline.shots import ShotConfig, find_shots, shot_ranges, split_long
 
 
 @given(st.lists(st.booleans(), min_size=1, max_size=60))

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from infra.errors import ConfigError
 from infra.storage import write_bytes
+from pipeline.crawl.parent import InspectConfig, inspect_parent
 from pipeline.media import read_media
-from pipeline.parent import InspectConfig, inspect_parent
 from pipeline.sources import Item, SourceConfig, open_source, read_items, source_from_path
 from pipeline.sources.base import clean_caption, parse_time
 from pipeline.sources.sidecars import read_sidecar

@@ -2,10 +2,10 @@
 
 import numpy as np
 
-from pipeline.parent import InspectConfig, inspect_parent
+from pipeline.crawl.parent import InspectConfig, inspect_parent
+from pipeline.crawl.transcode import write_clip
 from pipeline.sources import Cut, Item
-from pipeline.transcode import write_clip
-from pipeline.video import decode_frames, probe
+from pipeline.video.frames import decode_frames, probe
 
 
 def test_a_standalone_clip_holds_exactly_the_frames_of_its_range(tmp_path, write_video):

@@ -12,9 +12,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipeline.plan import PlanError, planned_frames
 from pipeline.schema import Status
-from pipeline.video import VideoError, clip_times, decode_frames, decode_from_start, opened, probe
+from pipeline.video.frames import VideoError, clip_times, decode_frames, decode_from_start, opened, probe
+from pipeline.video.plan import PlanError, planned_frames
 
 LAYOUTS: dict[str, dict] = {
     "gop12": {"options": {"g": "12", "bf": "0"}, "num_frames": 80},

@@ -20,7 +20,7 @@ from pipeline.memory.store import upsert, vectors_arrow, version_tag
 from pipeline.phash import phash64
 from pipeline.schema import CLIPS, clip_id, content_id, memory_schema
 from pipeline.shards import write_shard
-from pipeline.video import decode_frames
+from pipeline.video.frames import decode_frames
 
 DIM = 64
 NOUNS = ["man", "dog", "cat", "boat", "road", "guitar", "piano", "hill"]

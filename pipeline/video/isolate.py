@@ -21,7 +21,9 @@ from typing import Any
 
 from infra.cluster import CHECKOUT
 
-START = "import sys; sys.path.insert(0, sys.argv[1]); from pipeline.isolate import serve; serve(sys.argv[2])"
+START = (
+    "import sys; sys.path.insert(0, sys.argv[1]); from pipeline.video.isolate import serve; serve(sys.argv[2])"
+)
 GRACE_S = 5.0
 """How long after the child's own alarm the parent waits before it kills."""
 START_S = 60.0

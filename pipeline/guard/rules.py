@@ -38,7 +38,7 @@ class GuardConfig(Config):
 
     max_hash_bits: int = Field(default=10, ge=-1, le=NUM_BITS)
     """Documents whose perceptual hash is within so many of 64 bits are copies; -1 = don't compare.
-    Ours, from `tests/bench/bench_guard.py`; pHash's author calls up to 22 of 64 similar."""
+    Ours, from `tests/bench/bench_guard.py`: strangers begin to be refused at 12."""
     mirrored: bool = True
     """Compare with the mirrored clip as well."""
     max_similarity: float = Field(default=0.9, gt=0, le=1)
@@ -46,7 +46,7 @@ class GuardConfig(Config):
     RA-CM3, section 3.2, and CM3Leon: 0.9."""
     exclude: str | None = None
     """Evaluation exclusion file (.txt, .csv, .jsonl, .parquet): ids, hashes, source videos; see
-    `pipeline/exclusion.py`. What it lists is neither retrieved nor made into a prompt."""
+    `pipeline/guard/exclusion.py`. What it lists is neither retrieved nor made into a prompt."""
     exclude_splits: tuple[str, ...] = ("test", "val")
     """Values of the `split` column that are never retrieved nor made into prompts."""
     source_pattern: str | None = None
@@ -91,9 +91,8 @@ class GuardedClip:
     vector: np.ndarray | None  # float [d] unit picture embedding
 
 
-CROPS = ((1.0, 0.5, 0.5), (0.9, 0.5, 0.5), (0.8, 0.5, 0.5), (0.7, 0.5, 0.5)) + tuple(
-    (0.8, top, left) for top in (0.0, 1.0) for left in (0.0, 1.0)
-)
+CENTRE_CROPS = ((1.0, 0.5, 0.5), (0.9, 0.5, 0.5), (0.8, 0.5, 0.5), (0.7, 0.5, 0.5))
+CROPS = (*CENTRE_CROPS, (0.8, 0.0, 0.0), (0.8, 0.0, 1.0), (0.8, 1.0, 0.0), (0.8, 1.0, 1.0))
 """(share of each side kept, place from top, place from left) under which a frame is hashed. Ours."""
 
 

@@ -16,14 +16,14 @@ import numpy as np
 from infra.config import Config
 from infra.errors import DataError
 from infra.storage import filesystem, is_remote
-from pipeline.filters import FilterConfig, judge_by_facts, judge_by_frames, load_plugins
+from pipeline.crawl.filters import FilterConfig, judge_by_facts, judge_by_frames, load_plugins
+from pipeline.crawl.shots import ShotConfig, find_shots
+from pipeline.crawl.transcode import write_clip
 from pipeline.media import image_kind, looks_like_text, open_media
 from pipeline.phash import phash64
 from pipeline.schema import Status, clip_id
-from pipeline.shots import ShotConfig, find_shots
 from pipeline.sources.base import Cut, Item
-from pipeline.transcode import write_clip
-from pipeline.video import VideoError, VideoInfo, clip_times, decode_frames, probe
+from pipeline.video.frames import VideoError, VideoInfo, clip_times, decode_frames, probe
 
 LOOK_PX: tuple[int, int] = (64, 64)
 """Size of the frames that filters and the perceptual hash look at."""

@@ -11,7 +11,7 @@ from pydantic import Field
 from infra.config import Config
 from infra.errors import ConfigError
 from pipeline.schema import Status
-from pipeline.video import Source, VideoError, opened, to_rgb
+from pipeline.video.frames import Source, VideoError, opened, to_rgb
 
 WINDOW, STRIDE, EDGE = 100, 50, 25
 """TransNet V2 sees 100 frames and is trusted on the middle 50 (Soucek & Lokoc 2020, section 3)."""

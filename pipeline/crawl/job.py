@@ -16,18 +16,18 @@ from infra.cluster import RayConfig, ray_session
 from infra.config import Config
 from infra.errors import ConfigError, TooManyFailuresError
 from infra.storage import Certificate, FileEntry, absolute, join, write_certificate
-from pipeline.duplicates import find_duplicates
-from pipeline.fetch import FetchConfig, Fetcher
-from pipeline.filters import FilterConfig, load_plugins
-from pipeline.isolate import Isolated, IsolatedCrashError, IsolatedTimeoutError
+from pipeline.crawl.duplicates import find_duplicates
+from pipeline.crawl.filters import FilterConfig, load_plugins
+from pipeline.crawl.parent import InspectConfig, Row, dead_rows
+from pipeline.crawl.shots import ShotConfig
+from pipeline.fetch.fetcher import FetchConfig, Fetcher
 from pipeline.job import Receipt, Unit, open_job, run_units
-from pipeline.parent import InspectConfig, Row, dead_rows
 from pipeline.schema import CLIPS, Status, content_id
 from pipeline.shards import shard_name, write_shard
-from pipeline.shots import ShotConfig
 from pipeline.sources import Item, Reader, SourceConfig, open_source, read_items
 from pipeline.sources.base import is_url
 from pipeline.sources.page import PageReader
+from pipeline.video.isolate import Isolated, IsolatedCrashError, IsolatedTimeoutError
 
 NOT_IDENTITY = {"max_failed_frac", "timeout_s", "memory_bytes", "media"}
 """Fields that decide whether and how the job ends, not what a good row holds."""
@@ -201,7 +201,7 @@ class Worker:
         crash = ""
         for _ in range(CRASH_TRIES):
             try:
-                return self.child.call("pipeline.parent:inspect_parent", item, found, self.settings)
+                return self.child.call("pipeline.crawl.parent:inspect_parent", item, found, self.settings)
             except IsolatedTimeoutError as error:
                 return dead_rows(Item.from_json(item), found, Status.TIMEOUT, str(error))
             except IsolatedCrashError as error:

@@ -15,11 +15,11 @@ import httpx
 from pydantic import Field
 
 from infra.config import Config
-from pipeline.guarded import GuardedTransport, RefusedAddressError
+from pipeline.fetch.guarded import GuardedTransport, RefusedAddressError
+from pipeline.fetch.robots import MAX_BYTES, Robots, opted_out, parse_robots
+from pipeline.fetch.store import MediaStore, Record, note_validator, read_validator
 from pipeline.media import looks_like_text
-from pipeline.robots import MAX_BYTES, Robots, opted_out, parse_robots
 from pipeline.schema import Status
-from pipeline.store import MediaStore, Record, note_validator, read_validator
 
 TRANSIENT = (
     httpx.TimeoutException,

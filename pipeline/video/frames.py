@@ -3,7 +3,7 @@
 Times are seconds from the first frame of the video stream. The frame at time t is the one on screen at
 t: the last whose presentation time is not after t (the first frame for t < 0, the last past the end).
 
-Sparse frames are planned, not streamed (pipeline/plan.py); the pixels are those of a full decode.
+Sparse frames are planned, not streamed (pipeline/video/plan.py); the pixels are those of a full decode.
 """
 
 import io
@@ -23,8 +23,8 @@ from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
 from infra.storage import filesystem, is_remote
-from pipeline.plan import PlanError, planned_frames
 from pipeline.schema import Status
+from pipeline.video.plan import PlanError, planned_frames
 
 Source = str | Path | bytes | BinaryIO
 Size = tuple[int, int] | None

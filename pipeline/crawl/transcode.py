@@ -8,7 +8,7 @@ from typing import Any
 import av
 
 from infra.storage import is_remote, write_bytes
-from pipeline.video import Source, opened, to_rgb
+from pipeline.video.frames import Source, opened, to_rgb
 
 ENCODER = "libx264"
 OPTIONS = {"crf": "18", "preset": "medium", "threads": "1", "fflags": "+bitexact"}

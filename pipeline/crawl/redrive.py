@@ -17,7 +17,7 @@ from infra.cluster import RayConfig, ray_session
 from infra.config import Config
 from infra.errors import ConfigError
 from infra.storage import Certificate, absolute, exists, filesystem, join, require_certificate
-from pipeline.crawl import (
+from pipeline.crawl.job import (
     NOT_IDENTITY,
     CrawlConfig,
     FailureCeiling,
@@ -25,9 +25,9 @@ from pipeline.crawl import (
     num_workers,
     write_clips,
 )
-from pipeline.fetch import FetchConfig
+from pipeline.crawl.parent import Row
+from pipeline.fetch.fetcher import FetchConfig
 from pipeline.job import Receipts, Unit, open_job, run_units
-from pipeline.parent import Row
 from pipeline.schema import RETRIABLE, Status, content_id
 from pipeline.sources import Cut, Item
 
