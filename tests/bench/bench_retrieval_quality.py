@@ -52,8 +52,8 @@ def prepare(assets: Path, work: Path) -> Path:
         },
     }
     for name, source in sources.items():
-        crawl(
-            CrawlConfig.model_validate(
+        crawl.run(
+            crawl.CrawlConfig.model_validate(
                 {"sources": [{"kind": "manifest", "name": name, **source}], "out": str(work / name)}
             )
         )
