@@ -185,7 +185,8 @@ class Fit(nn.Module):
         """Initial weights; the head starts at zero, so the first answer is zero."""
         init_weights(self, depth=self.config.num_blocks * (self.config.layers_per_block + 3))
         for table in (self.time, self.row, self.column, self.latents):
-            nn.init.trunc_normal_(table, std=0.02)
+            # as loud as the patches: at high noise the place is all that a patch knows of itself
+            nn.init.trunc_normal_(table, std=0.5)
         nn.init.zeros_(self.head.weight)
 
     @property

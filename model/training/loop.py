@@ -6,7 +6,7 @@ torch.distributed.
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow as pa
@@ -73,7 +73,11 @@ class Training:
         self.optimizer: Optimizer = make_optimizer(self.model, config)
         self.emas: dict[str, Ema] = make_emas(self.model, config)
         self.edms: dict[int, Edm] = {
-            b.num_frames: edm_for(b.num_frames, b.height_px, b.width_px, sigma_data=config.sigma_data)
+            b.num_frames: replace(
+                edm_for(b.num_frames, b.height_px, b.width_px, sigma_data=config.sigma_data),
+                log_mean=config.noise_log_mean,
+                log_std=config.noise_log_std,
+            )
             for b in config.shapes
         }
         self.writer = CheckpointWriter(

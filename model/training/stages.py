@@ -120,6 +120,11 @@ class StageConfig(Config):
     """Share of samples that get latents of a first pass; 0.9 (Snap Video, table 8)."""
     sigma_data: float = Field(default=1.0, gt=0)
     """Assumed standard deviation of the data; 1 (Snap Video, table 1)."""
+    noise_log_mean: float = -1.2
+    """Mean of ln sigma in training; -1.2 (EDM table 1, unaltered in Snap Video). A short run that can't afford
+    millions of samples learns the layout first with more noise, e.g. 0."""
+    noise_log_std: float = Field(default=1.2, gt=0)
+    """Standard deviation of ln sigma in training; 1.2 (EDM table 1)."""
     optim: OptimConfig = OptimConfig()
     ema: EmaConfig = EmaConfig()
     validation: ValidationConfig = ValidationConfig()
