@@ -110,7 +110,7 @@ def number_dropouts(model: nn.Module) -> None:
 
 
 def init_weights(model: nn.Module, depth: int) -> None:
-    """Truncated normal of 1 / sqrt(fan in), so that any width keeps its scale; ends of residual branches shrink.
+    """Truncated normal of 1 / sqrt(fan in), so that any width keeps its scale; branch ends shrink.
 
     Snap Video prints no initialisation. GPT-2's 0.02 for every width left a narrow network slow to use its
     condition: `fit-tiny` on 23 clips, 300 steps, squared error at sigma 10: 0.24, and 0.18 with this rule.
