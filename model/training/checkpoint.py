@@ -8,6 +8,7 @@ A folder without committed.json is no checkpoint. Only tensors are stored by tor
 JSON, and the index that torch pickles is read by an unpickler that knows nothing but tensors' types.
 """
 
+import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -184,7 +185,10 @@ def load_state(uri: str, state: State, *, group: dist.ProcessGroup | None = None
         reasons = "; ".join([*(f"{name} is not there" for name in missing), *other][:4])
         raise TrainingError(f"checkpoint {uri} does not fit this model: {reasons}")
     alone = not dist.is_initialized() or dist.get_world_size() == 1
-    load(dict(state), storage_reader=SafeReader(uri), process_group=group, no_dist=alone)
+    with warnings.catch_warnings():
+        # That one process loads alone is meant, and no news to whoever runs `sample`.
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        load(dict(state), storage_reader=SafeReader(uri), process_group=group, no_dist=alone)
 
 
 def tensors_in(uri: str) -> dict[str, torch.Size]:
