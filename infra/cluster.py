@@ -30,7 +30,7 @@ class RayConfig(Config):
     num_cpus: int | None = Field(default=None, ge=1)
     """CPUs of a local session; None = all."""
     dashboard: bool = False
-    """Start Ray's dashboard in a local session (costs about 3 s)."""
+    """Start Ray's dashboard in a local session."""
     object_store_bytes: int = Field(default=400_000_000, ge=80_000_000)
     """Shared memory of a local session, bytes."""
     log_level: Literal["error", "warning", "info"] = "error"
