@@ -9,7 +9,7 @@ from infra.cluster import RayConfig
 from infra.config import Config
 from pipeline.augment.target import TargetConfig
 from pipeline.guard.rules import GuardConfig
-from pipeline.retrieve.join import RetrieveConfig
+from pipeline.retrieve.config import RetrieveConfig
 
 
 class AugmentConfig(Config):

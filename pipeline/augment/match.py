@@ -11,9 +11,10 @@ from pipeline.embed.worker import row_doc_id
 from pipeline.guard.exclusion import Exclusion, key, keys, source_name
 from pipeline.guard.rules import GuardConfig, GuardedClip, GuardedDocuments, Verdict, count, judge
 from pipeline.retrieve.bm25 import Hits
+from pipeline.retrieve.config import RetrieveConfig
 from pipeline.retrieve.documents import Documents
 from pipeline.retrieve.fuse import cosines, spread
-from pipeline.retrieve.join import RetrieveConfig, Search
+from pipeline.retrieve.join import Search
 from pipeline.retrieve.words import drop_words
 from pipeline.schema import clip_id
 

@@ -11,7 +11,7 @@ from pipeline.report.read import Parts
 from pipeline.schema import RETRIABLE
 
 if TYPE_CHECKING:
-    from pipeline.report.job import ReportConfig
+    from pipeline.report.config import ReportConfig
 
 UNITS = {"crawl": "rows", "build-index": "clips", "augment": "clips", "instruct": "draws"}
 SENTENCES = {

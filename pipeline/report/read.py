@@ -23,7 +23,7 @@ from infra.storage import (
 from pipeline.shards import ShardSet
 
 if TYPE_CHECKING:
-    from pipeline.report.job import ReportConfig
+    from pipeline.report.config import ReportConfig
 
 
 @dataclass(frozen=True)

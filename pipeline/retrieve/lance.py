@@ -16,9 +16,9 @@ from pipeline.memory import Memory
 from pipeline.memory.store import EMBEDDINGS
 from pipeline.memory.vectors import setting_of, vector_search
 from pipeline.retrieve.bm25 import Hits, ranked
+from pipeline.retrieve.config import RetrieveConfig
 from pipeline.retrieve.documents import Documents
 from pipeline.retrieve.fuse import reciprocal_rank
-from pipeline.retrieve.join import RetrieveConfig
 
 THREADS = 4
 

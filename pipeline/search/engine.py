@@ -25,10 +25,11 @@ from pipeline.embed import document_vector
 from pipeline.memory import Memory, require_model
 from pipeline.memory.vectors import setting_of, vector_search
 from pipeline.retrieve.bm25 import Hits, ranked
+from pipeline.retrieve.config import RetrieveConfig
 from pipeline.retrieve.dense import Dense
 from pipeline.retrieve.documents import Documents, load_documents
 from pipeline.retrieve.fuse import reciprocal_rank
-from pipeline.retrieve.join import RetrieveConfig, uses_arrays
+from pipeline.retrieve.join import uses_arrays
 
 if TYPE_CHECKING:
     from infra.clip import Clip

@@ -9,7 +9,7 @@ from infra.config import Config
 from infra.errors import ConfigError
 from infra.storage import absolute, check_writable, exists, join, read_bytes, read_json, write_bytes
 from pipeline.memory import Memory, open_memory
-from pipeline.retrieve.join import RetrieveConfig
+from pipeline.retrieve.config import RetrieveConfig
 from pipeline.search.engine import Filters, Hit, Query, Searcher
 from pipeline.search.page import picture_grid, picture_page
 

@@ -19,8 +19,9 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.retrieve.bm25 import Bm25, Hits, ranked
+from pipeline.retrieve.config import RetrieveConfig
 from pipeline.retrieve.fuse import reciprocal_rank
-from pipeline.retrieve.join import ArraySearch, RetrieveConfig
+from pipeline.retrieve.join import ArraySearch
 
 K, DEPTH = 10, 100
 

@@ -18,7 +18,7 @@ from pipeline.memory.commit import create_table
 from pipeline.memory.finish import finish
 from pipeline.memory.index import IndexConfig
 from pipeline.memory.store import upsert, vectors_arrow
-from pipeline.retrieve.join import RetrieveConfig
+from pipeline.retrieve.config import RetrieveConfig
 from pipeline.search import Filters, Query, SearchConfig, Searcher, check, run
 from tests.pipeline import memory_tables
 from tests.pipeline.clip_tables import picture
