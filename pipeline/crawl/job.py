@@ -32,9 +32,6 @@ from pipeline.video.isolate import Isolated, IsolatedCrashError, IsolatedTimeout
 NOT_IDENTITY = {"max_failed_frac", "timeout_s", "memory_bytes", "media"}
 """Fields that decide whether and how the job ends, not what a good row holds."""
 
-CRASH_TRIES = 3
-"""A child that dies may have been killed by others: only a file that does it each time is to blame."""
-
 
 class CrawlConfig(Config):
     """A crawl of one or more corpora into one table of clips."""
@@ -197,16 +194,13 @@ class Worker:
         return self.fetcher.fetch_all(urls)
 
     def inspect(self, item: dict[str, Any], found: dict[str, Any]) -> list[Row]:
-        """The rows of one parent; a child that dies is replaced, for it may not have been the file."""
-        crash = ""
-        for _ in range(CRASH_TRIES):
-            try:
-                return self.child.call("pipeline.crawl.parent:inspect_parent", item, found, self.settings)
-            except IsolatedTimeoutError as error:
-                return dead_rows(Item.from_json(item), found, Status.TIMEOUT, str(error))
-            except IsolatedCrashError as error:
-                crash = str(error)
-        return dead_rows(Item.from_json(item), found, Status.CRASHED, f"{crash}, {CRASH_TRIES} times")
+        """The rows of one parent; one whose child hangs, or dies each time, is a row with that status."""
+        try:
+            return self.child.call("pipeline.crawl.parent:inspect_parent", item, found, self.settings)
+        except IsolatedTimeoutError as error:
+            return dead_rows(Item.from_json(item), found, Status.TIMEOUT, str(error))
+        except IsolatedCrashError as error:
+            return dead_rows(Item.from_json(item), found, Status.CRASHED, str(error))
 
 
 def num_workers(config: CrawlConfig) -> int:

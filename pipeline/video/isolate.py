@@ -28,6 +28,13 @@ GRACE_S = 5.0
 """How long after the child's own alarm the parent waits before it kills."""
 START_S = 60.0
 """How long a child may take to start."""
+CRASH_TRIES = 3
+"""Calls of a child that crashes in native code before what it was given is to blame."""
+KILL_TRIES = 10
+"""Calls of a child that is killed from outside (SIGKILL): an operator or the kernel may have had another
+reason, since the child's own memory is bounded; only what is killed each time is to blame."""
+START_TRIES = 10
+"""Children that may die before their first call; no row is to blame for those."""
 
 
 class IsolatedError(Exception):
@@ -39,7 +46,11 @@ class IsolatedTimeoutError(IsolatedError):
 
 
 class IsolatedCrashError(IsolatedError):
-    """The child died: a crash in native code, or the kernel took it for its memory."""
+    """The child died each time: a crash in native code, or the kernel took it for its memory."""
+
+    def __init__(self, message: str, *, tries: int = 1) -> None:
+        super().__init__(message)
+        self.tries = tries
 
 
 class Isolated:
@@ -52,11 +63,25 @@ class Isolated:
     def call(self, function: str, *args: Any) -> Any:
         """Call `package.module:name` with picklable arguments and give back what it returns.
 
+        A child that dies is replaced and the call repeated, for it may not have been the call's fault.
+
         Raises:
             IsolatedTimeoutError: it took longer than `timeout_s`.
-            IsolatedCrashError: the child died.
+            IsolatedCrashError: the child died each time.
+            RuntimeError: no child can be started here at all.
             Exception: whatever the function raised, MemoryError included.
         """
+        crashes = kills = 0
+        while True:
+            try:
+                return self._call_once(function, args)
+            except _Died as death:
+                crashes, kills = crashes + (not death.killed), kills + death.killed
+                if crashes == CRASH_TRIES or kills == KILL_TRIES:
+                    tries = crashes + kills
+                    raise IsolatedCrashError(f"{death}, {tries} times", tries=tries) from None
+
+    def _call_once(self, function: str, args: tuple[Any, ...]) -> Any:
         child = self.child or self._start()
         try:
             _send(child.stdin, (function, args, self.timeout_s))
@@ -73,20 +98,24 @@ class Isolated:
             self.child = None
 
     def _start(self) -> subprocess.Popen[bytes]:
-        self.child = subprocess.Popen(
-            [sys.executable, "-P", "-c", START, str(CHECKOUT), str(self.memory_bytes)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env={**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},
-        )
-        try:
-            _receive(self.child.stdout, START_S)  # "ready": its start does not count as the call's time
-        except (EOFError, OSError, TimeoutError) as error:
-            raise self._verdict(self.child, error) from None
-        return self.child
+        """A child that has said that it is ready: its start does not count as the call's time."""
+        reason: BaseException | None = None
+        for _ in range(START_TRIES):
+            self.child = child = subprocess.Popen(
+                [sys.executable, "-P", "-c", START, str(CHECKOUT), str(self.memory_bytes)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                env={**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},
+            )
+            try:
+                _receive(child.stdout, START_S)
+                return child
+            except (EOFError, OSError, TimeoutError) as error:
+                reason = self._verdict(child, error)
+        raise RuntimeError(f"no process for decoding can be started: {reason} ({START_TRIES} tries)")
 
-    def _verdict(self, child: subprocess.Popen[bytes], error: BaseException) -> IsolatedError:
+    def _verdict(self, child: subprocess.Popen[bytes], error: BaseException) -> "IsolatedError | _Died":
         late = isinstance(error, TimeoutError)
         with suppress(subprocess.TimeoutExpired):
             child.wait(timeout=0 if late else 2)
@@ -95,7 +124,15 @@ class Isolated:
         if late or code == -signal.SIGALRM:
             return IsolatedTimeoutError(f"still running after {self.timeout_s:g} s")
         name = signal.Signals(-code).name if code is not None and code < 0 else f"exit code {code}"
-        return IsolatedCrashError(f"the process died: {name}")
+        return _Died(f"the process died: {name}", killed=code == -signal.SIGKILL)
+
+
+class _Died(Exception):
+    """One child is gone."""
+
+    def __init__(self, message: str, *, killed: bool) -> None:
+        super().__init__(message)
+        self.killed = killed
 
 
 def serve(memory_bytes: str) -> None:

@@ -92,3 +92,44 @@ def test_a_folder_of_the_user_cannot_shadow_the_child(tmp_path, monkeypatch):
     isolated = Isolated(timeout_s=5, memory_bytes=1 << 30)
     assert isolated.call("pipeline.video.frames:clip_times", 0.0, 2.0, 1) == [1.0]
     isolated.close()
+
+
+KILLED_UNTIL_FOURTH = """
+import os, signal, sys
+def act(log):
+    with open(log, "a") as file:
+        file.write("x")
+    if os.path.getsize(log) < 4:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return "done"
+"""
+
+
+def test_kills_from_outside_are_not_the_files_fault(child, tmp_path, monkeypatch):
+    """A node under memory pressure or an operator may kill a child more often than a bad file would."""
+    (tmp_path / "unlucky.py").write_text(KILLED_UNTIL_FOURTH)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert child.call("unlucky:act", str(tmp_path / "log")) == "done"
+    assert (tmp_path / "log").read_text() == "xxxx"
+
+
+def test_a_child_killed_while_it_starts_is_started_again(child):
+    import threading
+
+    done = threading.Event()
+
+    def killer() -> None:
+        while not done.is_set():
+            if child.child is not None and deaths:
+                deaths.pop()
+                child.child.kill()
+            time.sleep(0.002)
+
+    deaths = [1, 2, 3]
+    thread = threading.Thread(target=killer)
+    thread.start()
+    try:
+        assert child.call("math:floor", 1.5) == 1
+    finally:
+        done.set()
+        thread.join()
