@@ -7,41 +7,48 @@ autoencoder (Wan, CogVideoX, HunyuanVideo, LTX, ...) also shortens time. Latents
 the model's own config says: per-channel mean and deviation, or shift and scaling factor.
 """
 
+import json
+from functools import cached_property
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import field_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from infra.clip.hub import hub_file
-from infra.config import Config
+from infra.clip.model import hash_weights
+from infra.config import Config, canonical_json
 from infra.errors import ConfigError
-from model.edm import sigma_in as pixel_sigma_in
+from model.space import Space
 
-CURE = "give a local folder with config.json and weights, or train in pixels (no latents in the config)"
+CURE = "give a local folder with config.json and weights, or train in pixels (autoencoder.kind: none)"
 PROBE_PX = 64
 PROBE_FRAMES = (1, 17, 33)
 
 
 class LatentConfig(Config):
-    """Names an autoencoder."""
+    """Pixels, or the latents of an autoencoder: one switch, from which all shapes and sigma_in follow."""
 
-    model: str
-    """Folder or hub id that holds a diffusers autoencoder's config.json and weights."""
+    kind: Literal["none", "diffusers"] = "none"
+    """none = pixels, as Snap Video and VIMI; diffusers = any autoencoder of that library."""
+    model: str | None = None
+    """diffusers: folder or hub id that holds an autoencoder's config.json and weights."""
     subfolder: str | None = "vae"
     """Folder inside it; used if it is there (pipelines keep their autoencoder under `vae`)."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the arithmetic; auto = bfloat16 on a GPU, else float32. Latents come out in float32."""
-    frames_per_call: int = 16
-    """Frames that an image autoencoder takes at once, at least 1: bounds the memory."""
+    frames_per_call: int = Field(default=16, ge=1)
+    """Frames that an image autoencoder takes at once: bounds the memory."""
 
-    @field_validator("frames_per_call")
-    @classmethod
-    def _is_positive(cls, value: int) -> int:
-        if value < 1:
-            raise ValueError("legal: at least 1")
-        return value
+    @model_validator(mode="after")
+    def _model_is_named(self) -> "LatentConfig":
+        if (self.kind == "diffusers") != bool(self.model):
+            raise ValueError(
+                f"kind {self.kind} with model {self.model!r}; legal: kind diffusers with a model, or kind none"
+            )
+        return self
 
 
 class Latents:
@@ -57,17 +64,34 @@ class Latents:
         self.frames_per_call = frames_per_call
         self.is_video = any(isinstance(part, nn.Conv3d) for part in autoencoder.modules())
         self._shift, self._scale = _standards(self.model.config)
-        self._measure()
 
-    def _measure(self) -> None:
-        """Learn the factors from what comes out: configs name them in too many ways."""
-        first, second, third = (self._raw_shape(t) for t in (PROBE_FRAMES if self.is_video else (1, 1, 1)))
-        self.channels = first[1]
-        self.factor_px = PROBE_PX // first[2]
-        """Pixels along a side of one latent."""
-        self.factor_frames = 16 // (third[0] - second[0]) if self.is_video else 1
-        """Frames to one latent in time (after the first, if the autoencoder is causal)."""
-        self.is_causal = self.is_video and first[0] == 1 and second[0] == 1 + 16 // self.factor_frames
+    @cached_property
+    def space(self) -> Space:
+        """Shapes, learned from what comes out: configs name the factors in too many ways."""
+        probes = PROBE_FRAMES if self.is_video else (1, 1, 1)
+        first, second, third = (self._raw_shape(t) for t in probes)
+        factor_frames = 16 // (third[0] - second[0]) if self.is_video else 1
+        return Space(
+            channels=first[1] or second[1],
+            factor_px=PROBE_PX // second[2],
+            factor_frames=factor_frames,
+            is_causal=self.is_video and first[0] == 1 and second[0] == 1 + 16 // factor_frames,
+            identity=self.identity_hash,
+        )
+
+    @cached_property
+    def identity_hash(self) -> str:
+        """Hex sha256 of class, config and weights: what a latent means."""
+        values = {k: v for k, v in dict(self.model.config).items() if not k.startswith("_")}
+        parts = {"class": type(self.model).__name__, "config": json.dumps(values, sort_keys=True, default=str)}
+        weights = hash_weights(self.model, torch.bfloat16)
+        return sha256(canonical_json({**parts, "weights": weights})).hexdigest()
+
+    @cached_property
+    def content_hash(self) -> str:
+        """Hex sha256 of the identity and the arithmetic: equal only if latents are equal to the bit."""
+        arithmetic = [str(self.dtype), self.device.type, self.frames_per_call, hash_weights(self.model)]
+        return sha256(canonical_json([self.identity_hash, arithmetic])).hexdigest()
 
     @torch.no_grad()
     def _raw_shape(self, num_frames: int) -> tuple[int, int, int, int]:
@@ -78,40 +102,8 @@ class Latents:
         except RuntimeError:
             if num_frames > 1:
                 raise
-            return 0, 0, 1, 1  # a video autoencoder that refuses a single frame
+            return 0, 0, 0, 0  # a video autoencoder that refuses a single frame
         return t, c, h, w
-
-    def legal_frames(self, num_frames: int) -> int:
-        """The next number of frames that the autoencoder keeps whole: 1 + n f if causal, n f if not."""
-        first = 1 if self.is_causal else 0
-        return first + -(-(num_frames - first) // self.factor_frames) * self.factor_frames
-
-    def shape(self, num_frames: int, height_px: int, width_px: int) -> tuple[int, int, int, int]:
-        """(t', c', h', w') of the latents of a clip.
-
-        Raises:
-            ConfigError: a side that the autoencoder can't divide; names the nearest legal one.
-        """
-        f = self.factor_px
-        if height_px % f or width_px % f:
-            legal = f"{-(-height_px // f) * f} x {-(-width_px // f) * f}"
-            raise ConfigError(
-                f"{height_px} x {width_px} pixels don't divide into latents of {f}",
-                legal=f"multiples of {f}",
-                cure=f"use {legal} (height x width)",
-            )
-        first = 1 if self.is_causal else 0
-        frames = first + (self.legal_frames(num_frames) - first) // self.factor_frames
-        return frames, self.channels, height_px // f, width_px // f
-
-    def sigma_in(self, num_frames: int, height_px: int, width_px: int) -> float:
-        """Snap Video's sigma_in = s sqrt(T) of the latent clip: latents count as pixels.
-
-        Neighbouring latents share far less than neighbouring pixels, and what they share is what
-        sigma_in makes up for (Snap Video section 3.1). So the *latent* grid and length go into the rule.
-        """
-        frames, _, height, width = self.shape(num_frames, height_px, width_px)
-        return pixel_sigma_in(frames, height, width)
 
     @torch.no_grad()
     def encode(self, video: Tensor) -> Tensor:
@@ -121,8 +113,8 @@ class Latents:
         of a length that the autoencoder would cut is made longer by repeating its last frame.
         """
         num_frames = video.shape[1]
-        self.shape(num_frames, *video.shape[-2:])
-        extra = self.legal_frames(num_frames) - num_frames
+        self.space.shape(num_frames, *video.shape[-2:])
+        extra = self.space.legal_frames(num_frames) - num_frames
         if extra:
             video = torch.cat([video, video[:, -1:].expand(-1, extra, -1, -1, -1)], dim=1)
         latents = self._encode_raw(video).float()
@@ -186,6 +178,7 @@ def load_latents(config: LatentConfig, device: str | torch.device = "cpu") -> La
 
 def _find(config: LatentConfig) -> tuple[str, str | None]:
     """The folder or hub id, and the folder inside it if there is one."""
+    assert config.model is not None
     folder = Path(config.model).expanduser()
     if folder.is_dir():
         inside = config.subfolder and (folder / config.subfolder / "config.json").is_file()

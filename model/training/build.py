@@ -1,28 +1,51 @@
 """What a run is made of, from its config: the network, the prompts' way into it, the order of samples."""
 
+from dataclasses import replace
+
 import pyarrow as pa
 import torch
 from torch import Tensor
 
+from infra.errors import ConfigError
 from model.condition import Condition, ConditionConfig, Prompt
 from model.data.plan import Plan
-from model.generator import Generator, preset
+from model.generator import BackboneConfig, Generator, preset
 from model.prompt import PromptEncoder, reference_tensors, select
+from model.space import PIXELS, Space
 from model.step import draw_dropped, draw_num_documents
 from model.training.stages import StageConfig
 
 
-def make_generator(config: StageConfig, token_dim: int) -> Generator:
-    """The network of this config, freshly drawn from its seed: the same on every rank."""
-    torch.manual_seed(config.seed)
-    backbone = preset(
-        config.preset,
-        num_frames=config.num_frames,
-        height_px=config.height_px,
-        width_px=config.width_px,
+def backbone_of(config: StageConfig, space: Space) -> BackboneConfig:
+    """Sizes of the network: the preset's, at the shape that a clip has in `space`.
+
+    Raises:
+        ConfigError: a preset for the upsampler without one, or pixels that the autoencoder can't divide.
+        ValueError, TypeError: an unknown preset or field.
+    """
+    frames, channels, height, width = space.shape(config.num_frames, config.height_px, config.width_px)
+    named = preset(config.preset)
+    if named.in_channels > named.out_channels and config.upsampler is None:
+        raise ConfigError(
+            f"preset {config.preset!r} is an upsampler",
+            legal="upsampler: {small_height_px, small_width_px, ...} in the config with it",
+        )
+    return replace(
+        named,
+        num_frames=frames,
+        height_px=height,
+        width_px=width,
+        in_channels=channels * (2 if config.upsampler else 1),
+        out_channels=channels,
         checkpoint=config.parallel.recompute,
         **config.backbone,
     )
+
+
+def make_generator(config: StageConfig, token_dim: int, space: Space = PIXELS) -> Generator:
+    """The network of this config, freshly drawn from its seed: the same on every rank."""
+    torch.manual_seed(config.seed)
+    backbone = backbone_of(config, space)
     return Generator(backbone, ConditionConfig(token_dim=token_dim, mode=config.references))
 
 

@@ -9,11 +9,15 @@ import pyarrow.parquet as pq
 from infra.errors import ConfigError
 from infra.storage import absolute, exists, filesystem, is_remote, join, read_bytes, write_bytes
 from model.data.shards import Shards, index_shards, open_shards
-from model.generator import PRESETS, preset
+from model.edm import sigma_in
+from model.generator import PRESETS
 from model.prompt import PromptEncoderConfig
-from model.training.build import make_plan
+from model.space import PIXELS, Space
+from model.training.build import backbone_of, make_plan
 from model.training.checkpoint import find_checkpoint, read_facts
-from model.training.stages import Stage2Config, StageConfig
+from model.training.stages import Stage2Config, StageConfig, config_class
+from model.training.targets import describe_space, open_space, resolve_latents
+from model.training.upsampler import check_upsampler
 
 
 @dataclass(frozen=True)
@@ -22,6 +26,7 @@ class Ready:
 
     shards: Shards
     start_from: str | None
+    space: Space = PIXELS
 
     @property
     def inputs(self) -> dict[str, str]:
@@ -30,9 +35,13 @@ class Ready:
 
 def resolve(config: StageConfig) -> StageConfig:
     """The same config with absolute places, as every process must see them."""
-    places = {name: absolute(getattr(config, name)) for name in ("prompts", "out")}
+    places: dict[str, object] = {name: absolute(getattr(config, name)) for name in ("prompts", "out")}
     if isinstance(config, Stage2Config):
         places["start_from"] = absolute(config.start_from)
+    if config.upsampler is not None and config.upsampler.start_from is not None:
+        base = absolute(config.upsampler.start_from)
+        places["upsampler"] = config.upsampler.model_copy(update={"start_from": base})
+    places["autoencoder"] = resolve_latents(config.autoencoder)
     return config.model_copy(update={**places, "encoder": _resolve_encoder(config.encoder)})
 
 
@@ -57,27 +66,25 @@ def inspect(config: StageConfig) -> Ready:
     Raises:
         ConfigError: one line: what is wrong, what is legal, how to cure it.
     """
-    check_preset(config)
+    space = open_space(config)
+    check_preset(config, space)
     shards = open_shards(config.prompts)
+    check_upsampler(config, shards)
     check_workers(config, config.num_workers or 1, len(shards.groups))
     start_from = None
     if isinstance(config, Stage2Config):
         start_from = find_checkpoint(config.start_from)
         check_same_model(config, start_from)
-    return Ready(shards, start_from)
+    return Ready(shards, start_from, space)
 
 
-def check_preset(config: StageConfig) -> None:
+def check_preset(config: StageConfig, space: Space = PIXELS) -> None:
     if config.preset not in PRESETS:
         raise ConfigError(f"preset {config.preset!r}", legal=", ".join(PRESETS))
     try:
-        preset(
-            config.preset,
-            **config.backbone,
-            num_frames=config.num_frames,
-            height_px=config.height_px,
-            width_px=config.width_px,
-        )
+        backbone_of(config, space)
+    except ConfigError:
+        raise
     except (ValueError, TypeError) as error:
         raise ConfigError(f"backbone: {error}") from None
     for bucket in config.shapes:
@@ -104,13 +111,17 @@ def check_workers(config: StageConfig, workers: int, num_groups: int) -> None:
         )
 
 
-SAME = ("preset", "num_frames", "height_px", "width_px", "backbone", "references", "sigma_data")
+SAME = (
+    *("preset", "num_frames", "height_px", "width_px", "backbone", "references", "sigma_data"),
+    "autoencoder",
+)
 
 
 def check_same_model(config: Stage2Config, start_from: str) -> None:
     """Refuse to finetune a checkpoint of another network or prompt encoder; names the fields."""
     facts = read_facts(start_from)
-    there, here = facts["config"], config.model_dump(mode="json")
+    theirs_whole = config_class(facts["stage"]).model_validate(facts["config"])  # fills in newer fields
+    there, here = theirs_whole.model_dump(mode="json"), config.model_dump(mode="json")
     differences = [f"{k}: {there.get(k)!r} there, {here[k]!r} now" for k in SAME if there.get(k) != here[k]]
     unlike = {"cache", "batch_size", "bad_pictures"}
     theirs = {k: v for k, v in there["encoder"].items() if k not in unlike}
@@ -155,13 +166,7 @@ def plan_text(config: StageConfig, ready: Ready) -> str:
     from model.condition import ConditionConfig
     from model.generator import Generator
 
-    backbone = preset(
-        config.preset,
-        **config.backbone,
-        num_frames=config.num_frames,
-        height_px=config.height_px,
-        width_px=config.width_px,
-    )
+    backbone = backbone_of(config, ready.space)
     with torch.device("meta"):
         model = Generator(backbone, ConditionConfig(mode=config.references))
     parameters = sum(p.numel() for p in model.parameters())
@@ -173,6 +178,13 @@ def plan_text(config: StageConfig, ready: Ready) -> str:
         f"{rows:,} prompts in {len(ready.shards.groups):,} row groups: "
         f"{config.total_samples / rows:.2f} epochs",
     ]
+    if ready.space.is_latent or config.upsampler:
+        small = f", from {config.upsampler.small_size_px}" if config.upsampler else ""
+        lines.append(
+            f"{describe_space(ready.space)}: {backbone.num_frames} x {backbone.out_channels} x "
+            f"{backbone.height_px} x {backbone.width_px}, sigma_in "
+            f"{sigma_in(backbone.num_frames, backbone.height_px, backbone.width_px):g}{small}"
+        )
     if ready.start_from:
         lines.append(f"starts from {ready.start_from}")
     return "\n".join(lines)

@@ -6,7 +6,7 @@ torch.distributed.
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
@@ -20,11 +20,10 @@ from model.condition import Condition
 from model.data.batch import Batch
 from model.data.loader import Loader, RowGroups
 from model.data.shards import open_shards
-from model.edm import Edm, edm_for
 from model.ema import Ema
 from model.generator import Generator
 from model.prompt import load_prompt_encoder
-from model.step import draw, losses
+from model.step import losses
 from model.training.build import Conditioner, make_generator, make_plan
 from model.training.checkpoint import (
     CheckpointWriter,
@@ -44,7 +43,9 @@ from model.training.state import (
     state_of,
     weights_of,
 )
+from model.training.targets import Targets, check_same_space
 from model.training.telemetry import Stopwatch
+from model.training.upsampler import start_from_base
 
 
 class NonFiniteError(TrainingError):
@@ -69,17 +70,10 @@ class Training:
         self.world_size = dist.get_world_size() if dist.is_initialized() else 1
         self.encoder = load_prompt_encoder(config.encoder, self.device)
         self.condition = Conditioner(config, self.encoder, self.device)
-        self.replica = Replica(make_generator(config, self.encoder.dim), config.parallel, self.device)
+        self.targets = Targets(config, self.device)
+        self.replica = Replica(self._generator(), config.parallel, self.device)
         self.optimizer: Optimizer = make_optimizer(self.model, config)
         self.emas: dict[str, Ema] = make_emas(self.model, config)
-        self.edms: dict[int, Edm] = {
-            b.num_frames: replace(
-                edm_for(b.num_frames, b.height_px, b.width_px, sigma_data=config.sigma_data),
-                log_mean=config.noise_log_mean,
-                log_std=config.noise_log_std,
-            )
-            for b in config.shapes
-        }
         self.writer = CheckpointWriter(
             config.out,
             num_to_keep=config.checkpoint.num_to_keep,
@@ -94,6 +88,13 @@ class Training:
     @property
     def model(self) -> Generator:
         return self.replica.model
+
+    def _generator(self) -> Generator:
+        """The network, freshly drawn; a new upsampler starts with its base model's weights."""
+        generator = make_generator(self.config, self.encoder.dim, self.targets.space)
+        if self.config.upsampler is not None and latest_checkpoint(self.config.out) is None:
+            start_from_base(generator, self.config.upsampler)
+        return generator
 
     def restore(self) -> int:
         """Continue from the run's last checkpoint, or start stage 2 from stage 1's; the position."""
@@ -124,6 +125,7 @@ class Training:
                 f"{checkpoint} was trained with another prompt encoder (its weights, limits or arithmetic "
                 f"differ: {facts['encoder'][:12]} there, {self.encoder.identity_hash[:12]} now)"
             )
+        check_same_space(self.targets.space, facts, checkpoint)
         return facts
 
     def _loader(self, index: pa.Table) -> Loader:
@@ -169,19 +171,18 @@ class Training:
 
     def _accumulate(self, batch: Batch, condition: Condition) -> Tensor:
         """Losses of a micro-batch; its gradients are added to the model's."""
-        video = batch.target(self.device)
-        edm = self.edms[video.shape[1]]
+        with self.watch.part("encode"):
+            x = self.targets(batch)
         with self.watch.part("forward"):
-            draws = draw(
-                edm,
-                video.shape[1:],
-                seed=self.config.seed,
-                indices=batch.positions,
-                self_condition_rate=self.config.self_condition_rate,
-                device=self.device,
+            each = losses(
+                self.replica.forward,
+                self.targets.edm(x),
+                x,
+                condition,
+                self.targets.draw(x, batch.positions),
+                dtype=self.replica.autocast_dtype,
+                small_size=self.targets.small_size,
             )
-            dtype = self.replica.autocast_dtype
-            each = losses(self.replica.forward, edm, video, condition, draws, dtype=dtype)
         with self.watch.part("backward"):
             # Ranks' gradients are averaged, so each one's share is taken world_size times.
             (each.sum() * (self.world_size / self.config.batch_size)).backward()
@@ -241,6 +242,7 @@ class Training:
             "config": self.config.model_dump(mode="json"),
             "encoder": self.encoder.identity_hash,
             "token_dim": self.encoder.dim,
+            "space": vars(self.targets.space),
             "emas": {name: vars(ema.profile) for name, ema in self.emas.items()},
             "torch": torch.__version__,
             "world_size": self.world_size,

@@ -14,6 +14,7 @@ from infra.config import Config
 from model.data.batch import Bucket
 from model.data.loader import LoaderConfig
 from model.data.plan import OrderConfig
+from model.latents import LatentConfig
 from model.prompt.config import PromptEncoderConfig
 from model.training.parallel import ParallelConfig
 from model.training.telemetry import LogConfig
@@ -80,6 +81,28 @@ class CheckpointConfig(Config):
     """Write while training goes on; it waits only for the copy."""
 
 
+class UpsamplerConfig(Config):
+    """Second stage of the cascade: the small video, noised a little, is part of the input."""
+
+    small_height_px: int = Field(default=36, ge=1)
+    """Height of the small video, pixels: the base model's; 36 (Snap Video)."""
+    small_width_px: int = Field(default=64, ge=1)
+    """Width of the small video, pixels; 64 (Snap Video)."""
+    max_level: float = Field(default=1.0, gt=0)
+    """Noise on the small video in training: its standard deviation is uniform in [0, this]. Snap Video says
+    "random level" and no more; 1, as much noise as signal, is ours."""
+    start_from: str | None = None
+    """Run of a base model, or one of its checkpoints, whose weights the upsampler starts with (as Snap
+    Video); None = freshly drawn."""
+    start_ema: str | None = None
+    """Average of it to start with (its name in the checkpoint); None = the weights."""
+
+    @property
+    def small_size_px(self) -> tuple[int, int]:
+        """(height, width) of the small video."""
+        return self.small_height_px, self.small_width_px
+
+
 class StageConfig(Config):
     """What both stages share."""
 
@@ -109,6 +132,11 @@ class StageConfig(Config):
     references: Literal["faithful", "plus"] = "faithful"
     """faithful: reference pictures are read through the frozen encoder only, as VIMI's figures show; plus:
     the generator also reads their pixel patches."""
+    autoencoder: LatentConfig = LatentConfig()
+    """Where the generator works: `kind: none` in pixels, as Snap Video and VIMI; `kind: diffusers` in the
+    latents of an autoencoder. Channels, the network's size and sigma_in follow; sizes here stay pixels."""
+    upsampler: UpsamplerConfig | None = None
+    """Train the second stage of the cascade instead of a base model; None = a base model."""
     encoder: PromptEncoderConfig = PromptEncoderConfig()
     """The frozen prompt encoder."""
     documents: tuple[int, ...] = (0, 1, 2)
@@ -163,6 +191,20 @@ class StageConfig(Config):
         if self.batch_size % self.accumulation:
             raise ValueError(
                 f"batch_size {self.batch_size} is not divisible by accumulation {self.accumulation}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _upsampler_enlarges(self) -> "StageConfig":
+        small = self.upsampler
+        if small is None:
+            return self
+        if self.autoencoder.kind != "none":
+            raise ValueError("an upsampler works in pixels; legal: autoencoder.kind none with it")
+        if small.small_height_px >= self.height_px or small.small_width_px >= self.width_px:
+            raise ValueError(
+                f"an upsampler from {small.small_height_px} x {small.small_width_px} to {self.height_px} x "
+                f"{self.width_px} pixels; legal: height_px and width_px above the small video's"
             )
         return self
 

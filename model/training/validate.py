@@ -6,6 +6,7 @@ Noise is keyed by the prompt's id, so the numbers are equal to the last bit befo
 and comparable between runs on the same shards. Rows of a held-out split where there is one.
 """
 
+from dataclasses import replace
 from statistics import NormalDist
 from typing import Any
 
@@ -95,8 +96,8 @@ class Validation:
         batch = self._read(source, retrieval)
         training, quantiles = self.training, self.config.validation.quantiles
         count, device = len(quantiles), self.training.device
-        video = batch.target(device)
-        edm = training.edms[video.shape[1]]
+        video = training.targets(batch)
+        edm = training.targets.edm(video)
         key = int(batch.prompt_ids[0][:15], 16)
         generator = sample_generator(0, key, "validation", device)
         noise = torch.randn(video.shape, generator=generator, device=device)
@@ -110,8 +111,9 @@ class Validation:
         condition = training.condition(batch.prompts, batch.fps, batch.original_size_px)
         condition = condition.select(torch.zeros(count, dtype=torch.long, device=device))
         video, dtype = video.expand(count, -1, -1, -1, -1), training.replica.autocast_dtype
-        model = training.replica.model
-        each = losses(model, edm, video, condition, draws, dtype=dtype, dropout=False)
+        draws = replace(draws, small=training.targets.fixed_small(video, key))
+        model, small = training.replica.model, training.targets.small_size
+        each = losses(model, edm, video, condition, draws, dtype=dtype, dropout=False, small_size=small)
         return each.double().cpu()
 
     def _read(self, source: Source, retrieval: bool) -> Batch:

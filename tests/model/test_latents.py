@@ -101,7 +101,7 @@ def video(num_frames: int, height: int = 32, width: int = 48, batch: int = 2) ->
 
 def test_factors_are_those_of_the_class(made: tuple[Latents, int, int]) -> None:
     latents, factor_px, factor_frames = made
-    assert (latents.factor_px, latents.factor_frames) == (factor_px, factor_frames)
+    assert (latents.space.factor_px, latents.space.factor_frames) == (factor_px, factor_frames)
     assert latents.is_video == (factor_frames > 1)
 
 
@@ -110,7 +110,7 @@ def test_shapes_come_out_as_promised_for_any_length(made: tuple[Latents, int, in
     latents, _, _ = made
     clip = video(num_frames)
     z = latents.encode(clip)
-    assert z.shape[1:] == latents.shape(num_frames, 32, 48) and z.dtype == torch.float32
+    assert z.shape[1:] == latents.space.shape(num_frames, 32, 48) and z.dtype == torch.float32
     out = latents.decode(z, num_frames)
     assert out.shape == clip.shape and out.abs().max() <= 1 and out.isfinite().all()
 
@@ -163,10 +163,10 @@ def test_frames_of_an_image_autoencoder_do_not_see_each_other() -> None:
 @given(frames=st.integers(1, 64), height=st.integers(1, 64), width=st.integers(1, 64))
 def test_sigma_in_is_that_of_the_latent_clip(frames: int, height: int, width: int) -> None:
     latents = image_latents()
-    f = latents.factor_px
+    f = latents.space.factor_px
     expected = sigma_in(frames, height, width)
-    assert latents.sigma_in(frames, height * f, width * f) == pytest.approx(expected)
-    assert latents.sigma_in(frames, height * f, width * f) <= sigma_in(frames, height * f, width * f)
+    assert latents.space.sigma_in(frames, height * f, width * f) == pytest.approx(expected)
+    assert latents.space.sigma_in(frames, height * f, width * f) <= sigma_in(frames, height * f, width * f)
 
 
 _KEPT: list[Latents] = []
@@ -180,7 +180,7 @@ def image_latents() -> Latents:
 
 def test_a_size_that_does_not_divide_is_refused_with_the_next_legal_one() -> None:
     with pytest.raises(ConfigError, match="36 x 64"):
-        image_latents().shape(16, 34, 63)
+        image_latents().space.shape(16, 34, 63)
 
 
 def test_a_saved_autoencoder_loads_from_its_folder_or_from_a_pipelines(tmp_path: Path) -> None:
@@ -190,7 +190,7 @@ def test_a_saved_autoencoder_loads_from_its_folder_or_from_a_pipelines(tmp_path:
     model.save_pretrained(tmp_path / "pipeline" / "vae")
     expected = Latents(model).encode(video(2))
     for name in ("alone", "pipeline"):
-        loaded = load_latents(LatentConfig(model=str(tmp_path / name)))
+        loaded = load_latents(LatentConfig(kind="diffusers", model=str(tmp_path / name)))
         torch.testing.assert_close(loaded.encode(video(2)), expected)
 
 
@@ -201,5 +201,5 @@ def test_what_is_no_autoencoder_is_refused_in_one_line(tmp_path: Path, monkeypat
     (tmp_path / "other" / "config.json").write_text('{"_class_name": "UNet2DModel"}')
     for name in (str(tmp_path / "empty"), str(tmp_path / "other"), "nobody/has-this"):
         with pytest.raises(ConfigError) as caught:
-            load_latents(LatentConfig(model=name))
+            load_latents(LatentConfig(kind="diffusers", model=name))
         assert "\n" not in str(caught.value) and "cure" in str(caught.value)
