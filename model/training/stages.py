@@ -65,11 +65,28 @@ class ValidationConfig(Config):
     """Samples between two validations; None = with each checkpoint."""
     num_samples: int = Field(default=16, ge=0)
     """Rows of each medium; 0 switches validation off."""
-    held_out_frac: float = Field(default=0.0, ge=0, lt=1)
-    """Share of the parent videos whose clips are kept from training, chosen by the hash of the parent. Rows
-    of a val or test split are always kept back. 0 with no such split validates on training rows."""
+    held_out_frac: float = Field(default=0.01, ge=0, lt=1)
+    """Share of the parent videos whose clips are kept from training, chosen by the hash of the parent, so
+    that both stages keep the same ones back. Rows of a val or test split always are. A hundredth (ours) is
+    plenty for `num_samples` of a large corpus and nothing of a small one: where no row was kept back,
+    validation reads training rows, and each record says so (`val/held_out` 0)."""
     quantiles: tuple[float, ...] = (0.1, 0.35, 0.65, 0.9)
     """Quantiles of the training's distribution of noise levels."""
+
+
+class PreviewConfig(Config):
+    """Videos sampled while training: the same prompts and noise each time, so that they can be compared."""
+
+    num_videos: int = Field(default=4, ge=0)
+    """Videos each time, from the rows that validation reads; 0 switches them off."""
+    every_samples: int | None = Field(default=None, ge=1)
+    """Samples between two times; None = only at the end."""
+    num_steps: int = Field(default=64, ge=1)
+    """Sampling steps; Snap Video's base model is good from 64."""
+    guidance_weight: float = 4.0
+    """Of classifier-free guidance; 4 is ours, as in `vimi-train sample`."""
+    ema: str = "weights"
+    """`weights`, or the name of an average (power-0.05, half-life-...)."""
 
 
 class CheckpointConfig(Config):
@@ -156,18 +173,42 @@ class StageConfig(Config):
     optim: OptimConfig = OptimConfig()
     ema: EmaConfig = EmaConfig()
     validation: ValidationConfig = ValidationConfig()
+    preview: PreviewConfig = PreviewConfig()
+    observe: Literal["auto", "inline", "spare", "background"] = "auto"
+    """Where validation and previews run. inline: in the loop, which waits. spare: a Ray task on a CPU (or
+    GPU, where training has GPUs) beside the workers'; training doesn't wait. background: a Ray task that
+    reserves nothing and has the lowest priority, on a CPU. auto: spare if there is one, else inline."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     order: OrderConfig = OrderConfig()
     loader: LoaderConfig = LoaderConfig()
     parallel: ParallelConfig = ParallelConfig()
     log: LogConfig = LogConfig()
     ray: RayConfig = RayConfig()
-    num_workers: int | None = Field(default=None, ge=1)
-    """Training processes; None = one per GPU of the session, 1 without GPUs. Another number continues
-    the same run with the same samples."""
+    num_workers: int | tuple[int, int] | None = None
+    """Training processes, from 1; None = one per GPU of the session, 1 without GPUs. A range (`[1, 8]`, on the
+    command line `1-8`) takes what the cluster has and changes with it (Ray Train's elasticity); ranks may
+    then differ by one sample a micro-batch. Any number continues the same run with the same samples."""
+    cpus_per_worker: float | None = Field(default=None, gt=0)
+    """CPUs that Ray reserves for a worker, and its threads; None = an equal share of all."""
     max_failures: int = Field(default=3, ge=-1)
     """Restarts from the last checkpoint after a worker or node dies; -1 = no limit."""
     seed: int = 0
+
+    @field_validator("num_workers", mode="before")
+    @classmethod
+    def _range_in_words(cls, value: Any) -> Any:
+        low, dash, high = value.partition("-") if isinstance(value, str) else ("", "", "")
+        if dash and low.isdigit() and high.isdigit():
+            return int(low), int(high)
+        return value
+
+    @field_validator("num_workers")
+    @classmethod
+    def _workers_from_one(cls, value: int | tuple[int, int] | None) -> int | tuple[int, int] | None:
+        low, high = value if isinstance(value, tuple) else (value, value)
+        if low is not None and high is not None and not 1 <= low <= high:
+            raise ValueError(f"{value}; legal: a number from 1, or a range like [1, 8]")
+        return value
 
     @field_validator("buckets")
     @classmethod
@@ -272,7 +313,9 @@ class Stage2Config(StageConfig):
         return self.tasks
 
 
-SPEED_ONLY = {"loader", "parallel", "log", "max_failures", "checkpoint"}
+SPEED_ONLY = {
+    "loader", "parallel", "log", "max_failures", "checkpoint", "preview", "observe", "cpus_per_worker",
+}  # fmt: skip
 """Fields that may differ when a run is continued: where and how fast, not what."""
 
 
