@@ -5,11 +5,14 @@ transformer/config.json                  the network's sizes
 transformer/diffusion_pytorch_model.safetensors
 scheduler/scheduler_config.json          the diffusion process, in diffusers' words where it has them
 prompt_encoder/config.json               which frozen encoder, and its hash
+vae/                                     in latent space: the autoencoder, as diffusers keeps it
 """
 
 import hashlib
 import json
+import tempfile
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,11 +35,13 @@ from infra.storage import (
 )
 from model.condition import ConditionConfig
 from model.dit import DitConfig
-from model.edm import edm_for
 from model.fit import FitConfig
 from model.generator import Generator
+from model.latents import load_latents
+from model.sampling.maker import check_autoencoder
 from model.sampling.restore import WEIGHTS, Restored, check_average, named_weights, restore_generator
 from model.training.checkpoint import COMMITTED, find_checkpoint
+from model.training.targets import describe_space, edm_of
 
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 BACKBONES = {"fit": FitConfig, "dit": DitConfig}
@@ -95,7 +100,7 @@ def contents(restored: Restored, ema: str) -> dict[str, bytes]:
     model, trained = restored.model, restored.config
     backbone = model.backbone_config
     kind = "fit" if isinstance(backbone, FitConfig) else "dit"
-    edm = edm_for(trained.num_frames, trained.height_px, trained.width_px, sigma_data=trained.sigma_data)
+    edm = edm_of(trained, (backbone.num_frames, backbone.out_channels, backbone.height_px, backbone.width_px))
     index = {
         "_class_name": "VimiPipeline",
         "_vimi_version": VERSION,
@@ -118,6 +123,8 @@ def contents(restored: Restored, ema: str) -> dict[str, bytes]:
         "prediction_type": "v_prediction",
         "sigma_in": edm.sigma_in,
     }
+    if restored.space.is_latent:
+        index["vae"] = describe_space(restored.space)
     encoder = {**trained.encoder.model_dump(mode="json"), "identity_hash": restored.facts["encoder"]}
     return {
         "model_index.json": _json(index),
@@ -126,7 +133,20 @@ def contents(restored: Restored, ema: str) -> dict[str, bytes]:
         "scheduler/scheduler_config.json": _json(scheduler),
         "prompt_encoder/config.json": _json(encoder),
         "vimi_config.yaml": trained.to_yaml().encode(),
+        **autoencoder_files(restored),
     }
+
+
+def autoencoder_files(restored: Restored) -> dict[str, bytes]:
+    """The autoencoder as diffusers writes it, below `vae/`; nothing for a model of pixels."""
+    if not restored.space.is_latent:
+        return {}
+    latents = load_latents(restored.config.autoencoder)
+    check_autoencoder(latents.space.identity, restored)
+    with tempfile.TemporaryDirectory() as folder:
+        latents.model.save_pretrained(folder)
+        files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
+        return {f"vae/{path.relative_to(folder)}": path.read_bytes() for path in files}
 
 
 def load_exported(folder: str) -> Generator:

@@ -7,13 +7,11 @@ same files, whatever else is asked for with it.
 import hashlib
 import math
 import time
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import Field
 
 from infra.claim import open_job
-from infra.config import Config
 from infra.errors import ConfigError
 from infra.progress import Progress
 from infra.storage import (
@@ -26,69 +24,16 @@ from infra.storage import (
     write_certificate,
     write_json,
 )
-from model.edm import edm_for
-from model.guidance import FULL, Guidance
-from model.prompt import PromptEncoder, load_prompt_encoder, select
-from model.sample import Denoiser, sample_ode
+from model.prompt import select
 from model.sampling.ask import Request, describe_prompt, from_file, from_shards, parse_prompt, prompt_hash
+from model.sampling.config import GuidanceConfig, SampleConfig, UpsampleConfig
 from model.sampling.film import contact_sheet, encode_mp4, scale_to_look_at, to_frames
-from model.sampling.restore import WEIGHTS, Restored, check_average, restore_generator
-from model.step import sample_generator
-from model.training.build import Conditioner
+from model.sampling.maker import Asked, Maker
+from model.sampling.restore import Restored, check_average, config_of, restore_generator
 from model.training.checkpoint import COMMITTED, find_checkpoint, read_facts
 from model.training.parallel import pick_device
-from model.training.telemetry import say
 
-
-class GuidanceConfig(Config):
-    """How estimates with and without parts of the prompt are combined (model/guidance.py)."""
-
-    scheme: Literal["none", "cfg", "retrieval", "alchemist", "phantom"] = "cfg"
-    """cfg: classifier-free guidance, as Snap Video; the others weigh text and pictures apart."""
-    weight: float = 4.0
-    """1 = no guidance (cfg). Snap Video sweeps 0 to 16 and does not state its choice; 4 is ours."""
-    image_weight: float = 1.0
-    """Of the pictures, in schemes that weigh them apart."""
-    threshold: float | None = Field(default=0.995, gt=0, le=1)
-    """Quantile of dynamic thresholding, which Snap Video uses; 0.995 is Imagen's. null = off."""
-    oscillate_from: int | None = None
-    """Step from which the weight oscillates with 1, which Snap Video does; null = constant."""
-
-
-class SampleConfig(Config):
-    """What to sample. Prompts come from `prompts`, `prompts_file` and `prompts_uri`, one after another."""
-
-    run: str
-    """Folder of a stage1 or stage2 run, or one of its checkpoints."""
-    out: str
-    """Folder or URI of the videos."""
-    prompts: tuple[str, ...] = ()
-    """Prompts in words; `<image>` marks the place of a picture."""
-    images: tuple[str, ...] = ()
-    """Pictures for the placeholders of all `prompts`, in order: `path`, or `role:path` with role subject,
-    background, first_frame or retrieved."""
-    prompts_file: str | None = None
-    """JSONL file of prompts (model/sampling/ask.py)."""
-    prompts_uri: str | None = None
-    """Folder of prompt shards: their documents and pictures come with them."""
-    rows: int = Field(default=4, ge=1)
-    """How many prompts of `prompts_uri`."""
-    num_documents: int | None = Field(default=None, ge=0)
-    """Retrieved documents that stay in each prompt; null = all."""
-    ema: str = WEIGHTS
-    """`weights`, a stored average by name (power-0.05, half-life-...), or `power-<sigma_rel>` of any width,
-    reconstructed from the stored ones (EDM2)."""
-    seeds: tuple[int, ...] = (0,)
-    """One video for each prompt and seed."""
-    num_steps: int = Field(default=256, ge=1)
-    """Sampling steps; 256 (Snap Video's base model; good from 64)."""
-    guidance: GuidanceConfig = GuidanceConfig()
-    fps: float = Field(default=24.0, gt=0)
-    """Frame rate to condition on and to write, for prompts that don't bring their own; 24 (VIMI)."""
-    original_size_px: tuple[int, int] = (288, 512)
-    """(height, width) of the original to condition on, likewise; VIMI's output size."""
-    num_frames: int | None = Field(default=None, ge=1)
-    """Frames; null = as trained."""
+__all__ = ["GuidanceConfig", "SampleConfig", "Sampler", "UpsampleConfig", "check", "run"]
 
 
 def check(config: SampleConfig) -> str:
@@ -97,10 +42,58 @@ def check(config: SampleConfig) -> str:
     check_average(uri, config.ema)
     requests = read_requests(config, uri)
     count = len(requests) * len(config.seeds)
+    check_cascade(config, uri)
     trained = read_facts(uri)["config"]["num_frames"]
     if (config.num_frames or trained) > trained:
         raise ConfigError(f"num_frames {config.num_frames}", legal=f"at most {trained}, as trained")
     return f"{count} videos of {config.num_frames or trained} frames from {uri} ({config.ema})"
+
+
+def check_cascade(config: SampleConfig, uri: str) -> None:
+    """Refuse an upsampler in the base model's place, and a cascade whose sizes don't meet.
+
+    Raises:
+        ConfigError: says which.
+    """
+    base = config_of(read_facts(uri))
+    if base.upsampler is not None:
+        raise ConfigError(f"{uri} is an upsampler", cure="give a base model's run, and this one as --upsampler")
+    if config.upsampler is None:
+        return
+    place = find_checkpoint(absolute(config.upsampler.run))
+    check_average(place, config.upsampler.ema)
+    large = config_of(read_facts(place))
+    if large.upsampler is None:
+        raise ConfigError(
+            f"{place} is no upsampler", cure="train one: `upsampler: {...}` in the stage's config"
+        )
+    made, taken = (base.height_px, base.width_px), large.upsampler.small_size_px
+    frames = config.num_frames or base.num_frames
+    if made != taken or frames > large.num_frames:
+        raise ConfigError(
+            f"the base model makes {frames} frames of {made[0]} x {made[1]} pixels",
+            legal=f"what this upsampler takes: up to {large.num_frames} frames of {taken[0]} x {taken[1]}",
+        )
+
+
+def with_absolute_paths(config: SampleConfig) -> SampleConfig:
+    update: dict[str, Any] = {"out": absolute(config.out), "run": absolute(config.run)}
+    if config.upsampler is not None:
+        update["upsampler"] = config.upsampler.model_copy(update={"run": absolute(config.upsampler.run)})
+    return config.model_copy(update=update)
+
+
+def _hash_of_checkpoint(uri: str) -> str:
+    return hashlib.sha256(read_bytes(join(uri, COMMITTED))).hexdigest()[:16]
+
+
+def open_sampler(config: SampleConfig, uri: str, upsampler: str | None) -> "Sampler":
+    """The generators of the checkpoints at `uri` and `upsampler`, loaded."""
+    device = pick_device()
+    large = None
+    if upsampler is not None and config.upsampler is not None:
+        large = restore_generator(upsampler, ema=config.upsampler.ema, device=device)
+    return Sampler(config, restore_generator(uri, ema=config.ema, device=device), large)
 
 
 def read_requests(config: SampleConfig, uri: str) -> list[Request]:
@@ -129,18 +122,21 @@ def read_requests(config: SampleConfig, uri: str) -> list[Request]:
 def run(config: SampleConfig) -> Certificate:
     """Make the videos; the same command finds them made."""
     check(config)
-    config = config.model_copy(update={"out": absolute(config.out), "run": absolute(config.run)})
+    config = with_absolute_paths(config)
     uri = find_checkpoint(config.run)
     requests = read_requests(config, uri)
     inputs = {
-        "checkpoint": hashlib.sha256(read_bytes(join(uri, COMMITTED))).hexdigest()[:16],
+        "checkpoint": _hash_of_checkpoint(uri),
         "prompts": hashlib.sha256("".join(prompt_hash(r.prompt) for r in requests).encode()).hexdigest()[:16],
     }
+    large = find_checkpoint(config.upsampler.run) if config.upsampler else None
+    if large is not None:
+        inputs["upsampler"] = _hash_of_checkpoint(large)
     done = open_job(config.out, job="sample", config=config, inputs=inputs)
     if done is not None:
         return done
     started_s = time.monotonic()
-    sampler = Sampler(config, restore_generator(uri, ema=config.ema, device=pick_device()))
+    sampler = open_sampler(config, uri, large)
     work = [(request, seed) for request in requests for seed in config.seeds]
     progress = Progress("sample", len(work), unit="videos")
     entries, files = [], []
@@ -165,28 +161,15 @@ def run(config: SampleConfig) -> Certificate:
     return certificate
 
 
-def check_encoder(encoder: PromptEncoder, restored: Restored) -> None:
-    """Refuse an encoder of another width; say so when its weights or arithmetic differ."""
-    if encoder.dim != restored.facts["token_dim"]:
-        raise ConfigError(
-            f"the prompt encoder gives {encoder.dim} numbers a token, {restored.uri} was trained with "
-            f"{restored.facts['token_dim']}",
-            cure="use the encoder that the run was trained with",
-        )
-    if encoder.identity_hash != restored.facts["encoder"]:
-        say(f"  note: {restored.uri} was trained with other weights or arithmetic of its prompt encoder")
-
-
 class Sampler:
-    """A restored generator with its prompt encoder."""
+    """A base model, and an upsampler behind it if the config names one."""
 
-    def __init__(self, config: SampleConfig, restored: Restored) -> None:
-        self.config, self.restored = config, restored
-        self.device = next(restored.model.parameters()).device
-        encoder = load_prompt_encoder(restored.config.encoder, self.device)
-        check_encoder(encoder, restored)
-        self.condition = Conditioner(restored.config, encoder, self.device)
-        self.guidance = Guidance(**config.guidance.model_dump())
+    def __init__(self, config: SampleConfig, base: Restored, upsampler: Restored | None = None) -> None:
+        self.config = config
+        self.base = Maker(base, config.guidance)
+        self.upsampler: Maker | None = None
+        if upsampler is not None and config.upsampler is not None:
+            self.upsampler = Maker(upsampler, config.upsampler.guidance, beside=self.base)
 
     def make(self, number: int, request: Request, seed: int) -> tuple[dict[str, Any], list[FileEntry]]:
         """Sample one video and write its files; (entry of samples.json, files of the certificate)."""
@@ -212,6 +195,7 @@ class Sampler:
             "num_steps": self.config.num_steps,
             "guidance": f"{guidance.scheme} {guidance.weight:g}",
             "ema": self.config.ema,
+            "upsampler": self.config.upsampler.run if self.config.upsampler else None,
             "frames_sha256": hashlib.sha256(frames.tobytes()).hexdigest(),
         }
         return entry, [
@@ -221,24 +205,11 @@ class Sampler:
 
     @torch.no_grad()
     def video(self, request: Request, seed: int, fps: float) -> torch.Tensor:
-        """`t c h w` in about [-1, 1]."""
-        trained = self.restored.config
-        num_frames = self.config.num_frames or trained.num_frames
-        edm = edm_for(num_frames, trained.height_px, trained.width_px, sigma_data=trained.sigma_data)
-        shape = (1, num_frames, 3, trained.height_px, trained.width_px)
-        generator = sample_generator(seed, 0, "noise", self.device)
-        noise = torch.randn(shape, generator=generator, device=self.device)
-        size = torch.tensor([request.original_size_px or self.config.original_size_px])
-        prompt = select(request.prompt, self.config.num_documents)
-        conditions = {
-            branch: self.condition([select(prompt, None, branch)], torch.tensor([fps]), size.float())
-            for branch in {FULL, *self.guidance.branches}
-        }
-        denoiser = Denoiser(
-            self.restored.model,
-            edm,
-            conditions,
-            self.guidance,
-            dtype=torch.bfloat16 if trained.parallel.dtype == "bfloat16" else None,
-        )
-        return sample_ode(denoiser, edm, noise, num_steps=self.config.num_steps)[0]
+        """`t c h w` pixels in about [-1, 1]."""
+        size = request.original_size_px or self.config.original_size_px
+        asked = Asked(select(request.prompt, self.config.num_documents), fps, size, seed)
+        video = self.base.film(asked, num_steps=self.config.num_steps, num_frames=self.config.num_frames)
+        options = self.config.upsampler
+        if self.upsampler is None or options is None:
+            return video
+        return self.upsampler.enlarge(video, asked, num_steps=options.num_steps, level=options.level)

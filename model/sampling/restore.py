@@ -10,6 +10,8 @@ from infra.errors import ConfigError
 from infra.storage import join
 from model.ema import Snapshot, reconstruct
 from model.generator import Generator
+from model.sampling.config import WEIGHTS
+from model.space import Space
 from model.training.build import make_generator
 from model.training.checkpoint import (
     checkpoint_uri,
@@ -21,8 +23,9 @@ from model.training.checkpoint import (
 )
 from model.training.stages import StageConfig, config_class
 from model.training.state import from_average, weights_of
+from model.training.targets import space_in
 
-WEIGHTS = "weights"
+__all__ = ["WEIGHTS", "Restored", "check_average", "config_of", "restore_generator"]
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,7 @@ class Restored:
     config: StageConfig
     facts: dict[str, Any]
     uri: str
+    space: Space
 
 
 def config_of(facts: dict[str, Any]) -> StageConfig:
@@ -64,12 +68,13 @@ def restore_generator(run: str, *, ema: str = WEIGHTS, device: torch.device) -> 
     facts = read_facts(uri)
     check_average(uri, ema)
     config = config_of(facts)
-    model = make_generator(config, facts["token_dim"])
+    space = space_in(facts)
+    model = make_generator(config, facts["token_dim"], space)
     stored = ema == WEIGHTS or ema in facts["emas"]
     load_state(uri, from_average(model, None if ema == WEIGHTS or not stored else ema))
     if not stored:
         _load_reconstructed(model, uri, _width(ema) or 0.0, facts["position"])
-    return Restored(model.to(device).eval(), config, facts, uri)
+    return Restored(model.to(device).eval(), config, facts, uri, space)
 
 
 def _width(ema: str) -> float | None:
