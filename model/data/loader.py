@@ -129,7 +129,7 @@ class Loader:
     pool: ThreadPoolExecutor = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        if self.position % self.plan.micro_batch or self.plan.micro_batch % self.world_size:
+        if self.position % self.plan.micro_batch or self.plan.micro_batch < self.world_size:
             raise ValueError(f"position {self.position} or ranks {self.world_size} split a micro-batch")
         self.pool = ThreadPoolExecutor(self.num_threads, thread_name_prefix="loader")
 

@@ -5,6 +5,7 @@ enlarge(video, asked)  the cascade's second stage
 """
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from model.sampling.config import GuidanceConfig
 from model.sampling.restore import Restored
 from model.step import sample_generator
 from model.training.build import Conditioner
+from model.training.stages import StageConfig
 from model.training.targets import edm_of, open_latents
 from model.training.telemetry import say
 
@@ -39,11 +41,20 @@ class Asked:
     seed: int
 
 
+class HasEncoder(Protocol):
+    """Another maker, or a model in training."""
+
+    @property
+    def config(self) -> StageConfig: ...
+    @property
+    def encoder(self) -> PromptEncoder: ...
+
+
 class Maker:
     """Makes pixels with one restored generator."""
 
-    def __init__(self, restored: Restored, guidance: GuidanceConfig, beside: "Maker | None" = None) -> None:
-        """`beside`: another maker, whose prompt encoder is used too if it is the same one."""
+    def __init__(self, restored: Restored, guidance: GuidanceConfig, beside: HasEncoder | None = None) -> None:
+        """`beside`: something else, whose prompt encoder is used too if it is the same one."""
         self.restored, self.config = restored, restored.config
         self.device = next(restored.model.parameters()).device
         if beside is not None and beside.config.encoder == self.config.encoder:
@@ -51,7 +62,7 @@ class Maker:
         else:
             encoder = load_prompt_encoder(self.config.encoder, self.device)
         check_encoder(encoder, restored)
-        self.encoder = encoder
+        self.encoder: PromptEncoder = encoder
         self.condition = Conditioner(self.config, encoder, self.device)
         bounded = guidance if not restored.space.is_latent else guidance.model_copy(update={"threshold": None})
         self.guidance = Guidance(**bounded.model_dump())

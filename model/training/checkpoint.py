@@ -9,6 +9,7 @@ JSON, and the index that torch pickles is read by an unpickler that knows nothin
 """
 
 import warnings
+from collections.abc import Callable, Collection
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -97,10 +98,18 @@ class CheckpointWriter:
         run: folder of the run, any filesystem.
         num_to_keep: newest checkpoints that stay; None = all.
         in_background: False writes before `save` returns.
+        held: positions of checkpoints that somebody still needs: they stay until the next save.
     """
 
-    def __init__(self, run: str, *, num_to_keep: int | None = None, in_background: bool = True) -> None:
-        self.run, self.num_to_keep, self.in_background = run, num_to_keep, in_background
+    def __init__(
+        self,
+        run: str,
+        *,
+        num_to_keep: int | None = None,
+        in_background: bool = True,
+        held: Callable[[], Collection[int]] = tuple,
+    ) -> None:
+        self.run, self.num_to_keep, self.in_background, self.held = run, num_to_keep, in_background, held
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         # Collectives of a thread need a group of their own, or they mix with the step's.
         many = dist.is_initialized() and dist.get_world_size() > 1
@@ -129,6 +138,11 @@ class CheckpointWriter:
         if not self.in_background:
             self.pending.result()
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether no save is under way on this rank."""
+        return self.pending is None or self.pending.done()
+
     def wait(self) -> str | None:
         """Wait for the save under way; its folder, or None when there was none.
 
@@ -152,15 +166,19 @@ class CheckpointWriter:
         save(state, storage_writer=files_writer(uri), process_group=self.group, no_dist=self.group is None)
         if self.rank == 0:
             write_json(join(uri, COMMITTED), {**facts, "format": FORMAT, "version": VERSION})
-            self._prune()
+            prune(self.run, self.num_to_keep, self.held)
         return uri
 
-    def _prune(self) -> None:
-        positions = committed_positions(self.run)
-        for position in positions[: -self.num_to_keep] if self.num_to_keep else []:
-            uri = checkpoint_uri(self.run, position)
-            delete(join(uri, COMMITTED))  # first, so that a half-deleted one is none
-            delete(uri)
+
+def prune(run: str, num_to_keep: int | None, held: Callable[[], Collection[int]] = tuple) -> None:
+    """Delete all but the newest checkpoints and those that are held; None keeps all."""
+    positions = committed_positions(run)
+    old = positions[:-num_to_keep] if num_to_keep else []
+    needed = held() if old else ()
+    for position in (p for p in old if p not in needed):
+        uri = checkpoint_uri(run, position)
+        delete(join(uri, COMMITTED))  # first, so that a half-deleted one is none
+        delete(uri)
 
 
 def last_line(error: BaseException) -> str:

@@ -5,7 +5,7 @@ torch.distributed.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,6 +46,7 @@ from model.training.state import (
 from model.training.targets import Targets, check_same_space
 from model.training.telemetry import Stopwatch
 from model.training.upsampler import start_from_base
+from model.training.validate import Observed
 
 
 class NonFiniteError(TrainingError):
@@ -54,7 +55,9 @@ class NonFiniteError(TrainingError):
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a step came to; `loss` is this rank's mean, a tensor so that nothing waits for it."""
+    """What a step came to; `loss` is a tensor, so that nothing waits for it, and its mean over the ranks is
+    the mean over the step's samples, however they are shared out.
+    """
 
     loss: Tensor
     grad_norm: float
@@ -64,7 +67,10 @@ class Outcome:
 class Training:
     """A run on one rank. Attributes are its state; `position` counts samples of all ranks."""
 
-    def __init__(self, config: StageConfig, index: pa.Table) -> None:
+    def __init__(
+        self, config: StageConfig, index: pa.Table, *, held: Callable[[], Collection[int]] = tuple
+    ) -> None:
+        """`held`: positions of checkpoints that may not be deleted yet."""
         self.config, self.device = config, pick_device()
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.world_size = dist.get_world_size() if dist.is_initialized() else 1
@@ -78,6 +84,7 @@ class Training:
             config.out,
             num_to_keep=config.checkpoint.num_to_keep,
             in_background=config.checkpoint.in_background,
+            held=held,
         )
         self.watch = Stopwatch(self.device)
         self.prompt_tokens = 0
@@ -88,6 +95,21 @@ class Training:
     @property
     def model(self) -> Generator:
         return self.replica.model
+
+    @property
+    def observed(self) -> Observed:
+        """The live model, for validation and previews in the loop."""
+        return Observed(
+            self.config,
+            self.model,
+            self.encoder,
+            self.targets,
+            self.loader.row_groups,
+            self.replica.autocast_dtype,
+            self.device,
+            self.rank,
+            self.world_size,
+        )
 
     def _generator(self) -> Generator:
         """The network, freshly drawn; a new upsampler starts with its base model's weights."""
@@ -167,7 +189,7 @@ class Training:
             for ema in self.emas.values():
                 ema.update(self.model, self.position)
         self.watch.num_steps += 1
-        return Outcome(values.mean(), norm, rate)
+        return Outcome(values.sum() * (self.world_size / self.config.batch_size), norm, rate)
 
     def _accumulate(self, batch: Batch, condition: Condition) -> Tensor:
         """Losses of a micro-batch; its gradients are added to the model's."""
@@ -249,6 +271,14 @@ class Training:
             "metrics": record,
         }
         self.writer.save(state_of(self.model, self.optimizer, self.emas), facts)
+
+    def agree(self, told: bool) -> bool:
+        """Whether any rank was told; all ranks ask alike."""
+        if self.world_size == 1:
+            return told
+        flag = torch.tensor(float(told), device=self.device)
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+        return bool(flag)
 
     def weights_sha256(self) -> str:
         return hash_tensors(weights_of(self.model))

@@ -1,7 +1,4 @@
-"""When something is due, and what is said: the loop's memory of time, kept out of the loop.
-
-Due times are functions of the position alone, so all ranks agree and a resumed run keeps them.
-"""
+"""What is said of a run and when: the loop's memory of time, kept out of the loop."""
 
 import time
 from collections.abc import Callable
@@ -11,7 +8,9 @@ import torch
 
 from infra.storage import join, write_json
 from model.cost.flops import sizes, training_flops
+from model.training.due import What, is_due
 from model.training.loop import Outcome, Training
+from model.training.observe import read_results
 from model.training.telemetry import MetricsLog
 
 PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "A100": 312.0, "B200": 2250.0}
@@ -45,21 +44,13 @@ class Reporter:
             name=f"{config.stage} {config.out.rpartition('/')[2]}",
             flat_config=config.model_dump(mode="json"),
         )
-        self.every = {
-            "log": config.log.every_samples,
-            "checkpoint": config.checkpoint.every_samples,
-            "validation": config.validation.every_samples or config.checkpoint.every_samples,
-        }
         self.last: dict[str, Any] = {}
         self.losses: list[torch.Tensor] = []
         self.started_s = self.logged_s = time.perf_counter()
         self.logged_at = self.started_at = training.position
 
-    def is_due(self, what: str) -> bool:
-        """Whether this step crossed a multiple of the interval, or is the last."""
-        now, step = self.training.position, self.training.config.batch_size
-        every = self.every[what]
-        return now // every > (now - step) // every or now >= self.training.config.total_samples
+    def is_due(self, what: What) -> bool:
+        return is_due(self.training.config, what, self.training.position)
 
     def note(self, outcome: Outcome) -> None:
         self.losses.append(outcome.loss)
@@ -107,6 +98,11 @@ class Reporter:
         if record:
             self.log_to.write(self.training.position, record)
 
+    def collect(self) -> None:
+        """Records of what was found beside the loop since the last time, under their checkpoints' positions."""
+        if self.rank_zero:
+            collect(self.log_to, self.training.config.out, self.training.position)
+
     def finish(self) -> None:
         """final.json: what the certificate quotes."""
         digest = self.training.weights_sha256()  # a collective where the weights are sharded
@@ -133,3 +129,10 @@ class Reporter:
 
     def close(self) -> None:
         self.log_to.close()
+
+
+def collect(log: MetricsLog, run: str, position: int) -> None:
+    """Write the results that lie in the run's folder and not yet in its log."""
+    for samples, record in read_results(run, log.validated):
+        if samples <= position:
+            log.write(samples, record)

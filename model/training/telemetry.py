@@ -1,11 +1,13 @@
 """What a run says of itself: metrics.jsonl always, TensorBoard by default, Weights & Biases by option.
 
 metrics.jsonl is part of the run's state: a resume cuts it back to the checkpoint's position, so that it
-reads as if nothing had happened.
+reads as if nothing had happened. Validation beside the loop arrives late, under its checkpoint's position.
 """
 
+import hashlib
 import json
 import sys
+import tempfile
 import threading
 import time
 from collections import defaultdict
@@ -77,9 +79,8 @@ class MetricsLog:
         if config.tensorboard and not is_remote(run):
             from torch.utils.tensorboard import SummaryWriter
 
-            self.writers.append(
-                _TensorBoard(SummaryWriter(str(Path(absolute(run)) / "tensorboard"), purge_step=position))
-            )
+            folder = str(Path(absolute(run)) / "tensorboard")
+            self.writers.append(_TensorBoard(SummaryWriter(folder, purge_step=position + 1)))
         if config.wandb_project:
             self.writers.append(_Wandb(config.wandb_project, name, run, flat_config))
 
@@ -95,6 +96,11 @@ class MetricsLog:
         numbers = {k: v for k, v in record.items() if isinstance(v, int | float)}
         for writer in self.writers:
             writer.write(position, numbers)
+
+    @property
+    def validated(self) -> set[int]:
+        """Positions that have a record of validation."""
+        return {record["samples"] for record in map(json.loads, self.lines) if _is_validation(record)}
 
     def flush(self, *, whole: bool = False) -> None:
         """Object stores can't append: there the file is put whole, at checkpoints."""
@@ -123,7 +129,13 @@ class _Wandb:
     def __init__(self, project: str, name: str, run: str, config: Any) -> None:
         import wandb  # pyright: ignore[reportMissingImports]
 
-        self.run = wandb.init(project=project, name=name, dir=absolute(run), config=config, resume="allow")
+        folder = tempfile.gettempdir() if is_remote(run) else absolute(run)
+        # One run of theirs for one folder of ours, however often it is resumed.
+        same = hashlib.sha256(run.encode()).hexdigest()[:16]
+        self.run = wandb.init(
+            project=project, name=name, dir=folder, config=config, id=same, resume="allow"
+        )
+        self.run.define_metric("*", step_metric="samples")  # validation may arrive late
 
     def write(self, position: int, numbers: dict[str, float]) -> None:
         self.run.log({**numbers, "samples": position})
@@ -206,6 +218,10 @@ def _kind(record: dict[str, Any]) -> tuple[int, bool]:
     return record["samples"], "loss" in record
 
 
+def _is_validation(record: dict[str, Any]) -> bool:
+    return any(name.startswith("val/") for name in record)
+
+
 def validation_line(record: dict[str, Any]) -> str:
     values = {k.removeprefix("val/loss "): v for k, v in record.items() if k.startswith("val/loss ")}
     words = " · ".join(f"{name} {value:.4f}" for name, value in values.items())
@@ -236,7 +252,7 @@ def draw_curves(run: str) -> str | None:
     axes.plot(*zip(*training, strict=True), label="training", color="0.6")
     names = sorted({k for r in records for k in r if k.startswith("val/loss")})
     for name in names:
-        points = [(r["samples"], r[name]) for r in records if name in r]
+        points = sorted((r["samples"], r[name]) for r in records if name in r)
         axes.plot(*zip(*points, strict=True), marker="o", label=name.removeprefix("val/"))
     axes.set(xlabel="samples", ylabel="loss", yscale="log")
     axes.legend(fontsize=7)

@@ -3,10 +3,11 @@
     grid = sigma quantile x retrieval on/off x medium
 
 Noise is keyed by the prompt's id, so the numbers are equal to the last bit before and after a resume,
-and comparable between runs on the same shards. Rows of a held-out split where there is one.
+for any number of ranks, in the loop or beside it; and comparable between runs on the same shards. Rows of
+a held-out split where there is one.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from statistics import NormalDist
 from typing import Any
 
@@ -17,87 +18,115 @@ import torch.distributed as dist
 from torch import Tensor
 
 from model.data.batch import VALIDATION, Batch, collate, read_prompt, read_sample
+from model.data.loader import RowGroups
 from model.data.order import permute_all
 from model.data.plan import Source, count_streams
-from model.prompt import select
+from model.generator import Generator
+from model.prompt import PromptEncoder, select
 from model.step import Draws, losses, sample_generator, sample_key
-from model.training.loop import Training
+from model.training.build import Conditioner
+from model.training.stages import StageConfig
+from model.training.targets import Targets
+
+
+@dataclass(frozen=True)
+class Observed:
+    """A model that is looked at, with its way to rows and prompts: the loop's own, or a checkpoint's."""
+
+    config: StageConfig
+    model: Generator
+    encoder: PromptEncoder
+    targets: Targets
+    row_groups: RowGroups
+    dtype: torch.dtype | None
+    device: torch.device
+    rank: int = 0
+    world_size: int = 1
+
+    @property
+    def condition(self) -> Conditioner:
+        return Conditioner(self.config, self.encoder, self.device)
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A row of the grid."""
+
+    media: str
+    source: Source
+    held_out: bool
+
+
+def choose_rows(config: StageConfig, index: pa.Table, num_groups: int, count: int) -> list[Chosen]:
+    """`count` rows of each medium: held-out ones if there are any, else rows of the training."""
+    chosen, streams = [], count_streams(index, num_groups)
+    for number, bucket in enumerate(config.shapes):
+        ours = {s: n for s, n in streams.items() if s[0] == number}
+        kept = {s: n for s, n in ours.items() if s[1] == VALIDATION}
+        rows = [
+            (stream, group, row)
+            for stream, counts in (kept or ours).items()
+            for group in np.flatnonzero(counts).tolist()
+            for row in range(int(counts[group]))
+        ]
+        for stream, group, row in (rows[n] for n in (permute_all(len(rows), 0)[:count] if rows else [])):
+            chosen.append(Chosen(bucket.media, Source(number, group, (row,), stream), bool(kept)))
+    return chosen
 
 
 class Validation:
-    """The fixed grid of one run. Rank r takes rows r, r + W, ...; results are summed over ranks."""
+    """The fixed grid of one run. Rank r takes rows r, r + W, ...; all ranks call `run` alike."""
 
-    def __init__(self, training: Training, index: pa.Table) -> None:
-        self.training, self.config = training, training.config
-        self.held_out = False
-        self.samples = self._choose(index) if self.config.validation.num_samples else []
-
-    def _choose(self, index: pa.Table) -> list[tuple[str, Source]]:
-        """(medium, row) of the grid: held-out rows if there are any, else rows of the training."""
-        loader, chosen = self.training.loader, []
-        streams = count_streams(index, len(loader.row_groups.shards.groups))
-        for number, bucket in enumerate(self.config.shapes):
-            ours = {s: n for s, n in streams.items() if s[0] == number}
-            kept = {s: n for s, n in ours.items() if s[1] == VALIDATION}
-            self.held_out |= bool(kept)
-            rows = [
-                (stream, group, row)
-                for stream, counts in (kept or ours).items()
-                for group in np.flatnonzero(counts).tolist()
-                for row in range(int(counts[group]))
-            ]
-            some = permute_all(len(rows), 0)[: self.config.validation.num_samples] if rows else []
-            for stream, group, row in (rows[n] for n in some):
-                chosen.append((bucket.media, Source(number, group, (row,), stream)))
-        return chosen
+    def __init__(self, observed: Observed, index: pa.Table) -> None:
+        self.observed, self.config = observed, observed.config
+        count, groups = self.config.validation.num_samples, len(observed.row_groups.shards.groups)
+        self.samples = choose_rows(self.config, index, groups, count) if count else []
 
     def run(self) -> dict[str, Any]:
         """`val/loss` and one number per cell, e.g. `val/loss video retrieval on q0.35`."""
         if not self.samples:
             return {}
-        training = self.training
-        training.model.eval()
-        cells = [
-            (media, documents, quantile)
-            for media in sorted({m for m, _ in self.samples})
-            for documents in ("on", "off")
-            for quantile in self.config.validation.quantiles
-        ]
-        sums = torch.zeros(len(cells), 2, dtype=torch.float64)
-        for first in range(0, len(self.samples), training.world_size):
+        observed, model = self.observed, self.observed.model
+        was_training = model.training
+        model.eval()
+        # Each rank fills its own rows and sums are taken over all of them in one order, so the number of
+        # ranks doesn't show in the last bit.
+        table = torch.zeros(len(self.samples), 2, len(self.config.validation.quantiles), dtype=torch.float64)
+        for first in range(0, len(self.samples), observed.world_size):
             # Sharded models run in step: a rank without a row of its own repeats the last one, uncounted.
-            mine = first + training.rank
-            media, source = self.samples[min(mine, len(self.samples) - 1)]
-            for documents in ("on", "off"):
-                each = self._losses(source, documents == "on") * (mine < len(self.samples))
-                for quantile, loss in zip(self.config.validation.quantiles, each, strict=True):
-                    cell = cells.index((media, documents, quantile))
-                    sums[cell] += torch.stack([loss, torch.ones(()) * (mine < len(self.samples))])
-        if training.world_size > 1:
-            sums = sums.to(training.device)
-            dist.all_reduce(sums)
-        training.model.train()
-        return self._record(cells, sums.cpu())
+            mine = first + observed.rank
+            source = self.samples[min(mine, len(self.samples) - 1)].source
+            for column, retrieval in enumerate((True, False)):
+                found = self._losses(source, retrieval)
+                if mine < len(self.samples):
+                    table[mine, column] = found
+        if observed.world_size > 1:
+            table = table.to(observed.device)
+            dist.all_reduce(table)
+        model.train(was_training)
+        return self._record(table.cpu())
 
-    def _record(self, cells: list[tuple[str, str, float]], sums: Tensor) -> dict[str, Any]:
-        means = (sums[:, 0] / sums[:, 1].clamp(min=1)).tolist()
-        record: dict[str, Any] = {"val/held_out": int(self.held_out)}
-        for medium in sorted({c[0] for c in cells}):
-            for documents in ("on", "off"):
-                mine = [m for m, c in zip(means, cells, strict=True) if c[:2] == (medium, documents)]
-                record[f"val/loss {medium} retrieval {documents}"] = sum(mine) / len(mine)
-        for mean, (medium, documents, quantile) in zip(means, cells, strict=True):
-            record[f"val/cell {medium} retrieval {documents} q{quantile:g}"] = mean
-        return record
+    def _record(self, table: Tensor) -> dict[str, Any]:
+        """Means over rows of `table`: losses, [rows, retrieval on/off, quantiles]."""
+        held_out = any(chosen.held_out for chosen in self.samples)
+        losses_of, cells = {}, {}
+        for medium in sorted({chosen.media for chosen in self.samples}):
+            rows = [n for n, chosen in enumerate(self.samples) if chosen.media == medium]
+            for column, documents in enumerate(("on", "off")):
+                means = table[rows, column].mean(0)
+                losses_of[f"val/loss {medium} retrieval {documents}"] = float(means.mean())
+                for quantile, mean in zip(self.config.validation.quantiles, means.tolist(), strict=True):
+                    cells[f"val/cell {medium} retrieval {documents} q{quantile:g}"] = mean
+        return {"val/held_out": int(held_out), **losses_of, **cells}
 
     @torch.no_grad()
     def _losses(self, source: Source, retrieval: bool) -> Tensor:
         """One row's loss at each quantile, with one noise: `quantiles` float64 on the CPU."""
         batch = self._read(source, retrieval)
-        training, quantiles = self.training, self.config.validation.quantiles
-        count, device = len(quantiles), self.training.device
-        video = training.targets(batch)
-        edm = training.targets.edm(video)
+        observed, quantiles = self.observed, self.config.validation.quantiles
+        count, device = len(quantiles), observed.device
+        video = observed.targets(batch)
+        edm = observed.targets.edm(video)
         key = int(batch.prompt_ids[0][:15], 16)
         generator = sample_generator(0, key, "validation", device)
         noise = torch.randn(video.shape, generator=generator, device=device)
@@ -108,16 +137,16 @@ class Validation:
             self_conditioned=torch.ones(count, dtype=torch.bool, device=device),
             keys=torch.full((count,), sample_key(0, key, "layers"), device=device),
         )
-        condition = training.condition(batch.prompts, batch.fps, batch.original_size_px)
+        condition = observed.condition(batch.prompts, batch.fps, batch.original_size_px)
         condition = condition.select(torch.zeros(count, dtype=torch.long, device=device))
-        video, dtype = video.expand(count, -1, -1, -1, -1), training.replica.autocast_dtype
-        draws = replace(draws, small=training.targets.fixed_small(video, key))
-        model, small = training.replica.model, training.targets.small_size
+        video, dtype = video.expand(count, -1, -1, -1, -1), observed.dtype
+        draws = replace(draws, small=observed.targets.fixed_small(video, key))
+        model, small = observed.model, observed.targets.small_size
         each = losses(model, edm, video, condition, draws, dtype=dtype, dropout=False, small_size=small)
         return each.double().cpu()
 
     def _read(self, source: Source, retrieval: bool) -> Batch:
-        groups = self.training.loader.row_groups
+        groups = self.observed.row_groups
         row = groups.row(source, 0)
         prompt = select(read_prompt(row), None if retrieval else 0)
         bucket = groups.buckets[source.bucket]

@@ -307,3 +307,49 @@ def trained_run(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: dict[str
         training.save({})
     training.close()
     return config
+
+
+def image_autoencoder() -> Any:
+    """AutoencoderKL, 4 pixels to a latent of 4 channels, each frame by itself."""
+    import diffusers
+
+    kind: Any = diffusers.AutoencoderKL  # pyright: ignore[reportPrivateImportUsage]
+    return kind(
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(8, 8, 8),
+        layers_per_block=1,
+        norm_num_groups=4,
+        latent_channels=4,
+        scaling_factor=0.3,
+        shift_factor=0.1,
+    )
+
+
+def video_autoencoder() -> Any:
+    """AutoencoderKLWan, 8 pixels and 4 frames (after the first) to a latent of 3 channels."""
+    import diffusers
+
+    kind: Any = diffusers.AutoencoderKLWan  # pyright: ignore[reportPrivateImportUsage]
+    return kind(
+        base_dim=4,
+        z_dim=3,
+        dim_mult=[1, 1, 1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[False, True, True],
+        latents_mean=[0.1, -0.2, 0.3],
+        latents_std=[2.0, 1.5, 0.5],
+    )
+
+
+@pytest.fixture(scope="session")
+def autoencoders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """`image` and `video` -> config of a random diffusers autoencoder in a folder."""
+    found = {}
+    for name, make in {"image": image_autoencoder, "video": video_autoencoder}.items():
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            folder = tmp_path_factory.mktemp(name)
+            make().save_pretrained(folder)
+        found[name] = {"kind": "diffusers", "model": str(folder)}
+    return found
