@@ -30,6 +30,7 @@ def open_job(
     config: Config,
     inputs: dict[str, str],
     hash_exclude: set[str] | None = None,
+    portable: bool = False,
 ) -> Certificate | None:
     """Claim the folder `out` for this job, or recognise it as ours.
 
@@ -39,6 +40,7 @@ def open_job(
         config: the resolved config; saved beside the output.
         inputs: name -> content hash of each input.
         hash_exclude: fields that can't change the output (worker counts, where Ray runs, `out`).
+        portable: paths count by their last part, so that the output and its inputs may be moved.
 
     Returns:
         The certificate when the output is already whole; None when there is work to do.
@@ -55,7 +57,10 @@ def open_job(
     }
     place = join(out, JOB_FILE)
     if exists(place):
-        differences = _differences(read_json(place), claim)
+        saved = read_json(place)
+        if portable:
+            saved, claim = _last_parts(saved), _last_parts(claim)
+        differences = _differences(saved, claim)
         if differences:
             raise ConfigError(
                 f"{out} holds the output of another {job} run ({'; '.join(differences)})",
@@ -76,6 +81,16 @@ def _differences(saved: dict[str, Any], now: dict[str, Any], prefix: str = "") -
         elif before != after:
             found.append(f"{prefix}{key}: {_short(before)} there, {_short(after)} now")
     return found
+
+
+def _last_parts(value: Any) -> Any:
+    """The same with every absolute path and URI cut to its last part."""
+    if isinstance(value, dict):
+        return {key: _last_parts(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_last_parts(item) for item in value]
+    is_place = isinstance(value, str) and (value.startswith("/") or "://" in value)
+    return value.rstrip("/").rpartition("/")[2] if is_place else value
 
 
 def _short(value: Any) -> str:

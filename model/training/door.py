@@ -1,5 +1,6 @@
 """The door of the trainer: everything that can be refused before Ray starts, each in one line."""
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -7,15 +8,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from infra.errors import ConfigError
-from infra.storage import absolute, exists, filesystem, is_remote, join, read_bytes, write_bytes
+from infra.storage import absolute, exists, join, read_bytes, write_bytes
 from model.data.shards import Shards, index_shards, open_shards
 from model.edm import sigma_in
 from model.generator import PRESETS
 from model.prompt import PromptEncoderConfig
+from model.sampling.config import WEIGHTS
 from model.space import PIXELS, Space
 from model.training.build import backbone_of, make_plan
-from model.training.checkpoint import find_checkpoint, read_facts
+from model.training.checkpoint import COMMITTED, find_checkpoint, read_facts
 from model.training.stages import Stage2Config, StageConfig, config_class
+from model.training.state import ema_profiles
 from model.training.targets import describe_space, open_space, resolve_latents
 from model.training.upsampler import check_upsampler
 
@@ -30,7 +33,10 @@ class Ready:
 
     @property
     def inputs(self) -> dict[str, str]:
-        return {"prompts": self.shards.certificate.content_hash()}
+        found = {"prompts": self.shards.certificate.content_hash()}
+        if self.start_from is not None:
+            found["start_from"] = hashlib.sha256(read_bytes(join(self.start_from, COMMITTED))).hexdigest()[:16]
+        return found
 
 
 def resolve(config: StageConfig) -> StageConfig:
@@ -70,6 +76,8 @@ def inspect(config: StageConfig) -> Ready:
     check_preset(config, space)
     shards = open_shards(config.prompts)
     check_upsampler(config, shards)
+    check_parallel(config)
+    check_preview(config)
     check_workers(config, config.num_workers or 1, len(shards.groups))
     start_from = None
     if isinstance(config, Stage2Config):
@@ -94,21 +102,52 @@ def check_preset(config: StageConfig, space: Space = PIXELS) -> None:
             )
 
 
-def check_workers(config: StageConfig, workers: int, num_groups: int) -> None:
+def check_workers(config: StageConfig, workers: int | tuple[int, int], num_groups: int) -> None:
     """Refuse batches that don't divide, and workers that would have nothing to read."""
-    if config.batch_size % (workers * config.accumulation):
+    most = workers if isinstance(workers, int) else workers[1]
+    if isinstance(workers, int) and config.batch_size % (workers * config.accumulation):
         raise ConfigError(
             f"batch_size {config.batch_size} is not divisible by {workers} workers x accumulation "
             f"{config.accumulation}",
             legal=f"a multiple of {workers * config.accumulation}",
             cure="change batch_size, accumulation or num_workers",
         )
-    if workers > num_groups:
+    if config.micro_batch < most:
         raise ConfigError(
-            f"{workers} workers, but {config.prompts} has {num_groups} row groups",
+            f"{most} workers, but a micro-batch of {config.micro_batch} samples (batch_size / accumulation)",
+            legal=f"at most {config.micro_batch} workers",
+            cure="change batch_size, accumulation or num_workers",
+        )
+    if most > num_groups:
+        raise ConfigError(
+            f"{most} workers, but {config.prompts} has {num_groups} row groups",
             legal=f"at most {num_groups} workers",
             cure="fewer workers, or make the shards with smaller row groups",
         )
+    if config.parallel.mode == "fsdp" and isinstance(workers, int) and workers % config.parallel.replicas:
+        raise ConfigError(
+            f"parallel.replicas {config.parallel.replicas} doesn't divide {workers} workers",
+            legal="a divisor of the number of workers (typically the number of nodes)",
+        )
+
+
+def check_parallel(config: StageConfig) -> None:
+    """Refuse hybrid sharding that nothing would shard, or whose groups would change under way."""
+    if config.parallel.replicas == 1:
+        return
+    if config.parallel.mode != "fsdp" or isinstance(config.num_workers, tuple):
+        raise ConfigError(
+            f"parallel.replicas {config.parallel.replicas} with mode {config.parallel.mode} and num_workers "
+            f"{config.num_workers}",
+            legal="hybrid sharding needs mode fsdp and a fixed number of workers",
+        )
+
+
+def check_preview(config: StageConfig) -> None:
+    """Refuse an average that the run doesn't keep."""
+    legal = [WEIGHTS, *ema_profiles(config.ema, config.total_samples)]
+    if config.preview.ema not in legal:
+        raise ConfigError(f"preview.ema {config.preview.ema!r}", legal=", ".join(legal))
 
 
 SAME = (
@@ -188,9 +227,3 @@ def plan_text(config: StageConfig, ready: Ready) -> str:
     if ready.start_from:
         lines.append(f"starts from {ready.start_from}")
     return "\n".join(lines)
-
-
-def storage_of(run: str) -> dict[str, object]:
-    """Ray's words for the run's folder."""
-    fs, path = filesystem(run)
-    return {"storage_path": path, "storage_filesystem": fs} if is_remote(run) else {"storage_path": path}

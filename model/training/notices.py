@@ -1,13 +1,13 @@
-"""Why a run should save and leave before its end, as one worker sees it.
+"""Why a run should save before its time, or save and leave, as its workers hear of it.
 
-    run/stop    written by the driver at Ctrl-C or SIGTERM, and by anyone else who wants the run to stop
-    SIGTERM     to the worker itself, as when its pod is evicted
-
-Both are only noted; all ranks agree on it between two steps (`Training.agree`), save and leave together.
+run/stop    written by the driver at Ctrl-C or SIGTERM, or by anyone: save and leave
+SIGTERM     to a worker itself, as when its pod is evicted: save and leave
+preemption  Ray knows that a node is about to go: save; Ray moves the run when it is gone
 """
 
 import signal
 import threading
+from collections.abc import Callable
 
 from infra.storage import exists, is_remote, join
 
@@ -21,25 +21,36 @@ def trap_sigterm() -> None:
 
 
 class Notices:
-    """Looks for run/stop in a thread of its own, so that no step waits for storage.
+    """What the ranks agreed on when they last listened.
+
+    run/stop is looked for in a thread, so that no step waits for storage.
 
     Args:
         run: folder of the run.
-        looks: whether this rank looks; one is enough.
-        every_s: seconds between two looks; None = 1 s on local disks, 10 s in object stores.
+        looks: whether this rank looks for run/stop; one is enough.
+
+    Attributes:
+        leave: save and leave.
+        save: save now.
     """
 
-    def __init__(self, run: str, *, looks: bool = True, every_s: float | None = None) -> None:
-        self.place = join(run, STOP)
-        self.every_s = every_s or (10.0 if is_remote(run) else 1.0)
+    def __init__(self, run: str, *, looks: bool = True) -> None:
+        self.place, self.every_s = join(run, STOP), 10.0 if is_remote(run) else 1.0
+        self.leave, self.save, self.is_preempted = False, False, False
         self.found, self.closed = threading.Event(), threading.Event()
         if looks:
             threading.Thread(target=self._look, name="notices", daemon=True).start()
 
-    @property
-    def leave(self) -> bool:
-        """Whether this rank has heard that it should leave."""
-        return self.found.is_set() or _told.is_set()
+    def listen(self, agree: Callable[[bool], bool], preempted: bool) -> None:
+        """Come to one mind with the other ranks; all call it alike.
+
+        Args:
+            agree: whether any rank says yes.
+            preempted: Ray's notice, the same on all ranks; heeded once.
+        """
+        self.leave = agree(self.found.is_set() or _told.is_set())
+        self.save = self.leave or (preempted and not self.is_preempted)
+        self.is_preempted |= preempted
 
     def close(self) -> None:
         self.closed.set()

@@ -2,9 +2,9 @@
 
 from infra.errors import TrainingError
 from infra.storage import Certificate, exists, join, read_json, write_certificate
-from model.training.checkpoint import latest_checkpoint, read_facts
+from model.training.checkpoint import latest_checkpoint, prune, read_facts
 from model.training.stages import SPEED_ONLY, StageConfig
-from model.training.telemetry import say
+from model.training.telemetry import is_validation, read_metrics, say
 
 
 def say_where_it_stands(config: StageConfig) -> int:
@@ -21,6 +21,24 @@ def refuse_failed(run: str) -> None:
     place = join(run, "failure.json")
     if exists(place):
         raise TrainingError(read_json(place)["error"])
+
+
+def has_arrived(config: StageConfig) -> bool:
+    last = latest_checkpoint(config.out)
+    return last is not None and int(read_facts(last)["position"]) >= config.total_samples
+
+
+def tidy(config: StageConfig) -> None:
+    """When all is seen: results that came after the workers left, checkpoints that waited for them."""
+    from model.training.observe import read_results
+    from model.training.report import collect, open_log
+
+    known = {record["samples"] for record in read_metrics(config.out) if is_validation(record)}
+    if read_results(config.out, known):
+        log = open_log(config, config.total_samples)
+        collect(log, config.out, config.total_samples)
+        log.close()
+    prune(config.out, config.checkpoint.num_to_keep)
 
 
 def certify(config: StageConfig, inputs: dict[str, str]) -> Certificate:

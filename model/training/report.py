@@ -6,11 +6,12 @@ from typing import Any
 
 import torch
 
-from infra.storage import join, write_json
+from infra.storage import is_remote, join, write_json
 from model.cost.flops import sizes, training_flops
-from model.training.due import What, is_due
+from model.training.due import What, is_due, is_observed
 from model.training.loop import Outcome, Training
 from model.training.observe import read_results
+from model.training.stages import StageConfig
 from model.training.telemetry import MetricsLog
 
 PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "A100": 312.0, "B200": 2250.0}
@@ -32,25 +33,22 @@ class Reporter:
         last: the latest record with a loss.
     """
 
-    def __init__(self, training: Training, *, metrics: Callable[[dict[str, Any]], None]) -> None:
-        self.training, self.metrics = training, metrics
+    def __init__(self, training: Training, *, metrics: Callable[[dict[str, Any]], None], aside: bool) -> None:
+        """`aside`: checkpoints are looked at beside the loop, so those must be written too."""
+        self.training, self.metrics, self.aside = training, metrics, aside
         config = training.config
         self.rank_zero = training.rank == 0
-        self.log_to = MetricsLog(
-            config.out,
-            config.log,
-            enabled=self.rank_zero,
-            position=training.position,
-            name=f"{config.stage} {config.out.rpartition('/')[2]}",
-            flat_config=config.model_dump(mode="json"),
-        )
+        self.log_to = open_log(config, training.position, enabled=self.rank_zero)
         self.last: dict[str, Any] = {}
         self.losses: list[torch.Tensor] = []
         self.started_s = self.logged_s = time.perf_counter()
         self.logged_at = self.started_at = training.position
 
     def is_due(self, what: What) -> bool:
-        return is_due(self.training.config, what, self.training.position)
+        config, position = self.training.config, self.training.position
+        if what == "checkpoint" and self.aside and is_observed(config, position):
+            return True
+        return is_due(config, what, position)
 
     def note(self, outcome: Outcome) -> None:
         self.losses.append(outcome.loss)
@@ -76,6 +74,8 @@ class Reporter:
         self.logged_s, self.logged_at = now_s, training.position
         self.last = record
         self.write(record)
+        if self.aside and self.rank_zero and (not is_remote(training.config.out) or self.is_due("checkpoint")):
+            collect(self.log_to, training.config.out, training.position)
         self.metrics({"samples": training.position, **record})
 
     def _throughput(self, samples_per_s: float) -> dict[str, float]:
@@ -98,13 +98,10 @@ class Reporter:
         if record:
             self.log_to.write(self.training.position, record)
 
-    def collect(self) -> None:
-        """Records of what was found beside the loop since the last time, under their checkpoints' positions."""
-        if self.rank_zero:
-            collect(self.log_to, self.training.config.out, self.training.position)
-
     def finish(self) -> None:
-        """final.json: what the certificate quotes."""
+        """final.json: what the certificate quotes; nothing of a run that left early."""
+        if self.training.position < self.training.config.total_samples:
+            return
         digest = self.training.weights_sha256()  # a collective where the weights are sharded
         if not self.rank_zero:
             return
@@ -129,6 +126,18 @@ class Reporter:
 
     def close(self) -> None:
         self.log_to.close()
+
+
+def open_log(config: StageConfig, position: int, *, enabled: bool = True) -> MetricsLog:
+    """The run's log, cut back to `position`."""
+    return MetricsLog(
+        config.out,
+        config.log,
+        enabled=enabled,
+        position=position,
+        name=f"{config.stage} {config.out.rpartition('/')[2]}",
+        flat_config=config.model_dump(mode="json"),
+    )
 
 
 def collect(log: MetricsLog, run: str, position: int) -> None:

@@ -100,7 +100,7 @@ class MetricsLog:
     @property
     def validated(self) -> set[int]:
         """Positions that have a record of validation."""
-        return {record["samples"] for record in map(json.loads, self.lines) if _is_validation(record)}
+        return {record["samples"] for record in map(json.loads, self.lines) if is_validation(record)}
 
     def flush(self, *, whole: bool = False) -> None:
         """Object stores can't append: there the file is put whole, at checkpoints."""
@@ -132,9 +132,7 @@ class _Wandb:
         folder = tempfile.gettempdir() if is_remote(run) else absolute(run)
         # One run of theirs for one folder of ours, however often it is resumed.
         same = hashlib.sha256(run.encode()).hexdigest()[:16]
-        self.run = wandb.init(
-            project=project, name=name, dir=folder, config=config, id=same, resume="allow"
-        )
+        self.run = wandb.init(project=project, name=name, dir=folder, config=config, id=same, resume="allow")
         self.run.define_metric("*", step_metric="samples")  # validation may arrive late
 
     def write(self, position: int, numbers: dict[str, float]) -> None:
@@ -218,7 +216,7 @@ def _kind(record: dict[str, Any]) -> tuple[int, bool]:
     return record["samples"], "loss" in record
 
 
-def _is_validation(record: dict[str, Any]) -> bool:
+def is_validation(record: dict[str, Any]) -> bool:
     return any(name.startswith("val/") for name in record)
 
 

@@ -19,7 +19,7 @@ def open_run(config: Stage1Config) -> tuple[Training, Validation]:
     prepare_index(config, open_shards(config.prompts))
     index = read_index(config.out)
     training = Training(config, index)
-    return training, Validation(training, index)
+    return training, Validation(training.observed, index)
 
 
 def test_validation_is_bitwise_equal_before_and_after_resume(stage_values: Values) -> None:
@@ -72,9 +72,9 @@ def test_held_out_rows_are_validated_and_never_trained_on(stage_values: Values) 
     config = Stage1Config.model_validate(stage_values(validation={"num_samples": 50, "held_out_frac": 0.4}))
     training, validation = open_run(config)
     groups = training.loader.row_groups
-    kept = {groups.row(source, 0)["prompt_id"] for _, source in validation.samples}
+    kept = {groups.row(chosen.source, 0)["prompt_id"] for chosen in validation.samples}
     seen = {i for _ in range(12) for i in next(training.batches).prompt_ids}
-    assert validation.held_out and kept and not kept & seen
+    assert kept and all(chosen.held_out for chosen in validation.samples) and not kept & seen
     assert len(kept) + len(seen) == 22
     training.close()
 
