@@ -74,6 +74,9 @@ def sample(
     guidance: Annotated[float | None, typer.Option(help="Guidance weight; 1 = none.")] = None,
     fps: Annotated[float | None, typer.Option(help="Frame rate to condition on and to write.")] = None,
     ema: Ema = None,
+    upsampler: Annotated[
+        str | None, typer.Option(help="Run folder of an upsampler: the cascade's second stage.")
+    ] = None,
     config: ConfigPath = None,
     overrides: Overrides = None,
     dry_run: DryRun = False,
@@ -96,6 +99,7 @@ def sample(
             "guidance.weight": guidance,
             "fps": fps,
             "ema": ema,
+            "upsampler.run": upsampler,
         },
         following=lambda c: f"open {shorten(c.out)}/sample-000.png, or sample-000.mp4 beside it",
     )
