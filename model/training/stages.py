@@ -11,24 +11,11 @@ from pydantic import Field, field_validator, model_validator
 
 from infra.cluster import RayConfig
 from infra.config import Config
-from model.data.batch import Bucket
+from model.data.inputs import InputConfig
 from model.data.loader import LoaderConfig
 from model.data.plan import OrderConfig
-from model.latents import LatentConfig
-from model.prompt.config import PromptEncoderConfig
 from model.training.parallel import ParallelConfig
 from model.training.telemetry import LogConfig
-
-
-class BucketConfig(Config):
-    """A shape of micro-batches."""
-
-    media: Literal["video", "image"] = "video"
-    """Which rows it takes."""
-    num_frames: int | None = Field(default=None, ge=1)
-    """Frames; None = the model's for video, 1 for images."""
-    weight: float = Field(default=1.0, ge=0)
-    """Share of the micro-batches. Snap Video takes as many videos as images (2048 + 2048 a step)."""
 
 
 class OptimConfig(Config):
@@ -120,12 +107,10 @@ class UpsamplerConfig(Config):
         return self.small_height_px, self.small_width_px
 
 
-class StageConfig(Config):
+class StageConfig(InputConfig):
     """What both stages share."""
 
     stage: ClassVar[str] = "stage1"
-    prompts: str
-    """Folder or URI of certified prompt shards."""
     out: str
     """Folder or URI of the run."""
     samples: int = Field(default=550_000 * 4096, ge=1)
@@ -134,33 +119,15 @@ class StageConfig(Config):
     """Samples of an optimizer step over all workers; Snap Video: 2,048 videos + 2,048 images."""
     accumulation: int = Field(default=1, ge=1)
     """Micro-batches of a step, one after the other; the result stays the same but for rounding."""
-    buckets: tuple[BucketConfig, ...] = (BucketConfig(),)
-    """Shapes of micro-batches; each micro-batch holds one of them on all workers."""
     preset: str = "fit-500m"
     """Backbone by name (model/generator.py). Which FIT VIMI used is not stated."""
-    num_frames: int = Field(default=16, ge=1)
-    """Frames of a video; 16 (Snap Video, VIMI)."""
-    height_px: int = Field(default=36, ge=4)
-    """Height of the training videos, pixels; 36 (Snap Video's base model)."""
-    width_px: int = Field(default=64, ge=4)
-    """Width of the training videos, pixels; 64 (Snap Video's base model)."""
     backbone: dict[str, Any] = Field(default_factory=dict)
     """Fields of the preset's config to change, e.g. {"num_blocks": 4}."""
     references: Literal["faithful", "plus"] = "faithful"
     """faithful: reference pictures are read through the frozen encoder only, as VIMI's figures show; plus:
     the generator also reads their pixel patches."""
-    autoencoder: LatentConfig = LatentConfig()
-    """Where the generator works: `kind: none` in pixels, as Snap Video and VIMI; `kind: diffusers` in the
-    latents of an autoencoder. Channels, the network's size and sigma_in follow; sizes here stay pixels."""
     upsampler: UpsamplerConfig | None = None
     """Train the second stage of the cascade instead of a base model; None = a base model."""
-    encoder: PromptEncoderConfig = PromptEncoderConfig()
-    """The frozen prompt encoder."""
-    documents: tuple[int, ...] = (0, 1, 2)
-    """Retrieved documents a sample, drawn uniformly from these numbers; RA-CM3 (2211.12561): 0, 1 or 2."""
-    dropout: dict[str, float] = Field(default_factory=lambda: {"all": 0.1})
-    """Probability that a sample does without a kind of condition (text, retrieved, subject, frame, or all).
-    0.1 of the whole prompt is the classifier-free guidance paper's (2207.12598); VIMI prints none."""
     self_condition_rate: float = Field(default=0.9, ge=0, le=1)
     """Share of samples that get latents of a first pass; 0.9 (Snap Video, table 8)."""
     sigma_data: float = Field(default=1.0, gt=0)
@@ -210,23 +177,6 @@ class StageConfig(Config):
             raise ValueError(f"{value}; legal: a number from 1, or a range like [1, 8]")
         return value
 
-    @field_validator("buckets")
-    @classmethod
-    def _one_bucket_a_medium(cls, value: tuple[BucketConfig, ...]) -> tuple[BucketConfig, ...]:
-        media = [bucket.media for bucket in value]
-        if not media or len(set(media)) != len(media):
-            raise ValueError("legal: one bucket a medium, video and/or image")
-        return value
-
-    @field_validator("dropout")
-    @classmethod
-    def _known_kinds(cls, value: dict[str, float]) -> dict[str, float]:
-        legal = ("text", "retrieved", "subject", "frame", "all")
-        for kind, rate in value.items():
-            if kind not in legal or not 0 <= rate <= 1:
-                raise ValueError(f"{kind}: {rate}; legal: {', '.join(legal)}, each in [0, 1]")
-        return value
-
     @model_validator(mode="after")
     def _batch_divides(self) -> "StageConfig":
         if self.batch_size % self.accumulation:
@@ -268,19 +218,6 @@ class StageConfig(Config):
     def total_samples(self) -> int:
         """Samples of all steps."""
         return self.num_steps * self.batch_size
-
-    @property
-    def shapes(self) -> tuple[Bucket, ...]:
-        """The buckets with their numbers filled in."""
-        return tuple(
-            Bucket(
-                b.media,
-                b.num_frames or (1 if b.media == "image" else self.num_frames),
-                self.height_px,
-                self.width_px,
-            )
-            for b in self.buckets
-        )
 
 
 class Stage1Config(StageConfig):

@@ -1,0 +1,111 @@
+"""What is made of a row of prompts before a network sees it: variants of its prompt, and its target.
+
+Training draws, for each sample, how many documents stay and which kinds of condition are left out
+(`model.training.build.Conditioner`); `variants` names all that can be drawn, so that `vimi-data encode` can
+encode them beforehand. Both read the same fields.
+"""
+
+from itertools import product
+from typing import Literal
+
+from pydantic import Field, NonNegativeInt, field_validator
+
+from infra.config import Config
+from model.condition import KINDS
+from model.data.batch import Bucket
+from model.latents import LatentConfig
+from model.prompt.config import PromptEncoderConfig
+
+
+class BucketConfig(Config):
+    """A shape of micro-batches."""
+
+    media: Literal["video", "image"] = "video"
+    """Which rows it takes."""
+    num_frames: int | None = Field(default=None, ge=1)
+    """Frames; None = the model's for video, 1 for images."""
+    weight: float = Field(default=1.0, ge=0)
+    """Share of the micro-batches. Snap Video takes as many videos as images (2048 + 2048 a step)."""
+
+
+class InputConfig(Config):
+    """How rows become tensors: what training and encoding beforehand must agree on."""
+
+    prompts: str
+    """Folder or URI of certified prompt shards."""
+    buckets: tuple[BucketConfig, ...] = (BucketConfig(),)
+    """Shapes of micro-batches; each micro-batch holds one of them on all workers."""
+    num_frames: int = Field(default=16, ge=1)
+    """Frames of a video; 16 (Snap Video, VIMI)."""
+    height_px: int = Field(default=36, ge=4)
+    """Height of the training videos, pixels; 36 (Snap Video's base model)."""
+    width_px: int = Field(default=64, ge=4)
+    """Width of the training videos, pixels; 64 (Snap Video's base model)."""
+    autoencoder: LatentConfig = LatentConfig()
+    """Where the generator works: `kind: none` in pixels, as Snap Video and VIMI; `kind: diffusers` in the
+    latents of an autoencoder. Channels, the network's size and sigma_in follow; sizes here stay pixels."""
+    encoder: PromptEncoderConfig = PromptEncoderConfig()
+    """The frozen prompt encoder."""
+    documents: tuple[NonNegativeInt, ...] = Field(default=(0, 1, 2), min_length=1)
+    """Retrieved documents a sample, drawn uniformly from these numbers; RA-CM3 (2211.12561): 0, 1 or 2."""
+    dropout: dict[str, float] = Field(default_factory=lambda: {"all": 0.1})
+    """Probability that a sample does without a kind of condition (text, retrieved, subject, frame, or all).
+    0.1 of the whole prompt is the classifier-free guidance paper's (2207.12598); VIMI prints none."""
+
+    @field_validator("buckets")
+    @classmethod
+    def _one_bucket_a_medium(cls, value: tuple[BucketConfig, ...]) -> tuple[BucketConfig, ...]:
+        media = [bucket.media for bucket in value]
+        if not media or len(set(media)) != len(media):
+            raise ValueError("legal: one bucket a medium, video and/or image")
+        return value
+
+    @field_validator("dropout")
+    @classmethod
+    def _known_kinds(cls, value: dict[str, float]) -> dict[str, float]:
+        legal = ("text", "retrieved", "subject", "frame", "all")
+        for kind, rate in value.items():
+            if kind not in legal or not 0 <= rate <= 1:
+                raise ValueError(f"{kind}: {rate}; legal: {', '.join(legal)}, each in [0, 1]")
+        return value
+
+    @property
+    def shapes(self) -> tuple[Bucket, ...]:
+        """The buckets with their numbers filled in."""
+        return tuple(
+            Bucket(
+                b.media,
+                b.num_frames or (1 if b.media == "image" else self.num_frames),
+                self.height_px,
+                self.width_px,
+            )
+            for b in self.buckets
+        )
+
+
+Variant = tuple[int | None, frozenset[str]]
+"""(number of documents, dropped kinds) as `model.prompt.select` takes them."""
+
+
+def dropped_sets(rates: dict[str, float]) -> list[frozenset[str]]:
+    """Every set of kinds that can be drawn with these rates (`model.step.draw_dropped`), smallest first."""
+    choices = [[False] if not rates.get(k) else [True] if rates[k] >= 1 else [False, True] for k in KINDS]
+    found = {frozenset(k for k, out in zip(KINDS, gone, strict=True) if out) for gone in product(*choices)}
+    whole = frozenset(KINDS)
+    if rates.get("all", 0.0) >= 1:
+        found = {whole}
+    elif rates.get("all"):
+        found.add(whole)
+    return sorted(found, key=lambda kinds: (len(kinds), sorted(kinds)))
+
+
+def variants(config: InputConfig) -> list[Variant]:
+    """All that training can draw of a prompt, and what validation looks at (most documents, and none)."""
+    drawn = [(number, kinds) for kinds in dropped_sets(config.dropout) for number in sorted(config.documents)]
+    looked_at: list[Variant] = [(most_documents(config), frozenset()), (0, frozenset())]
+    return list(dict.fromkeys([*drawn, *looked_at]))
+
+
+def most_documents(config: InputConfig) -> int:
+    """The most documents of a prompt that training shows."""
+    return max(config.documents)
