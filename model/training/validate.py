@@ -2,7 +2,7 @@
 
     grid = sigma quantile x retrieval on/off x medium
 
-Noise is keyed by the prompt's id, so the numbers are equal to the last bit before and after a resume,
+On means as many documents as training reads at most (`documents`), off means none. Noise is keyed by the prompt's id, so the numbers are equal to the last bit before and after a resume,
 for any number of ranks, in the loop or beside it; and comparable between runs on the same shards. Rows of
 a held-out split where there is one.
 """
@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from model.data.batch import VALIDATION, Batch, collate, read_prompt, read_sample
+from model.data.inputs import most_documents
 from model.data.loader import RowGroups
 from model.data.order import permute_all
 from model.data.plan import Source, count_streams
@@ -137,7 +138,7 @@ class Validation:
             self_conditioned=torch.ones(count, dtype=torch.bool, device=device),
             keys=torch.full((count,), sample_key(0, key, "layers"), device=device),
         )
-        condition = observed.condition(batch.prompts, batch.fps, batch.original_size_px)
+        condition = observed.condition(batch.prompts, batch.fps, batch.original_size_px, batch.encoded)
         condition = condition.select(torch.zeros(count, dtype=torch.long, device=device))
         video, dtype = video.expand(count, -1, -1, -1, -1), observed.dtype
         draws = replace(draws, small=observed.targets.fixed_small(video, key))
@@ -148,6 +149,6 @@ class Validation:
     def _read(self, source: Source, retrieval: bool) -> Batch:
         groups = self.observed.row_groups
         row = groups.row(source, 0)
-        prompt = select(read_prompt(row), None if retrieval else 0)
+        prompt = select(read_prompt(row), most_documents(self.config) if retrieval else 0)
         bucket = groups.buckets[source.bucket]
         return collate([read_sample(row, bucket, position=0, prompt=prompt)])
