@@ -99,10 +99,14 @@ def _scan(file: str) -> Iterator[tuple[str, int, int]]:
 
 
 class JournalWriter:
-    """Appends whole lines: locally by one write() each, on an object store one object each."""
+    """Appends whole lines: locally by one write() each, on an object store one object each.
+
+    `{folder}/{name}.jsonl`, or `{folder}/{name}/{unit}.jsonl`: a block's journal is found by its name,
+    however many blocks there are, and what an earlier try wrote is never overwritten.
+    """
 
     def __init__(self, folder: str, name: str) -> None:
-        self.folder, self.name, self.count = folder, name, 0
+        self.folder, self.name = folder, name
         self.file = None
         if not is_remote(folder):
             path = Path(absolute(folder))
@@ -116,12 +120,17 @@ class JournalWriter:
         if self.file is not None:
             self.file.write(line)
         else:
-            write_bytes(join(self.folder, f"{self.name}-{self.count:06d}.jsonl"), line)
-        self.count += 1
+            write_bytes(join(self.folder, self.name, f"{content_id(unit_id)}.jsonl"), line)
 
     def close(self) -> None:
         if self.file is not None:
             self.file.close()
+
+    def finished(self) -> set[str]:
+        """Units of this journal that have a receipt."""
+        here = [join(self.folder, f"{self.name}.jsonl")]
+        files = list_files(join(self.folder, self.name)) if self.file is None else here
+        return {unit_id for file in files for unit_id, _, _ in _scan(file)}
 
 
 class BlockRunner:
@@ -133,9 +142,8 @@ class BlockRunner:
     def __call__(self, block: pa.Table) -> pa.Table:
         worker = self._worker()
         ids, payloads = block["unit_id"].to_pylist(), block["payload"].to_pylist()
-        name = content_id(*ids)
-        finished = {u for u, _, _ in _finished(self.folder, name)}  # a retried block: a worker died
-        journal = JournalWriter(self.folder, name)
+        journal = JournalWriter(self.folder, content_id(*ids))
+        finished = journal.finished()  # not empty for a retried block: a worker died
         notes = []
         try:
             for unit_id, payload in zip(ids, payloads, strict=True):
@@ -157,11 +165,6 @@ class BlockRunner:
 
 # Ray reuses its worker processes: a model that one task has loaded serves the next tasks of its job too.
 _WORKERS: dict[str, Callable[[dict[str, Any]], Receipt]] = {}
-
-
-def _finished(folder: str, name: str) -> list[tuple[str, int, int]]:
-    files = [f for f in list_files(folder, suffix=".jsonl") if f.rpartition("/")[2].startswith(name)]
-    return [place for file in files for place in _scan(file)]
 
 
 def run_units(

@@ -12,18 +12,23 @@ import resource
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from collections import Counter
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
+from bench_decode import encode, film, repeat_packets
 from PIL import Image
 
-from pipeline.crawl.duplicates import find_duplicates
-from pipeline.crawl.job import CrawlConfig, Worker
+from infra.cluster import RayConfig
+from pipeline.crawl.job import CrawlConfig, Worker, run
 from pipeline.crawl.parent import InspectConfig, inspect_parent
-from pipeline.schema import content_id
 from pipeline.sources import Cut, Item, SourceConfig
+from pipeline.video.frames import probe
 
 SERVER = """
 import sys, http.server, functools
@@ -34,6 +39,10 @@ s = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, d
 print(s.server_port, flush=True)
 s.serve_forever()
 """
+
+
+CLIP_S = 8.5
+"""Mean length of Panda-70M's clips."""
 
 
 def cpu_s() -> float:
@@ -115,20 +124,13 @@ def img2dataset(root: Path, urls: list[str], python: str) -> None:
 def clips(root: Path) -> None:
     """A clip as a range against a clip that is cut out exactly (decoded and encoded again)."""
     path = root / "film.mp4"
-    rng = np.random.default_rng(0)
-    base = np.kron(rng.integers(0, 255, (45, 80, 3)), np.ones((8, 8, 1))).astype(np.uint8)
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=25, options={"g": "30", "preset": "veryfast"})
-        stream.height, stream.width, stream.pix_fmt = 360, 640, "yuv420p"
-        for number in range(750):
-            frame = av.VideoFrame.from_ndarray(np.roll(base, 3 * number, axis=1), format="rgb24")
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
-    cuts = tuple(Cut(f"clip {n}", n * 5.0, n * 5.0 + 5.0) for n in range(6))
+    encode(path, film(900), {"g": "30", "bf": "2"}, vfr=False)
+    height, width = probe(path).height_px, probe(path).width_px
+    cuts = tuple(Cut(f"clip {n}", n * CLIP_S, (n + 1) * CLIP_S) for n in range(4))
+    item, found = Item(str(path), "video", cuts).to_json(), {"local_uri": str(path)}
+    inspect_parent(item, found, InspectConfig().model_dump_json())  # imports are not clipping
     start = time.process_time()
-    rows = inspect_parent(
-        Item(str(path), "video", cuts).to_json(), {"local_uri": str(path)}, InspectConfig().model_dump_json()
-    )
+    rows = inspect_parent(item, found, InspectConfig().model_dump_json())
     range_s = time.process_time() - start
     start = time.process_time()
     for cut in cuts:
@@ -136,16 +138,17 @@ def clips(root: Path) -> None:
     exact_s = time.process_time() - start
     good = sum(row["status"] == "ok" for row in rows)
     print(
-        f"\n{good} clips of 5 s, 640x360: as ranges {range_s:.3f} CPU-s, cut exactly (x264 default preset, as"
+        f"\n{good} clips of {CLIP_S:g} s, {width}x{height}: as ranges {range_s:.3f} CPU-s, cut exactly (x264's"
     )
-    print(f"video2dataset's precise clipping does) {exact_s:.2f} CPU-s: {exact_s / range_s:.0f}x")
+    print(f"default preset, as video2dataset does) {exact_s:.2f} CPU-s: {exact_s / range_s:.0f}x")
 
 
 def cut_exactly(source: Path, path: Path, cut: Cut) -> None:
     assert cut.start_s is not None and cut.end_s is not None
     with av.open(str(source)) as reader, av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=25)
-        stream.height, stream.width, stream.pix_fmt = 360, 640, "yuv420p"
+        stream.height, stream.width = reader.streams.video[0].height, reader.streams.video[0].width
+        stream.pix_fmt = "yuv420p"
         reader.seek(int(cut.start_s * 1_000_000))
         for frame in reader.decode(video=0):
             if frame.time >= cut.end_s:
@@ -157,21 +160,77 @@ def cut_exactly(source: Path, path: Path, cut: Cut) -> None:
 
 
 def memory(counts: list[int]) -> None:
-    """Peak resident set of the driver's own work (duplicates over all rows), a fresh process each."""
-    print(f"\n{'rows':>10}{'peak RSS MiB':>14}")
+    """Peak resident set of the driver and of the largest worker or decoder of a whole crawl."""
+    print(f"\n{'rows':>10}{'driver MiB':>12}{'worker MiB':>12}{'decoder MiB':>13}{'rows/s':>9}")
     for count in counts:
         command = [sys.executable, __file__, "--one", str(count)]
         found = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ})
-        print(f"{count:>10,}{float(found.stdout):>14.0f}")
+        driver, worker, decoder, wall_s = (float(word) for word in found.stdout.split()[-4:])
+        print(f"{count:>10,}{driver:>12.0f}{worker:>12.0f}{decoder:>13.0f}{count / wall_s:>9.0f}")
 
 
 def one(count: int) -> None:
-    rows = (
-        {"clip_id": content_id(n), "status": "ok", "phash": n * 7919, "start_s": 0.0, "end_s": 1.0}
-        for n in range(count)
-    )
-    find_duplicates(rows, 2)
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    """A crawl of `count` rows, 50 clips a film; prints MiB of driver, worker, decoder, and seconds."""
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        encode(root / "film.mp4", small_film(), {"g": "30"}, vfr=False)
+        for number in range(count // 50):
+            (root / f"{number}.mp4").write_bytes((root / "film.mp4").read_bytes() + number.to_bytes(8, "big"))
+        lines = [f"{n // 50}.mp4,clip {n},{n % 50 / 10},{n % 50 / 10 + 1}" for n in range(count)]
+        (root / "list.csv").write_text("\n".join(["video,caption,start,end", *lines]))
+        peaks, done = Counter[str](), threading.Event()
+        watcher = threading.Thread(target=watch, args=(peaks, done))
+        watcher.start()
+        start = time.monotonic()
+        sources = (SourceConfig(kind="manifest", path=str(root / "list.csv")),)
+        filters: Any = {"min_s": 0.5}
+        run(CrawlConfig(sources=sources, out=str(root / "clips"), filters=filters, ray=RayConfig(num_cpus=2)))
+        wall_s = time.monotonic() - start
+        done.set()
+        watcher.join()
+    driver = int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024
+    print(driver, peaks["worker"], peaks["decoder"], wall_s)
+
+
+def small_film() -> list[np.ndarray]:
+    """150 frames of 96 x 128 pixels: six seconds."""
+    base = np.kron(np.random.default_rng(0).integers(0, 255, (12, 16, 3)), np.ones((8, 8, 1))).astype(np.uint8)
+    return [np.roll(base, 3 * number, axis=1) for number in range(150)]
+
+
+def watch(peaks: Counter[str], done: threading.Event) -> None:
+    """Sample the resident sets (MiB) of everything below this process until `done`."""
+    import psutil
+
+    while not done.wait(0.25):
+        for process in psutil.Process().children(recursive=True):
+            with suppress(psutil.Error):
+                words = " ".join(process.cmdline())
+                kind = "decoder" if "isolate" in words else "worker" if "MapBatches" in words else "other"
+                peaks[kind] = max(peaks[kind], process.memory_info().rss >> 20)
+
+
+def long_video(root: Path) -> None:
+    """Peak resident set of a decoder that looks at a film of one minute and at one of two hours."""
+    encode(root / "six.mp4", small_film(), {"g": "30", "bf": "2"}, vfr=False)
+    print(f"\n{'film':>10}{'decoder MiB':>13}{'s':>8}")
+    found = {}
+    for minutes in (1, 120):
+        path = root / f"{minutes}.mp4"
+        repeat_packets(root / "six.mp4", path, 10 * minutes)
+        code = (
+            "import sys; from pipeline.crawl.parent import *; p = sys.argv[1]\n"
+            "rows = inspect_parent(Item(p, 'video', (Cut('film'),)).to_json(), {'local_uri': p}, '{}')\n"
+            "assert rows[0]['num_frames'] % 1500 == 0, rows\n"
+            "print(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])"
+        )
+        start = time.monotonic()
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True
+        )
+        found[minutes] = float(done.stdout) / 1024
+        print(f"{minutes:>6} min{found[minutes]:>13.0f}{time.monotonic() - start:>8.1f}")
+    print(f"2 hours / 1 minute: {found[120] / found[1]:.2f}x")
 
 
 def main() -> None:
@@ -187,6 +246,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         images(Path(folder), args.images, args.peer_python)
         clips(Path(folder))
+        long_video(Path(folder))
     memory(args.rows)
 
 

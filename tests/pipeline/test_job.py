@@ -117,5 +117,8 @@ def test_journal_works_on_an_object_store(s3_server: str) -> None:
     writer.append("a", {"n": 1})
     writer.append("b", {"n": 2})
     writer.close()
+    again = JournalWriter("s3://bucket/job/journal", "block")  # the block is tried again: its worker died
+    assert again.finished() == {"a", "b"}
+    again.append("c", {"n": 3})
     receipts = Receipts("s3://bucket/job")
-    assert [receipts.get(unit)["n"] for unit in "ab"] == [1, 2]
+    assert [receipts.get(unit)["n"] for unit in "abc"] == [1, 2, 3]
