@@ -13,6 +13,7 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from itertools import islice
 from typing import Any
 
 import pyarrow as pa
@@ -54,14 +55,10 @@ def shard_bytes(rows: pa.Table | Iterable[dict[str, Any]], schema: pa.Schema, *,
     """Encode rows as Parquet: every writer option that changes bytes is fixed here.
 
     Args:
-        rows: a table, or rows as dictionaries.
+        rows: a table, or rows as dictionaries, of which one row group is in memory at a time.
         schema: columns and types; a table's chunks and metadata don't reach the bytes.
         row_group_rows: rows of one row group, the trainer's unit of reading.
     """
-    whole: Any = rows
-    if not isinstance(rows, pa.Table):
-        whole = pa.Table.from_pylist(list(rows), schema=schema)
-    table = whole.select(schema.names).cast(schema).combine_chunks()
     leaves = _leaf_paths(schema)
     # Pictures and frames are stored as they are: JPEG doesn't shrink, and the trainer reads faster.
     raw = {path for path in leaves if path.split(".")[-1] in ("image", "data")}
@@ -76,8 +73,20 @@ def shard_bytes(rows: pa.Table | Iterable[dict[str, Any]], schema: pa.Schema, *,
     }
     sink = pa.BufferOutputStream()
     with pq.ParquetWriter(sink, schema, **options) as writer:
-        writer.write_table(table, row_group_size=row_group_rows)
+        for group in _row_groups(rows, schema, row_group_rows):
+            writer.write_table(
+                group.select(schema.names).cast(schema).combine_chunks(), row_group_size=row_group_rows
+            )
     return sink.getvalue().to_pybytes()
+
+
+def _row_groups(rows: Any, schema: pa.Schema, row_group_rows: int) -> Iterator[pa.Table]:
+    if isinstance(rows, pa.Table):
+        yield rows
+        return
+    rest = iter(rows)
+    for first in rest:
+        yield pa.Table.from_pylist([first, *islice(rest, row_group_rows - 1)], schema=schema)
 
 
 def _leaf_paths(schema: pa.Schema) -> list[str]:

@@ -11,7 +11,6 @@ from functools import partial
 from itertools import chain, islice
 from typing import Any
 
-import pyarrow as pa
 from pydantic import Field
 
 from infra.cluster import RayConfig, ray_session
@@ -31,8 +30,6 @@ from pipeline.sources.base import is_url
 from pipeline.sources.page import PageReader
 from pipeline.video.isolate import Isolated, IsolatedCrashError, IsolatedTimeoutError
 
-BATCH_ROWS = 8192
-"""Rows of a row group, and those that are Python objects at once while the table is written."""
 NOT_IDENTITY = {"max_failed_frac", "timeout_s", "memory_bytes", "media"}
 """Fields that decide whether and how the job ends, not what a good row holds."""
 
@@ -226,6 +223,12 @@ class FailureCeiling:
         if self.statuses.total() >= self.min_rows:
             self.check()
 
+    def count(self, rows: Iterator[Row]) -> Iterator[Row]:
+        """The same rows, counted as they pass."""
+        for row in rows:
+            self.statuses[row["status"]] += 1
+            yield row
+
     def check(self) -> None:
         dead = {s: n for s, n in sorted(self.statuses.items()) if Status(s).is_dead}
         total = self.statuses.total()
@@ -249,9 +252,8 @@ def write_clips(
     ceiling = FailureCeiling(config.max_failed_frac)
     files: list[FileEntry] = []
     for number, part in enumerate(_parts(_mark(rows(), duplicates), config.rows_per_part)):
-        ceiling.statuses.update(part["status"].to_pylist())
         path = join(config.out, shard_name(number))
-        files.append(write_shard(path, part, CLIPS, row_group_rows=BATCH_ROWS))
+        files.append(write_shard(path, ceiling.count(part), CLIPS, row_group_rows=8192))
     ceiling.check()
     counts = {Status(status): count for status, count in sorted(ceiling.statuses.items())}
     certificate = Certificate(
@@ -277,9 +279,7 @@ def _mark(rows: Iterator[Row], duplicates: dict[int, tuple[Status, str]]) -> Ite
         yield {**row, "status": fate[0].value, "error": fate[1]} if fate else row
 
 
-def _parts(rows: Iterator[Row], size: int) -> Iterator[pa.Table]:
-    """Tables of `size` rows; built batch by batch, for Python's rows take ten times the memory."""
+def _parts(rows: Iterator[Row], size: int) -> Iterator[Iterator[Row]]:
+    """Runs of `size` rows, each to be consumed before the next."""
     for first in rows:
-        part = islice(chain([first], rows), size)
-        batches = iter(lambda part=part: list(islice(part, BATCH_ROWS)), [])
-        yield pa.concat_tables([pa.Table.from_pylist(batch, CLIPS) for batch in batches])
+        yield chain([first], islice(rows, size - 1))

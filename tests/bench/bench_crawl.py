@@ -188,8 +188,7 @@ def one(count: int) -> None:
         wall_s = time.monotonic() - start
         done.set()
         watcher.join()
-    driver = int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024
-    print(driver, peaks["worker"], peaks["decoder"], wall_s)
+    print(high_water_mib(), peaks["worker"], peaks["decoder"], wall_s)
 
 
 def small_film() -> list[np.ndarray]:
@@ -199,15 +198,18 @@ def small_film() -> list[np.ndarray]:
 
 
 def watch(peaks: Counter[str], done: threading.Event) -> None:
-    """Sample the resident sets (MiB) of everything below this process until `done`."""
-    import psutil
-
+    """Sample the peaks (MiB) of workers and decoders anywhere on this machine until `done`."""
     while not done.wait(0.25):
-        for process in psutil.Process().children(recursive=True):
-            with suppress(psutil.Error):
-                words = " ".join(process.cmdline())
-                kind = "decoder" if "isolate" in words else "worker" if "MapBatches" in words else "other"
-                peaks[kind] = max(peaks[kind], process.memory_info().rss >> 20)
+        for folder in Path("/proc").glob("[0-9]*"):
+            with suppress(OSError, IndexError):
+                words = (folder / "cmdline").read_text()
+                kind = "decoder" if "video.isolate" in words else "worker" if "MapBatches" in words else "other"
+                peaks[kind] = max(peaks[kind], high_water_mib(folder))
+
+
+def high_water_mib(process: Path = Path("/proc/self")) -> int:
+    """Peak resident set; unlike getrusage's, not inherited from the process that started this one."""
+    return int((process / "status").read_text().split("VmHWM:")[1].split()[0]) >> 10
 
 
 def long_video(root: Path) -> None:
