@@ -74,7 +74,9 @@ def _first_document(segments: list[Card]) -> Iterator[Card]:
             yield {"more": more}
 
 
-def sample_cards(folder: str, shards: Sequence[ShardSet], album: Album, count: int) -> list[Card]:
+def sample_cards(
+    folder: str, shards: Sequence[ShardSet], album: Album, count: int, *, label: str | None = None
+) -> list[Card]:
     """Sampled videos with their prompts; a video too large for the page is shown by its contact sheet.
 
     Args:
@@ -82,14 +84,18 @@ def sample_cards(folder: str, shards: Sequence[ShardSet], album: Album, count: i
         shards: where prompts that were taken from shards can be found again, pictures and all.
         album: the budget.
         count: videos shown.
+        label: where they come from; None = the folder's name.
     """
     uri = absolute(folder)
+    label = label or uri.rpartition("/")[2]
     entries = read_json(join(uri, "samples.json"))
     entries = entries.get("samples", []) if isinstance(entries, dict) else entries
-    return [_sample_card(uri, entry, n, shards, album) for n, entry in enumerate(entries[:count])]
+    return [_sample_card(uri, entry, n, shards, album, label) for n, entry in enumerate(entries[:count])]
 
 
-def _sample_card(uri: str, entry: Card, number: int, shards: Sequence[ShardSet], album: Album) -> Card:
+def _sample_card(
+    uri: str, entry: Card, number: int, shards: Sequence[ShardSet], album: Album, label: str
+) -> Card:
     video = _file(uri, entry.get("video") or f"sample-{number:03d}.mp4")
     sheet = _file(uri, entry.get("sheet") or f"sample-{number:03d}.png")
     segments = find_segments(shards, entry.get("prompt_id"))
@@ -102,7 +108,7 @@ def _sample_card(uri: str, entry: Card, number: int, shards: Sequence[ShardSet],
         "task": entry.get("task"),
         "video": album.add(video, "video/mp4") if video else None,
         "sheet": album.picture(sheet, side_px=1280),
-        "facts": " · ".join([uri.rpartition("/")[2], *facts]),
+        "facts": " · ".join([label, *facts]),
     }
 
 

@@ -15,7 +15,7 @@ from pipeline.report.galleries import clip_cards, prompt_cards
 from pipeline.report.instructions import instruction_cards, sample_cards
 from pipeline.report.page import render
 from pipeline.report.provenance import fates, next_steps, provenance, summary
-from pipeline.report.read import Parts, read_parts
+from pipeline.report.read import Parts, previews, read_parts
 from pipeline.report.statistics import distributions
 from pipeline.report.training import loss_charts
 
@@ -82,6 +82,11 @@ def gather(config: ReportConfig, parts: Parts, album: Album) -> dict[str, Any]:
     """Everything that the template needs; the order is the order of the pictures' claim to space."""
     shards = [found for found in (parts.instructions, parts.prompts) if found]
     videos = [sample_cards(folder, shards, album, config.num_samples) for folder in config.samples]
+    videos += [
+        sample_cards(folder, shards, album, config.num_samples, label=label)
+        for run in parts.runs
+        for label, folder in previews(run)
+    ]
     return {
         "title": config.title,
         "summary": summary(parts),

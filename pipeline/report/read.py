@@ -95,6 +95,16 @@ def read_run(folder: str) -> Run:
     )
 
 
+def previews(run: Run) -> list[tuple[str, str]]:
+    """(label, folder) of videos that the run sampled while training: its first and its last ones."""
+    places = list_files(join(run.uri, "samples"), suffix="/samples.json")
+    folders = [place.rpartition("/")[0] for place in places]
+    chosen = folders if len(folders) < 2 else [folders[0], folders[-1]]
+    positions = [int(folder.rpartition("/samples-")[2]) for folder in chosen]
+    labels = [f"{run.name} at {position:,} samples" for position in positions]
+    return list(zip(labels, chosen, strict=True))
+
+
 def table_files(folder: str) -> Iterator[pq.ParquetFile]:
     """The part files of a table."""
     for file in list_files(folder, suffix=".parquet", recursive=False):

@@ -170,6 +170,11 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     (trained / "metrics.jsonl").write_text(text)
     wanted = instructed[0]["prompt_id"]
     sample = [{"prompt": HOSTILE, "seed": 3, "prompt_id": wanted}, {"prompt": "words", "video": "../x.mp4"}]
+    for position in (8, 16, 48):
+        shown = trained / "samples" / f"samples-{position:012d}"
+        shown.mkdir(parents=True)
+        (shown / "sample-000.png").write_bytes(picture(position))
+        write_json(str(shown / "samples.json"), {"samples": [{"prompt": "a preview"}]})
     sampled = root / "samples"
     sampled.mkdir()
     (sampled / "sample-000.mp4").write_bytes(b"not really a video")
@@ -222,6 +227,11 @@ def test_page_says_what_became_of_each_row(page: str):
         assert words in page
     assert "retrieval off" in page
     assert "Generate a video with the text and first frame." in page
+
+
+def test_first_and_last_previews_of_a_run_are_shown(page: str):
+    assert "stage1 at 8 samples" in page and "stage1 at 48 samples" in page
+    assert "stage1 at 16 samples" not in page
 
 
 @pytest.mark.parametrize("name", ["clips", "prompts", "instructions", "runs", "samples"])
