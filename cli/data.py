@@ -203,6 +203,37 @@ def instruct(
 
 
 @app.command()
+def encode(
+    prompts: Annotated[str | None, typer.Argument(help="Folder of augment or instruct.")] = None,
+    out: Out = None,
+    stage: Annotated[
+        str | None, typer.Option("--for", help="Config of the training that will read them.")
+    ] = None,
+    workers: Annotated[int | None, typer.Option("--workers", help="Workers at once.")] = None,
+    config: ConfigPath = None,
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Run the frozen prompt encoder (and the autoencoder) over all shards once, instead of in every epoch."""
+    options: dict[str, object] = {}
+    if stage is not None:
+        from cli.encode import options_of
+
+        options = options_of(stage)
+    execute(
+        "cli.encode",
+        "EncodeConfig",
+        path=config,
+        overrides=overrides,
+        dry_run=dry_run,
+        options={**options, "prompts": prompts or options.get("prompts"), "out": out, "num_workers": workers},
+        following=lambda c: (
+            f"vimi-train stage1 {shorten(c.prompts)} --set encodings={shorten(c.out)} --out run"
+        ),
+    )
+
+
+@app.command()
 def report(
     out: Annotated[str | None, typer.Option("--out", "-o", help="The HTML file to write.")] = None,
     clips: Annotated[str | None, typer.Option(help="Folder of crawl.")] = None,

@@ -21,6 +21,7 @@ from infra.clip.hub import hub_file
 from infra.clip.model import hash_weights
 from infra.config import Config, canonical_json
 from infra.errors import ConfigError
+from infra.storage import absolute
 from model.space import Space
 
 CURE = "give a local folder with config.json and weights, or train in pixels (autoencoder.kind: none)"
@@ -174,6 +175,18 @@ def load_latents(config: LatentConfig, device: str | torch.device = "cpu") -> La
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise ConfigError(f"can't load the autoencoder {config.model!r}: {reason}", cure=CURE) from None
     return Latents(model, device=device, frames_per_call=config.frames_per_call)
+
+
+def open_latents(config: LatentConfig, device: torch.device | str = "cpu") -> Latents | None:
+    """The autoencoder; None for pixels."""
+    return None if config.kind == "none" else load_latents(config, device)
+
+
+def resolve_latents(config: LatentConfig) -> LatentConfig:
+    """The same with an absolute folder; ids of the hub stay as they are."""
+    if config.model is None or not Path(config.model).expanduser().exists():
+        return config
+    return config.model_copy(update={"model": absolute(config.model)})
 
 
 def _find(config: LatentConfig) -> tuple[str, str | None]:

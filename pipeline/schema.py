@@ -217,6 +217,43 @@ PROMPTS = pa.schema(
     metadata={"table": "prompts", "schema_version": str(SCHEMA_VERSION)},
 )
 
+TOKENS = pa.struct([_field("data", pa.binary(), "tokens of one segment: `l e`, C order")])
+
+VARIANT = pa.struct(
+    [
+        _field("key", pa.string(), "hex sha256 of the encoder's content hash and the prompt"),
+        _field("blocks", pa.list_(pa.int32()), "its blocks of tokens, in order: indices in `blocks`"),
+        _field("roles", pa.list_(pa.int32()), "for each block the role of its segment: index in Role"),
+        _field("segments", pa.list_(pa.int32()), "for each block the place of its segment in the prompt"),
+    ]
+)
+
+LATENTS = pa.struct(
+    [
+        _field("key", pa.string(), "hex sha256 of the autoencoder's content hash, the target and the bucket"),
+        _field("data", pa.binary(), "float32 t c h w, C order"),
+        _field("shape", pa.list_(pa.int32()), "t, c, h, w"),
+        _field("fps", pa.float64(), "frame rate of the frames that were encoded; inf for pictures"),
+    ]
+)
+
+ENCODINGS = pa.schema(
+    [
+        _field(
+            "prompt_id",
+            pa.string(),
+            "the row of PROMPTS that this is made of: same place",
+            False,
+        ),
+        _field("blocks", pa.list_(TOKENS), "blocks of tokens that the variants share"),
+        _field("variants", pa.list_(VARIANT), "what training can draw of the prompt, encoded"),
+        _field("latents", LATENTS, "the target in latent space; null when only prompts are encoded"),
+        _field("status", pa.string(), "a Status", False),
+        _field("error", pa.string(), "why, if not ok"),
+    ],
+    metadata={"table": "encodings", "schema_version": str(SCHEMA_VERSION)},
+)
+
 REJECTED = pa.schema(
     [
         _field("row_id", pa.string(), "clip_id or doc_id of the row", False),

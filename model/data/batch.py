@@ -8,7 +8,7 @@ Targets come as raw frames (`frames`), as mp4 bytes (`video`) or as a range of a
 
 import hashlib
 import io
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,9 @@ from infra.errors import ConfigError, DataError
 from infra.storage import absolute, is_remote
 from model.condition import ROLES, Prompt, Segment
 from model.data.frames import decode_video, fit_frames, slower, spread
-from pipeline.schema import PROMPTS, TargetKind, check_table
+from model.encodings.stored import StoredRow
+from model.prompt.encoder import EncodedPrompt
+from pipeline.schema import ENCODINGS, PROMPTS, TargetKind, check_table
 
 KEY_COLUMNS = ["media", "task", "height_px", "width_px", "source_sha256", "source_uri", "split"]
 """The cheap columns that decide which stream a row belongs to."""
@@ -53,6 +55,10 @@ class Sample:
     video: Tensor
     fps: float
     original_size_px: tuple[int, int]
+    encoded: EncodedPrompt | None = None
+    """The prompt's tokens, if they were made beforehand."""
+    latents: Tensor | None = None
+    """`t c h w` float32, likewise."""
 
 
 @dataclass(frozen=True)
@@ -69,13 +75,17 @@ class Batch:
     """`b` float32; inf for pictures."""
     original_size_px: Tensor
     """`b 2` float32 (height, width)."""
+    encoded: list[EncodedPrompt | None] = field(default_factory=list)
+    """Tokens of prompts that were encoded beforehand, one for each prompt, or none at all."""
+    latents: Tensor | None = None
+    """`b t c h w` float32 latents that were encoded beforehand, in place of `video`."""
 
     def __len__(self) -> int:
         return len(self.positions)
 
     def pin(self) -> "Batch":
         """Page-locked copies, so that the move to the device overlaps the step."""
-        names = ("video", "fps", "original_size_px")
+        names = ("video", "fps", "original_size_px", *(("latents",) if self.latents is not None else ()))
         return replace(self, **{name: getattr(self, name).pin_memory() for name in names})
 
     def target(self, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -92,17 +102,24 @@ def collate(samples: list[Sample]) -> Batch:
         video=torch.stack([s.video for s in samples]),
         fps=torch.tensor([s.fps for s in samples], dtype=torch.float32),
         original_size_px=torch.tensor([s.original_size_px for s in samples], dtype=torch.float32),
+        encoded=[s.encoded for s in samples],
+        latents=_stack([s.latents for s in samples]),
     )
 
 
-def check_schema(found: pa.Schema, where: str) -> None:
-    """Raise ConfigError unless the shard has the columns of PROMPTS."""
+def _stack(each: list[Tensor | None]) -> Tensor | None:
+    """A batch of them; None if one is missing."""
+    there = [one for one in each if one is not None]
+    return torch.stack(there) if len(there) == len(each) else None
+
+
+def check_schema(found: pa.Schema, where: str, *, encodings: bool = False) -> None:
+    """Raise ConfigError unless the file has the columns of PROMPTS (or of ENCODINGS)."""
     try:
-        check_table(found, PROMPTS, where)
+        check_table(found, ENCODINGS if encodings else PROMPTS, where)
     except ValueError as error:
-        raise ConfigError(
-            str(error), legal="shards of this version", cure="make them again with vimi-data augment"
-        ) from None
+        cure = f"make them again with vimi-data {'encode' if encodings else 'augment'}"
+        raise ConfigError(str(error), legal="shards of this version", cure=cure) from None
 
 
 def streams_of(
@@ -118,7 +135,7 @@ def streams_of(
         media, task, height, width, sha256, uri, split = row
         shape = (media, height, width)
         if shape not in nearest:
-            nearest[shape] = _nearest(media, height, width, buckets)
+            nearest[shape] = nearest_bucket(media, height, width, buckets)
         bucket = nearest[shape]
         kept_back = is_held_out(sha256 or uri or "", split, held_out_frac)
         streams.append(None if bucket is None else (bucket, VALIDATION if kept_back else task))
@@ -133,7 +150,9 @@ def is_held_out(parent: str, split: str | None, frac: float) -> bool:
     return int.from_bytes(digest[:8], "big") < frac * 2**64
 
 
-def _nearest(media: str, height: int | None, width: int | None, buckets: tuple[Bucket, ...]) -> int | None:
+def nearest_bucket(
+    media: str, height: int | None, width: int | None, buckets: tuple[Bucket, ...]
+) -> int | None:
     """The bucket whose aspect ratio is nearest; of equals, the one with most pixels not above ours."""
     candidates = [n for n, bucket in enumerate(buckets) if bucket.media == media]
     if not candidates:
@@ -163,29 +182,61 @@ def read_prompt(row: dict[str, Any]) -> Prompt:
     return tuple(segments)
 
 
-def read_sample(row: dict[str, Any], bucket: Bucket, *, position: int, prompt: Prompt) -> Sample:
+def read_sample(
+    row: dict[str, Any], bucket: Bucket, *, position: int, prompt: Prompt, pixels: bool = True
+) -> Sample:
     """Decode the row's target at the bucket's size.
 
+    Args:
+        row: of PROMPTS; `stored`, if there, holds its encodings.
+        bucket: shape of the target.
+        position: of the sample.
+        prompt: after the choice of documents and the dropout.
+        pixels: False = the stored latents do, and nothing is decoded.
+
     Raises:
-        DataError: a target that can't be read; names the prompt.
+        DataError: a target that can't be read, or a row that could not be encoded; names the prompt.
     """
-    try:
-        frames, fps = read_target(row, bucket)
-    except (OSError, ValueError) as error:  # PyAV's errors are OSError or ValueError
-        raise DataError(f"prompt {row['prompt_id']}: {type(error).__name__}: {error}") from None
+    stored: StoredRow | None = row.get("stored")
+    encoded, latents = None, None
+    if stored is not None:
+        stored.check(row["prompt_id"])
+        encoded, latents = stored.prompt(prompt), stored.latents(row, bucket)
+    if stored is not None and not pixels:
+        if latents is None:
+            raise DataError(f"prompt {row['prompt_id']}: no latents of this target at {bucket.name}")
+        video, fps = torch.zeros(0, dtype=torch.uint8), latents[1]
+    else:
+        video, fps = read_pixels(row, bucket)
     target = row["target"]
     return Sample(
         position=position,
         prompt_id=row["prompt_id"],
         task=row["task"],
         prompt=prompt,
-        video=fit_frames(frames, bucket.height_px, bucket.width_px),
-        fps=float("inf") if bucket.media == "image" else fps,
+        video=video,
+        fps=fps,
         original_size_px=(
             row["height_px"] or target["height_px"] or bucket.height_px,
             row["width_px"] or target["width_px"] or bucket.width_px,
         ),
+        encoded=encoded,
+        latents=None if latents is None else latents[0],
     )
+
+
+def read_pixels(row: dict[str, Any], bucket: Bucket) -> tuple[Tensor, float]:
+    """uint8 `t c h w` target at the bucket's size, and its frame rate: inf for pictures.
+
+    Raises:
+        DataError: it can't be read; names the prompt.
+    """
+    try:
+        frames, fps = read_target(row, bucket)
+    except (OSError, ValueError) as error:  # PyAV's errors are OSError or ValueError
+        raise DataError(f"prompt {row['prompt_id']}: {type(error).__name__}: {error}") from None
+    video = fit_frames(frames, bucket.height_px, bucket.width_px)
+    return video, float("inf") if bucket.media == "image" else fps
 
 
 def read_target(row: dict[str, Any], bucket: Bucket) -> tuple[np.ndarray, float]:

@@ -20,6 +20,8 @@ from model.condition import Prompt
 from model.data.batch import Batch, Bucket, Sample, collate, read_prompt, read_sample, streams_of
 from model.data.plan import Plan, Source
 from model.data.shards import Shards, Stream, open_parquet
+from model.encodings.store import Encodings
+from model.encodings.stored import StoredRow
 
 
 class LoaderConfig(Config):
@@ -33,6 +35,19 @@ class LoaderConfig(Config):
     """Row groups kept in memory a rank, bytes."""
 
 
+@dataclass(frozen=True)
+class Loaded:
+    """A row group in memory: its rows, which of them belong to each stream, and their encodings."""
+
+    table: pa.Table
+    rows: dict[Stream, list[int]]
+    encoded: pa.Table | None
+
+    @property
+    def num_bytes(self) -> int:
+        return self.table.nbytes + (self.encoded.nbytes if self.encoded is not None else 0)
+
+
 class RowGroups:
     """Row groups in memory: read once for all threads, the least recently used one leaves first."""
 
@@ -43,20 +58,32 @@ class RowGroups:
         *,
         held_out_frac: float = 0.0,
         cache_bytes: int = 1 << 30,
+        encodings: Encodings | None = None,
     ) -> None:
+        """`encodings`: of these shards; each row then carries its own as `stored`."""
         self.shards, self.buckets, self.cache_bytes = shards, buckets, cache_bytes
-        self.held_out_frac = held_out_frac
+        self.held_out_frac, self.encodings = held_out_frac, encodings
         self.lock = threading.Lock()
-        self.tables: OrderedDict[int, Future[tuple[pa.Table, dict[Stream, list[int]]]]] = OrderedDict()
+        self.tables: OrderedDict[int, Future[Loaded]] = OrderedDict()
         self.files = threading.local()
         self.num_bytes = 0
 
+    @property
+    def has_latents(self) -> bool:
+        """Whether targets need not be decoded."""
+        return self.encodings is not None and self.encodings.facts.autoencoder_content is not None
+
     def row(self, source: Source, which: int) -> dict[str, Any]:
         """The `which`-th choice of the source, as a row of PROMPTS."""
-        table, rows = self._table(source.group)
-        return table.slice(rows[source.stream][source.rows[which]], 1).to_pylist()[0]
+        loaded = self._table(source.group)
+        number = loaded.rows[source.stream][source.rows[which]]
+        row = loaded.table.slice(number, 1).to_pylist()[0]
+        if self.encodings is not None and loaded.encoded is not None:
+            stored = loaded.encoded.slice(number, 1).to_pylist()[0]
+            row["stored"] = StoredRow(self.encodings.facts, stored)
+        return row
 
-    def _table(self, group: int) -> tuple[pa.Table, dict[Stream, list[int]]]:
+    def _table(self, group: int) -> Loaded:
         with self.lock:
             future = self.tables.get(group)
             mine = future is None
@@ -67,10 +94,13 @@ class RowGroups:
             self._read(group, future)
         return future.result()
 
-    def _read(self, group: int, future: Future[tuple[pa.Table, dict[Stream, list[int]]]]) -> None:
+    def _read(self, group: int, future: Future[Loaded]) -> None:
+        encoded = None
         try:
             place = self.shards.groups[group]
             table = self._file(place.uri).read_row_group(place.index)
+            if self.encodings is not None:
+                encoded = self.encodings.read_group(place)
         except Exception as error:  # noqa: BLE001 - handed to every thread that waits for this group
             with self.lock:
                 self.tables.pop(group, None)
@@ -80,9 +110,10 @@ class RowGroups:
         for number, stream in enumerate(streams_of(table, self.buckets, self.held_out_frac)):
             if stream is not None:
                 rows.setdefault(stream, []).append(number)
-        future.set_result((table, rows))
+        loaded = Loaded(table, rows, encoded)
+        future.set_result(loaded)
         with self.lock:
-            self.num_bytes += table.nbytes
+            self.num_bytes += loaded.num_bytes
             self._evict(keep=group)
 
     def _evict(self, keep: int) -> None:
@@ -91,7 +122,7 @@ class RowGroups:
                 return
             future = self.tables[group]
             if group != keep and future.done():
-                self.num_bytes -= future.result()[0].nbytes
+                self.num_bytes -= future.result().num_bytes
                 del self.tables[group]
 
     def _file(self, uri: str) -> pq.ParquetFile:
@@ -168,7 +199,9 @@ class Loader:
             row = self.row_groups.row(source, which)
             try:
                 prompt = self.select(read_prompt(row), position)
-                return read_sample(row, bucket, position=position, prompt=prompt)
+                return read_sample(
+                    row, bucket, position=position, prompt=prompt, pixels=not self.row_groups.has_latents
+                )
             except DataError as error:
                 self.num_bad += 1
                 reason = str(error)

@@ -36,7 +36,7 @@ class Shards:
         return sum(group.num_rows for group in self.groups)
 
 
-JOBS = ("augment", "instruct", "encode")
+JOBS = ("augment", "instruct")
 
 
 def open_shards(uri: str) -> Shards:

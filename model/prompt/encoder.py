@@ -80,9 +80,17 @@ class PromptEncoder(ABC):
         """Hex sha256 of `identity_hash` and `arithmetic`: equal only if tokens are equal to the bit."""
         return sha256(canonical_json({"identity": self.identity_hash, **self.arithmetic})).hexdigest()
 
-    def encode(self, prompts: Sequence[Prompt]) -> EncodedBatch:
-        """Encode prompts and pad them to one batch."""
-        return pad(self.encode_each(prompts), self.dim, self.dtype)
+    def encode(self, prompts: Sequence[Prompt], encoded: Sequence[EncodedPrompt | None] = ()) -> EncodedBatch:
+        """Encode prompts and pad them to one batch.
+
+        Args:
+            prompts: b prompts, after `select`.
+            encoded: tokens of those that were encoded beforehand, None for the others; () = none were.
+        """
+        known = list(encoded) or [None] * len(prompts)
+        missing = [prompt for prompt, there in zip(prompts, known, strict=True) if there is None]
+        made = iter(self.encode_each(missing) if missing else ())
+        return pad([next(made) if there is None else there for there in known], self.dim, self.dtype)
 
     def condition(
         self,
@@ -91,6 +99,7 @@ class PromptEncoder(ABC):
         fps: Tensor,
         original_size_px: Tensor,
         references: tuple[Tensor, Tensor] | None = None,
+        encoded: Sequence[EncodedPrompt | None] = (),
     ) -> Condition:
         """The generator's condition.
 
@@ -99,14 +108,15 @@ class PromptEncoder(ABC):
             fps: `b` frames per second, inf for pictures.
             original_size_px: `b 2` (height, width).
             references: `reference_tensors(prompts, ...)` for `plus` mode.
+            encoded: as in `encode`.
         """
-        encoded = self.encode(prompts)
+        batch = self.encode(prompts, encoded)
         pictures, present = references or (None, None)
         return Condition(
-            tokens=encoded.tokens,
-            mask=encoded.mask,
-            role=encoded.role,
-            segment=encoded.segment,
+            tokens=batch.tokens,
+            mask=batch.mask,
+            role=batch.role,
+            segment=batch.segment,
             fps=fps,
             original_size_px=original_size_px,
             references=pictures,

@@ -13,6 +13,7 @@ from torch import Tensor
 from infra.errors import ConfigError
 from model.condition import Prompt
 from model.guidance import FULL, Guidance
+from model.latents import open_latents
 from model.prompt import PromptEncoder, load_prompt_encoder, select
 from model.sample import Denoiser, sample_ode, upsample
 from model.sampling.config import GuidanceConfig
@@ -20,7 +21,7 @@ from model.sampling.restore import Restored
 from model.step import sample_generator
 from model.training.build import Conditioner
 from model.training.stages import StageConfig
-from model.training.targets import edm_of, open_latents
+from model.training.targets import edm_of
 from model.training.telemetry import say
 
 

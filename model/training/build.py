@@ -1,5 +1,6 @@
 """What a run is made of, from its config: the network, the prompts' way into it, the order of samples."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pyarrow as pa
@@ -10,7 +11,7 @@ from infra.errors import ConfigError
 from model.condition import Condition, ConditionConfig, Prompt
 from model.data.plan import Plan
 from model.generator import BackboneConfig, Generator, preset
-from model.prompt import PromptEncoder, reference_tensors, select
+from model.prompt import EncodedPrompt, PromptEncoder, reference_tensors, select
 from model.space import PIXELS, Space
 from model.step import draw_dropped, draw_num_documents
 from model.training.stages import StageConfig
@@ -55,14 +56,25 @@ class Conditioner:
     def __init__(self, config: StageConfig, encoder: PromptEncoder, device: torch.device) -> None:
         self.config, self.encoder, self.device = config, encoder, device
 
-    def __call__(self, prompts: list[Prompt], fps: Tensor, original_size_px: Tensor) -> Condition:
+    def __call__(
+        self,
+        prompts: list[Prompt],
+        fps: Tensor,
+        original_size_px: Tensor,
+        encoded: Sequence[EncodedPrompt | None] = (),
+    ) -> Condition:
+        """`encoded`: tokens of the prompts that were encoded beforehand, None for others; () = none."""
         references = None
         if self.config.references == "plus":
             size = (self.config.height_px // 8 * 8, self.config.width_px // 8 * 8)
             references = reference_tensors(prompts, size_px=size)
         with torch.no_grad():
             condition = self.encoder.condition(
-                prompts, fps=fps, original_size_px=original_size_px, references=references
+                prompts,
+                fps=fps,
+                original_size_px=original_size_px,
+                references=references,
+                encoded=encoded,
             )
         return condition.to(self.device)
 

@@ -11,7 +11,10 @@ from infra.errors import ConfigError
 from infra.storage import absolute, exists, join, read_bytes, write_bytes
 from model.data.shards import Shards, index_shards, open_shards
 from model.edm import sigma_in
+from model.encodings.check import check_encodings
+from model.encodings.store import open_encodings
 from model.generator import PRESETS
+from model.latents import resolve_latents
 from model.prompt import PromptEncoderConfig
 from model.sampling.config import WEIGHTS
 from model.space import PIXELS, Space
@@ -19,7 +22,7 @@ from model.training.build import backbone_of, make_plan
 from model.training.checkpoint import COMMITTED, find_checkpoint, read_facts
 from model.training.stages import Stage2Config, StageConfig, config_class
 from model.training.state import ema_profiles
-from model.training.targets import describe_space, open_space, resolve_latents
+from model.training.targets import describe_space, open_space
 from model.training.upsampler import check_upsampler
 
 
@@ -48,10 +51,11 @@ def resolve(config: StageConfig) -> StageConfig:
         base = absolute(config.upsampler.start_from)
         places["upsampler"] = config.upsampler.model_copy(update={"start_from": base})
     places["autoencoder"] = resolve_latents(config.autoencoder)
-    return config.model_copy(update={**places, "encoder": _resolve_encoder(config.encoder)})
+    places["encodings"] = absolute(config.encodings) if config.encodings else None
+    return config.model_copy(update={**places, "encoder": resolve_encoder(config.encoder)})
 
 
-def _resolve_encoder(encoder: PromptEncoderConfig) -> PromptEncoderConfig:
+def resolve_encoder(encoder: PromptEncoderConfig) -> PromptEncoderConfig:
     """Local files of the encoder by absolute path; names of models stay as they are."""
 
     def local(value: str) -> str:
@@ -72,9 +76,12 @@ def inspect(config: StageConfig) -> Ready:
     Raises:
         ConfigError: one line: what is wrong, what is legal, how to cure it.
     """
-    space = open_space(config)
-    check_preset(config, space)
     shards = open_shards(config.prompts)
+    encodings = open_encodings(config.encodings)
+    if encodings is not None:
+        check_encodings(config, encodings, shards)
+    space = open_space(config, encodings)
+    check_preset(config, space)
     check_upsampler(config, shards)
     check_parallel(config)
     check_preview(config)

@@ -21,8 +21,8 @@ from model.data.batch import Batch
 from model.data.loader import Loader, RowGroups
 from model.data.shards import open_shards
 from model.ema import Ema
+from model.encodings.store import open_encoder, open_encodings
 from model.generator import Generator
-from model.prompt import load_prompt_encoder
 from model.step import losses
 from model.training.build import Conditioner, make_generator, make_plan
 from model.training.checkpoint import (
@@ -74,9 +74,10 @@ class Training:
         self.config, self.device = config, pick_device()
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.world_size = dist.get_world_size() if dist.is_initialized() else 1
-        self.encoder = load_prompt_encoder(config.encoder, self.device)
+        self.encodings = open_encodings(config.encodings)
+        self.encoder = open_encoder(config.encoder, self.encodings, self.device)
         self.condition = Conditioner(config, self.encoder, self.device)
-        self.targets = Targets(config, self.device)
+        self.targets = Targets(config, self.device, self.encodings)
         self.replica = Replica(self._generator(), config.parallel, self.device)
         self.optimizer: Optimizer = make_optimizer(self.model, config)
         self.emas: dict[str, Ema] = make_emas(self.model, config)
@@ -155,7 +156,13 @@ class Training:
         held_out = config.validation.held_out_frac
         return Loader(
             make_plan(config, index, len(shards.groups)),
-            RowGroups(shards, config.shapes, held_out_frac=held_out, cache_bytes=config.loader.cache_bytes),
+            RowGroups(
+                shards,
+                config.shapes,
+                held_out_frac=held_out,
+                cache_bytes=config.loader.cache_bytes,
+                encodings=self.encodings,
+            ),
             select=self.condition.choose,
             rank=self.rank,
             world_size=self.world_size,
@@ -174,7 +181,7 @@ class Training:
             with self.watch.part("data"):
                 batch = next(self.batches)
             with self.watch.part("encode"):
-                condition = self.condition(batch.prompts, batch.fps, batch.original_size_px)
+                condition = self.condition(batch.prompts, batch.fps, batch.original_size_px, batch.encoded)
                 self.prompt_tokens = condition.tokens.shape[1]
             with self.replica.accumulating(last=number == self.config.accumulation - 1):
                 each.append(self._accumulate(batch, condition))

@@ -15,7 +15,7 @@ import torch
 from infra.storage import exists, join, list_files, read_json, write_json
 from model.data.loader import RowGroups
 from model.data.shards import open_shards
-from model.prompt import load_prompt_encoder
+from model.encodings.store import open_encoder, open_encodings
 from model.sampling.restore import WEIGHTS, restore_generator
 from model.training.checkpoint import checkpoint_uri, committed_positions
 from model.training.door import read_index
@@ -79,13 +79,13 @@ def give_up(config: StageConfig, position: int, error: str) -> None:
 def open_observed(config: StageConfig, uri: str, ema: str, device: torch.device) -> Observed:
     """A checkpoint's generator with its way to rows and prompts."""
     restored = restore_generator(uri, ema=ema, device=device)
-    held_out = config.validation.held_out_frac
+    held_out, encodings = config.validation.held_out_frac, open_encodings(config.encodings)
     return Observed(
         config,
         restored.model,
-        load_prompt_encoder(config.encoder, device),
-        Targets(config, device),
-        RowGroups(open_shards(config.prompts), config.shapes, held_out_frac=held_out),
+        open_encoder(config.encoder, encodings, device),
+        Targets(config, device, encodings),
+        RowGroups(open_shards(config.prompts), config.shapes, held_out_frac=held_out, encodings=encodings),
         None if config.parallel.dtype == "float32" else DTYPES[config.parallel.dtype],
         device,
     )

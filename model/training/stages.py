@@ -126,6 +126,9 @@ class StageConfig(InputConfig):
     references: Literal["faithful", "plus"] = "faithful"
     """faithful: reference pictures are read through the frozen encoder only, as VIMI's figures show; plus:
     the generator also reads their pixel patches."""
+    encodings: str | None = None
+    """Folder that `vimi-data encode` made of these prompts for this config: read in place of running the frozen
+    encoders, to the same losses. None = encode every sample when it is drawn."""
     upsampler: UpsamplerConfig | None = None
     """Train the second stage of the cascade instead of a base model; None = a base model."""
     self_condition_rate: float = Field(default=0.9, ge=0, le=1)
@@ -252,6 +255,7 @@ class Stage2Config(StageConfig):
 
 SPEED_ONLY = {
     "loader", "parallel", "log", "max_failures", "checkpoint", "preview", "observe", "cpus_per_worker",
+    "encodings",
 }  # fmt: skip
 """Fields that may differ when a run is continued: where and how fast, not what."""
 

@@ -6,17 +6,18 @@ targets.draw(...)  all that is random about the batch
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from infra.errors import TrainingError
-from infra.storage import absolute
 from model.data.batch import Batch
+from model.data.inputs import InputConfig
 from model.edm import Edm, edm_for
+from model.encodings.store import Encodings
 from model.generator import SmallVideo
-from model.latents import LatentConfig, Latents, load_latents
+from model.latents import Latents, open_latents
 from model.space import PIXELS, Space
 from model.step import Draws, draw, sample_generator
 from model.training.stages import StageConfig
@@ -30,10 +31,10 @@ class Targets:
         small_size: (height, width) in pixels of an upsampler's small video; None for a base model.
     """
 
-    def __init__(self, config: StageConfig, device: torch.device) -> None:
+    def __init__(self, config: StageConfig, device: torch.device, encodings: Encodings | None = None) -> None:
+        """`encodings`: their latents, if they hold any, spare loading the autoencoder."""
         self.config, self.device = config, device
-        self.latents = open_latents(config.autoencoder, device)
-        self.space = self.latents.space if self.latents else PIXELS
+        self.space = space_of(encodings) or (self.latents.space if self.latents else PIXELS)
         up = config.upsampler
         self.small_size = up.small_size_px if up else None
 
@@ -41,10 +42,17 @@ class Targets:
         """`b t c h w` of a batch, on the device. Clips go through the autoencoder one by one: so the latents
         of a clip are the same to the last bit whatever it is batched with, which exact resume needs.
         """
+        if batch.latents is not None:
+            return batch.latents.to(self.device, non_blocking=True)
         pixels = batch.target(self.device)
         if self.latents is None:
             return pixels
         return torch.cat([self.latents.encode(clip[None]) for clip in pixels])
+
+    @cached_property
+    def latents(self) -> Latents | None:
+        """The autoencoder, loaded when it is needed; None for pixels."""
+        return open_latents(self.config.autoencoder, self.device)
 
     def edm(self, x: Tensor) -> Edm:
         """The process of targets of this shape, with the run's distribution of noise levels."""
@@ -72,29 +80,26 @@ class Targets:
         return SmallVideo(noise.expand(x.shape), torch.full((len(x),), level, device=self.device))
 
 
-def open_latents(config: LatentConfig, device: torch.device | str = "cpu") -> Latents | None:
-    """The autoencoder; None for pixels."""
-    return None if config.kind == "none" else load_latents(config, device)
+def space_of(encodings: Encodings | None) -> Space | None:
+    """The space of latents that were encoded beforehand; None where there are none."""
+    if encodings is None or encodings.facts.autoencoder_content is None:
+        return None
+    return Space(**encodings.facts.space)
 
 
-def open_space(config: StageConfig) -> Space:
+def open_space(config: InputConfig, encodings: Encodings | None = None) -> Space:
     """The space of a config, for the door: the autoencoder is loaded on the CPU and measured.
 
     Raises:
         ConfigError: no such autoencoder, or sides of the clips that it can't divide.
     """
-    latents = open_latents(config.autoencoder)
-    space = latents.space if latents else PIXELS
+    space = space_of(encodings)
+    if space is None:
+        latents = open_latents(config.autoencoder)
+        space = latents.space if latents else PIXELS
     for bucket in config.shapes:
         space.shape(bucket.num_frames, bucket.height_px, bucket.width_px)
     return space
-
-
-def resolve_latents(config: LatentConfig) -> LatentConfig:
-    """The same with an absolute folder; ids of the hub stay as they are."""
-    if config.model is None or not Path(config.model).expanduser().exists():
-        return config
-    return config.model_copy(update={"model": absolute(config.model)})
 
 
 def edm_of(config: StageConfig, shape: Sequence[int]) -> Edm:

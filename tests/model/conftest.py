@@ -25,6 +25,7 @@ from model.training.door import prepare_index, read_index
 from model.training.loop import Training
 from model.training.stages import Stage1Config
 from pipeline.schema import PROMPTS
+from pipeline.shards import write_meta
 
 TINY_FIT = FitConfig(
     num_frames=4, height_px=12, width_px=16, patch_px=4, group_height=3, group_width=2,
@@ -158,6 +159,7 @@ def prompt_row(
             "fps": float("inf") if media == "image" else 8.0,
         },
         "source_uri": f"/nowhere/{number}.mp4",
+        "source_sha256": None,
         "start_s": 0.0,
         "end_s": 0.0 if media == "image" else t / 8,
         "width_px": width,
@@ -174,7 +176,7 @@ def write_shards(
 ) -> Path:
     """The layout of `vimi-data augment`: part files, meta.parquet, certificate."""
     folder.mkdir(parents=True, exist_ok=True)
-    files, meta = [], []
+    files = []
     for start in range(0, len(rows), file_rows):
         name = f"part-{len(files):05d}.parquet"
         table = pa.Table.from_pylist(rows[start : start + file_rows], schema=PROMPTS)
@@ -188,10 +190,7 @@ def write_shards(
                 sha256=hashlib.sha256(data).hexdigest(),
             )
         )
-        for group, first in enumerate(range(0, len(table), group_rows)):
-            count = min(group_rows, len(table) - first)
-            meta.append({"file": name, "row_group": group, "num_rows": count, "first_row": start + first})
-    pq.write_table(pa.Table.from_pylist(meta), folder / "meta.parquet")
+    files.append(write_meta(str(folder), files, row_group_rows=group_rows))
     certificate = Certificate(job=job, config_hash="0" * 16, num_in=len(rows), num_out=len(rows), files=files)
     write_certificate(str(folder), certificate)
     return folder
@@ -354,3 +353,72 @@ def autoencoders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str
             make().save_pretrained(folder)
         found[name] = {"kind": "diffusers", "model": str(folder)}
     return found
+
+
+LLAVA_TEMPLATE = (
+    "{% for message in messages %}{{ message['role'].upper() + ': '}}{% for content in message['content'] %}"
+    "{% if content['type'] == 'image' %}<image>{% else %}{{ content['text'] }}{% endif %}"
+    "{% endfor %}{% endfor %}"
+)
+
+
+@pytest.fixture(scope="session")
+def tiny_mllm(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Config of a prompt encoder over a random LLaVA in a folder."""
+    import tokenizers
+    import transformers
+
+    classes: Any = transformers
+    tokenizer: Any = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    special = ["<pad>", "<s>", "</s>", "<image>"]
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(["a red square moves to the right"], trainer)
+    words = classes.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        additional_special_tokens=special[3:],
+    )
+    language = classes.LlamaConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=len(words),
+        pad_token_id=words.pad_token_id,
+    )
+    vision = classes.CLIPVisionConfig(
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=32,
+        patch_size=16,
+    )
+    config = classes.LlavaConfig(
+        vision_config=vision,
+        text_config=language,
+        image_token_index=words.convert_tokens_to_ids("<image>"),
+        vision_feature_layer=-1,
+    )
+    processor = classes.LlavaProcessor(
+        classes.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}),
+        words,
+        patch_size=16,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=LLAVA_TEMPLATE,
+    )
+    folder = tmp_path_factory.mktemp("mllm")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        classes.LlavaForConditionalGeneration(config).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return {"kind": "mllm", "model": str(folder), "max_tokens": 256}

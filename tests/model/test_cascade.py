@@ -118,7 +118,7 @@ def test_shards_of_small_frames_are_refused(cascade, make_shards) -> None:
 def test_upsampler_door(cascade, stage_values: Values) -> None:
     with pytest.raises(ValidationError, match="above the small video's"):
         Stage1Config.model_validate(cascade[1] | SMALL)
-    with pytest.raises(ConfigError, match="'fit-3.9b-upsampler' is an upsampler"):
+    with pytest.raises(ConfigError, match=r"'fit-3.9b-upsampler' is an upsampler"):
         check(Stage1Config.model_validate(cascade[0] | {"preset": "fit-3.9b-upsampler", "backbone": {}}))
     with pytest.raises(ConfigError, match="no committed checkpoint"):
         start = FROM_SMALL | {"start_from": "/nowhere"}

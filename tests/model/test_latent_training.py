@@ -154,7 +154,7 @@ def test_another_autoencoder_in_its_place_is_refused(
         open_training(config)
     values = trained.model_dump() | {"autoencoder": moved, "out": str(tmp_path / "two")}
     two = Stage2Config.model_validate(values | {"start_from": trained.out, "tasks": None})
-    with pytest.raises(ConfigError, match="autoencoder: .* there"):
+    with pytest.raises(ConfigError, match=r"autoencoder: .* there"):
         check(two)
 
 

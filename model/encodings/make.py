@@ -1,0 +1,115 @@
+"""Rows of prompts -> rows of encodings: what a worker of `vimi-data encode` runs.
+
+Each prompt in all variants that training can draw, through the frozen prompt encoder; each target, if the
+generator works in latents, through the frozen autoencoder. A row that can't be encoded keeps its place, with
+a status and a reason.
+"""
+
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from infra.errors import DataError
+from model.data.batch import Bucket, nearest_bucket, read_pixels, read_prompt
+from model.data.inputs import InputConfig, variants
+from model.encodings.stored import Facts, latents_key, pack_prompts, to_bytes
+from model.latents import open_latents
+from model.prompt import EncodedPrompt, load_prompt_encoder, select
+from model.prompt.cache import prompt_key
+from model.space import PIXELS
+
+ROWS_AT_ONCE = 16
+"""Rows whose prompts are encoded together: bounds the memory of decoded pictures. Ours."""
+
+Row = dict[str, Any]
+Variants = dict[str, EncodedPrompt]
+
+
+class RowEncoder:
+    """Frozen encoder and autoencoder, loaded once a worker."""
+
+    def __init__(self, config: InputConfig, device: str) -> None:
+        self.config, self.buckets = config, config.shapes
+        # The cache is by content too, but its files would be written twice: here and as encodings.
+        self.encoder = load_prompt_encoder(config.encoder.model_copy(update={"cache": None}), device)
+        self.latents = open_latents(config.autoencoder, device)
+        self.variants = variants(config)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Fields of `Facts`, as JSON; the same in every worker of a job."""
+        latents = self.latents
+        return asdict(
+            Facts(
+                encoder=self.encoder.identity_hash,
+                encoder_content=self.encoder.content_hash,
+                dim=self.encoder.dim,
+                dtype=str(self.encoder.dtype).removeprefix("torch."),
+                autoencoder_content=latents.content_hash if latents else None,
+                space=asdict(latents.space if latents else PIXELS),
+            )
+        )
+
+    def __call__(self, rows: list[Row]) -> list[Row]:
+        """Rows of PROMPTS to as many rows of ENCODINGS, in their order."""
+        return [
+            made
+            for first in range(0, len(rows), ROWS_AT_ONCE)
+            for made in self._encode(rows[first:][:ROWS_AT_ONCE])
+        ]
+
+    def _encode(self, rows: list[Row]) -> list[Row]:
+        encoded: list[Variants | DataError]
+        try:
+            encoded = [*self._encode_prompts(rows)]
+        except DataError:  # one of them: find out which, and let the others live
+            encoded = [self._encode_alone(row) for row in rows]
+        return [self._row(row, found) for row, found in zip(rows, encoded, strict=True)]
+
+    def _encode_alone(self, row: Row) -> Variants | DataError:
+        try:
+            return self._encode_prompts([row])[0]
+        except DataError as error:
+            return error
+
+    def _encode_prompts(self, rows: list[Row]) -> list[Variants]:
+        """Key -> tokens of every variant of every row; equal prompts are encoded once."""
+        wanted = []
+        for row in rows:
+            whole = read_prompt(row)
+            chosen = [select(whole, number, kinds) for number, kinds in self.variants]
+            wanted.append({prompt_key(self.encoder.content_hash, prompt): prompt for prompt in chosen})
+        prompts = {key: prompt for one in wanted for key, prompt in one.items()}
+        tokens = dict(zip(prompts, self.encoder.encode_each(list(prompts.values())), strict=True))
+        return [{key: tokens[key] for key in one} for one in wanted]
+
+    def _row(self, row: Row, encoded: Variants | DataError) -> Row:
+        nothing = {"prompt_id": row["prompt_id"], "blocks": [], "variants": [], "latents": None}
+        if isinstance(encoded, DataError):
+            return {**nothing, "status": "bad_row", "error": str(encoded)}
+        try:
+            latents = self._encode_target(row)
+        except DataError as error:
+            return {**nothing, "status": "undecodable", "error": str(error)}
+        return {**nothing, **pack_prompts(encoded), "latents": latents, "status": "ok", "error": None}
+
+    def _encode_target(self, row: Row) -> Row | None:
+        """The target in latents, at the size of its bucket; None in pixels or without a bucket."""
+        bucket = self._bucket(row)
+        if self.latents is None or bucket is None:
+            return None
+        video, fps = read_pixels(row, bucket)
+        pixels = video.to(self.latents.device).to(torch.float32) / 127.5 - 1.0
+        latents = self.latents.encode(pixels[None])[0]
+        key = latents_key(self.latents.content_hash, row, bucket)
+        return {"key": key, "data": to_bytes(latents), "shape": list(latents.shape), "fps": fps}
+
+    def _bucket(self, row: Row) -> Bucket | None:
+        number = nearest_bucket(row["media"], row["height_px"], row["width_px"], self.buckets)
+        return None if number is None else self.buckets[number]
+
+
+def make_row_encoder(config: dict[str, Any], device: str) -> RowEncoder:
+    """From plain values, so that any process can make one."""
+    return RowEncoder(InputConfig.model_validate(config), device)

@@ -1,0 +1,127 @@
+"""A certified folder of encodings, and the prompt encoder that reads them instead of computing.
+
+One file for each row group of the prompts, so that a trainer that has the row finds its encodings without an
+index: `part-00003.parquet`, row group 2 -> `part-00003-0002.parquet`.
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import pyarrow as pa
+import torch
+
+from infra.errors import ConfigError, DataError, TrainingError
+from infra.storage import Certificate, absolute, join, read_certificate
+from model.condition import Prompt
+from model.data.shards import RowGroup, open_parquet
+from model.encodings.stored import Facts
+from model.prompt.config import PromptEncoderConfig
+from model.prompt.encoder import EncodedPrompt, PromptEncoder
+from model.prompt.load import load_prompt_encoder
+from model.prompt.select import drop_empty
+
+JOB = "encode"
+MADE_BY = "vimi-data encode"
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Encodings:
+    """Encodings of one folder of prompts."""
+
+    uri: str
+    certificate: Certificate
+
+    @cached_property
+    def facts(self) -> Facts:
+        return Facts(**self.certificate.facts["encodings"])
+
+    def read_group(self, group: RowGroup) -> pa.Table:
+        """The encodings of one row group of the prompts, in the order of its rows.
+
+        Raises:
+            DataError: not as many rows.
+        """
+        stem = group.uri.rpartition("/")[2].removesuffix(".parquet")
+        place = join(self.uri, f"{stem}-{group.index:04d}.parquet")
+        table = open_parquet(place).read()
+        if len(table) != group.num_rows:
+            raise DataError(f"{place} holds {len(table)} rows for {group.num_rows} prompts")
+        return table
+
+
+def open_encodings(uri: str | None) -> Encodings | None:
+    """Open a folder that `vimi-data encode` made; None for None.
+
+    Raises:
+        ConfigError: not certified, or of another job.
+    """
+    if uri is None:
+        return None
+    try:
+        certificate = read_certificate(uri, job=JOB)
+    except DataError as error:
+        raise ConfigError(str(error), cure=f"give the output of `{MADE_BY}`") from None
+    if certificate is None:
+        raise ConfigError(f"no certified encodings at {uri}", cure=f"run `{MADE_BY}` first, or to its end")
+    return Encodings(absolute(uri), certificate)
+
+
+class StoredEncoder(PromptEncoder):
+    """The encoder that made the encodings, by its facts alone: it is loaded when a prompt is not among them."""
+
+    def __init__(
+        self, config: PromptEncoderConfig, encodings: Encodings, device: str | torch.device = "cpu"
+    ) -> None:
+        self.config, self.encodings, self.device = config, encodings, device
+        self.dim = encodings.facts.dim
+        self.dtype = encodings.facts.torch_dtype
+        self.identity_hash = encodings.facts.encoder
+        self.content_hash = encodings.facts.encoder_content
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        return {"hash": self.encodings.facts.encoder}
+
+    @property
+    def arithmetic(self) -> dict[str, Any]:
+        return {"content_hash": self.encodings.facts.encoder_content}
+
+    @cached_property
+    def encoder(self) -> PromptEncoder:
+        """The encoder itself, loaded now.
+
+        Raises:
+            TrainingError: it is not the one that made the encodings.
+        """
+        log.info("a prompt is not among the encodings: the prompt encoder is loaded")
+        encoder = load_prompt_encoder(self.config, self.device)
+        if encoder.identity_hash != self.identity_hash:
+            raise TrainingError(
+                f"{self.encodings.uri} was made by another prompt encoder ({self.identity_hash[:12]} there, "
+                f"{encoder.identity_hash[:12]} now)"
+            )
+        return encoder
+
+    def encode_each(self, prompts: Sequence[Prompt]) -> list[EncodedPrompt]:
+        """Encode what is not stored; a prompt that says nothing has no tokens, and needs no encoder."""
+        full = [prompt for prompt in prompts if drop_empty(prompt)]
+        made = iter(self.encoder.encode_each(full) if full else ())
+        return [next(made) if drop_empty(prompt) else self._nothing() for prompt in prompts]
+
+    def _nothing(self) -> EncodedPrompt:
+        none = torch.zeros(0, dtype=torch.long)
+        return EncodedPrompt(torch.zeros(0, self.dim, dtype=self.dtype), none, none)
+
+
+def open_encoder(
+    config: PromptEncoderConfig, encodings: Encodings | None, device: str | torch.device = "cpu"
+) -> PromptEncoder:
+    """The prompt encoder of a run: loaded, or by what is stored of it."""
+    if encodings is None:
+        return load_prompt_encoder(config, device)
+    return StoredEncoder(config, encodings, device)
