@@ -35,7 +35,7 @@ class Notices:
     """
 
     def __init__(self, run: str, *, looks: bool = True) -> None:
-        self.place, self.every_s = join(run, STOP), 10.0 if is_remote(run) else 1.0
+        self.place, self.every_s = join(run, STOP), 10.0 if is_remote(run) else 0.5
         self.leave, self.save, self.is_preempted = False, False, False
         self.found, self.closed = threading.Event(), threading.Event()
         if looks:

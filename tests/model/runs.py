@@ -1,0 +1,194 @@
+"""Runs that tests of training share: open, advance, fingerprint; a driver as a process of its own; ranks."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import yaml
+
+from infra.storage import write_json
+from model.data.plan import ids_of
+from model.data.shards import open_shards
+from model.training.checkpoint import latest_checkpoint, load_state, tensors_in
+from model.training.door import prepare_index, read_index
+from model.training.loop import Training
+from model.training.stages import Stage1Config, StageConfig
+from model.training.state import hash_tensors, state_of
+from model.training.telemetry import read_metrics
+
+ROOT = Path(__file__).parents[2]
+CODE = "from cli.train import main; main()"
+
+
+def open_training(config: StageConfig) -> Training:
+    prepare_index(config, open_shards(config.prompts))
+    return Training(config, read_index(config.out))
+
+
+def advance(training: Training, steps: int) -> None:
+    for _ in range(steps):
+        training.step()
+
+
+def fingerprint(training: Training) -> dict[str, Any]:
+    """Weights, optimizer, averages and the next ten batches, as hashes."""
+    state = state_of(training.model, training.optimizer, training.emas)
+    plan, shards = training.loader.plan, training.loader.row_groups.shards
+    return {
+        "state": hash_tensors({k: v for k, v in state.items() if k != "rng"}),
+        "ids": ids_of(plan, shards, training.position, 10 * training.config.batch_size),
+        "position": training.position,
+    }
+
+
+def unbroken(config: StageConfig, steps: int) -> dict[str, Any]:
+    training = open_training(config)
+    advance(training, steps)
+    found = fingerprint(training)
+    training.close()
+    return found
+
+
+def whole_weights_sha256(config: StageConfig, out: Path) -> str:
+    """Of the same run to its end, in one go, without Ray."""
+    torch.set_num_threads(1)  # as the workers of these tests
+    training = open_training(config.model_copy(update={"out": str(out)}))
+    advance(training, config.num_steps)
+    found = training.weights_sha256()
+    training.close()
+    return found
+
+
+class Driver:
+    """`vimi-train stage1` in a process of its own, as a user starts it."""
+
+    def __init__(self, folder: Path, values: dict[str, Any]) -> None:
+        self.folder, self.run = folder, Path(values["out"])
+        (folder / "config.yaml").write_text(yaml.safe_dump(values))
+        log = (folder / "driver.log").open("ab")
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-c", CODE, "stage1", "--config", str(folder / "config.yaml")]
+        self.process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+        log.close()
+
+    @property
+    def log(self) -> str:
+        return (self.folder / "driver.log").read_text()
+
+    def wait_for_samples(self, samples: int) -> None:
+        """Until the run has logged that position."""
+        for _ in range(3000):
+            assert self.process.poll() is None, self.log[-2000:]
+            if any(position >= samples for position in logged(self.run)):
+                return
+            time.sleep(0.05)
+        raise AssertionError(f"the run did not get to {samples} samples: {self.log[-2000:]}")
+
+    def kill(self) -> None:
+        self.process.send_signal(signal.SIGKILL)
+        self.process.wait()
+
+    def finish(self) -> int:
+        """Its exit code."""
+        return self.process.wait(timeout=240)
+
+    def worker(self) -> int:
+        """Pid of the Ray Train worker that descends from this driver."""
+        parents, names = {}, {}
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdigit():
+                try:
+                    status = (entry / "stat").read_text()
+                    names[int(entry.name)] = (entry / "cmdline").read_bytes()
+                except OSError:
+                    continue
+                parents[int(entry.name)] = int(status.rpartition(")")[2].split()[1])
+        for pid, name in names.items():
+            above = pid
+            while above in parents and above != self.process.pid:
+                above = parents[above]
+            if above == self.process.pid and b"RayTrainWorker" in name:
+                return pid
+        raise AssertionError("no training worker")
+
+
+def logged(run: Path) -> list[int]:
+    """Positions of the records of training, a torn last line left out."""
+    place = run / "metrics.jsonl"
+    lines = place.read_text().split("\n")[:-1] if place.exists() else []
+    return [record["samples"] for record in map(json.loads, lines) if "loss" in record]
+
+
+def trained_positions(run: str) -> list[int]:
+    return [record["samples"] for record in read_metrics(run) if "loss" in record]
+
+
+def on_ranks(world: int, values: dict[str, Any], report: Path, steps: int) -> dict[str, Any]:
+    """Plain torch.distributed on gloo; what rank 0 found: row ids of each step, hash of the weights."""
+    mp.spawn(_rank, args=(world, free_port(), values, str(report), steps), nprocs=world)  # pyright: ignore
+    return json.loads(report.read_text())
+
+
+def _rank(rank: int, world: int, port: str, values: dict[str, Any], report: str, steps: int) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    dist.init_process_group("gloo", rank=rank, world_size=world)
+    config = Stage1Config.model_validate(values)
+    if rank == 0:
+        prepare_index(config, open_shards(config.prompts))
+    dist.barrier()
+    training = Training(config, read_index(config.out))
+    ids = []
+    for _ in range(steps):
+        ids.append(next_rows(training))
+        training.step()
+    training.save({})
+    training.writer.wait()
+    digest = training.weights_sha256()
+    if rank == 0:
+        write_json(report, {"ids": ids, "sha": digest, "position": training.position})
+    training.close()
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def next_rows(training: Training) -> list[list[int]]:
+    """(row group, row) of every sample of the coming step, over all ranks."""
+    start = training.position
+    sources = map(training.loader.plan.source, range(start, start + training.config.batch_size))
+    return [[source.group, source.rows[0]] for source in sources]
+
+
+def free_port() -> str:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return str(found.getsockname()[1])
+
+
+def weights_at(run: str) -> dict[str, torch.Tensor]:
+    """The model's tensors in the run's last checkpoint."""
+    uri = latest_checkpoint(run) or ""
+    state = {k: torch.zeros(s) for k, s in tensors_in(uri).items() if k.startswith("model.")}
+    load_state(uri, state)
+    return state
+
+
+def stumble(words: dict[str, Any], at: int, marker: str) -> Callable[[int], None]:
+    """User code for after each step: fails once, when the run gets to `at` samples."""
+
+    def after_step(position: int) -> None:
+        if position == at and not Path(marker).exists():
+            Path(marker).touch()
+            raise ValueError("a mistake in user code")
+
+    return after_step

@@ -1,0 +1,120 @@
+"""Laws of the trainer's door: what can't work is refused before Ray starts, each in one line with a cure."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from infra.claim import open_job
+from infra.errors import ConfigError
+from model.training.door import inspect, resolve
+from model.training.stages import SPEED_ONLY, Stage1Config, Stage2Config, StageConfig
+from model.training.train import check
+from tests.model.runs import open_training
+
+Values = Callable[..., dict[str, Any]]
+
+
+def refusal(config: StageConfig) -> str:
+    """The one line that the door says."""
+    with pytest.raises(ConfigError) as caught:
+        check(config)
+    line = str(caught.value)
+    assert "\n" not in line
+    return line
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"preset": "fit-enormous"}, "preset 'fit-enormous'; legal: "),
+        ({"prompts": "/nowhere"}, "no certified prompts at /nowhere"),
+        ({"batch_size": 6, "num_workers": 4}, "batch_size 6 is not divisible by 4 workers"),
+        ({"batch_size": 64, "num_workers": 64}, "64 workers, but "),
+        ({"batch_size": 4, "num_workers": [1, 5]}, "5 workers, but a micro-batch of 4 samples"),
+        ({"backbone": {"wings": 2}}, "backbone: "),
+        ({"preview": {"num_videos": 1, "ema": "power-9"}}, "preview.ema 'power-9'; legal: weights, half-life-"),
+        ({"parallel": {"mode": "ddp", "replicas": 2}}, "legal: hybrid sharding needs mode fsdp"),
+        (
+            {"parallel": {"mode": "fsdp", "replicas": 2}, "batch_size": 3, "num_workers": 3},
+            "parallel.replicas 2 doesn't divide 3 workers",
+        ),
+    ],
+)
+def test_door_refuses_in_one_line(stage_values: Values, changes: dict[str, Any], message: str) -> None:
+    assert message in refusal(Stage1Config.model_validate(stage_values(**changes)))
+
+
+@pytest.mark.parametrize("workers", [0, [2, 1], [0, 3]])
+def test_workers_count_from_one(stage_values: Values, workers: Any) -> None:
+    with pytest.raises(ValueError, match="a number from 1, or a range like"):
+        Stage1Config.model_validate(stage_values(num_workers=workers))
+
+
+def test_range_of_workers_is_said_in_words(stage_values: Values) -> None:
+    assert Stage1Config.model_validate(stage_values(num_workers="1-3")).num_workers == (1, 3)
+
+
+def test_uncertified_shards_are_refused(stage_values: Values) -> None:
+    values = stage_values()
+    (Path(values["prompts"]) / "certificate.json").unlink()
+    assert "no certified prompts" in refusal(Stage1Config.model_validate(values))
+
+
+def test_shards_of_another_schema_are_refused(stage_values: Values) -> None:
+    values = stage_values()
+    for place in Path(values["prompts"]).glob("part-*.parquet"):
+        table = pq.read_table(place)
+        pq.write_table(table.append_column("surprise", pa.nulls(len(table))).drop(["segments"]), place)
+    line = refusal(Stage1Config.model_validate(values))
+    assert "segments" in line and "cure: make them again with vimi-data augment" in line
+
+
+def test_folder_of_another_run_is_refused_with_the_fields_that_differ(stage_values: Values) -> None:
+    config = resolve(Stage1Config.model_validate(stage_values()))
+    claim(config)
+    claim(config.model_copy(update={"max_failures": 9}))  # how fast, not what
+    other = config.model_copy(update={"seed": 1, "batch_size": 8})
+    with pytest.raises(
+        ConfigError, match=r"\(config.batch_size: 4 there, 8 now; config.seed: 0 there"
+    ):
+        claim(other)
+
+
+def claim(config: StageConfig) -> None:
+    exclude = {"prompts", "start_from", *SPEED_ONLY}
+    inputs = inspect(config).inputs
+    open_job(config.out, job="stage1", config=config, inputs=inputs, hash_exclude=exclude, portable=True)
+
+
+def test_moved_run_and_moved_shards_go_on(stage_values: Values, tmp_path: Path) -> None:
+    values = stage_values()
+    config = resolve(Stage1Config.model_validate(values))
+    claim(config)
+    training = open_training(config)
+    training.step()
+    training.save({})
+    training.close()
+    moved = {"out": str(tmp_path / "elsewhere" / "run"), "prompts": str(tmp_path / "elsewhere" / "shards")}
+    for name, place in moved.items():
+        shutil.move(values[name], place)
+    config = resolve(Stage1Config.model_validate(values | moved))
+    claim(config)
+    again = open_training(config)
+    assert again.position == 4
+    again.step()
+    again.close()
+
+
+def test_stage_two_door_refuses_missing_and_foreign_checkpoints(stage_values: Values, tmp_path: Path) -> None:
+    values = stage_values(start_from=str(tmp_path / "none"), out=str(tmp_path / "two"))
+    assert "no committed checkpoint" in refusal(Stage2Config.model_validate(values))
+    training = open_training(Stage1Config.model_validate(stage_values(prompts=values["prompts"])))
+    training.save({})
+    training.close()
+    values |= {"start_from": training.config.out, "height_px": 16}
+    assert "height_px: 12 there, 16 now" in refusal(Stage2Config.model_validate(values))

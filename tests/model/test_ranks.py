@@ -1,0 +1,87 @@
+"""Laws of many ranks: the same samples at every step for any number of them, and weights that end alike."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from model.training.stages import Stage1Config
+from model.training.state import weights_of
+from tests.model.runs import advance, next_rows, on_ranks, open_training, weights_at
+
+Values = Callable[..., dict[str, Any]]
+
+
+def alone(values: dict[str, Any], steps: int) -> tuple[list[Any], dict[str, torch.Tensor]]:
+    """Rows of each step and the weights after them, on one rank."""
+    training = open_training(Stage1Config.model_validate(values))
+    ids = []
+    for _ in range(steps):
+        ids.append(next_rows(training))
+        training.step()
+    weights = {name: value.clone() for name, value in weights_of(training.model).items()}
+    training.close()
+    return ids, weights
+
+
+def relative_distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    """|one - other| / |other| over all tensors together."""
+    names = sorted(other)
+    mine, theirs = (torch.cat([side[n].double().flatten() for n in names]) for side in (one, other))
+    return float((mine - theirs).norm() / theirs.norm())
+
+
+@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
+def test_two_ranks_see_the_samples_of_one_and_end_alike(
+    stage_values: Values, tmp_path: Path, mode: str
+) -> None:
+    values = stage_values(parallel={"mode": mode}, self_condition_rate=0.5)
+    two = on_ranks(2, values | {"out": str(tmp_path / "two")}, tmp_path / "two.json", 4)
+    ids, expected = alone(values | {"out": str(tmp_path / "one")}, 4)
+    assert two["ids"] == ids
+    for name, value in weights_at(str(tmp_path / "two")).items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=2e-6)
+    # What two ranks wrote, one rank continues.
+    again = open_training(Stage1Config.model_validate(values | {"out": str(tmp_path / "two")}))
+    assert again.position == 16
+    assert again.weights_sha256() == two["sha"]
+    advance(again, 1)
+    again.close()
+
+
+@pytest.mark.slow
+def test_hybrid_sharding_ends_like_one_rank(stage_values: Values, tmp_path: Path) -> None:
+    """Two replicas of two shards each."""
+    values = stage_values(parallel={"mode": "fsdp", "replicas": 2}, self_condition_rate=0.5)
+    four = on_ranks(4, values | {"out": str(tmp_path / "four")}, tmp_path / "four.json", 4)
+    ids, expected = alone(values | {"out": str(tmp_path / "one")}, 4)
+    assert four["ids"] == ids
+    assert relative_distance(weights_at(str(tmp_path / "four")), expected) < 1e-6
+
+
+def test_uneven_ranks_see_the_samples_of_one_and_end_alike(stage_values: Values, tmp_path: Path) -> None:
+    """Four samples on three ranks: one of them takes two."""
+    values = stage_values()
+    three = on_ranks(3, values | {"out": str(tmp_path / "three")}, tmp_path / "three.json", 4)
+    ids, expected = alone(values | {"out": str(tmp_path / "one")}, 4)
+    assert three["ids"] == ids
+    assert relative_distance(weights_at(str(tmp_path / "three")), expected) < 1e-6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lives", [[2] * 1, [3] * 1, [2, 1, 3]], ids=["two", "three", "two-one-three"])
+def test_fifty_steps_on_any_ranks_differ_by_rounding(
+    stage_values: Values, tmp_path: Path, lives: list[int]
+) -> None:
+    values = stage_values(batch_size=6, samples=300, accumulation=1)
+    ids, expected = alone(values | {"out": str(tmp_path / "one")}, 50)
+    seen, ends = [], [50 * (n + 1) // len(lives) for n in range(len(lives))]
+    for life, (world, end) in enumerate(zip(lives, ends, strict=True)):
+        report = tmp_path / f"life-{life}.json"
+        found = on_ranks(world, values | {"out": str(tmp_path / "many")}, report, end - len(seen))
+        assert found["position"] == end * 6
+        seen += found["ids"]
+    assert seen == ids
+    assert relative_distance(weights_at(str(tmp_path / "many")), expected) < 1e-6
