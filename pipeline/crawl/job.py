@@ -21,7 +21,8 @@ from pipeline.crawl.duplicates import find_duplicates
 from pipeline.crawl.filters import FilterConfig, load_plugins
 from pipeline.crawl.parent import InspectConfig, Row, dead_rows
 from pipeline.crawl.shots import ShotConfig
-from pipeline.fetch.fetcher import FetchConfig, Fetcher
+from pipeline.fetch.config import FetchConfig
+from pipeline.fetch.fetcher import Fetcher
 from pipeline.job import Receipt, Unit, open_job, run_units
 from pipeline.schema import CLIPS, Status, content_id
 from pipeline.shards import shard_name, write_shard

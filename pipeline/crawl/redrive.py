@@ -26,7 +26,7 @@ from pipeline.crawl.job import (
     write_clips,
 )
 from pipeline.crawl.parent import Row
-from pipeline.fetch.fetcher import FetchConfig
+from pipeline.fetch.config import FetchConfig
 from pipeline.job import Receipts, Unit, open_job, run_units
 from pipeline.schema import RETRIABLE, Status, content_id
 from pipeline.sources import Cut, Item

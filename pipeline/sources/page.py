@@ -44,7 +44,7 @@ class PageReader:
 
     def _crawl(self, fetcher: PageFetcher) -> Iterator[Item]:
         """Breadth first, each page once; a page that can't be had is a row."""
-        from pipeline.fetch.fetcher import FetchError
+        from pipeline.fetch.answers import FetchError
 
         site = urlsplit(self.url).netloc
         seen, media, level = {self.url}, set(), [self.url]

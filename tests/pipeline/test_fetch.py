@@ -15,7 +15,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.fetch.fetcher import FetchConfig, Fetcher, FetchError
+from pipeline.fetch.answers import FetchError
+from pipeline.fetch.config import FetchConfig
+from pipeline.fetch.fetcher import Fetcher
 from pipeline.fetch.guarded import is_public
 from pipeline.fetch.robots import opted_out, parse_robots
 from pipeline.sources.page import PageReader, parse_page
@@ -293,7 +295,7 @@ def test_private_addresses_are_refused_by_default_however_they_are_spelt(fetch, 
 def test_a_name_that_resolves_differently_the_second_time_is_connected_to_where_it_was_checked(site, tmp_path):
     """DNS rebinding: the transport resolves once and connects to that address, not to the name."""
     fetcher = Fetcher(FetchConfig(max_tries=1, allow_hosts=("127.0.0.1",)), str(tmp_path / "m"))
-    transport: Any = fetcher.client._transport
+    transport: Any = fetcher.web.client._transport
     asked: list[str] = []
 
     async def rebinding(host: str, port: int, request: Any = None) -> str:

@@ -79,7 +79,7 @@ def stop_somewhere(config: Path, out: Path, address: str, seed: int) -> bool:
         found = list(workers())
         if draw.random() < 0.4 and found:
             os.kill(draw.choice(found), signal.SIGKILL)
-            driver.wait(timeout=60)  # Ray runs the lost block again
+            driver.wait(timeout=240)  # Ray runs the lost block again
             assert driver.returncode == 0
         return True
     finally:
