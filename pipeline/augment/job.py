@@ -188,6 +188,7 @@ def _finish(
             "model_hash": inputs.memory.model_hash,
             "retriever": config.retrieve.retriever,
             "k": config.retrieve.k,
+            "max_similarity": next((r["max_similarity"] for r in found if r["max_similarity"]), None),
             "num_documents": dict(sorted(documents.items(), key=lambda item: int(item[0]))),
             "fewer_than_k": sum(c for n, c in documents.items() if int(n) < config.retrieve.k),
             "refused": dict(sorted(sum((Counter(r["refused"]) for r in found), Counter()).items())),

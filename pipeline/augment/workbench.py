@@ -11,6 +11,7 @@ from infra.storage import join, read_json
 from pipeline.augment.config import AugmentConfig
 from pipeline.augment.match import Match, Matcher, excluded, guarded_documents, own_documents
 from pipeline.augment.target import Row, Target, try_target
+from pipeline.guard.calibrate import similarity_bound
 from pipeline.guard.exclusion import Exclusion, read_exclusion
 from pipeline.memory import Memory, open_memory, require_model
 from pipeline.retrieve.documents import Documents, load_documents
@@ -58,11 +59,11 @@ class Workbench:
 
     @cached_property
     def matcher(self) -> Matcher:
-        guarded = guarded_documents(self.documents, self.config.guard, self.exclusion)
+        guard = self.config.guard
+        guarded = guarded_documents(self.documents, guard, self.exclusion)
+        guard = guard.model_copy(update={"max_similarity": similarity_bound(guard, guarded)})
         search = open_search(self.config.retrieve, self.documents, self.memory)
-        return Matcher(
-            self.config.retrieve, self.config.guard, self.documents, guarded, search, self.config.seed
-        )
+        return Matcher(self.config.retrieve, guard, self.documents, guarded, search, self.config.seed)
 
     def without_excluded(self, rows: list[Row]) -> tuple[list[Row], list[list[str | None]]]:
         """The rows that may be trained on, and the rejected ones."""
@@ -135,7 +136,7 @@ class Workbench:
         """Picture vectors for the guard: the memory's where the clip is in it, else computed."""
         vectors: list[np.ndarray | None] = [self.documents.image[i] if i >= 0 else None for i in own]
         missing = [i for i, vector in enumerate(vectors) if vector is None]
-        if missing and self.config.vectors == "all" and self.config.guard.max_similarity < 1:
+        if missing and self.config.vectors == "all" and self.config.guard.max_similarity != 1:
             for i in missing:
                 vectors[i] = clip_picture_vector(rows[i], self.clip)
         return vectors

@@ -59,6 +59,7 @@ class AugmentWorker:
             "file": file,
             "num_in": len(rows) + len(lost),
             "rejected": lost,
+            "max_similarity": bench.matcher.guard.max_similarity if any(m.docs for m in matches) else None,
             "refused": dict(sum((Counter(match.refused) for match in matches), Counter())),
             "documents": dict(Counter(str(len(match.docs)) for match in matches)),
             "notes": dict(Counter(reason for _, _, reason, _ in lost)),

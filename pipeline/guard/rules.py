@@ -33,6 +33,10 @@ class Verdict(IntEnum):
     SIMILAR = 5
 
 
+RA_CM3 = 0.9
+"""RA-CM3, section 3.2, and CM3Leon: what is more similar than this is skipped. With their CLIP."""
+
+
 class GuardConfig(Config):
     """What counts as a leak."""
 
@@ -41,9 +45,9 @@ class GuardConfig(Config):
     Ours, from `tests/bench/bench_guard.py`: strangers begin to be refused at 12."""
     mirrored: bool = True
     """Compare with the mirrored clip as well."""
-    max_similarity: float = Field(default=0.9, gt=0, le=1)
-    """Cosine of the picture embeddings above which a document is refused; 1 = don't compare.
-    RA-CM3, section 3.2, and CM3Leon: 0.9."""
+    max_similarity: float | None = Field(default=None, gt=0, le=1)
+    """Cosine of the picture embeddings above which a document is refused; 1 = don't compare, None = as
+    measured on the memory (`pipeline/guard/calibrate.py`), or RA-CM3's where it is too small for that."""
     exclude: str | None = None
     """Evaluation exclusion file (.txt, .csv, .jsonl, .parquet): ids, hashes, source videos; see
     `pipeline/guard/exclusion.py`. What it lists is neither retrieved nor made into a prompt."""
@@ -158,10 +162,11 @@ def _copied(
 def _similar(
     config: GuardConfig, clip: GuardedClip, documents: GuardedDocuments, candidates: np.ndarray
 ) -> np.ndarray:
-    if clip.vector is None or config.max_similarity >= 1:
+    bound = RA_CM3 if config.max_similarity is None else config.max_similarity
+    if clip.vector is None or bound >= 1:
         return np.zeros(len(candidates), bool)
     rows = np.asarray(documents.vectors[candidates], np.float32).astype(np.float64)
-    return (rows * np.asarray(clip.vector, np.float32)).sum(axis=-1) > config.max_similarity
+    return (rows * np.asarray(clip.vector, np.float32)).sum(axis=-1) > bound
 
 
 def count(verdicts: Sequence[int] | np.ndarray) -> dict[str, int]:

@@ -9,10 +9,10 @@ import numpy as np
 import yaml
 
 from infra.errors import ConfigError
-from infra.storage import Certificate, absolute, join, read_bytes
+from infra.storage import Certificate, absolute, join, read_bytes, read_certificate
 from pipeline.embed.worker import row_doc_id
 from pipeline.guard.exclusion import Exclusion, read_exclusion, source_name
-from pipeline.guard.rules import GuardConfig
+from pipeline.guard.rules import RA_CM3, GuardConfig
 from pipeline.memory import Memory, open_memory
 from pipeline.phash import hamming, mirror_mask
 from pipeline.schema import clip_id
@@ -38,17 +38,22 @@ def check_guard(
 ) -> None:
     """Check every retrieved document of every prompt in the shards `names`."""
     made_with = yaml.safe_load(read_bytes(join(uri, "config.yaml")))
+    facts = certificate.facts
     if "memory" not in made_with and made_with.get("prompts"):  # instruct: the laws are augment's
-        made_with = yaml.safe_load(read_bytes(join(absolute(made_with["prompts"]), "config.yaml")))
+        prompts = absolute(made_with["prompts"])
+        made_with = yaml.safe_load(read_bytes(join(prompts, "config.yaml")))
+        facts = (read_certificate(prompts) or certificate).facts
     place = config.memory or made_with.get("memory")
     if place is None:
         return
     try:
-        memory = open_memory(absolute(place), version=certificate.facts.get("memory_version"))
+        memory = open_memory(absolute(place), version=facts.get("memory_version"))
     except ConfigError as error:
         report.add("guard", f"can't be checked: {error}; give memory if it was moved")
         return
     guard = GuardConfig.model_validate(made_with.get("guard") or {})
+    if guard.max_similarity is None:
+        guard = guard.model_copy(update={"max_similarity": facts.get("max_similarity")})
     listed = Exclusion()
     if guard.exclude is not None:
         listed = read_exclusion(guard.exclude, source_pattern=guard.source_pattern)
@@ -95,7 +100,8 @@ def problems(
         if _copies(own["phash"], document["phash"], guard):
             found.append("a copy by perceptual hash")
         pair = [np.asarray(r["image_embedding"], np.float32).astype(float) for r in (own, document)]
-        if guard.max_similarity < 1 and float(pair[0] @ pair[1]) > guard.max_similarity + 1e-6:
+        bound = RA_CM3 if guard.max_similarity is None else guard.max_similarity
+        if bound < 1 and float(pair[0] @ pair[1]) > bound + 1e-6:
             found.append(f"similarity {float(pair[0] @ pair[1]):.4f}")
     return found
 

@@ -24,12 +24,26 @@ from PIL import Image
 from infra.clip import Clip, load_clip
 from pipeline.augment.target import GUARD_FRAMES
 from pipeline.embed.worker import frame_mean
+from pipeline.guard.calibrate import similarity_bound
 from pipeline.guard.rules import GuardConfig, GuardedClip, GuardedDocuments, Verdict, frame_hashes, judge
 from pipeline.phash import phash64
 from pipeline.video.frames import clip_times, decode_frames, probe
 
 KEY_FRAMES = 4
-BOUNDS = ((10, 1.0), (12, 1.0), (-1, 0.9), (10, 0.9), (11, 0.9), (12, 0.9), (14, 0.9), (11, 0.85))
+BOUNDS: tuple[tuple[int, float | None], ...] = (
+    *((10, None), (10, 1.0), (12, 1.0), (-1, 0.9), (10, 0.9), (12, 0.9), (14, 0.9), (10, 0.85)),
+)
+"""Perceptual hash bits and cosine; None = the cosine that the memory's own pairs of strangers give."""
+    (10, None),
+    (10, 1.0),
+    (12, 1.0),
+    (-1, 0.9),
+    (10, 0.9),
+    (11, 0.9),
+    (12, 0.9),
+    (14, 0.9),
+    (11, 0.85),
+)
 Look = tuple[np.ndarray, int]  # unit vector, perceptual hash
 Frames = np.ndarray  # uint8 t h w 3
 
@@ -162,6 +176,9 @@ def measure(
     sources: list[str],
 ) -> None:
     caught = {}
+    calibrated = config.max_similarity is None
+    measured = similarity_bound(config, documents([*own, *other]))
+    config = config.model_copy(update={"max_similarity": measured})
     for name, looks in planted.items():
         known = documents(looks)
         verdicts = [judge(config, guarded(own[i], hashes[i]), known, np.array([i]))[0] for i in range(len(own))]
@@ -173,7 +190,7 @@ def measure(
         refused += len(alike)
     hits, total = sum(caught.values()), len(own) * len(planted)
     print(
-        f"hash <= {config.max_hash_bits:2} bits, cosine > {config.max_similarity:4}: "
+        f"hash <= {config.max_hash_bits:2} bits, cosine > {config.max_similarity:.3f}{' (measured)' * calibrated}: "
         f"recall {hits / total:.3f}, precision {hits / max(hits + refused, 1):.3f} "
         f"({refused} strangers refused)"
     )

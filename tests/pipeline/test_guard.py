@@ -13,8 +13,18 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from infra.errors import ConfigError
+from pipeline.guard.calibrate import MIN_DOCUMENTS, similarity_bound
 from pipeline.guard.exclusion import Exclusion, key, read_exclusion, source_name
-from pipeline.guard.rules import GuardConfig, GuardedClip, GuardedDocuments, Verdict, count, frame_hashes, judge
+from pipeline.guard.rules import (
+    RA_CM3,
+    GuardConfig,
+    GuardedClip,
+    GuardedDocuments,
+    Verdict,
+    count,
+    frame_hashes,
+    judge,
+)
 from pipeline.phash import mirror_mask, phash64
 
 DIM = 6
@@ -69,6 +79,7 @@ def leaks(config: GuardConfig, clip: GuardedClip, known: GuardedDocuments, doc: 
     assert clip.vector is not None
     pairs = zip(known.vectors[doc], clip.vector, strict=True)
     similarity = sum(float(a) * float(np.float32(b)) for a, b in pairs)
+    assert config.max_similarity is not None
     return config.max_similarity < 1 and similarity > config.max_similarity
 
 
@@ -234,3 +245,38 @@ def pictured(phashes: list[int]) -> GuardedDocuments:
         vectors=np.zeros((number, 2)),
         evaluation=none != 0,
     )
+
+
+def memory_of(spread: float, *, count: int = 600, copies: int = 20, seed: int = 0) -> GuardedDocuments:
+    """Strangers around one direction (the less `spread`, the more alike), and near copies of the first."""
+    random = np.random.default_rng(seed)
+    strangers = np.eye(64)[0] + spread * random.normal(size=(count, 64)) / 8
+    again = strangers[:copies] + 0.02 * random.normal(size=(copies, 64)) / 8
+    vectors = np.concatenate([strangers, again])
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    n = len(vectors)
+    return GuardedDocuments(
+        shas=np.arange(1, n + 1).astype(np.uint64),
+        sources=np.r_[np.arange(1, count + 1), np.arange(1, copies + 1)].astype(np.uint64),
+        start_s=np.zeros(n),
+        end_s=np.ones(n),
+        phashes=np.zeros(n, np.uint64),
+        vectors=vectors.astype(np.float16),
+        evaluation=np.zeros(n, bool),
+    )
+
+
+@pytest.mark.parametrize("spread", [0.2, 0.5, 1.0])
+def test_the_measured_bound_parts_copies_from_strangers_whatever_the_encoder(spread: float) -> None:
+    """A narrow encoder's strangers are closer than a wide one's copies: one number can't serve both."""
+    known = memory_of(spread)
+    bound = similarity_bound(GuardConfig(), known)
+    vectors = known.vectors.astype(np.float32)
+    between = vectors[:600] @ vectors[:600].T
+    assert (between[~np.eye(600, dtype=bool)] > bound).mean() < 1e-3
+    assert ((vectors[:20] * vectors[600:]).sum(1) > bound).all()
+    assert similarity_bound(GuardConfig(max_similarity=0.7), known) == 0.7
+
+
+def test_a_memory_too_small_to_measure_gets_the_published_bound() -> None:
+    assert similarity_bound(GuardConfig(), memory_of(0.2, count=MIN_DOCUMENTS - 30)) == RA_CM3
