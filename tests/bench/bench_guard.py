@@ -30,20 +30,9 @@ from pipeline.phash import phash64
 from pipeline.video.frames import clip_times, decode_frames, probe
 
 KEY_FRAMES = 4
-BOUNDS: tuple[tuple[int, float | None], ...] = (
-    *((10, None), (10, 1.0), (12, 1.0), (-1, 0.9), (10, 0.9), (12, 0.9), (14, 0.9), (10, 0.85)),
-)
+BOUNDS: tuple[tuple[int, float | None], ...]
+BOUNDS = ((10, None), (10, 1.0), (12, 1.0), (-1, 0.9), (10, 0.9), (12, 0.9), (14, 0.9), (10, 0.85))
 """Perceptual hash bits and cosine; None = the cosine that the memory's own pairs of strangers give."""
-    (10, None),
-    (10, 1.0),
-    (12, 1.0),
-    (-1, 0.9),
-    (10, 0.9),
-    (11, 0.9),
-    (12, 0.9),
-    (14, 0.9),
-    (11, 0.85),
-)
 Look = tuple[np.ndarray, int]  # unit vector, perceptual hash
 Frames = np.ndarray  # uint8 t h w 3
 
@@ -190,7 +179,8 @@ def measure(
         refused += len(alike)
     hits, total = sum(caught.values()), len(own) * len(planted)
     print(
-        f"hash <= {config.max_hash_bits:2} bits, cosine > {config.max_similarity:.3f}{' (measured)' * calibrated}: "
+        f"hash <= {config.max_hash_bits:2} bits, cosine > {config.max_similarity:.3f}"
+        f"{' (measured)' * calibrated}: "
         f"recall {hits / total:.3f}, precision {hits / max(hits + refused, 1):.3f} "
         f"({refused} strangers refused)"
     )
