@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from model.layers import Attention, FeedForward, init_weights, number_dropouts
+from model.layers import Attention, FeedForward, init_weights, number_dropouts, resample
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,8 @@ class DitConfig:
     """Sizes of a DiT.
 
     Attributes:
-        num_frames, height_px, width_px: of the video (or of its latents); smaller clips in time fit.
+        num_frames, height_px, width_px: of the video (or of its latents); smaller clips in time fit, and
+            other sizes.
         in_channels, out_channels: 3 for pixels; the upsampler's input also carries the small video.
         patch_px: side of a patch; patches are one frame thick, as FIT's.
         dim, head_dim: width of the patches and of a head.
@@ -111,7 +112,7 @@ class Dit(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """As `model.fit.Fit.forward`; `z_prev` is ignored and an empty `b 0 d` comes back."""
         t, height, width = x.shape[1], x.shape[-2], x.shape[-1]
-        patches = self.embed(self._cut(x)) + self._places(t)
+        patches = self.embed(self._cut(x)) + self._places(t, height, width)
         scalars = self.pool(tokens[:, : self.config.num_scalars].mean(dim=1))
         modulation = self.modulate(F.silu(scalars)).unflatten(-1, (6, -1))
         mask = mask[:, None, None, :]
@@ -126,25 +127,31 @@ class Dit(nn.Module):
         empty = patches.new_zeros(x.shape[0], *self.z_shape)
         return self._join(self.head(self.norm(patches)), t, height, width), empty
 
-    def _places(self, num_frames: int) -> Tensor:
+    def _places(self, num_frames: int, height: int, width: int) -> Tensor:
+        rows, columns = self._grid(height, width)
+        row, column = self.row, self.column
+        if (rows, columns) != (self.rows, self.columns):
+            row = resample(row, rows, self.rows / rows)
+            column = resample(column, columns, self.columns / columns)
         time = self.time[:num_frames, None, None]
-        return (time + self.row[:, None] + self.column).flatten(0, 2)
+        return (time + row[:, None] + column).flatten(0, 2)
+
+    def _grid(self, height: int, width: int) -> tuple[int, int]:
+        """(rows, columns) of patches of a frame."""
+        return math.ceil(height / self.config.patch_px), math.ceil(width / self.config.patch_px)
 
     def _cut(self, x: Tensor) -> Tensor:
         """`b t c h w` to `b (t rows columns) (c p p)`."""
         b, t, c, h, w = x.shape
-        if t > self.config.num_frames or (h, w) != (self.config.height_px, self.config.width_px):
-            raise ValueError(
-                f"video of {t} x {h} x {w}; this model takes up to {self.config.num_frames} x "
-                f"{self.config.height_px} x {self.config.width_px}"
-            )
-        p = self.config.patch_px
-        x = F.pad(x, (0, self.columns * p - w, 0, self.rows * p - h))
-        x = x.view(b, t, c, self.rows, p, self.columns, p).permute(0, 1, 3, 5, 2, 4, 6)
-        return x.reshape(b, t * self.rows * self.columns, c * p * p)
+        if t > self.config.num_frames:
+            raise ValueError(f"video of {t} frames; this model takes up to {self.config.num_frames}")
+        p, (rows, columns) = self.config.patch_px, self._grid(h, w)
+        x = F.pad(x, (0, columns * p - w, 0, rows * p - h))
+        x = x.view(b, t, c, rows, p, columns, p).permute(0, 1, 3, 5, 2, 4, 6)
+        return x.reshape(b, t * rows * columns, c * p * p)
 
     def _join(self, patches: Tensor, num_frames: int, height: int, width: int) -> Tensor:
-        p, c = self.config.patch_px, self.config.out_channels
-        x = patches.view(-1, num_frames, self.rows, self.columns, c, p, p)
-        x = x.permute(0, 1, 4, 2, 5, 3, 6).reshape(-1, num_frames, c, self.rows * p, self.columns * p)
+        p, c, (rows, columns) = self.config.patch_px, self.config.out_channels, self._grid(height, width)
+        x = patches.view(-1, num_frames, rows, columns, c, p, p)
+        x = x.permute(0, 1, 4, 2, 5, 3, 6).reshape(-1, num_frames, c, rows * p, columns * p)
         return x[..., :height, :width]

@@ -15,7 +15,7 @@ are the published ones.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from model.layers import Attention, FeedForward, init_weights, number_dropouts
+from model.layers import Attention, FeedForward, init_weights, number_dropouts, resample
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,8 @@ class FitConfig:
     """Sizes of a FIT; the defaults are Snap Video's 500M (table 8).
 
     Attributes:
-        num_frames, height_px, width_px: of the video (or of its latents); smaller clips in time fit.
+        num_frames, height_px, width_px: of the video (or of its latents); smaller clips in time fit, and
+            other sizes at the price of padding (`layout_at`).
         in_channels, out_channels: 3 for pixels; the upsampler's input also carries the small video.
         patch_px: side of a patch; patches are one frame thick.
         group_height, group_width: target size of a group in patches; see `groups`.
@@ -114,6 +115,22 @@ def layout(config: FitConfig) -> Layout:
         height_px=rows * group_height * patch,
         width_px=columns * group_width * patch,
         latents_per_group=math.ceil(config.num_latents / (rows * columns)),
+    )
+
+
+def layout_at(config: FitConfig, height_px: int, width_px: int) -> Layout:
+    """The same groups for a video of another size: smaller or larger ones, so that each keeps its latents."""
+    a, patch = config.layout, config.patch_px
+    if (height_px, width_px) == (config.height_px, config.width_px):
+        return a
+    group_height = math.ceil(math.ceil(height_px / patch) / a.rows)
+    group_width = math.ceil(math.ceil(width_px / patch) / a.columns)
+    return replace(
+        a,
+        group_height=group_height,
+        group_width=group_width,
+        height_px=a.rows * group_height * patch,
+        width_px=a.columns * group_width * patch,
     )
 
 
@@ -205,7 +222,8 @@ class Fit(nn.Module):
         """One evaluation.
 
         Args:
-            x: `b t c h w` scaled noisy video, t up to `num_frames`.
+            x: `b t c h w` scaled noisy video, t up to `num_frames`; h and w are the config's, or those of
+                another bucket (`layout_at`).
             tokens: `b k condition_dim` condition tokens.
             mask: `b k` bool, True where the token is real.
             z_prev: `b (g m) latent_dim` latents of an earlier evaluation; None equals zeros.
@@ -215,7 +233,8 @@ class Fit(nn.Module):
             `b t out_channels h w` answer F, and the latents after the last block.
         """
         num_frames, height, width = x.shape[1], x.shape[-2], x.shape[-1]
-        patches = self.embed(self._cut(x)) + self._places(num_frames)
+        a = layout_at(self.config, height, width)
+        patches = self.embed(self._cut(x, a)) + self._places(a, num_frames, height, width)
         z = self.latents.repeat(x.shape[0], 1, 1)
         if z_prev is not None:
             z = z + self.self_condition(z_prev)
@@ -228,38 +247,41 @@ class Fit(nn.Module):
                 )  # fmt: skip
             else:
                 patches, z = block(patches, z, tokens, mask, keys)
-        return self._join(self.head(self.norm(patches)), num_frames, height, width), z
+        return self._join(self.head(self.norm(patches)), a, num_frames, height, width), z
 
-    def _places(self, num_frames: int) -> Tensor:
+    def _places(self, a: Layout, num_frames: int, height: int, width: int) -> Tensor:
         """`g (t gh gw) d` learned positions, one table an axis, so that the upsampler keeps its size."""
-        a = self.layout
+        rows, columns = self.row, self.column
+        if a != self.layout:
+            patch, config = self.config.patch_px, self.config
+            down = math.ceil(config.height_px / patch) / math.ceil(height / patch)
+            across = math.ceil(config.width_px / patch) / math.ceil(width / patch)
+            rows = resample(rows, a.rows * a.group_height, down)
+            columns = resample(columns, a.columns * a.group_width, across)
         time = self.time[:num_frames].view(1, 1, num_frames, 1, 1, -1)
-        row = self.row.view(a.rows, 1, 1, a.group_height, 1, -1)
-        column = self.column.view(1, a.columns, 1, 1, a.group_width, -1)
+        row = rows.view(a.rows, 1, 1, a.group_height, 1, -1)
+        column = columns.view(1, a.columns, 1, 1, a.group_width, -1)
         return (time + row + column).flatten(2, 4).flatten(0, 1)
 
-    def _cut(self, x: Tensor) -> Tensor:
+    def _cut(self, x: Tensor, a: Layout) -> Tensor:
         """`b t c h w` to `b g (t gh gw) (c p p)`: pad to whole groups, then cut group by group."""
         b, t, c, h, w = x.shape
-        if t > self.config.num_frames or (h, w) != (self.config.height_px, self.config.width_px):
-            raise ValueError(
-                f"video of {t} x {h} x {w}; this model takes up to {self.config.num_frames} x "
-                f"{self.config.height_px} x {self.config.width_px}"
-            )
-        a, p = self.layout, self.config.patch_px
+        if t > self.config.num_frames:
+            raise ValueError(f"video of {t} frames; this model takes up to {self.config.num_frames}")
+        p = self.config.patch_px
         if (a.height_px, a.width_px) != (h, w):
-            x = self._pad(x)
+            x = self._pad(x, a)
         x = x.reshape(b, t, c, a.rows, a.group_height, p, a.columns, a.group_width, p)
         return x.permute(0, 3, 6, 1, 4, 7, 2, 5, 8).reshape(b, a.num_groups, t * a.patches_per_frame, c * p * p)
 
-    def _pad(self, x: Tensor) -> Tensor:
-        amount = (0, self.layout.width_px - x.shape[-1], 0, self.layout.height_px - x.shape[-2])
+    def _pad(self, x: Tensor, a: Layout) -> Tensor:
+        amount = (0, a.width_px - x.shape[-1], 0, a.height_px - x.shape[-2])
         mode = "replicate" if self.config.padding == "edge" else "constant"
         return F.pad(x.flatten(0, 1), amount, mode).unflatten(0, x.shape[:2])
 
-    def _join(self, patches: Tensor, num_frames: int, height: int, width: int) -> Tensor:
+    def _join(self, patches: Tensor, a: Layout, num_frames: int, height: int, width: int) -> Tensor:
         """`b g (t gh gw) (c p p)` back to `b t c h w`, the padding cut away."""
-        a, p, c = self.layout, self.config.patch_px, self.config.out_channels
+        p, c = self.config.patch_px, self.config.out_channels
         x = patches.view(-1, a.rows, a.columns, num_frames, a.group_height, a.group_width, c, p, p).permute(
             0, 3, 6, 1, 4, 7, 2, 5, 8
         )

@@ -134,3 +134,15 @@ def _mix(h: Tensor) -> Tensor:
 
 def _mix_int(value: int) -> int:
     return (value * 2654435761) & 0x7FFFFFFF
+
+
+def resample(table: Tensor, count: int, step: float) -> Tensor:
+    """`n d` learned positions of an axis at `count` other places, `step` old patches apart: `count d`.
+
+    Places are centres of patches, so the picture's borders stay where they are; beyond the table its last
+    entry goes on.
+    """
+    places = ((torch.arange(count, device=table.device) + 0.5) * step - 0.5).clamp(0, len(table) - 1)
+    low = places.long()
+    share = (places - low)[:, None].to(table.dtype)
+    return torch.lerp(table[low], table[(low + 1).clamp(max=len(table) - 1)], share)

@@ -10,7 +10,7 @@ import torch
 
 from model.condition import NUM_FEATURES, NUM_SCALARS, ConditionConfig
 from model.dit import DitConfig
-from model.fit import FitConfig
+from model.fit import FitConfig, layout_at
 from model.generator import BackboneConfig, Generator
 
 
@@ -44,17 +44,19 @@ def sizes(
     *,
     prompt_tokens: int,
     num_frames: int | None = None,
+    size_px: tuple[int, int] | None = None,
     num_references: int = 0,
     reference_px: int = 64,
 ) -> Sizes:
-    """Token counts of one sample; `num_frames` defaults to the backbone's own."""
+    """Token counts of one sample; `num_frames` and `size_px` (height, width) default to the backbone's own."""
     frames = num_frames or backbone.num_frames
+    height, width = size_px or (backbone.height_px, backbone.width_px)
     if isinstance(backbone, FitConfig):
-        a = backbone.layout
+        a = layout_at(backbone, height, width)
         patches, latents = frames * a.num_groups * a.patches_per_frame, a.num_latents
     else:
         p = backbone.patch_px
-        patches, latents = frames * -(-backbone.height_px // p) * -(-backbone.width_px // p), 0
+        patches, latents = frames * -(-height // p) * -(-width // p), 0
     per_reference = (reference_px // condition.reference_patch_px) ** 2
     references = num_references * per_reference if condition.mode == "plus" else 0
     level = backbone.in_channels > backbone.out_channels

@@ -23,7 +23,12 @@ class BucketConfig(Config):
     media: Literal["video", "image"] = "video"
     """Which rows it takes."""
     num_frames: int | None = Field(default=None, ge=1)
-    """Frames; None = the model's for video, 1 for images."""
+    """Frames; None = the model's for video, 1 for images, which then have a sigma_in of their own. Snap Video
+    shows an image as a video of copies: for that, say as many as a video has."""
+    height_px: int | None = Field(default=None, ge=4)
+    """Height in pixels; None = the model's."""
+    width_px: int | None = Field(default=None, ge=4)
+    """Width in pixels; None = the model's."""
     weight: float = Field(default=1.0, ge=0)
     """Share of the micro-batches. Snap Video takes as many videos as images (2048 + 2048 a step)."""
 
@@ -34,7 +39,8 @@ class InputConfig(Config):
     prompts: str
     """Folder or URI of certified prompt shards."""
     buckets: tuple[BucketConfig, ...] = (BucketConfig(),)
-    """Shapes of micro-batches; each micro-batch holds one of them on all workers."""
+    """Shapes of micro-batches; each micro-batch holds one of them on all workers, so that their work is alike.
+    A row goes to the bucket of its medium with the nearest shape, size and length."""
     num_frames: int = Field(default=16, ge=1)
     """Frames of a video; 16 (Snap Video, VIMI)."""
     height_px: int = Field(default=36, ge=4)
@@ -54,10 +60,10 @@ class InputConfig(Config):
 
     @field_validator("buckets")
     @classmethod
-    def _one_bucket_a_medium(cls, value: tuple[BucketConfig, ...]) -> tuple[BucketConfig, ...]:
-        media = [bucket.media for bucket in value]
-        if not media or len(set(media)) != len(media):
-            raise ValueError("legal: one bucket a medium, video and/or image")
+    def _no_bucket_twice(cls, value: tuple[BucketConfig, ...]) -> tuple[BucketConfig, ...]:
+        shapes = [(b.media, b.num_frames, b.height_px, b.width_px) for b in value]
+        if not shapes or len(set(shapes)) != len(shapes):
+            raise ValueError("legal: at least one, each of another medium, length or size")
         return value
 
     @field_validator("dropout")
@@ -76,8 +82,8 @@ class InputConfig(Config):
             Bucket(
                 b.media,
                 b.num_frames or (1 if b.media == "image" else self.num_frames),
-                self.height_px,
-                self.width_px,
+                b.height_px or self.height_px,
+                b.width_px or self.width_px,
             )
             for b in self.buckets
         )

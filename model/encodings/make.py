@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from infra.errors import DataError
-from model.data.batch import Bucket, nearest_bucket, read_pixels, read_prompt
+from model.data.batch import Bucket, frames_in_clip, nearest_bucket, read_pixels, read_prompt
 from model.data.inputs import InputConfig, variants
 from model.encodings.stored import Facts, latents_key, pack_prompts, to_bytes
 from model.latents import open_latents
@@ -106,7 +106,10 @@ class RowEncoder:
         return {"key": key, "data": to_bytes(latents), "shape": list(latents.shape), "fps": fps}
 
     def _bucket(self, row: Row) -> Bucket | None:
-        number = nearest_bucket(row["media"], row["height_px"], row["width_px"], self.buckets)
+        frames = row["target"]["num_frames"] or frames_in_clip(row["start_s"], row["end_s"], row["fps"])
+        number = nearest_bucket(
+            row["media"], row["height_px"], row["width_px"], self.buckets, num_frames=frames
+        )
         return None if number is None else self.buckets[number]
 
 

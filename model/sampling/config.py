@@ -74,5 +74,7 @@ class SampleConfig(Config):
     """(height, width) of the original to condition on, likewise; VIMI's output size."""
     num_frames: int | None = Field(default=None, ge=1)
     """Frames; null = as trained."""
+    size_px: tuple[int, int] | None = None
+    """(height, width) of the base model's video: of a bucket that it was trained on; null = its main size."""
     upsampler: UpsampleConfig | None = None
     """Second stage of the cascade, which enlarges each video; null = the base model's size."""

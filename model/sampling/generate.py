@@ -46,7 +46,22 @@ def check(config: SampleConfig) -> str:
     trained = read_facts(uri)["config"]["num_frames"]
     if (config.num_frames or trained) > trained:
         raise ConfigError(f"num_frames {config.num_frames}", legal=f"at most {trained}, as trained")
+    check_size(config, uri)
     return f"{count} videos of {config.num_frames or trained} frames from {uri} ({config.ema})"
+
+
+def check_size(config: SampleConfig, uri: str) -> None:
+    """Refuse a size that the model has not seen.
+
+    Raises:
+        ConfigError: names those that it has.
+    """
+    base = config_of(read_facts(uri))
+    legal = {(base.height_px, base.width_px), *((b.height_px, b.width_px) for b in base.shapes)}
+    if config.size_px is not None and config.size_px not in legal:
+        raise ConfigError(
+            f"size_px {list(config.size_px)}", legal=" or ".join(str(list(s)) for s in sorted(legal))
+        )
 
 
 def check_cascade(config: SampleConfig, uri: str) -> None:
@@ -67,7 +82,7 @@ def check_cascade(config: SampleConfig, uri: str) -> None:
         raise ConfigError(
             f"{place} is no upsampler", cure="train one: `upsampler: {...}` in the stage's config"
         )
-    made, taken = (base.height_px, base.width_px), large.upsampler.small_size_px
+    made, taken = config.size_px or (base.height_px, base.width_px), large.upsampler.small_size_px
     frames = config.num_frames or base.num_frames
     if made != taken or frames > large.num_frames:
         raise ConfigError(
@@ -208,7 +223,12 @@ class Sampler:
         """`t c h w` pixels in about [-1, 1]."""
         size = request.original_size_px or self.config.original_size_px
         asked = Asked(select(request.prompt, self.config.num_documents), fps, size, seed)
-        video = self.base.film(asked, num_steps=self.config.num_steps, num_frames=self.config.num_frames)
+        video = self.base.film(
+            asked,
+            num_steps=self.config.num_steps,
+            num_frames=self.config.num_frames,
+            size_px=self.config.size_px,
+        )
         options = self.config.upsampler
         if self.upsampler is None or options is None:
             return video

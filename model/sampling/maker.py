@@ -70,10 +70,18 @@ class Maker:
         self.latents = open_latents(self.config.autoencoder, self.device)
         check_autoencoder(self.latents.space.identity if self.latents else "", restored)
 
-    def film(self, asked: Asked, *, num_steps: int, num_frames: int | None = None) -> Tensor:
-        """`t c h w` pixels in about [-1, 1]; `num_frames` None = as trained."""
+    def film(
+        self,
+        asked: Asked,
+        *,
+        num_steps: int,
+        num_frames: int | None = None,
+        size_px: tuple[int, int] | None = None,
+    ) -> Tensor:
+        """`t c h w` pixels in about [-1, 1]; `num_frames` and `size_px` (height, width) None = as trained."""
         num_frames = num_frames or self.config.num_frames
-        shape = self.restored.space.shape(num_frames, self.config.height_px, self.config.width_px)
+        size = size_px or (self.config.height_px, self.config.width_px)
+        shape = self.restored.space.shape(num_frames, *size)
         noise = self._noise(asked.seed, "noise", shape)
         denoiser = self._denoiser(asked, shape)
         x = sample_ode(denoiser, denoiser.edm, noise, num_steps=num_steps)

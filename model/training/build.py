@@ -66,8 +66,7 @@ class Conditioner:
         """`encoded`: tokens of the prompts that were encoded beforehand, None for others; () = none."""
         references = None
         if self.config.references == "plus":
-            size = (self.config.height_px // 8 * 8, self.config.width_px // 8 * 8)
-            references = reference_tensors(prompts, size_px=size)
+            references = reference_tensors(prompts, size_px=self.reference_size_px)
         with torch.no_grad():
             condition = self.encoder.condition(
                 prompts,
@@ -77,6 +76,17 @@ class Conditioner:
                 encoded=encoded,
             )
         return condition.to(self.device)
+
+    @property
+    def reference_size_px(self) -> tuple[int, int]:
+        """(height, width) of reference pictures in `plus` mode: whole patches of 8."""
+        return self.config.height_px // 8 * 8, self.config.width_px // 8 * 8
+
+    def most_references(self, count: int) -> Tensor | None:
+        """As many blank reference pictures as `count` prompts can have; None in `faithful` mode."""
+        if self.config.references != "plus":
+            return None
+        return torch.zeros(count, ConditionConfig().max_references, 3, *self.reference_size_px)
 
     def choose(self, prompt: Prompt, position: int) -> Prompt:
         """K documents and condition dropout, drawn for the sample at this position."""

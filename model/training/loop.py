@@ -5,8 +5,9 @@ torch.distributed.
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow as pa
@@ -89,6 +90,8 @@ class Training:
         )
         self.watch = Stopwatch(self.device)
         self.prompt_tokens = 0
+        self.seen: Counter[tuple[int, int, int]] = Counter()
+        """Samples of each shape (t, h, w) since the last record: what their cost is reckoned from."""
         self.position = self.restore()
         self.loader = self._loader(index)
         self.batches: Iterator[Batch] = iter(self.loader)
@@ -202,6 +205,7 @@ class Training:
         """Losses of a micro-batch; its gradients are added to the model's."""
         with self.watch.part("encode"):
             x = self.targets(batch)
+        self.seen[x.shape[1], x.shape[3], x.shape[4]] += self.config.micro_batch
         with self.watch.part("forward"):
             each = losses(
                 self.replica.forward,
@@ -223,7 +227,7 @@ class Training:
         Returns:
             Peak memory of the device, bytes; 0 on a CPU. Nothing of the run's state is changed.
         """
-        config, count = self.config, self.config.micro_batch // self.world_size
+        config, count = self.config, -(-self.config.micro_batch // self.world_size)
         bucket = max(config.shapes, key=lambda b: b.num_frames * b.height_px * b.width_px)
         length = config.encoder.max_tokens
         shape = (count, bucket.num_frames, 3, bucket.height_px, bucket.width_px)
@@ -232,6 +236,10 @@ class Training:
         batch = Batch(
             [0] * count, [""] * count, [""] * count, [()] * count, torch.zeros(shape).byte(), fps, size
         )
+        if self.loader.row_groups.has_latents:  # else the autoencoder is tried too
+            latent = self.targets.space.shape(bucket.num_frames, bucket.height_px, bucket.width_px)
+            batch = replace(batch, latents=torch.zeros(count, *latent))
+        pictures = self.condition.most_references(count)
         condition = Condition(
             tokens=torch.zeros(count, length, self.encoder.dim, dtype=self.encoder.dtype),
             mask=torch.ones(count, length, dtype=torch.bool),
@@ -239,11 +247,14 @@ class Training:
             segment=plain,
             fps=fps,
             original_size_px=size,
+            references=pictures,
+            reference_mask=None if pictures is None else torch.ones(pictures.shape[:2], dtype=torch.bool),
         )
         with self.replica.accumulating(last=True):
             self._accumulate(batch, condition.to(self.device))
         self.optimizer.zero_grad(set_to_none=True)
         self.watch.take()
+        self.seen.clear()
         return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else 0
 
     def _refuse_nonfinite(self, norm: float, each: Tensor, positions: list[int]) -> None:

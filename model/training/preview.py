@@ -82,7 +82,8 @@ class Preview:
         fps = sample.fps if math.isfinite(sample.fps) else 1.0
         asked = Asked(prompt, fps, sample.original_size_px, seed=0)
         if self.observed.targets.small_size is None:
-            video = maker.film(asked, num_steps=self.options.num_steps, num_frames=bucket.num_frames)
+            size, steps = (bucket.height_px, bucket.width_px), self.options.num_steps
+            video = maker.film(asked, num_steps=steps, num_frames=bucket.num_frames, size_px=size)
         else:
             video = self._enlarged(maker, asked, sample.video)
         frames = to_frames(video)

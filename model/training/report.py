@@ -80,19 +80,22 @@ class Reporter:
 
     def _throughput(self, samples_per_s: float) -> dict[str, float]:
         """TFLOP/s of all ranks by the exact table (no credit for recomputation), and MFU on known GPUs."""
-        model, config = self.training.model, self.training.config
-        counts = sizes(model.backbone_config, model.condition_config, prompt_tokens=self.training.prompt_tokens)
-        parts = training_flops(
-            model.backbone_config,
-            model.condition_config,
-            counts,
-            prompt_tokens=self.training.prompt_tokens,
-            self_condition_rate=config.self_condition_rate,
-        )
-        rate = sum(parts.values()) * samples_per_s
+        config, seen = self.training.config, self.training.seen
+        total = sum(count * self._flops(shape) for shape, count in seen.items())
+        rate = total / max(1, seen.total()) * samples_per_s
+        seen.clear()
         peak = peak_flops(self.training.device, config.parallel.dtype)
         found = {"tflops": rate / 1e12}
         return found | ({"mfu": rate / (peak * self.training.world_size)} if peak else {})
+
+    def _flops(self, shape: tuple[int, int, int]) -> int:
+        """FLOPs of training on one sample of a bucket's shape (t, h, w)."""
+        model, tokens = self.training.model, self.training.prompt_tokens
+        backbone, condition, (t, *size) = model.backbone_config, model.condition_config, shape
+        counts = sizes(backbone, condition, prompt_tokens=tokens, num_frames=t, size_px=(size[0], size[1]))
+        rate = self.training.config.self_condition_rate
+        parts = training_flops(backbone, condition, counts, prompt_tokens=tokens, self_condition_rate=rate)
+        return sum(parts.values())
 
     def write(self, record: dict[str, Any]) -> None:
         if record:

@@ -195,6 +195,8 @@ class StageConfig(InputConfig):
             return self
         if self.autoencoder.kind != "none":
             raise ValueError("an upsampler works in pixels; legal: autoencoder.kind none with it")
+        if any(b.height_px or b.width_px for b in self.buckets):
+            raise ValueError("an upsampler has one size; legal: buckets without height_px and width_px with it")
         if small.small_height_px >= self.height_px or small.small_width_px >= self.width_px:
             raise ValueError(
                 f"an upsampler from {small.small_height_px} x {small.small_width_px} to {self.height_px} x "

@@ -2,9 +2,10 @@
 
     grid = sigma quantile x retrieval on/off x medium
 
-On means as many documents as training reads at most (`documents`), off means none. Noise is keyed by the prompt's id, so the numbers are equal to the last bit before and after a resume,
-for any number of ranks, in the loop or beside it; and comparable between runs on the same shards. Rows of
-a held-out split where there is one.
+On means as many documents as training reads at most (`documents`), off means none. Noise is keyed by the
+prompt's id, so the numbers are equal to the last bit before and after a resume, for any number of ranks, in
+the loop or beside it; and comparable between runs on the same shards. Rows of a held-out split where there
+is one.
 """
 
 from dataclasses import dataclass, replace

@@ -17,6 +17,7 @@ JOBS = {
     "build": ("pipeline.build_index", "BuildIndexConfig"),
     "augment": ("pipeline.augment", "AugmentConfig"),
     "instruct": ("pipeline.instruct", "InstructConfig"),
+    "encode": ("cli.encode", "EncodeConfig"),
     "report": ("pipeline.report", "ReportConfig"),
     "stage1": ("model.training.stages", "Stage1Config"),
     "stage2": ("model.training.stages", "Stage2Config"),

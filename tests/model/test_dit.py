@@ -56,7 +56,10 @@ def test_blocks_compile_without_a_graph_break(dit) -> None:
     torch.testing.assert_close(block(*args), dit.blocks[0](*args))
 
 
-def test_wrong_sizes_are_refused(dit) -> None:
+def test_too_many_frames_are_refused_and_other_sizes_answered(dit) -> None:
     x, tokens, mask = _inputs()
-    with pytest.raises(ValueError, match="4 x 10 x 16"):
-        dit(x[..., :8], tokens, mask)
+    with pytest.raises(ValueError, match="up to 4"):
+        dit(torch.cat([x, x], dim=1), tokens, mask)
+    for height, width in ((10, 9), (24, 16), (3, 3)):
+        video = torch.randn(2, 3, 3, height, width)
+        assert dit(video, tokens, mask)[0].shape == video.shape

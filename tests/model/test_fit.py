@@ -4,12 +4,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from model.condition import ConditionConfig
 from model.edm import edm_for
-from model.fit import Fit, FitBlock, FitConfig, layout
+from model.fit import Fit, FitBlock, FitConfig, layout, layout_at
 from model.generator import Generator, preset
 from model.layers import dropout_scale
 from model.step import accumulate, draw
@@ -67,9 +67,9 @@ def test_cutting_and_joining_is_the_identity(frames: int, height: int, width: in
     a = config.layout
     fit = Fit(config)
     x = torch.randn(2, frames, 3, height, width)
-    cut = fit._cut(x)
+    cut = fit._cut(x, a)
     assert cut.shape == (2, a.num_groups, frames * a.patches_per_frame, 3 * patch**2)
-    assert torch.equal(fit._join(cut, frames, height, width), x)
+    assert torch.equal(fit._join(cut, a, frames, height, width), x)
 
 
 def test_groups_meet_only_in_the_global_layers(tiny_fit) -> None:
@@ -185,14 +185,52 @@ def test_odd_sizes_are_padded_and_cropped_again(tiny_fit, padding) -> None:
     fit = Fit(config)
     x, tokens, mask = _inputs(config)
     assert fit(x, tokens, mask)[0].shape == x.shape
-    corner = fit._pad(x)[..., 9:, 15:]
+    corner = fit._pad(x, config.layout)[..., 9:, 15:]
     assert (corner == (0 if padding == "zeros" else x[..., -1:, -1:])).all()
 
 
-def test_wrong_sizes_are_refused_with_the_right_ones(fit, tiny_fit) -> None:
+def test_too_many_frames_are_refused(fit, tiny_fit) -> None:
     x, tokens, mask = _inputs(tiny_fit)
-    with pytest.raises(ValueError, match="4 x 12 x 16"):
-        fit(x[..., :8, :], tokens, mask)
+    with pytest.raises(ValueError, match="up to 4"):
+        fit(torch.cat([x, x], dim=1), tokens, mask)
+
+
+@settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(height=st.integers(4, 40), width=st.integers(4, 40), frames=st.integers(1, 4))
+def test_other_sizes_keep_their_groups_and_lose_no_pixel(
+    tiny_fit, height: int, width: int, frames: int
+) -> None:
+    fit = Fit(tiny_fit)
+    a = layout_at(tiny_fit, height, width)
+    assert (a.num_groups, a.num_latents) == (tiny_fit.layout.num_groups, tiny_fit.layout.num_latents)
+    assert a.height_px >= height and a.width_px >= width
+    x = torch.randn(1, frames, 3, height, width)
+    assert torch.equal(fit._join(fit._cut(x, a), a, frames, height, width), x)
+
+
+def test_places_of_another_size_span_the_same_picture(fit, tiny_fit) -> None:
+    """A table that says how far down and across a patch is, says it truly for twice and half the size."""
+    depth, breadth = (torch.arange(n) + 0.5 for n in (3, 4))
+    with torch.no_grad():
+        fit.time.zero_()
+        fit.row.copy_((depth / 3)[:, None].expand_as(fit.row))
+        fit.column.copy_(4 * (breadth / 4)[:, None].expand_as(fit.column))
+    for height, width in ((24, 32), (12, 16), (16, 12)):
+        a = layout_at(tiny_fit, height, width)
+        places = fit._places(a, 1, height, width)[..., 0]
+        sums = places.reshape(a.rows, a.columns, a.group_height, a.group_width).permute(0, 2, 1, 3).flatten(2)
+        sums = sums.flatten(0, 1)[: height // 4, : width // 4]
+        rows, columns = (torch.arange(n // 4) + 0.5 for n in (height, width))
+        true = rows[:, None] / len(rows) + 4 * columns / len(columns)
+        inside = (slice(1, -1), slice(1, -1))  # beyond the outermost old centres the table has nothing to say
+        torch.testing.assert_close(sums[inside], true[inside])
+
+
+def test_other_sizes_train_the_tables_of_places(fit, tiny_fit) -> None:
+    _, tokens, mask = _inputs(tiny_fit)
+    out, _ = fit(torch.randn(2, 4, 3, 16, 12), tokens, mask)
+    out.square().mean().backward()
+    assert fit.row.grad.abs().any() and fit.column.grad.abs().any()
 
 
 def test_latents_are_rounded_up_to_whole_groups(tiny_fit) -> None:

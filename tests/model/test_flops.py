@@ -20,26 +20,29 @@ from model.step import accumulate, draw
 DIT = DitConfig(num_frames=4, height_px=12, width_px=16, dim=32, head_dim=16, condition_dim=24, num_blocks=2)
 
 
-@pytest.fixture(params=["fit", "dit", "plus", "upsampler", "short"])
+@pytest.fixture(
+    params=["fit", "dit", "plus", "upsampler", "short", "fit of another size", "dit of another size"]
+)
 def case(request, tiny_fit, make_condition):
     """A generator, a batch of two for it, and its description."""
-    backbone = DIT if request.param == "dit" else tiny_fit
+    backbone = DIT if request.param.startswith("dit") else tiny_fit
+    size = (16, 12) if "size" in request.param else (12, 16)
     if request.param == "upsampler":
         backbone = replace(backbone, in_channels=6)
     plus = request.param == "plus"
     condition = ConditionConfig(token_dim=24, mode="plus" if plus else "faithful")
     frames = 2 if request.param == "short" else 4
     n = sizes(
-        backbone, condition, prompt_tokens=5, num_frames=frames, num_references=2 * plus,
+        backbone, condition, prompt_tokens=5, num_frames=frames, size_px=size, num_references=2 * plus,
         reference_px=16,
     )  # fmt: skip
-    return backbone, condition, n, make_condition(references=2 * plus), frames
+    return backbone, condition, n, make_condition(references=2 * plus), (frames, *size)
 
 
 def test_flops_equal_torch_counter(case) -> None:
-    backbone, condition, n, prompts, frames = case
+    backbone, condition, n, prompts, (frames, *size) = case
     model, edm = Generator(backbone, condition), edm_for(4, 12, 16)
-    videos = torch.zeros(2, frames, 3, 12, 16)
+    videos = torch.zeros(2, frames, 3, *size)
     small = 0.5 if model.is_upsampler else None
     draws = draw(edm, videos.shape[1:], seed=0, indices=[0, 1], max_small_level=small)
     z = torch.zeros(2, *model.z_shape) if model.z_shape[0] else None
