@@ -12,7 +12,7 @@ from pydantic import Field, NonNegativeInt, field_validator
 
 from infra.config import Config
 from model.condition import KINDS
-from model.data.batch import Bucket
+from model.data.buckets import Bucket
 from model.latents import LatentConfig
 from model.prompt.config import PromptEncoderConfig
 

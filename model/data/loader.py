@@ -17,7 +17,8 @@ from pydantic import Field
 from infra.config import Config
 from infra.errors import DataError
 from model.condition import Prompt
-from model.data.batch import Batch, Bucket, Sample, collate, read_prompt, read_sample, streams_of
+from model.data.batch import Batch, Sample, collate, read_prompt, read_sample
+from model.data.buckets import Bucket, streams_of
 from model.data.plan import Plan, Source
 from model.data.shards import Shards, Stream, open_parquet
 from model.encodings.store import Encodings

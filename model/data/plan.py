@@ -14,7 +14,7 @@ from pydantic import Field
 
 from infra.config import Config
 from infra.errors import ConfigError
-from model.data.batch import VALIDATION
+from model.data.buckets import VALIDATION
 from model.data.order import Mixture, Order, make_key
 from model.data.shards import Shards, Stream
 

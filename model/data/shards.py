@@ -13,7 +13,8 @@ import pyarrow.parquet as pq
 
 from infra.errors import ConfigError, DataError
 from infra.storage import Certificate, absolute, exists, filesystem, join, read_certificate
-from model.data.batch import KEY_COLUMNS, Bucket, check_schema, streams_of
+from model.data.batch import check_schema
+from model.data.buckets import KEY_COLUMNS, Bucket, streams_of
 
 
 @dataclass(frozen=True)

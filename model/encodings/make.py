@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from infra.errors import DataError
-from model.data.batch import Bucket, frames_in_clip, nearest_bucket, read_pixels, read_prompt
+from model.data.batch import read_pixels, read_prompt
+from model.data.buckets import Bucket, frames_in_clip, nearest_bucket
 from model.data.inputs import InputConfig, variants
 from model.encodings.stored import Facts, latents_key, pack_prompts, to_bytes
 from model.latents import open_latents

@@ -24,7 +24,7 @@ from model.prompt.encoder import EncodedPrompt
 
 if TYPE_CHECKING:
     from model.condition import Prompt
-    from model.data.batch import Bucket
+    from model.data.buckets import Bucket
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ torch.distributed.
 import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
@@ -34,6 +34,7 @@ from model.training.checkpoint import (
     read_facts,
 )
 from model.training.parallel import Replica, pick_device
+from model.training.rehearse import heaviest
 from model.training.stages import Stage2Config, StageConfig
 from model.training.state import (
     from_average,
@@ -227,28 +228,13 @@ class Training:
         Returns:
             Peak memory of the device, bytes; 0 on a CPU. Nothing of the run's state is changed.
         """
-        config, count = self.config, -(-self.config.micro_batch // self.world_size)
-        bucket = max(config.shapes, key=lambda b: b.num_frames * b.height_px * b.width_px)
-        length = config.encoder.max_tokens
-        shape = (count, bucket.num_frames, 3, bucket.height_px, bucket.width_px)
-        plain = torch.zeros(count, length, dtype=torch.long)
-        fps, size = torch.full((count,), 24.0), torch.full((count, 2), 288.0)
-        batch = Batch(
-            [0] * count, [""] * count, [""] * count, [()] * count, torch.zeros(shape).byte(), fps, size
-        )
-        if self.loader.row_groups.has_latents:  # else the autoencoder is tried too
-            latent = self.targets.space.shape(bucket.num_frames, bucket.height_px, bucket.width_px)
-            batch = replace(batch, latents=torch.zeros(count, *latent))
-        pictures = self.condition.most_references(count)
-        condition = Condition(
-            tokens=torch.zeros(count, length, self.encoder.dim, dtype=self.encoder.dtype),
-            mask=torch.ones(count, length, dtype=torch.bool),
-            role=plain,
-            segment=plain,
-            fps=fps,
-            original_size_px=size,
-            references=pictures,
-            reference_mask=None if pictures is None else torch.ones(pictures.shape[:2], dtype=torch.bool),
+        batch, condition = heaviest(
+            self.config,
+            -(-self.config.micro_batch // self.world_size),
+            encoder=self.encoder,
+            targets=self.targets,
+            condition=self.condition,
+            stored=self.loader.row_groups.has_latents,
         )
         with self.replica.accumulating(last=True):
             self._accumulate(batch, condition.to(self.device))

@@ -18,7 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from model.data.batch import VALIDATION, Batch, collate, read_prompt, read_sample
+from model.data.batch import Batch, collate, read_prompt, read_sample
+from model.data.buckets import VALIDATION
 from model.data.inputs import most_documents
 from model.data.loader import RowGroups
 from model.data.order import permute_all

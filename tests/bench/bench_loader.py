@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 import torch
 
 from infra.storage import Certificate, FileEntry, write_certificate
-from model.data.batch import Bucket
+from model.data.buckets import Bucket
 from model.data.loader import Loader, RowGroups
 from model.data.order import Order
 from model.data.plan import OrderConfig, Plan

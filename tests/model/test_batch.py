@@ -5,7 +5,8 @@ import pytest
 
 from infra.errors import ConfigError, DataError
 from model.condition import ROLES
-from model.data.batch import Bucket, check_schema, collate, read_prompt, read_sample, streams_of
+from model.data.batch import check_schema, collate, read_prompt, read_sample
+from model.data.buckets import Bucket, streams_of
 from model.data.frames import fit_frames
 from pipeline.schema import PROMPTS, Role
 

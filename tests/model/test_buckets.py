@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from infra.errors import ConfigError
 from model.cost.flops import sizes, training_flops
-from model.data.batch import Bucket, nearest_bucket
+from model.data.buckets import Bucket, nearest_bucket
 from model.data.shards import open_shards
 from model.edm import sigma_in
 from model.sampling.generate import SampleConfig

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from infra.errors import DataError
 from model.condition import KINDS, ROLES, Segment
-from model.data.batch import Bucket, read_prompt, read_sample
+from model.data.batch import read_prompt, read_sample
+from model.data.buckets import Bucket
 from model.data.inputs import InputConfig, variants
 from model.encodings.make import RowEncoder
 from model.encodings.stored import Facts, StoredRow, pack_prompts

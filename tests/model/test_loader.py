@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from infra.errors import ConfigError
-from model.data.batch import Bucket
+from model.data.buckets import Bucket
 from model.data.loader import Loader, RowGroups
 from model.data.order import Mixture, Order, make_key, permute, permute_all
 from model.data.plan import OrderConfig, Plan
