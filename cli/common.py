@@ -49,7 +49,9 @@ def run_app(app: typer.Typer, program: str) -> NoReturn:
         fail(program, error, EXIT_CONFIG)
     except VimiError as error:
         fail(program, error, EXIT_FAILED)
-    except KeyboardInterrupt:
+    except SystemExit as end:  # typer makes this of Ctrl-C, without a word
+        if end.code != EXIT_STOPPED:
+            raise
         fail(program, "stopped; the same command continues where it was", EXIT_STOPPED)
     except ImportError as error:
         if error.name not in OPTIONAL:
