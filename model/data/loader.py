@@ -22,7 +22,6 @@ from model.data.buckets import Bucket, streams_of
 from model.data.plan import Plan, Source
 from model.data.shards import Shards, Stream, open_parquet
 from model.encodings.store import Encodings
-from model.encodings.stored import StoredRow
 
 
 class LoaderConfig(Config):
@@ -36,17 +35,16 @@ class LoaderConfig(Config):
     """Row groups kept in memory a rank, bytes."""
 
 
+OPEN_FILES = 128
+"""Parquet files that a thread keeps open, with their footers. Ours."""
+
+
 @dataclass(frozen=True)
 class Loaded:
-    """A row group in memory: its rows, which of them belong to each stream, and their encodings."""
+    """A row group in memory, and which of its rows belong to each stream."""
 
     table: pa.Table
     rows: dict[Stream, list[int]]
-    encoded: pa.Table | None
-
-    @property
-    def num_bytes(self) -> int:
-        return self.table.nbytes + (self.encoded.nbytes if self.encoded is not None else 0)
 
 
 class RowGroups:
@@ -79,9 +77,9 @@ class RowGroups:
         loaded = self._table(source.group)
         number = loaded.rows[source.stream][source.rows[which]]
         row = loaded.table.slice(number, 1).to_pylist()[0]
-        if self.encodings is not None and loaded.encoded is not None:
-            stored = loaded.encoded.slice(number, 1).to_pylist()[0]
-            row["stored"] = StoredRow(self.encodings.facts, stored)
+        if self.encodings is not None:
+            file = self._file(self.encodings.place(self.shards.groups[source.group]))
+            row["stored"] = self.encodings.read_row(file, number)
         return row
 
     def _table(self, group: int) -> Loaded:
@@ -96,12 +94,9 @@ class RowGroups:
         return future.result()
 
     def _read(self, group: int, future: Future[Loaded]) -> None:
-        encoded = None
         try:
             place = self.shards.groups[group]
             table = self._file(place.uri).read_row_group(place.index)
-            if self.encodings is not None:
-                encoded = self.encodings.read_group(place)
         except Exception as error:  # noqa: BLE001 - handed to every thread that waits for this group
             with self.lock:
                 self.tables.pop(group, None)
@@ -111,10 +106,10 @@ class RowGroups:
         for number, stream in enumerate(streams_of(table, self.buckets, self.held_out_frac)):
             if stream is not None:
                 rows.setdefault(stream, []).append(number)
-        loaded = Loaded(table, rows, encoded)
+        loaded = Loaded(table, rows)
         future.set_result(loaded)
         with self.lock:
-            self.num_bytes += loaded.num_bytes
+            self.num_bytes += table.nbytes
             self._evict(keep=group)
 
     def _evict(self, keep: int) -> None:
@@ -123,7 +118,7 @@ class RowGroups:
                 return
             future = self.tables[group]
             if group != keep and future.done():
-                self.num_bytes -= future.result().num_bytes
+                self.num_bytes -= future.result().table.nbytes
                 del self.tables[group]
 
     def _file(self, uri: str) -> pq.ParquetFile:
@@ -133,7 +128,7 @@ class RowGroups:
             handles = self.files.handles = OrderedDict()
         if uri not in handles:
             handles[uri] = open_parquet(uri)
-            if len(handles) > 32:
+            if len(handles) > OPEN_FILES:
                 handles.popitem(last=False)[1].close()
         handles.move_to_end(uri)
         return handles[uri]

@@ -1,7 +1,8 @@
 """A certified folder of encodings, and the prompt encoder that reads them instead of computing.
 
-One file for each row group of the prompts, so that a trainer that has the row finds its encodings without an
-index: `part-00003.parquet`, row group 2 -> `part-00003-0002.parquet`.
+One file for each row group of the prompts, and in it one row group for each row: a trainer that has the row
+finds its encodings without an index, and reads no others. `part-00003.parquet`, row group 2, row 5 ->
+`part-00003-0002.parquet`, row group 5.
 """
 
 import logging
@@ -10,14 +11,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 
 from infra.errors import ConfigError, DataError, TrainingError
 from infra.storage import Certificate, absolute, join, read_certificate
 from model.condition import Prompt
-from model.data.shards import RowGroup, open_parquet
-from model.encodings.stored import Facts
+from model.data.shards import RowGroup
+from model.encodings.stored import Facts, StoredRow
 from model.prompt.config import PromptEncoderConfig
 from model.prompt.encoder import EncodedPrompt, PromptEncoder
 from model.prompt.load import load_prompt_encoder
@@ -40,18 +41,20 @@ class Encodings:
     def facts(self) -> Facts:
         return Facts(**self.certificate.facts["encodings"])
 
-    def read_group(self, group: RowGroup) -> pa.Table:
-        """The encodings of one row group of the prompts, in the order of its rows.
+    def place(self, group: RowGroup) -> str:
+        """The file that holds the encodings of a row group of the prompts."""
+        stem = group.uri.rpartition("/")[2].removesuffix(".parquet")
+        return join(self.uri, f"{stem}-{group.index:04d}.parquet")
+
+    def read_row(self, file: pq.ParquetFile, number: int) -> StoredRow:
+        """Row `number` of the row group whose file this is.
 
         Raises:
-            DataError: not as many rows.
+            DataError: there is no such row.
         """
-        stem = group.uri.rpartition("/")[2].removesuffix(".parquet")
-        place = join(self.uri, f"{stem}-{group.index:04d}.parquet")
-        table = open_parquet(place).read()
-        if len(table) != group.num_rows:
-            raise DataError(f"{place} holds {len(table)} rows for {group.num_rows} prompts")
-        return table
+        if number >= file.metadata.num_row_groups:
+            raise DataError(f"{self.uri} holds no encodings of row {number} of a row group")
+        return StoredRow(self.facts, file.read_row_group(number).to_pylist()[0])
 
 
 def open_encodings(uri: str | None) -> Encodings | None:

@@ -135,7 +135,8 @@ class Worker:
         made = self.encoder(rows)
         if [row["prompt_id"] for row in made] != [row["prompt_id"] for row in rows]:
             raise DataError(f"{payload['name']}: the encoder's rows are not those of the prompts")
-        entry = write_shard(join(self.out, payload["name"]), made, ENCODINGS, row_group_rows=max(1, len(made)))
+        # A row is a row group: the trainer picks rows out of many files, and reads no more than it needs.
+        entry = write_shard(join(self.out, payload["name"]), made, ENCODINGS, row_group_rows=1)
         counts = Counter(row["status"] for row in made)
         failed = {status: n for status, n in counts.items() if status != Status.OK}
         return {
