@@ -159,7 +159,7 @@ def check_preview(config: StageConfig) -> None:
 
 SAME = (
     *("preset", "num_frames", "height_px", "width_px", "backbone", "references", "sigma_data"),
-    "autoencoder",
+    *("autoencoder", "upsampler from"),
 )
 
 
@@ -168,6 +168,8 @@ def check_same_model(config: Stage2Config, start_from: str) -> None:
     facts = read_facts(start_from)
     theirs_whole = config_class(facts["stage"]).model_validate(facts["config"])  # fills in newer fields
     there, here = theirs_whole.model_dump(mode="json"), config.model_dump(mode="json")
+    for values, whole in ((there, theirs_whole), (here, config)):
+        values["upsampler from"] = whole.upsampler.small_size_px if whole.upsampler else None
     differences = [f"{k}: {there.get(k)!r} there, {here[k]!r} now" for k in SAME if there.get(k) != here[k]]
     unlike = {"cache", "batch_size", "bad_pictures"}
     theirs = {k: v for k, v in there["encoder"].items() if k not in unlike}

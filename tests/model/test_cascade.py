@@ -17,7 +17,7 @@ from model.sampling.generate import check as check_sample
 from model.sampling.generate import run as sample
 from model.training.door import prepare_index, read_index
 from model.training.loop import Training
-from model.training.stages import Stage1Config
+from model.training.stages import Stage1Config, Stage2Config
 from model.training.state import weights_of
 from model.training.train import check
 
@@ -94,6 +94,15 @@ def test_cascade_makes_large_films_and_the_same_each_time(cascade, tmp_path: Pat
     assert len(hashes) == 2
     with av.open(str(tmp_path / "a" / "sample-000.mp4")) as container:
         assert sum(1 for _ in container.decode(video=0)) == 4
+
+
+def test_stage_two_of_an_upsampler_is_an_upsampler(cascade, tmp_path: Path) -> None:
+    up = train(Stage1Config.model_validate(cascade[1]), 0)
+    up.close()
+    values = cascade[1] | {"out": str(tmp_path / "two"), "start_from": up.config.out, "tasks": None}
+    check(Stage2Config.model_validate(values))
+    with pytest.raises(ConfigError, match=r"upsampler from: \(8, 8\) there, None now"):
+        check(Stage2Config.model_validate(values | {"upsampler": None}))
 
 
 def test_validation_of_an_upsampler_is_the_same_each_time(cascade) -> None:
