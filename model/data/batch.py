@@ -7,6 +7,7 @@ Targets come as raw frames (`frames`), as mp4 bytes (`video`) or as a range of a
 """
 
 import io
+import math
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -71,7 +72,7 @@ class Batch:
 
     def target(self, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
         """`b t c h w` in [-1, 1] on `device`."""
-        return self.video.to(device, non_blocking=True).to(dtype) / 127.5 - 1.0
+        return self.video.to(device, non_blocking=True).contiguous().to(dtype) / 127.5 - 1.0
 
 
 def collate(samples: list[Sample]) -> Batch:
@@ -80,12 +81,21 @@ def collate(samples: list[Sample]) -> Batch:
         prompt_ids=[s.prompt_id for s in samples],
         tasks=[s.task for s in samples],
         prompts=[s.prompt for s in samples],
-        video=torch.stack([s.video for s in samples]),
+        video=_stack_frames([s.video for s in samples]),
         fps=torch.tensor([s.fps for s in samples], dtype=torch.float32),
         original_size_px=torch.tensor([s.original_size_px for s in samples], dtype=torch.float32),
         encoded=[s.encoded for s in samples],
         latents=_stack([s.latents for s in samples]),
     )
+
+
+def _stack_frames(videos: list[Tensor]) -> Tensor:
+    """`b t c h w` of `t c h w`, laid out in memory as `b t h w c`: frames are stored so, and a copy without
+    reordering is four times as fast. `Batch.target` reorders, on the device.
+    """
+    if videos[0].ndim != 4:  # nothing was decoded
+        return torch.stack(videos)
+    return torch.stack([video.permute(0, 2, 3, 1) for video in videos]).permute(0, 1, 4, 2, 3)
 
 
 def _stack(each: list[Tensor | None]) -> Tensor | None:
@@ -174,13 +184,26 @@ def read_pixels(row: dict[str, Any], bucket: Bucket) -> tuple[Tensor, float]:
     return video, float("inf") if bucket.media == "image" else fps
 
 
-def read_target(row: dict[str, Any], bucket: Bucket) -> tuple[np.ndarray, float]:
+def view_bytes(data: bytes | pa.Buffer, wanted: int) -> Tensor:
+    """uint8 tensor over the bytes, uncopied; it is not to be written to.
+
+    Raises:
+        ValueError: not as many bytes as wanted.
+    """
+    if data is None or len(data) != wanted:
+        raise ValueError(f"{len(data or b'')} bytes of frames, {wanted} expected")
+    return torch.from_dlpack(pa.Array.from_buffers(pa.uint8(), len(data), [None, pa.py_buffer(data)]))
+
+
+def read_target(row: dict[str, Any], bucket: Bucket) -> tuple[Tensor | np.ndarray, float]:
     """uint8 `t h w 3` frames, as many as the bucket has, and their frame rate."""
     target = row["target"]
     if target["kind"] == TargetKind.FRAMES:
         shape = (target["num_frames"], target["height_px"], target["width_px"], 3)
-        frames = np.frombuffer(target["data"], dtype=np.uint8).reshape(shape)
-        keep = spread(len(frames), bucket.num_frames)
+        frames = view_bytes(target["data"], math.prod(shape)).view(shape)
+        if len(frames) == bucket.num_frames:
+            return frames, slower(target["fps"], len(frames), bucket.num_frames)
+        keep = torch.from_numpy(spread(len(frames), bucket.num_frames))
         return frames[keep], slower(target["fps"], len(frames), bucket.num_frames)
     if target["kind"] == TargetKind.VIDEO:
         return decode_video(io.BytesIO(target["data"]), bucket.num_frames)

@@ -53,9 +53,9 @@ def slower(fps: float | None, available: int, wanted: int) -> float:
     return fps * max(wanted - 1, 1) / (available - 1)
 
 
-def fit_frames(frames: np.ndarray, height_px: int, width_px: int) -> Tensor:
-    """uint8 `t h w 3` to uint8 `t 3 height width`: cover, then crop the middle."""
-    video = torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2)
+def fit_frames(frames: np.ndarray | Tensor, height_px: int, width_px: int) -> Tensor:
+    """uint8 `t h w 3` to uint8 `t 3 height width`: cover, then crop the middle; a view where it fits."""
+    video = torch.as_tensor(frames).permute(0, 3, 1, 2)
     height, width = video.shape[-2:]
     if (height, width) != (height_px, width_px):
         scale = max(height_px / height, width_px / width)
@@ -64,4 +64,4 @@ def fit_frames(frames: np.ndarray, height_px: int, width_px: int) -> Tensor:
         top, left = (size[0] - height_px) // 2, (size[1] - width_px) // 2
         video = video[..., top : top + height_px, left : left + width_px]
         video = video.round().clamp(0, 255).to(torch.uint8)
-    return video.contiguous()
+    return video

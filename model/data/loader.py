@@ -10,6 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import Field
@@ -31,8 +32,9 @@ class LoaderConfig(Config):
     """Threads a rank that read and decode; PyAV and pyarrow release the GIL."""
     prefetch_batches: int = Field(default=4, ge=1)
     """Micro-batches read ahead of the step."""
-    cache_bytes: int = Field(default=1 << 30, ge=1 << 20)
-    """Row groups kept in memory a rank, bytes."""
+    cache_bytes: int = Field(default=2 << 30, ge=1 << 20)
+    """Row groups kept in memory a rank, bytes: room for those that the order walks side by side, lanes /
+    ranks x (shuffle_rows / rows of a group + 1), or they are read more than once."""
 
 
 OPEN_FILES = 128
@@ -41,10 +43,39 @@ OPEN_FILES = 128
 
 @dataclass(frozen=True)
 class Loaded:
-    """A row group in memory, and which of its rows belong to each stream."""
+    """A row group in memory: its rows without their targets' bytes, those bytes as Arrow read them, and which
+    rows belong to each stream.
+    """
 
-    table: pa.Table
-    rows: dict[Stream, list[int]]
+    rows: list[dict[str, Any]]
+    data: list[pa.Buffer | None]
+    numbers: dict[Stream, list[int]]
+    num_bytes: int
+
+    def row(self, number: int) -> dict[str, Any]:
+        """A row of PROMPTS, its target's bytes uncopied."""
+        row = self.rows[number]
+        return {**row, "target": {**row["target"], "data": self.data[number]}}
+
+
+def load_rows(table: pa.Table, numbers: dict[Stream, list[int]]) -> Loaded:
+    """Take a row group of PROMPTS apart: Python objects for the small, views for the large."""
+    place = table.schema.get_field_index("target")
+    chunks = table["target"].chunks
+    target = chunks[0] if len(chunks) == 1 else pa.concat_arrays(chunks)  # which copies
+    names = [f.name for f in target.type if f.name != "data"]
+    small = pa.StructArray.from_arrays([target.field(name) for name in names], names=names)
+    rows = table.set_column(place, "target", small).to_pylist()
+    return Loaded(rows, binary_views(target.field("data")), numbers, table.nbytes)
+
+
+def binary_views(data: pa.Array) -> list[pa.Buffer | None]:
+    """Each value of a binary array as a slice of the array's own buffer (a scalar of Arrow's is a copy)."""
+    _, offsets, values = data.buffers()
+    ends = np.frombuffer(offsets, dtype=np.int32)[data.offset : data.offset + len(data) + 1].tolist()
+    valid = data.is_valid().to_pylist()
+    spans = zip(ends[:-1], ends[1:], valid, strict=True)
+    return [values.slice(start, end - start) if there else None for start, end, there in spans]
 
 
 class RowGroups:
@@ -75,8 +106,8 @@ class RowGroups:
     def row(self, source: Source, which: int) -> dict[str, Any]:
         """The `which`-th choice of the source, as a row of PROMPTS."""
         loaded = self._table(source.group)
-        number = loaded.rows[source.stream][source.rows[which]]
-        row = loaded.table.slice(number, 1).to_pylist()[0]
+        number = loaded.numbers[source.stream][source.rows[which]]
+        row = loaded.row(number)
         if self.encodings is not None:
             file = self._file(self.encodings.place(self.shards.groups[source.group]))
             row["stored"] = self.encodings.read_row(file, number)
@@ -102,12 +133,11 @@ class RowGroups:
                 self.tables.pop(group, None)
             future.set_exception(error)
             return
-        rows: dict[Stream, list[int]] = {}
+        numbers: dict[Stream, list[int]] = {}
         for number, stream in enumerate(streams_of(table, self.buckets, self.held_out_frac)):
             if stream is not None:
-                rows.setdefault(stream, []).append(number)
-        loaded = Loaded(table, rows)
-        future.set_result(loaded)
+                numbers.setdefault(stream, []).append(number)
+        future.set_result(load_rows(table, numbers))
         with self.lock:
             self.num_bytes += table.nbytes
             self._evict(keep=group)
@@ -118,7 +148,7 @@ class RowGroups:
                 return
             future = self.tables[group]
             if group != keep and future.done():
-                self.num_bytes -= future.result().table.nbytes
+                self.num_bytes -= future.result().num_bytes
                 del self.tables[group]
 
     def _file(self, uri: str) -> pq.ParquetFile:

@@ -28,8 +28,9 @@ class OrderConfig(Config):
     lanes: int = Field(default=48, ge=1)
     """Places of an epoch that are walked side by side. Ranks that divide it share no row group; 48 serves
     1, 2, 3, 4, 6, 8, 12, 16, 24 and 48 ranks."""
-    shuffle_rows: int = Field(default=256, ge=1)
-    """Rows of a lane that are shuffled together (row groups themselves are shuffled over the epoch)."""
+    shuffle_rows: int = Field(default=64, ge=1)
+    """Rows of a lane that are shuffled together (row groups themselves are shuffled over the epoch, and lanes
+    lie far apart). More mixes better and keeps more row groups in memory."""
 
 
 @dataclass(frozen=True)

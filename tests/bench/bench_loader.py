@@ -3,11 +3,13 @@
     python tests/bench/bench_loader.py [--rows 2000]
 
 Rows are about 250 KB (raw frames). Every reader yields the same bytes as uint8 tensors in batches of 8,
-from the page cache; runs are interleaved and the medians of three are shown. The tar reader is Python's
-own tarfile with decoded arrays, the format of WebDataset without its package. The last lines time a seek.
+from the page cache; runs are interleaved and the medians of three are shown. The tar reader is WebDataset
+where that package is installed, else Python's own tarfile (which WebDataset reads with, too). The last lines
+time a step's wait for data, and a seek.
 """
 
 import argparse
+import importlib.util
 import io
 import itertools
 import statistics
@@ -80,12 +82,16 @@ def row(number: int, frames: np.ndarray) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def ours(folder: Path, rows: int, threads: int = 2) -> int:
+def open_loader(folder: Path, threads: int) -> Loader:
     shards = open_shards(str(folder))
     buckets = (Bucket("video", SHAPE[0], SHAPE[1], SHAPE[2]),)
     index = index_shards(shards, buckets)
     plan = Plan(index, len(shards.groups), seed=0, micro_batch=BATCH, order=OrderConfig(lanes=8))
-    loader = Loader(plan, RowGroups(shards, buckets), select=lambda p, _: p, num_threads=threads)
+    return Loader(plan, RowGroups(shards, buckets), select=lambda p, _: p, num_threads=threads)
+
+
+def ours(folder: Path, rows: int, threads: int = 2) -> int:
+    loader = open_loader(folder, threads)
     seen = sum(len(b.video) for b in itertools.islice(loader, rows // BATCH))
     loader.close()
     return seen
@@ -122,6 +128,17 @@ def tar_reader(folder: Path, rows: int) -> int:
     return seen
 
 
+def web_dataset(folder: Path, rows: int) -> int:
+    import webdataset  # pyright: ignore[reportMissingImports]
+
+    def decode(item: dict[str, Any]) -> torch.Tensor:
+        return torch.frombuffer(bytearray(item["bin"]), dtype=torch.uint8).view(SHAPE)
+
+    files = [str(file) for file in sorted(folder.glob("*.tar"))]
+    found = webdataset.WebDataset(files, shardshuffle=False).map(decode).batched(BATCH, torch.stack)
+    return sum(len(batch) for batch in found)
+
+
 def ray_data(folder: Path, rows: int) -> int:
     import ray.data
 
@@ -145,6 +162,27 @@ def measure(readers: dict[str, Callable[[Path, int], int]], folder: Path, rows: 
     print(f"{'reader':34} {'rows/s':>10} {'ours / it':>10}")
     for name, rate in medians.items():
         print(f"{name:34} {rate:10,.0f} {medians[OURS] / rate:10.2f}")
+
+
+def measure_wait(folder: Path, step_s: float = 0.05, steps: int = 60) -> None:
+    """Share of the time that a step of 50 ms, all of it work on one core, waits for its batch."""
+    loader = open_loader(folder, threads=2)
+    batches = iter(loader)
+    a = torch.randn(256, 256)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    next(batches)
+    waited_s, worked_s = 0.0, 0.0
+    for _ in range(steps):
+        started_s = time.perf_counter()
+        next(batches)
+        got_s = time.perf_counter()
+        while time.perf_counter() - got_s < step_s:
+            torch.mm(a, a)
+        waited_s, worked_s = waited_s + got_s - started_s, worked_s + time.perf_counter() - got_s
+    loader.close()
+    torch.set_num_threads(threads)
+    print(f"steps of {step_s * 1e3:.0f} ms, batches of {BATCH}: {waited_s / worked_s:.2%} of it waits for data")
 
 
 def measure_seek() -> None:
@@ -171,9 +209,12 @@ def main() -> None:
         "pyarrow, file order, target only": raw_pyarrow,
         "tar, file order": tar_reader,
     }
+    if importlib.util.find_spec("webdataset"):
+        readers["WebDataset, file order"] = web_dataset
     with tempfile.TemporaryDirectory() as folder:
         make_shards(Path(folder), options.rows)
         measure(readers, Path(folder), options.rows, options.runs)
+        measure_wait(Path(folder))
         from infra.cluster import RayConfig, ray_session
 
         with ray_session(RayConfig()):

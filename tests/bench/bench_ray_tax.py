@@ -1,30 +1,34 @@
-"""What Ray Train adds to a step: the same loop under Ray Train and under nothing but Python.
+"""What Ray Train adds to a step: the run's own loop under Ray Train, and the same loop without Ray.
 
     python tests/bench/bench_ray_tax.py [--steps 120]
 
-Both run `model.training.loop.Training` on the same shards, one process, the same number of threads, with
-checkpoints in the background; medians of the steps after the first ten.
+Both are one process with a gloo group of one, on the same shards with one thread: steps, records, and
+checkpoints in the background. Ray's adds `ray.train.report` at each checkpoint and the look-out for notices
+at each record. Rounds are interleaved; medians of the steps after the first ten of each.
 """
 
 import argparse
-import importlib
+import itertools
 import json
+import os
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 
 from infra.cluster import RayConfig, ray_session
 from model.data.shards import open_shards
 from model.training.door import prepare_index, read_index
-from model.training.loop import Training
 from model.training.stages import Stage1Config
+from tests.model import conftest
+from tests.model.runs import free_port
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "model"))
+CHECKPOINT_STEPS = 20
 
 
 def config_for(folder: Path, name: str, steps: int) -> Stage1Config:
@@ -40,71 +44,98 @@ def config_for(folder: Path, name: str, steps: int) -> Stage1Config:
             "width_px": 40,
             "encoder": json.loads((folder / "encoder.json").read_text()),
             "optim": {"name": "adamw", "lr": 1e-4},
-            "validation": {"num_samples": 0},
+            "validation": {"num_samples": 0, "held_out_frac": 0},
+            "preview": {"num_videos": 0},
+            "checkpoint": {"every_samples": 2 * CHECKPOINT_STEPS},
+            "log": {"every_samples": 10},
+            "cpus_per_worker": 1,
         }
     )
 
 
-def time_steps(words: dict[str, Any]) -> None:
-    """Step and checkpoint-stall times of one run, written beside it."""
-    torch.set_num_threads(words["threads"])
-    config = Stage1Config.model_validate(words["config"])
+def plain(_rank: int, values: dict[str, Any], port: str) -> None:
+    """The loop of `model.training.train.train` without Ray."""
+    from model.training.loop import Training
+    from model.training.report import Reporter
+
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=0, world_size=1)
+    config = Stage1Config.model_validate(values)
     training = Training(config, read_index(config.out))
-    steps_s, stalls_s = [], []
-    for number in range(config.num_steps):
-        started_s = time.perf_counter()
-        training.step()
-        steps_s.append(time.perf_counter() - started_s)
-        if number % 40 == 39:
+    reporter = Reporter(training, metrics=lambda _: None, aside=False)
+    times_s = [time.perf_counter()]
+    while training.position < config.total_samples:
+        reporter.note(outcome := training.step())
+        if reporter.is_due("log"):
+            reporter.log(outcome)
+        if reporter.is_due("checkpoint"):
             training.writer.wait()
-            started_s = time.perf_counter()
-            training.save({})
-            stalls_s.append(time.perf_counter() - started_s)
+            training.save(reporter.last)
+        times_s.append(time.perf_counter())
     training.close()
-    (Path(config.out) / "times.json").write_text(json.dumps({"steps": steps_s, "stalls": stalls_s}))
+    (Path(config.out) / "times.json").write_text(json.dumps(times_s))
+    dist.destroy_process_group()
 
 
-def under_ray(config: Stage1Config, threads: int) -> None:
-    from ray.train import RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
+def under_ray(config: Stage1Config) -> None:
+    from model.training.driver import fit
+    from model.training.train import train
 
-    words = {"config": config.model_dump(mode="json"), "threads": threads}
-    scaling = ScalingConfig(num_workers=1, resources_per_worker={"CPU": 1})
-    storage = RunConfig(name="ray", storage_path=config.out)
-    TorchTrainer(time_steps, train_loop_config=words, scaling_config=scaling, run_config=storage).fit()
+    place = str(Path(config.out) / "times.json")
+
+    def timed(words: dict[str, Any]) -> None:
+        torch.set_num_threads(1)
+        times_s: list[float] = []
+        train(words, after_step=lambda _: times_s.append(time.perf_counter()))
+        Path(place).write_text(json.dumps(times_s))
+
+    fit(config, timed, num_groups=5)
+
+
+def steps_ms(config: Stage1Config) -> tuple[list[float], list[float]]:
+    """(steps without a checkpoint, steps with one), ms, after the first ten."""
+    times_s = json.loads((Path(config.out) / "times.json").read_text())
+    took = [(after - before) * 1e3 for before, after in itertools.pairwise(times_s)]
+    first = config.num_steps - len(took)  # the first one's start is not known to the outside
+    numbered = [(first + n + 1, ms) for n, ms in enumerate(took)][10:]
+    ordinary = [ms for n, ms in numbered if n % CHECKPOINT_STEPS]
+    return ordinary, [ms for n, ms in numbered if n % CHECKPOINT_STEPS == 0]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--steps", type=int, default=120)
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
-    conftest: Any = importlib.import_module("conftest")  # the tests' maker of shards
-
-    found: dict[str, list[float]] = {"plain": [], "ray": []}
-    stalls: list[float] = []
+    steps: dict[str, list[float]] = {"plain": [], "ray": []}
+    saves: dict[str, list[float]] = {"plain": [], "ray": []}
+    ratios = []
     with tempfile.TemporaryDirectory() as name, ray_session(RayConfig(num_cpus=1)):
         folder = Path(name)
         rows = [conftest.prompt_row(n) for n in range(40)]
         conftest.write_shards(folder / "prompts", rows, job="augment", group_rows=8, file_rows=40)
         (folder / "encoder.json").write_text(json.dumps(conftest.write_tiny_encoder(folder)))
         for number in range(options.rounds):
+            medians = {}
             for kind in ("plain", "ray"):
                 config = config_for(folder, f"{kind}-{number}", options.steps)
                 prepare_index(config, open_shards(config.prompts))
-                words = {"config": config.model_dump(mode="json"), "threads": 1}
-                time_steps(words) if kind == "plain" else under_ray(config, 1)
-                times = json.loads((Path(config.out) / "times.json").read_text())
-                found[kind] += times["steps"][10:]
-                stalls += times["stalls"]
-    medians = {kind: statistics.median(values) for kind, values in found.items()}
-    print(f"{'loop':12} {'median step':>12}")
-    for kind, seconds in medians.items():
-        print(f"{kind:12} {seconds * 1e3:9.1f} ms")
-    print(f"ray / plain  {medians['ray'] / medians['plain']:12.3f}")
-    print(
-        f"checkpoint stall: median {statistics.median(stalls) * 1e3:.1f} ms, worst {max(stalls) * 1e3:.1f} ms"
-    )
+                if kind == "plain":
+                    mp.spawn(plain, args=(config.model_dump(mode="json"), free_port()))  # pyright: ignore
+                else:
+                    under_ray(config)
+                ordinary, with_save = steps_ms(config)
+                medians[kind] = statistics.median(ordinary)
+                steps[kind] += ordinary
+                saves[kind] += with_save
+            ratios.append(medians["ray"] / medians["plain"])
+    print(f"{'loop':8} {'median step':>12} {'with a checkpoint':>18}")
+    for kind in steps:
+        print(f"{kind:8} {statistics.median(steps[kind]):9.1f} ms {statistics.median(saves[kind]):15.1f} ms")
+    print(f"ray / plain: {statistics.median(ratios):.3f} (rounds: {', '.join(f'{r:.3f}' for r in ratios)})")
+    stall = statistics.median(saves["ray"]) - statistics.median(steps["ray"])
+    print(f"a step with a checkpoint and its report takes {stall:.1f} ms more under Ray")
 
 
 if __name__ == "__main__":
