@@ -8,7 +8,9 @@ from cli.common import ConfigPath, DryRun, Out, Overrides, execute, make_app, ru
 
 app = make_app("Train the generator on prompt shards in two stages, sample videos from it, export it.")
 Preset = Annotated[str | None, typer.Option(help="fit-tiny, fit-small, fit-500m, fit-3.9b, dit-…")]
-Workers = Annotated[int | None, typer.Option("--workers", help="Training processes; default one per GPU.")]
+Workers = Annotated[
+    str | None, typer.Option("--workers", help="Training processes, or a range (1-8); default one per GPU.")
+]
 Ema = Annotated[str | None, typer.Option(help="weights, a stored average, or power-<sigma_rel>.")]
 
 

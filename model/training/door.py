@@ -1,6 +1,7 @@
 """The door of the trainer: everything that can be refused before Ray starts, each in one line."""
 
 import hashlib
+import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,6 +86,7 @@ def inspect(config: StageConfig) -> Ready:
     check_upsampler(config, shards)
     check_parallel(config)
     check_preview(config)
+    check_logger(config)
     check_workers(config, config.num_workers or 1, len(shards.groups))
     start_from = None
     if isinstance(config, Stage2Config):
@@ -157,6 +159,15 @@ def check_preview(config: StageConfig) -> None:
         raise ConfigError(f"preview.ema {config.preview.ema!r}", legal=", ".join(legal))
 
 
+def check_logger(config: StageConfig) -> None:
+    """Refuse a logger that is not installed, before a worker stumbles over it."""
+    if config.log.wandb_project and importlib.util.find_spec("wandb") is None:
+        raise ConfigError(
+            f"log.wandb_project {config.log.wandb_project!r}, but the package wandb is not installed",
+            cure="pip install -e '.[wandb]', or leave it out: TensorBoard and metrics.jsonl are always there",
+        )
+
+
 SAME = (
     *("preset", "num_frames", "height_px", "width_px", "backbone", "references", "sigma_data"),
     *("autoencoder", "upsampler from"),
@@ -207,6 +218,11 @@ def read_index(run: str) -> pa.Table:
     return pq.read_table(pa.BufferReader(read_bytes(join(run, "index.parquet"))))
 
 
+def workers_text(config: StageConfig) -> str:
+    workers = config.num_workers
+    return f"{workers[0]} to {workers[1]}" if isinstance(workers, tuple) else str(workers or "all")
+
+
 def plan_text(config: StageConfig, ready: Ready) -> str:
     """What --dry-run prints: the sizes that follow from the config."""
     import torch
@@ -222,7 +238,7 @@ def plan_text(config: StageConfig, ready: Ready) -> str:
     lines = [
         f"{config.stage}: {parameters:,} parameters ({config.preset}, encoder width 1024 assumed)",
         f"{config.num_steps:,} steps of {config.batch_size} samples in {config.accumulation} micro-batches "
-        f"on {config.num_workers or 'all'} workers",
+        f"on {workers_text(config)} workers",
         f"{rows:,} prompts in {len(ready.shards.groups):,} row groups: "
         f"{config.total_samples / rows:.2f} epochs",
     ]

@@ -1,5 +1,6 @@
 """Laws of the trainer's door: what can't work is refused before Ray starts, each in one line with a cure."""
 
+import importlib.util
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -59,6 +60,13 @@ def test_range_of_workers_is_said_in_words(stage_values: Values) -> None:
     assert Stage1Config.model_validate(stage_values(num_workers="1-3")).num_workers == (1, 3)
 
 
+def test_missing_logger_is_refused_with_its_extra(stage_values: Values) -> None:
+    if importlib.util.find_spec("wandb") is not None:
+        pytest.skip("wandb is installed")
+    values = stage_values(log={"wandb_project": "films"})
+    assert "cure: pip install -e '.[wandb]'" in refusal(Stage1Config.model_validate(values))
+
+
 def test_uncertified_shards_are_refused(stage_values: Values) -> None:
     values = stage_values()
     (Path(values["prompts"]) / "certificate.json").unlink()
@@ -79,9 +87,7 @@ def test_folder_of_another_run_is_refused_with_the_fields_that_differ(stage_valu
     claim(config)
     claim(config.model_copy(update={"max_failures": 9}))  # how fast, not what
     other = config.model_copy(update={"seed": 1, "batch_size": 8})
-    with pytest.raises(
-        ConfigError, match=r"\(config.batch_size: 4 there, 8 now; config.seed: 0 there"
-    ):
+    with pytest.raises(ConfigError, match=r"\(config.batch_size: 4 there, 8 now; config.seed: 0 there"):
         claim(other)
 
 

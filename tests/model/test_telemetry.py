@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from infra.storage import write_json
+from model.training.report import collect
 from model.training.telemetry import (
     Follower,
     LogConfig,
@@ -48,6 +50,32 @@ def test_tensorboard_is_written(tmp_path: Path) -> None:
     log.write(8, RECORD)
     log.close()
     assert any((tmp_path / "tensorboard").iterdir())
+
+
+def test_runs_of_weights_and_biases_go_on_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    for position in (0, 8):
+        config = LogConfig(tensorboard=False, wandb_project="films")
+        log = MetricsLog(str(tmp_path), config, enabled=True, position=position, name="test", flat_config={})
+        log.write(position + 8, RECORD)
+        log.close()
+    assert len(list((tmp_path / "wandb").glob("offline-run-*"))) == 2
+
+
+def test_late_records_are_written_once_under_their_own_position(tmp_path: Path) -> None:
+    log = open_log(tmp_path)
+    log.write(8, RECORD)
+    log.write(16, RECORD)
+    late = {"val/loss video retrieval on": 0.7, "val/held_out": 0}
+    for _ in range(2):
+        write_json(str(tmp_path / "observed/samples-000000000008.json"), {"samples": 8, "record": late})
+        collect(log, str(tmp_path), 16)
+    assert [r["samples"] for r in read_metrics(str(tmp_path))] == [8, 16, 8]
+    log.close()
+    again = open_log(tmp_path, position=8)  # resumed from the checkpoint that was looked at
+    assert again.validated == {8} and len(again.lines) == 2
+    again.close()
 
 
 def test_driver_shows_each_record_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
