@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 import torch
 
+from model.training.checkpoint import latest_checkpoint, read_facts
 from model.training.stages import Stage1Config
 from model.training.state import weights_of
+from model.training.train import run
 from tests.model.runs import advance, next_rows, on_ranks, open_training, weights_at
 
 Values = Callable[..., dict[str, Any]]
@@ -85,3 +87,15 @@ def test_fifty_steps_on_any_ranks_differ_by_rounding(
         seen += found["ids"]
     assert seen == ids
     assert relative_distance(weights_at(str(tmp_path / "many")), expected) < 1e-6
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_range_of_workers_takes_what_there_is(ray_cluster: None, stage_values: Values, tmp_path: Path) -> None:
+    """Two CPUs, one to three workers: two of them train, on the samples of one."""
+    values = stage_values(num_workers="1-3", cpus_per_worker=1, batch_size=6, samples=60)
+    run(Stage1Config.model_validate(values))
+    facts = read_facts(latest_checkpoint(values["out"]) or "")
+    assert facts["world_size"] == 2
+    _, expected = alone(values | {"out": str(tmp_path / "one")}, 10)
+    assert relative_distance(weights_at(values["out"]), expected) < 1e-6
