@@ -2,7 +2,7 @@
 
     sample-000.mp4 sample-000.png (contact sheet) ... samples.json
 
-Prompts are the first rows that validation reads, noise is a function of the seed: from one checkpoint to the
+Prompts are the first rows that validation reads, and each has a seed of its own: from one checkpoint to the
 next only the weights differ.
 """
 
@@ -26,7 +26,7 @@ from model.sampling.config import GuidanceConfig
 from model.sampling.film import contact_sheet, encode_mp4, scale_to_look_at, to_frames
 from model.sampling.maker import Asked, Maker
 from model.sampling.restore import Restored
-from model.training.validate import Chosen, Observed, choose_rows
+from model.training.validate import Observed, choose_rows
 
 
 def preview_uri(run: str, position: int) -> str:
@@ -53,7 +53,7 @@ class Preview:
         for first in range(0, len(self.rows), observed.world_size):
             # Sharded models run in step: a rank without a video of its own makes the last one, unwritten.
             mine = first + observed.rank
-            frames, entry = self._video(maker, self.rows[min(mine, len(self.rows) - 1)])
+            frames, entry = self._video(maker, min(mine, len(self.rows) - 1))
             if mine < len(self.rows):
                 entries.append((mine, write_video(folder, mine, frames, entry)))
         observed.model.train(was_training)
@@ -73,14 +73,14 @@ class Preview:
         guidance = GuidanceConfig(weight=self.options.guidance_weight)
         return Maker(restored, guidance, beside=observed)
 
-    def _video(self, maker: Maker, chosen: Chosen) -> tuple[np.ndarray, dict[str, Any]]:
+    def _video(self, maker: Maker, number: int) -> tuple[np.ndarray, dict[str, Any]]:
         """Frames uint8 `t h w 3` of one row's prompt, and what samples.json says of them."""
-        groups = self.observed.row_groups
+        groups, chosen = self.observed.row_groups, self.rows[number]
         row, bucket = groups.row(chosen.source, 0), groups.buckets[chosen.source.bucket]
         prompt = select(read_prompt(row), most_documents(self.observed.config))
         sample = read_sample(row, bucket, position=0, prompt=prompt)
         fps = sample.fps if math.isfinite(sample.fps) else 1.0
-        asked = Asked(prompt, fps, sample.original_size_px, seed=0)
+        asked = Asked(prompt, fps, sample.original_size_px, seed=number)
         if self.observed.targets.small_size is None:
             size, steps = (bucket.height_px, bucket.width_px), self.options.num_steps
             video = maker.film(asked, num_steps=steps, num_frames=bucket.num_frames, size_px=size)
@@ -92,7 +92,7 @@ class Preview:
             "task": row["task"],
             "prompt_id": row["prompt_id"],
             "held_out": chosen.held_out,
-            "seed": 0,
+            "seed": number,
             "fps": fps,
             "num_steps": self.options.num_steps,
             "guidance": f"cfg {self.options.guidance_weight:g}",
