@@ -173,15 +173,15 @@ def interrupt(driver: Driver, how: str) -> Driver:
     ],
 )
 def test_interrupted_run_equals_unbroken_run(stage_values: Values, tmp_path: Path, how: str) -> None:
-    values = stage_values(samples=2000, ray={"num_cpus": 1}, checkpoint={"every_samples": 400})
+    values = stage_values(samples=1200, ray={"num_cpus": 1}, checkpoint={"every_samples": 200})
     config = Stage1Config.model_validate(values)
     driver = Driver(tmp_path, values)
-    driver.wait_for_samples(600)
+    driver.wait_for_samples(300)
     driver = interrupt(driver, how)
     assert driver.finish() == 0, driver.log[-2000:]
     certificate = read_certificate(config.out, job="stage1")
     assert certificate is not None
-    assert trained_positions(config.out) == list(range(4, 2001, 4))  # as if nothing had happened
+    assert trained_positions(config.out) == list(range(4, 1201, 4))  # as if nothing had happened
     assert certificate.facts["weights_sha256"] == whole_weights_sha256(config, tmp_path / "whole")
     said = {"ctrl-c": "stopping after a last checkpoint", "worker told to leave": "saved before it did"}
     assert said.get(how, "") in driver.log
