@@ -53,6 +53,8 @@ class Clip:
         self.batch_size = batch_size
         self.dim = joint_dim(model)
         self.uses_bf16 = _uses_bf16(self.device, precision)
+        if self.uses_bf16:
+            _round_products(self.model)
         self._tokenize = tokenize
         self._can_trim = can_trim(model)
 
@@ -97,11 +99,14 @@ class Clip:
 
     def encode_texts(self, texts: Sequence[str]) -> np.ndarray:
         """Texts -> float32 [n, dim], unit rows. Sorted by length inside, so that no padding is computed."""
+        return self.encode_tokens(*self.tokenize(texts))
+
+    def encode_tokens(self, ids: Tensor, lengths: Tensor) -> np.ndarray:
+        """What `tokenize` gave -> float32 [n, dim], unit rows; may be called from several threads."""
         from infra.clip.towers import text_states
 
-        ids, lengths = self.tokenize(texts)
-        out = np.empty((len(texts), self.dim), np.float32)
-        for rows in _batches(_by_length(lengths), self.batch_size):
+        out = np.empty((len(ids), self.dim), np.float32)
+        for rows in _batches(_by_length(lengths), self.batch_size) if len(lengths) else ():
             with self._inference():
                 pooled, _ = text_states(self.model, self._trimmed(ids, lengths, rows))
                 out[rows] = _unit(pooled)
@@ -207,6 +212,24 @@ def _uses_bf16(device: torch.device, precision: str) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported()
     return device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def _round_products(model: nn.Module) -> None:
+    """Hold the weights of matrix products in bf16, as autocast would round them anew at each forward.
+
+    Autocast keeps its copies only of weights that are trained: a frozen ViT-B-32 would be rounded whole
+    for every batch. Norms and embeddings stay float32.
+    """
+    import torch
+    from torch import nn
+
+    for module in model.modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            module.to(torch.bfloat16)
+        elif isinstance(module, nn.MultiheadAttention):
+            for name in ("in_proj_weight", "in_proj_bias", "q_proj_weight", "k_proj_weight", "v_proj_weight"):
+                if (weight := getattr(module, name)) is not None:
+                    weight.data = weight.data.to(torch.bfloat16)
 
 
 def _unit(vectors: Tensor) -> np.ndarray:

@@ -82,8 +82,7 @@ def _embed_text(text: Any, ids: Tensor) -> tuple[Tensor, Tensor | None]:
     if not is_plain:
         x, mask = text._embeds(ids)
     else:
-        dtype = text.transformer.get_cast_dtype()
-        x = text.token_embedding(ids).to(dtype) + text.positional_embedding[: ids.shape[1]].to(dtype)
+        x = text.token_embedding(ids) + text.positional_embedding[: ids.shape[1]]
         mask = text.attn_mask
     if mask is not None:
         mask = mask[..., : x.shape[1], : x.shape[1]]

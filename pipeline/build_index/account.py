@@ -51,10 +51,18 @@ def account(
         | {
             "memory_version": tag,
             "versions": list(dict.fromkeys(versions)),
-            "duplicates": duplicates.counts | {"dropped": config.dedup.mode == "drop"},
+            "duplicates": duplicates.counts
+            | {"dropped": config.dedup.mode == "drop", "min_cosine": duplicates.min_cosine},
             "highlights": _highlights(rows, tag, facts["indexes"], duplicates),
         },
     )
+
+
+def carried(base: Certificate | None, indexes: dict[str, Any]) -> dict[str, Any]:
+    """Facts of the indexes, and of the other CLIPs' columns, which stay as they are when a memory grows."""
+    if base is None or "clips" not in base.facts:
+        return {"indexes": indexes}
+    return {"indexes": base.facts["indexes"] | indexes, "clips": base.facts["clips"]}
 
 
 def one_model(receipts: list[Receipt], base: Certificate | None, out: str) -> dict[str, Any]:

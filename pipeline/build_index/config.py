@@ -7,7 +7,7 @@ from infra.cluster import RayConfig
 from infra.config import Config
 from pipeline.dedup import DedupConfig
 from pipeline.embed import EmbedConfig
-from pipeline.memory.index import IndexConfig
+from pipeline.memory.config import IndexConfig
 
 JOB, BUILD, MEASURED, DUPLICATES = "build-index", "build", "measured.json", "duplicates.parquet"
 
@@ -38,7 +38,9 @@ class BuildIndexConfig(Config):
     ray: RayConfig = RayConfig()
     num_workers: int | None = Field(default=None, ge=1)
     """Embedding workers; None = one a GPU, or one for every 8 CPUs."""
+    threads: int | None = Field(default=None, ge=1)
+    """Threads of each worker, which decode beside the model; None = its share of the CPUs, at most 8."""
 
 
-FREE = {"clips", "grow", "max_failed_frac"}
+FREE = {"clips", "grow", "max_failed_frac", "threads"}
 """Fields that may differ when the same command is given again or the memory grows."""

@@ -61,7 +61,7 @@ def door(config: BuildIndexConfig) -> tuple[Tables, Certificate | None]:
         if fresh and not config.grow:
             raise ConfigError(
                 f"{out} is a finished memory of other tables than {', '.join(fresh)}",
-                cure="set grow=true to add them, or choose another out",
+                cure="add them with --grow (grow=true), or choose another out",
             )
     return tables, base
 

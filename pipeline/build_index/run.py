@@ -8,6 +8,7 @@ Killed at any moment, the same command ends in the same table. A finished memory
 with more tables and `grow` adds the documents that are new.
 """
 
+import json
 import time
 from typing import Any
 
@@ -25,14 +26,25 @@ from infra.storage import (
     write_certificate,
     write_json,
 )
-from pipeline.build_index.account import account, check_failures, one_model, volume, write_rejected, write_table
+from pipeline.build_index.account import (
+    account,
+    carried,
+    check_failures,
+    one_model,
+    volume,
+    write_rejected,
+    write_table,
+)
 from pipeline.build_index.config import BUILD, DUPLICATES, MEASURED, BuildIndexConfig
 from pipeline.build_index.door import begin, door, is_in
+from pipeline.build_index.resources import worker_resources
 from pipeline.dedup import Duplicates, drop, find_duplicates
 from pipeline.embed import Embedder, clip_units
 from pipeline.job import Receipt, run_units
-from pipeline.memory.commit import STAGED, commit_staged, create_table, staged_ids
-from pipeline.memory.finish import finish
+from pipeline.memory import sample
+from pipeline.memory.commit import STAGED, commit_staged, create_table, staged_rows
+from pipeline.memory.finish import Finished, finish
+from pipeline.memory.store import tag_table
 
 
 def run(config: BuildIndexConfig) -> Certificate:
@@ -61,17 +73,21 @@ def run(config: BuildIndexConfig) -> Certificate:
     check_failures(ordered, config)
     table = create_table(out, model["dim"])
     commit_staged(table, join(out, BUILD), ordered)
-    duplicates = _deduplicate(table, config, out, grows=base is not None, receipts=ordered)
-    facts, indexed = finish(table, config.index, seed=config.seed, before=base.facts if base else None)
-    certificate = account(config, table, ordered, new, base, model | {"indexes": facts}, duplicates)
+    duplicates = _deduplicate(table, config, out, base=base, receipts=ordered)
+    done = _finish(table, config, out, base, ordered, duplicates)
+    facts = model | carried(base, done.facts)
+    certificate = account(config, table, ordered, new, base, facts, duplicates)
     write_rejected(out, ordered, certificate, duplicates if config.dedup.mode == "drop" else None)
-    write_json(join(out, MEASURED), measured | indexed | volume(ordered))
-    _tag(table, certificate)
+    write_json(join(out, MEASURED), measured | done.measured | volume(ordered))
+    tag = certificate.facts["memory_version"]
+    sample.save(out, tag, done.samples)
+    tag_table(table, tag)
     certificate = certificate.model_copy(
         update={"created_at_s": time.time(), "wall_s": time.monotonic() - started_s}
     )
     write_certificate(out, certificate)
     delete(join(out, BUILD))
+    sample.keep_only(out, tag)
     return certificate
 
 
@@ -81,32 +97,41 @@ def _unit_key(config: BuildIndexConfig) -> str:
 
 def _embedder(config: BuildIndexConfig, out: str, base: Certificate | None) -> tuple[Embedder, dict[str, Any]]:
     """The worker, and what it needs of the session that is running."""
-    import ray
-
-    resources = ray.cluster_resources()
-    gpus, cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 1))
-    workers = config.num_workers or gpus or max(1, cpus // 8)
-    threads = max(1, min(8, cpus // workers))
+    device, threads, resources = worker_resources(config.num_workers, config.threads)
     embedder = Embedder(
         clip=config.clip,
         embed=config.embed,
         staged=join(out, BUILD, STAGED),
         base=out if base else None,
         base_version=base.facts["memory_version"] if base else None,
-        device="cuda" if gpus else "cpu",
+        device=device,
         threads=threads,
     )
-    # One worker on CPUs needs no actor: Ray gives it the same process, and the model in it, again.
-    return embedder, {
-        "num_workers": workers,
-        "num_cpus": threads,
-        "num_gpus": 1.0 if gpus else 0.0,
-        "actors": workers > 1 or gpus > 0,
-    }
+    return embedder, resources
+
+
+def _finish(
+    table: Any,
+    config: BuildIndexConfig,
+    out: str,
+    base: Certificate | None,
+    receipts: list[Receipt],
+    duplicates: Duplicates,
+) -> Finished:
+    """Index and verify; a memory that grew keeps the sample that it was verified on before."""
+    if base is None:
+        return finish(table, config.index, seed=config.seed)
+    kept = sample.load(out, base.facts["memory_version"])
+    dropped = duplicates.table["doc_id"].to_pylist() if config.dedup.mode == "drop" else []
+    growth = None
+    if kept is not None:
+        rows = lambda: staged_rows(join(out, BUILD), receipts)  # noqa: E731
+        growth = sample.Growth(kept=kept, new_rows=rows, removed=frozenset(dropped))
+    return finish(table, config.index, seed=config.seed, before=base.facts, growth=growth)
 
 
 def _deduplicate(
-    table: Any, config: BuildIndexConfig, out: str, *, grows: bool, receipts: list[Receipt]
+    table: Any, config: BuildIndexConfig, out: str, *, base: Certificate | None, receipts: list[Receipt]
 ) -> Duplicates:
     """Find the duplicates, keep the list beside the memory, drop them if asked.
 
@@ -117,21 +142,16 @@ def _deduplicate(
         return Duplicates.none()
     place = join(out, BUILD, DUPLICATES)
     if exists(place):
-        found = Duplicates(pq.read_table(pa.BufferReader(read_bytes(place))))
+        read = pq.read_table(pa.BufferReader(read_bytes(place)))
+        found = Duplicates(read, json.loads((read.schema.metadata or {}).get(b"min_cosine", b"null")))
     else:
-        new = staged_ids(join(out, BUILD), receipts) if grows else None
-        found = find_duplicates(table, config.dedup, new=new)
-        write_table(place, found.table)
+        new = None
+        if base is not None:
+            new = [i for ids, _ in staged_rows(join(out, BUILD), receipts) for i in ids.to_pylist()]
+        found = find_duplicates(table, config.dedup, new=new, facts=base.facts if base else None)
+        bound = {"min_cosine": json.dumps(found.min_cosine)}
+        write_table(place, found.table.replace_schema_metadata(bound))
     write_table(join(out, DUPLICATES), found.table)
     if config.dedup.mode == "drop":
         drop(table, found)
     return found
-
-
-def _tag(table: Any, certificate: Certificate) -> None:
-    """Tag the version; it holds these documents with their indexes."""
-    tag = certificate.facts["memory_version"]
-    if tag in table.tags.list():
-        table.tags.update(tag, table.version)
-    else:
-        table.tags.create(tag, table.version)

@@ -1,16 +1,20 @@
 """Clips tables in, staged documents with CLIP vectors out."""
 
 from pipeline.embed.pictures import EmbedConfig, Picture, PictureError, read_picture
+from pipeline.embed.streams import Streams
 from pipeline.embed.units import clip_units, read_slice
-from pipeline.embed.worker import Embedder, document_vector, unit_rows
+from pipeline.embed.vectors import document_vector, frame_mean, unit_rows
+from pipeline.embed.worker import Embedder
 
 __all__ = [
     "EmbedConfig",
     "Embedder",
     "Picture",
     "PictureError",
+    "Streams",
     "clip_units",
     "document_vector",
+    "frame_mean",
     "read_picture",
     "read_slice",
     "unit_rows",

@@ -17,6 +17,8 @@ from pipeline.schema import Media, Status
 from pipeline.video.frames import VideoError, clip_times, decode_frames
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from infra.clip.preprocess import Preprocessing
 
 Row = dict[str, Any]
@@ -32,7 +34,8 @@ class EmbedConfig(Config):
     """Longest side of the document's JPEG, pixels; smaller pictures keep their size. Ours: enough for
     every common CLIP and for a report page."""
     jpeg_quality: int = Field(default=90, ge=1, le=100)
-    """Quality of that JPEG. Ours."""
+    """Quality of that JPEG. A plain JPEG that is small enough is stored as it is, without a second loss.
+    Ours."""
     max_pixels: int = Field(default=100_000_000, ge=1)
     """Pictures with more pixels than this are refused before they are decoded (a 40,000-pixel square
     PNG of a few kB would take 4.8 GB). Ours."""
@@ -77,24 +80,28 @@ def read_picture(row: Row, config: EmbedConfig, preprocessing: "Preprocessing") 
         PictureError: with the status that the row gets.
     """
     if row["media"] == Media.VIDEO:
-        frames = _video_frames(row, config)
+        images, data = _video_frames(row, config), b""
     else:
-        frames = [_image(row["local_uri"] or row["source_uri"], config)]
-    middle = frames[len(frames) // 2]
-    _check_shape(middle.shape[1], middle.shape[0], config)
+        image, data = _image(row["local_uri"] or row["source_uri"], config)
+        images = [image]
+    middle = images[len(images) // 2]
+    _check_shape(middle.width, middle.height, config)
     return Picture(
-        pixels=preprocessing.batch(list(frames)),
-        jpeg=encode_jpeg(middle, max_px=config.image_max_px, quality=config.jpeg_quality),
-        phash=phash64(middle) if row.get("phash") is None else int(row["phash"]),
-        width_px=int(middle.shape[1]),
-        height_px=int(middle.shape[0]),
+        pixels=preprocessing.batch(list(images)),
+        jpeg=data or encode_jpeg(middle, max_px=config.image_max_px, quality=config.jpeg_quality),
+        phash=phash64(np.asarray(middle)) if row.get("phash") is None else int(row["phash"]),
+        width_px=middle.width,
+        height_px=middle.height,
     )
 
 
-def _video_frames(row: Row, config: EmbedConfig) -> list[np.ndarray]:
+def _video_frames(row: Row, config: EmbedConfig) -> "list[Image]":
+    from PIL import Image
+
     times_s = clip_times(row["start_s"] or 0.0, row["end_s"] or 0.0, config.key_frames)
     try:
-        return list(decode_frames(open_media(row["local_uri"] or row["source_uri"]), times_s))
+        frames = decode_frames(open_media(row["local_uri"] or row["source_uri"]), times_s)
+        return [Image.fromarray(frame) for frame in frames]
     except VideoError as error:
         raise PictureError(error.status, str(error)) from error
     except FileNotFoundError as error:
@@ -103,8 +110,8 @@ def _video_frames(row: Row, config: EmbedConfig) -> list[np.ndarray]:
         raise PictureError(Status.UNREACHABLE, str(error)) from error
 
 
-def _image(uri: str, config: EmbedConfig) -> np.ndarray:
-    """Decode an image file to uint8 `h w 3`, upright."""
+def _image(uri: str, config: EmbedConfig) -> "tuple[Image, bytes]":
+    """Decode an image file: RGB, upright; with its bytes if they can be stored as they are, else b""."""
     from PIL import Image, ImageOps
 
     data = _bytes(uri, config)
@@ -115,13 +122,28 @@ def _image(uri: str, config: EmbedConfig) -> np.ndarray:
                 if image.width * image.height > config.max_pixels:
                     raise PictureError(Status.TOO_LARGE, f"{image.width}x{image.height} pixels")
                 _check_shape(image.width, image.height, config)
-                return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+                keep = _is_plain_jpeg(image, data, config)
+                upright = ImageOps.exif_transpose(image).convert("RGB")
+                upright.info = {}  # comments and the like would be written into the document's JPEG
+                return upright, data if keep else b""
     except Image.DecompressionBombError as error:
         raise PictureError(Status.TOO_LARGE, str(error)) from error
     except PictureError:
         raise
     except Exception as error:
         raise PictureError(Status.UNDECODABLE, f"{type(error).__name__}: {error}") from error
+
+
+def _is_plain_jpeg(image: "Image", data: bytes, config: EmbedConfig) -> bool:
+    """Whether a file can be a document's picture unchanged: small, and nothing in it but the picture."""
+    extra = {"exif", "icc_profile", "comment", "photoshop", "xmp", "adobe"} & set(image.info)
+    return (
+        image.format == "JPEG"
+        and image.mode == "RGB"
+        and not extra
+        and max(image.size) <= config.image_max_px
+        and len(data) <= image.width * image.height  # 8 bits a pixel: more is not the picture
+    )
 
 
 def _bytes(uri: str, config: EmbedConfig) -> bytes:
@@ -144,11 +166,11 @@ def _check_shape(width_px: int, height_px: int, config: EmbedConfig) -> None:
         raise PictureError(Status.FILTERED_ASPECT, f"{width_px}x{height_px} pixels")
 
 
-def encode_jpeg(rgb: np.ndarray, *, max_px: int, quality: int) -> bytes:
-    """JPEG of uint8 `h w 3` with its longest side at most `max_px`."""
+def encode_jpeg(picture: "Image | np.ndarray", *, max_px: int, quality: int) -> bytes:
+    """JPEG of a picture (PIL, or uint8 `h w 3`) with its longest side at most `max_px`."""
     from PIL import Image
 
-    image = Image.fromarray(rgb)
+    image = Image.fromarray(picture) if isinstance(picture, np.ndarray) else picture
     if max(image.size) > max_px:
         scale = max_px / max(image.size)
         size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))

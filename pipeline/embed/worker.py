@@ -1,11 +1,10 @@
 """The embedding worker: a slice of clips in, one staged Arrow file of documents and a receipt out."""
 
 import hashlib
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -13,7 +12,9 @@ import pyarrow as pa
 from infra.clip.config import ClipConfig
 from infra.storage import join, write_bytes
 from pipeline.embed.pictures import EmbedConfig, Picture, PictureError, Row, read_picture
+from pipeline.embed.streams import CPU_BATCH, Streams, ahead, batches, settle_process
 from pipeline.embed.units import payload_slice
+from pipeline.embed.vectors import document_vector, frame_mean, unit_rows
 from pipeline.job import Receipt
 from pipeline.memory.store import open_table, vectors_arrow
 from pipeline.schema import CLIPS, Status, doc_id, memory_schema
@@ -41,8 +42,6 @@ COLUMNS = [
 ]
 COPIED = ["media", "source_uri", "source_sha256", "start_s", "end_s", "source_name", "licence", "split"]
 Fate = tuple[Row, Status, str]
-T = TypeVar("T")
-R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -58,40 +57,53 @@ class Embedder:
     base_version: str | None = None
     device: str = "cpu"
     threads: int = 2
-    """Decoding threads; FFmpeg and Pillow release the interpreter while they decode."""
+    """Threads that decode and, on CPUs, hold a forward each; decoders release the interpreter."""
 
     def __call__(self) -> Callable[[dict[str, Any]], Receipt]:
+        settle_process(self.device)
+        clip = self.load()
+        streams = Streams.make(self.device, self.threads)
+        return lambda payload: self.run(payload, clip, streams)
+
+    def load(self) -> "Clip":
+        """The CLIP, with batches that suit the device."""
         from infra.clip import load_clip
 
-        clip = load_clip(self.clip, self.device)
-        pool = ThreadPoolExecutor(self.threads)
-        return lambda payload: self.run(payload, clip, pool)
+        rows = self.clip.batch_size if self.device != "cpu" else min(self.clip.batch_size, CPU_BATCH)
+        return load_clip(self.clip.model_copy(update={"batch_size": rows}), self.device)
 
-    def run(self, payload: dict[str, Any], clip: "Clip", pool: ThreadPoolExecutor) -> Receipt:
+    def run(self, payload: dict[str, Any], clip: "Clip", streams: Streams) -> Receipt:
         """Embed one slice; bad rows get a fate, never raise."""
         rows = payload_slice(payload, COLUMNS).to_pylist()
         good, fates = self._sort(rows)
-        documents: list[tuple[Row, Picture]] = []
-        vectors: list[dict[str, np.ndarray]] = []
-
-        def decode(row: Row) -> Picture | PictureError:
-            try:
-                return read_picture(row, self.embed, clip.preprocessing)
-            except PictureError as error:
-                return error
-            except Exception as error:  # noqa: BLE001 - row boundary: decoders raise anything on bad bytes
-                return PictureError(Status.CRASHED, f"{type(error).__name__}: {error}")
-
-        decoded = ahead(pool, decode, good, depth=2 * self.threads + self.clip.batch_size)
-        for batch in batches(zip(good, decoded, strict=True), self.clip.batch_size):
-            usable = [(row, found) for row, found in batch if isinstance(found, Picture)]
-            fates += [(r, e.status, str(e)) for r, e in batch if isinstance(e, PictureError)]
-            if usable:
-                vectors.append(unit_vectors(clip, usable))
-                documents += [(row, _without_pixels(picture)) for row, picture in usable]
-        table = documents_table(documents, vectors, clip.dim)
+        texts = start_texts(clip, [row["caption"].strip() for row in good], streams)
+        decoded = ahead(
+            streams.decoders,
+            lambda row: self._decode(row, clip),
+            good,
+            depth=2 * streams.num_decoders + clip.batch_size,
+        )
+        groups = batches(zip(range(len(good)), decoded, strict=True), clip.batch_size)
+        embedded = ahead(
+            streams.models, lambda group: image_vectors(clip, group), groups, depth=streams.num_models
+        )
+        found = [picture for group in embedded for picture in group]
+        failed = {n: picture for n, picture, _ in found if isinstance(picture, PictureError)}
+        fates += [(good[n], error.status, str(error)) for n, error in failed.items()]
+        documents = [(good[n], picture) for n, picture, _ in found if isinstance(picture, Picture)]
+        kept = [n for n in range(len(good)) if n not in failed]
+        vectors = [vector for _, _, vector in found if vector is not None]
+        table = documents_table(documents, vectors, texts()[kept], clip.dim)
         model = {"model": clip.identity, "model_hash": clip.model_hash, "dim": clip.dim}
         return self._stage(table, rows, fates) | model
+
+    def _decode(self, row: Row, clip: "Clip") -> Picture | PictureError:
+        try:
+            return read_picture(row, self.embed, clip.preprocessing)
+        except PictureError as error:
+            return error
+        except Exception as error:  # noqa: BLE001 - row boundary: decoders raise anything on bad bytes
+            return PictureError(Status.CRASHED, f"{type(error).__name__}: {error}")
 
     def _sort(self, rows: list[Row]) -> tuple[list[Row], list[Fate]]:
         """Rows that deserve decoding, and the fates of the others."""
@@ -160,41 +172,45 @@ def row_doc_id(row: Row) -> str:
     return doc_id(source, row["start_s"] or 0.0, row["end_s"] or 0.0, row["caption"].strip())
 
 
-def unit_vectors(clip: "Clip", documents: list[tuple[Row, Picture]]) -> dict[str, np.ndarray]:
-    """Unit vectors of a batch of documents: image, text and RA-CM3's document vector, float32 `n d`."""
-    counts = [len(picture.pixels) for _, picture in documents]
-    frames = clip.encode_pixels(np.concatenate([picture.pixels for _, picture in documents]))
-    image = frame_mean(np.asarray(frames, np.float32), counts)
-    texts = [row["caption"].strip() for row, _ in documents]
-    text = unit_rows(np.asarray(clip.encode_texts(texts), np.float32))
-    return {
-        "image_embedding": image,
-        "text_embedding": text,
-        "document_embedding": document_vector(image, text),
-    }
+def image_vectors(
+    clip: "Clip", group: list[tuple[int, Picture | PictureError]]
+) -> list[tuple[int, Picture | PictureError, np.ndarray | None]]:
+    """(number, picture, its unit vector) of each row of a batch; the pixels are let go."""
+    pictures = [picture for _, picture in group if isinstance(picture, Picture)]
+    if not pictures:
+        return [(n, picture, None) for n, picture in group]
+    frames = clip.encode_pixels(np.concatenate([picture.pixels for picture in pictures]))
+    vectors = iter(frame_mean(frames, [len(picture.pixels) for picture in pictures]))
+    return [
+        (n, replace(p, pixels=np.empty(0)), next(vectors)) if isinstance(p, Picture) else (n, p, None)
+        for n, p in group
+    ]
 
 
-def frame_mean(frames: np.ndarray, counts: Sequence[int]) -> np.ndarray:
-    """Normalise, mean, normalise over each run of `counts` rows (RAGME): `sum(counts) d` -> `n d`."""
-    starts = np.cumsum([0, *counts[:-1]])
-    sums = np.add.reduceat(unit_rows(frames), starts, axis=0)
-    return unit_rows(sums / np.asarray(counts, np.float32)[:, None])
+def start_texts(clip: "Clip", texts: list[str], streams: Streams) -> Callable[[], np.ndarray]:
+    """Embed all texts of a slice beside its pictures, short ones with short ones: no padding is computed.
 
+    Returns:
+        What waits for them: unit vectors, float32 `n d`.
+    """
+    ids, lengths = clip.tokenize(texts)  # here, not in the threads: tokenizers may not be shared
+    order = np.argsort(-lengths.numpy(), kind="stable")
+    parts = [order[start : start + clip.batch_size] for start in range(0, len(order), clip.batch_size)]
+    running = [streams.models.submit(clip.encode_tokens, ids[part], lengths[part]) for part in parts]
 
-def document_vector(image: np.ndarray, text: np.ndarray) -> np.ndarray:
-    """RA-CM3 (arXiv 2211.12561): the normalised mean of the two unit vectors."""
-    return unit_rows((image + text) / 2)
+    def wait() -> np.ndarray:
+        out = np.empty((len(texts), clip.dim), np.float32)
+        for part, future in zip(parts, running, strict=True):
+            out[part] = future.result()
+        return unit_rows(out)
 
-
-def unit_rows(vectors: np.ndarray) -> np.ndarray:
-    """Rows scaled to length 1; a zero row stays zero."""
-    norms = np.linalg.norm(vectors, axis=-1, keepdims=True)
-    return vectors / np.maximum(norms, 1e-12)
+    return wait
 
 
 def documents_table(
-    documents: list[tuple[Row, Picture]], vectors: list[dict[str, np.ndarray]], dim: int
+    documents: list[tuple[Row, Picture]], image: list[np.ndarray], text: np.ndarray, dim: int
 ) -> pa.Table:
+    """The staged rows: documents with their unit vectors, `n d` each."""
     schema = memory_schema(dim)
     if not documents:
         return schema.empty_table()
@@ -207,8 +223,9 @@ def documents_table(
         "height_px": [row["height_px"] or picture.height_px for row, picture in documents],
         **{name: [row[name] for row, _ in documents] for name in COPIED},
     }
-    for name in ("image_embedding", "text_embedding", "document_embedding"):
-        columns[name] = vectors_arrow(np.concatenate([batch[name] for batch in vectors]))
+    pictures = np.stack(image)
+    vectors = {"image": pictures, "text": text, "document": document_vector(pictures, text)}
+    columns |= {f"{name}_embedding": vectors_arrow(rows) for name, rows in vectors.items()}
     arrays = [
         c if isinstance(c := columns[field.name], pa.Array) else pa.array(c, field.type) for field in schema
     ]
@@ -220,34 +237,6 @@ def arrow_bytes(table: pa.Table) -> bytes:
     with pa.ipc.new_file(sink, table.schema) as writer:
         writer.write_table(table)
     return sink.getvalue().to_pybytes()
-
-
-def ahead(
-    pool: ThreadPoolExecutor, function: Callable[[T], R], items: Iterable[T], *, depth: int
-) -> Iterator[R]:
-    """`map` in order on a pool, at most `depth` results ahead of the reader: memory stays bounded."""
-    waiting: deque[Any] = deque()
-    for item in items:
-        waiting.append(pool.submit(function, item))
-        if len(waiting) > depth:
-            yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()
-
-
-def batches(items: Iterable[T], size: int) -> Iterator[list[T]]:
-    batch: list[T] = []
-    for item in items:
-        batch.append(item)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
-
-
-def _without_pixels(picture: Picture) -> Picture:
-    return Picture(np.empty(0), picture.jpeg, picture.phash, picture.width_px, picture.height_px)
 
 
 assert set(COLUMNS) <= set(CLIPS.names)

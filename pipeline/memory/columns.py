@@ -34,9 +34,17 @@ def add_column(table: Any, name: str, dim: int) -> None:
 def fill_column(table: Any, name: str, doc_ids: Sequence[str], vectors: np.ndarray) -> int:
     """Write the vectors (`n d`) of these documents; one atomic commit. Returns how many were found."""
     schema = pa.schema([table.schema.field("doc_id"), table.schema.field(name)])
-    rows = pa.Table.from_arrays([pa.array(doc_ids, pa.string()), vectors_arrow(vectors)], schema=schema)
+    return fill_columns(
+        table, pa.Table.from_arrays([pa.array(doc_ids, pa.string()), vectors_arrow(vectors)], schema=schema)
+    )
+
+
+def fill_columns(table: Any, rows: pa.Table) -> int:
+    """Write columns of rows that are there: doc_id and what is new; one atomic commit."""
+    schema = pa.schema([table.schema.field(name) for name in rows.schema.names])
     try:
-        result = table.merge_insert("doc_id").when_matched_update_all().execute(rows)
+        result = table.merge_insert("doc_id").when_matched_update_all().execute(rows.cast(schema))
     except (OSError, RuntimeError, ValueError) as error:
-        raise DataError(f"can't write column {name}: {first_line(error)}") from error
+        names = ", ".join(rows.schema.names[1:])
+        raise DataError(f"can't write column {names}: {first_line(error)}") from error
     return int(result.num_updated_rows)

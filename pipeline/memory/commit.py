@@ -8,12 +8,13 @@ import hashlib
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from infra.errors import DataError
 from infra.storage import exists, join, read_bytes, read_json, write_json
 from pipeline.job import Receipt
-from pipeline.memory.store import TABLE, connect, first_line, open_table, upsert
+from pipeline.memory.store import TABLE, connect, first_line, open_table, upsert, vectors_numpy
 from pipeline.schema import memory_schema
 
 STAGED, LEDGER = "staged", "committed.json"
@@ -84,14 +85,14 @@ def _read(folder: str, files: list[tuple[str, str]]) -> pa.Table:
     return pa.concat_tables(tables)
 
 
-def staged_ids(folder: str, receipts: Iterable[Receipt]) -> list[str]:
-    """Ids of all documents that these units staged, sorted."""
-    ids: set[str] = set()
+def staged_rows(folder: str, receipts: Iterable[Receipt]) -> Iterator[tuple[pa.Array, dict[str, np.ndarray]]]:
+    """Blocks of (doc_id, float16 vectors `n d` by column) of all documents that these units staged."""
     for receipt in receipts:
         if receipt["file"]:
-            table = _read(folder, [(receipt["file"], receipt["sha256"])])
-            ids.update(table["doc_id"].to_pylist())
-    return sorted(ids)
+            rows = _read(folder, [(receipt["file"], receipt["sha256"])]).combine_chunks()
+            names = [name for name in rows.schema.names if name.endswith("_embedding")]
+            for batch in rows.select(["doc_id", *names]).to_batches():
+                yield batch["doc_id"], {name: vectors_numpy(batch[name]) for name in names}
 
 
 def first_of_each(rows: pa.Table) -> pa.Table:
@@ -104,4 +105,4 @@ def first_of_each(rows: pa.Table) -> pa.Table:
     return rows.take(firsts.sort())
 
 
-__all__ = ["LEDGER", "STAGED", "commit_staged", "create_table", "first_of_each", "staged_ids"]
+__all__ = ["LEDGER", "STAGED", "commit_staged", "create_table", "first_of_each", "staged_rows"]

@@ -1,27 +1,38 @@
 """After the last commit: compact, index, verify; what a growing memory may leave for later."""
 
 import time
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
-from pipeline.memory.index import (
-    IndexConfig,
-    build_id_index,
-    build_text_index,
-    build_vector_index,
-    verify_vector_index,
-)
+from pipeline.memory.config import IndexConfig
+from pipeline.memory.index import build_id_index, build_text_index
+from pipeline.memory.sample import Growth, Sample
+from pipeline.memory.tune import build_vector_index
 from pipeline.memory.vectors import setting_of
+from pipeline.memory.verify import verify_grown
 
-MAX_UNINDEXED_FRAC = 0.1
-"""A grown table is compacted and its indexes are built anew when more than this share of its rows lies
-outside them. Until then LanceDB scans those rows beside the index (exactly): small additions stay small
-work, and each document is indexed again about ten times in the life of a table that grows forever."""
+
+@dataclass
+class Finished:
+    """What became of the indexes."""
+
+    facts: dict[str, Any] = field(default_factory=dict)
+    """For the certificate, by column: setting and measured recall."""
+    measured: dict[str, Any] = field(default_factory=dict)
+    """Seconds and bytes."""
+    samples: dict[str, Sample] = field(default_factory=dict)
+    """What each column was verified on."""
 
 
 def finish(
-    table: Any, config: IndexConfig, *, seed: int, before: dict[str, Any] | None
-) -> tuple[dict[str, Any], dict[str, Any]]:
+    table: Any,
+    config: IndexConfig,
+    *,
+    seed: int,
+    before: dict[str, Any] | None = None,
+    growth: Growth | None = None,
+) -> Finished:
     """Index the table and hold it to the declared recall.
 
     Args:
@@ -29,43 +40,41 @@ def finish(
         config: what the indexes must reach.
         seed: of the verifying samples.
         before: facts of the certificate of the memory that grew; None = a first build.
-
-    Returns:
-        (facts for the certificate, by column; what was measured: seconds and bytes).
+        growth: its kept samples and what is new; without, it is indexed anew.
 
     Raises:
         DataError: the declared recall isn't met.
     """
-    if before is not None and unindexed_frac(table) <= MAX_UNINDEXED_FRAC:
-        kept = _keep(table, config, before, seed=seed)
+    if before is not None and growth is not None and unindexed_frac(table) <= config.retune_frac:
+        kept = _keep(table, config, before, growth, seed=seed)
         if kept is not None:
             return kept
-    started_s = time.monotonic()
+    done, started_s = Finished(), time.monotonic()
     compact(table, tagged=before is not None)
     build_id_index(table)
-    measured: dict[str, Any] = {"compact_s": time.monotonic() - started_s}
+    done.measured["compact_s"] = time.monotonic() - started_s
     started_s = time.monotonic()
     build_text_index(table)
-    measured["text_index_s"] = time.monotonic() - started_s
-    facts: dict[str, Any] = {}
+    done.measured["text_index_s"] = time.monotonic() - started_s
     for column in config.columns:
-        facts[column], measured[column] = build_vector_index(table, column, config, seed=seed)
-    return facts, measured
+        built = build_vector_index(table, column, config, seed=seed)
+        done.facts[column], done.measured[column], done.samples[column] = built
+    return done
 
 
 def _keep(
-    table: Any, config: IndexConfig, before: dict[str, Any], *, seed: int
-) -> tuple[dict[str, Any], dict[str, Any]] | None:
+    table: Any, config: IndexConfig, before: dict[str, Any], growth: Growth, *, seed: int
+) -> Finished | None:
     """The old indexes with their settings, verified on the grown table; None if one falls short."""
-    started_s = time.monotonic()
-    facts = {}
+    started_s, done = time.monotonic(), Finished()
     for column in config.columns:
         setting = setting_of(before, column)
-        verified = setting and verify_vector_index(table, column, config, setting, seed=seed)
+        verified = setting and verify_grown(table, column, config, setting, growth, seed=seed)
         if not verified:
             return None
-        facts[column] = verified
-    return facts, {"verify_s": time.monotonic() - started_s}
+        done.facts[column], done.samples[column] = verified
+    done.measured["verify_s"] = time.monotonic() - started_s
+    return done
 
 
 def compact(table: Any, *, tagged: bool) -> None:

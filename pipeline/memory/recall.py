@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline.memory.store import stream_vectors
+from pipeline.memory.store import id_filter, vectors_numpy
 
 Z_95 = 2.128045234184983
 """One-sided quantile of the normal distribution at 1 - 0.05 / 3: a build may put up to three settings to
@@ -25,44 +25,111 @@ class Exact:
     """float32 `q d`, unit rows."""
     own_ids: list[str]
     """The document that each query was taken from; it doesn't count as its own neighbour."""
-    neighbours: list[dict[str, float]]
-    """doc_id -> cosine of the best documents of each query: k and then some, for ties."""
-    bars: np.ndarray
-    """float64 `q`: the k-th best cosine."""
+    ids: np.ndarray
+    """object `q m`: the nearest documents of each query, k and then some, in no order; None = no more."""
+    scores: np.ndarray
+    """float32 `q m`: their cosines; -inf where there is none."""
+
+    def __len__(self) -> int:
+        return len(self.own_ids)
+
+    def take(self, some: np.ndarray | slice) -> "Exact":
+        own = np.asarray(self.own_ids, object)[some].tolist()
+        return Exact(self.queries[some], own, self.ids[some], self.scores[some])
+
+    def truth(self, row: int, k: int) -> tuple[dict[str, float], float]:
+        """(cosines of a query's nearest documents but its own, the k-th best of them)."""
+        both = zip(self.ids[row], self.scores[row], strict=True)
+        others = {n: float(s) for n, s in both if n is not None and n != self.own_ids[row]}
+        ranked = sorted(others.values(), reverse=True)
+        return others, ranked[min(k, len(ranked)) - 1] if ranked else -math.inf
+
+
+def width(k: int) -> int:
+    """Documents that are kept of each query: room for its own, for ties, and for some that are dropped."""
+    return 2 * k + 8
 
 
 def exact_neighbours(
     blocks: Iterable[tuple[pa.Array, np.ndarray]], queries: np.ndarray, own_ids: Sequence[str], *, k: int
 ) -> Exact:
     """Brute force over streamed blocks of (doc_id, float16 `n d`); memory is bounded by one block."""
-    keep = 2 * k + 8  # room for the query's own document and for ties at the k-th place
-    scores = np.full((len(queries), 0), -np.inf, np.float32)
-    ids = np.empty((len(queries), 0), object)
+    keep = width(k)
+    empty = np.full((len(queries), keep), None, object), np.full((len(queries), keep), -np.inf, np.float32)
+    return merge(Exact(queries, list(own_ids), *empty), blocks, all_new=True)
+
+
+def merge(exact: Exact, blocks: Iterable[tuple[pa.Array, np.ndarray]], *, all_new: bool = False) -> Exact:
+    """The true neighbours once these documents are there too; `all_new` = none of them stands in the lists."""
+    ids, scores = exact.ids, exact.scores
+    keep = ids.shape[1]
     for block_ids, block in blocks:
-        found = queries @ unit(block).T
         names = np.asarray(block_ids.to_numpy(zero_copy_only=False), object)
-        best = _top(found, keep)
-        scores = np.concatenate([scores, np.take_along_axis(found, best, 1)], axis=1)
-        ids = np.concatenate([ids, names[best]], axis=1)
-        best = _top(scores, keep)
-        scores, ids = np.take_along_axis(scores, best, 1), np.take_along_axis(ids, best, 1)
-    neighbours, bars = [], []
-    for own, row_ids, row_scores in zip(own_ids, ids, scores, strict=True):
-        others = {n: float(s) for n, s in zip(row_ids, row_scores, strict=True) if n != own}
-        neighbours.append(others)
-        ranked = sorted(others.values(), reverse=True)
-        bars.append(ranked[min(k, len(ranked)) - 1] if ranked else -math.inf)
-    return Exact(queries, list(own_ids), neighbours, np.asarray(bars))
+        for start in range(0, len(exact.queries), 512):  # bounds the products: 512 queries at once
+            part = slice(start, start + 512)
+            found = exact.queries[part] @ unit(block).T
+            rows, columns = _better(found, scores[part].min(axis=1), keep)
+            if not len(rows):
+                continue
+            order = np.arange(len(rows)) - np.searchsorted(rows, rows)
+            more_scores = np.full((len(found), int(order.max()) + 1), -np.inf, np.float32)
+            more_ids = np.full(more_scores.shape, None, object)
+            more_scores[rows, order], more_ids[rows, order] = found[rows, columns], names[columns]
+            if not all_new:
+                _forget_known(ids[part], more_ids, more_scores)
+            all_scores = np.concatenate([scores[part], more_scores], axis=1)
+            best = _top(all_scores, keep)
+            ids, scores = _writable(ids, exact.ids), _writable(scores, exact.scores)
+            scores[part] = np.take_along_axis(all_scores, best, 1)
+            ids[part] = np.take_along_axis(np.concatenate([ids[part], more_ids], axis=1), best, 1)
+    return Exact(exact.queries, exact.own_ids, ids, scores)
+
+
+def without(exact: Exact, removed: frozenset[str], *, k: int) -> Exact:
+    """The sample once these documents are gone; queries that know too few of the rest are left out."""
+    if not removed:
+        return exact
+    gone = np.isin(exact.ids.astype(str), sorted(removed))
+    before = (exact.scores > -np.inf).sum(axis=1)
+    ids, scores = exact.ids.copy(), exact.scores.copy()
+    ids[gone], scores[gone] = None, -np.inf
+    left = (scores > -np.inf).sum(axis=1)
+    sure = (left == before) | (left > k)  # more than k of the true list are left: the k best are known
+    return Exact(exact.queries, exact.own_ids, ids, scores).take(np.flatnonzero(sure))
+
+
+def _better(found: np.ndarray, bars: np.ndarray, keep: int) -> tuple[np.ndarray, np.ndarray]:
+    """(rows, columns) of what may belong to the best: after a few blocks hardly any score does."""
+    mask = found > bars[:, None]
+    if mask.sum() <= 2 * keep * len(found):
+        rows, columns = np.nonzero(mask)
+        return rows, columns
+    best = _top(found, keep)
+    return np.repeat(np.arange(len(found)), best.shape[1]), best.reshape(-1)
+
+
+def _forget_known(ids: np.ndarray, more_ids: np.ndarray, more_scores: np.ndarray) -> None:
+    """Documents that stand in the lists already don't come in twice."""
+    for row in np.flatnonzero([name is not None for name in more_ids[:, 0]]):
+        known = set(ids[row])
+        for column, name in enumerate(more_ids[row]):
+            if name is not None and name in known:
+                more_scores[row, column] = -np.inf
+                more_ids[row, column] = None
+
+
+def _writable(array: np.ndarray, original: np.ndarray) -> np.ndarray:
+    return array.copy() if array is original else array
 
 
 def hits(exact: Exact, answers: Sequence[Sequence[str]], *, k: int) -> np.ndarray:
     """Recall of each query: the share of its k true neighbours (or equals of the k-th) among the answers."""
     found = np.zeros(len(answers))
     for i, answer in enumerate(answers):
-        truth, own = exact.neighbours[i], exact.own_ids[i]
+        truth, bar = exact.truth(i, k)
         wanted = min(k, len(truth))
-        others = [doc_id for doc_id in answer if doc_id != own][:k]
-        good = sum(truth.get(doc_id, -math.inf) >= exact.bars[i] - TIE for doc_id in others)
+        others = [doc_id for doc_id in answer if doc_id != exact.own_ids[i]][:k]
+        good = sum(truth.get(doc_id, -math.inf) >= bar - TIE for doc_id in others)
         found[i] = min(good, wanted) / wanted if wanted else 1.0
     return found
 
@@ -89,8 +156,6 @@ def queries_for(bound: float) -> int:
 
 def sample_queries(table: Any, column: str, doc_ids: Sequence[str]) -> tuple[np.ndarray, list[str]]:
     """The vectors of these documents, float32 `q d` of unit norm, and their ids (those that have one)."""
-    from pipeline.memory.store import id_filter, vectors_numpy
-
     vectors, ids = [], []
     for start in range(0, len(doc_ids), 512):
         chunk = doc_ids[start : start + 512]
@@ -108,10 +173,6 @@ def unit(vectors: np.ndarray) -> np.ndarray:
     """Float32 rows of length 1; a zero row stays zero."""
     vectors = vectors.astype(np.float32)
     return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
-
-
-def table_blocks(table: Any, column: str) -> Iterable[tuple[pa.Array, np.ndarray]]:
-    return stream_vectors(table, column)
 
 
 def _top(scores: np.ndarray, keep: int) -> np.ndarray:

@@ -155,6 +155,10 @@ def upsert(table: Any, rows: pa.Table | pa.RecordBatchReader) -> int:
     declared as the table's primary key (pipeline/schema.py): without that, concurrent writers
     duplicate keys silently (measured).
     """
+    lacking = [field for field in table.schema if field.name not in rows.schema.names]
+    if lacking and isinstance(rows, pa.Table):  # another CLIP's columns: empty until it is run again
+        for field in lacking:
+            rows = rows.append_column(field, pa.nulls(len(rows), field.type))
     try:
         result = table.merge_insert("doc_id").when_not_matched_insert_all().execute(rows)
     except (OSError, RuntimeError, ValueError) as error:
@@ -168,6 +172,14 @@ def version_tag(table: Any, model_hash: str) -> str:
     """The tag of the table's content: hash of the sorted document ids and of the model."""
     ids = sorted_columns(table, ["doc_id"])["doc_id"].to_pylist()
     return "memory-" + content_id("memory", model_hash, *ids)[:12]
+
+
+def tag_table(table: Any, tag: str) -> None:
+    """Tag the version that is there now: these documents with their indexes."""
+    if tag in table.tags.list():
+        table.tags.update(tag, table.version)
+    else:
+        table.tags.create(tag, table.version)
 
 
 def model_column(column: str, model_hash: str | None = None) -> str:

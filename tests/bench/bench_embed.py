@@ -20,6 +20,7 @@ import resource
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -182,8 +183,8 @@ def rows_of(payload: dict[str, Any]) -> list[dict[str, Any]]:
 
 def apart(function: Callable[..., Timed], *arguments: Any) -> Timed:
     """In a process of its own: nobody inherits another's memory or threads."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(function, arguments)
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
 
 
 def main() -> None:

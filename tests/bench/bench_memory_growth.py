@@ -11,7 +11,7 @@ import numpy as np
 
 from pipeline.memory.commit import create_table
 from pipeline.memory.finish import finish
-from pipeline.memory.index import IndexConfig
+from pipeline.memory.config import IndexConfig
 from pipeline.memory.store import sorted_columns, upsert
 from tests.pipeline.memory_tables import documents
 

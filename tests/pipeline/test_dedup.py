@@ -1,17 +1,21 @@
 """Laws of deduplication: groups are connected components, one of each stays, reasons add up."""
 
+import io
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from pipeline.dedup import DedupConfig, drop, find_duplicates
 from pipeline.memory.commit import create_table
 from pipeline.memory.recall import unit
 from pipeline.memory.store import sorted_columns, upsert, vectors_arrow
+from pipeline.phash import phash64
 from pipeline.schema import Status
+from tests.pipeline.clip_tables import picture
 from tests.pipeline.memory_tables import documents
 
 
@@ -95,3 +99,46 @@ def test_a_large_table_is_compared_through_an_index(tmp_path: Path) -> None:
     indexed = find_duplicates(table, DedupConfig(min_cosine=0.995, exact_rows=0))
     assert len(exact.table) >= 10
     assert indexed.table["doc_id"].equals(exact.table["doc_id"])
+
+
+def re_encoded(path: Path, *, quality: int, scale: float) -> bytes:
+    image = Image.open(path).convert("RGB")
+    size = (int(image.width * scale), int(image.height * scale))
+    buffer = io.BytesIO()
+    image.resize(size, Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=quality)
+    return buffer.getvalue()
+
+
+def test_distinct_pictures_stay_and_re_encoded_ones_are_found_at_a_weak_encoder(tmp_path: Path) -> None:
+    """Pictures of random waves, whose vectors are all alike (cosines above 0.94), as a weak encoder's."""
+    files = [picture(tmp_path / f"{n}.png", n, size_px=(120, 160)) for n in range(150)]
+    data = [file.read_bytes() for file in files]
+    data += [re_encoded(file, quality=40, scale=0.5) for file in files[:20]]
+    hashes = [phash64(np.asarray(Image.open(io.BytesIO(some)).convert("RGB"))) for some in data]
+    random = np.random.default_rng(0)
+    vectors = np.eye(16)[0] + 0.05 * random.normal(size=(170, 16))
+    vectors[150:] = vectors[:20] + 0.02 * random.normal(size=(20, 16))
+    rows = with_images(documents(170), unit(vectors))
+    place = rows.schema.get_field_index("phash")
+    rows = rows.set_column(place, rows.schema.field(place), pa.array(hashes, pa.uint64()))
+    table = create_table(str(tmp_path / "m"), 16)
+    upsert(table, rows)
+    strangers = unit(vectors[:150]) @ unit(vectors[:150]).T
+    assert np.mean(strangers > 0.94) > 0.5
+    for config in (DedupConfig(), DedupConfig(exact_rows=0, neighbours=170)):
+        found = find_duplicates(table, config).table
+        pairs = {
+            frozenset(pair) for pair in zip(*(found[c].to_pylist() for c in ("doc_id", "kept")), strict=True)
+        }
+        ids = rows["doc_id"].to_pylist()
+        assert pairs == {frozenset((ids[n], ids[150 + n])) for n in range(20)}
+
+
+def test_black_frames_are_one_group_and_cost_no_square(tmp_path: Path) -> None:
+    rows = with_images(documents(400), np.tile(np.eye(16)[:1], (400, 1)))
+    place = rows.schema.get_field_index("phash")
+    hashes = pa.array([0] * 300 + [2**40 * n for n in range(1, 101)], pa.uint64())
+    table = create_table(str(tmp_path), 16)
+    upsert(table, rows.set_column(place, rows.schema.field(place), hashes))
+    found = find_duplicates(table, DedupConfig(max_phash_bits=0))
+    assert len(found.table) == 299 and found.min_cosine == 0.94

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from infra.clip import Clip, ClipConfig, load_clip
-from pipeline.embed import EmbedConfig, Embedder, document_vector, read_slice, unit_rows
-from pipeline.embed.worker import ahead, batches, frame_mean
+from pipeline.embed import EmbedConfig, Embedder, Streams, document_vector, frame_mean, read_slice, unit_rows
+from pipeline.embed.streams import ahead, batches
 from pipeline.schema import Status
 from tests.pipeline.clip_tables import clip_row, picture, write_clips
 
@@ -32,8 +32,7 @@ def run(folder: Path, rows: list[dict], clip: Clip, **embed: int) -> tuple[dict,
         clip=ClipConfig(name="offline"), embed=EmbedConfig(**embed), staged=str(folder / "staged")
     )
     payload = {"uri": f"{uri}/part-00000.parquet", "start": 0, "rows": len(rows)}
-    with ThreadPoolExecutor(2) as pool:
-        receipt = embedder.run(payload, clip, pool)
+    receipt = embedder.run(payload, clip, Streams.make("cpu", 2))
     if receipt["file"] is None:
         return receipt, pa.table({})
     return receipt, pa.ipc.open_file(str(folder / "staged" / receipt["file"])).read_all()

@@ -15,10 +15,12 @@ from infra.storage import join, write_bytes, write_json
 from pipeline.embed.worker import arrow_bytes
 from pipeline.memory import open_memory, require_model
 from pipeline.memory.commit import LEDGER, STAGED, commit_staged, create_table
+from pipeline.memory.config import IndexConfig
 from pipeline.memory.finish import compact, finish
-from pipeline.memory.index import IndexConfig, build_vector_index
-from pipeline.memory.recall import exact_neighbours, hits, lower_bound, queries_for
-from pipeline.memory.store import sorted_columns, upsert, vectors_arrow, version_tag
+from pipeline.memory.recall import exact_neighbours, hits, lower_bound, merge, queries_for, without
+from pipeline.memory.sample import Growth, load, save
+from pipeline.memory.store import sorted_columns, upsert, vectors_arrow, vectors_numpy, version_tag
+from pipeline.memory.tune import build_vector_index
 from pipeline.memory.vectors import Setting, vector_search
 from tests.pipeline.memory_tables import documents, make_memory, planted
 
@@ -219,7 +221,7 @@ def test_a_quantised_index_meets_the_declared_recall(tmp_path: Path) -> None:
     table = create_table(str(tmp_path), 32)
     upsert(table, documents(6000, dim=32))
     config = IndexConfig(kind="rq", columns=("image_embedding",), num_queries=300, num_tuning_queries=60)
-    facts, measured = build_vector_index(table, "image_embedding", config)
+    facts, measured, _ = build_vector_index(table, "image_embedding", config)
     lowest = facts["by_query"]["image_embedding"]["recall_lower_95"]
     assert lowest >= 0.98 and facts["by_query"]["image_embedding"]["queries"] == 300
     assert measured["index_bytes"] < 6000 * 32 * 2
@@ -242,20 +244,77 @@ def test_a_recall_that_is_not_met_fails_the_build_and_says_what_would(tmp_path: 
         build_vector_index(table, "image_embedding", tight)
 
 
+def new_rows(rows: pa.Table):
+    """What the committer says of documents that were added."""
+    names = [name for name in rows.schema.names if name.endswith("_embedding")]
+    for batch in rows.combine_chunks().to_batches():
+        yield batch["doc_id"], {name: vectors_numpy(batch[name]) for name in names}
+
+
 def test_small_additions_keep_the_indexes_and_are_found(tmp_path: Path) -> None:
     table = create_table(str(tmp_path), 16)
     upsert(table, documents(100))
     config = IndexConfig(num_queries=40)
-    facts, _ = finish(table, config, seed=0, before=None)
+    done = finish(table, config, seed=0)
     kept = {i.index_uuid for i in table.list_indices()}
-    upsert(table, documents(5, start=100, texts=[f"a zebra {i}" for i in range(5)]))
-    finish(table, config, seed=0, before={"indexes": facts})
+    extra = documents(5, start=100, texts=[f"a zebra {i}" for i in range(5)])
+    upsert(table, extra)
+    save(str(tmp_path), "first", done.samples)
+    growth = Growth(load(str(tmp_path), "first") or {}, lambda: new_rows(extra))
+    done = finish(table, config, seed=0, before={"indexes": done.facts}, growth=growth)
     assert {i.index_uuid for i in table.list_indices()} == kept
+    assert set(done.facts) == set(config.columns)
     found = table.search("zebra", query_type="fts").limit(9).select(["text", "_score"]).to_arrow()
     assert len(found) == 5
-    upsert(table, documents(60, start=105))
-    finish(table, config, seed=0, before={"indexes": facts})
+    many = documents(60, start=105)
+    upsert(table, many)
+    growth = Growth(done.samples, lambda: new_rows(many))
+    finish(table, config, seed=0, before={"indexes": done.facts}, growth=growth)
     assert not {i.index_uuid for i in table.list_indices()} & kept
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(30, 120), st.integers(1, 40), st.integers(0, 10), st.integers(0, 10**6))
+def test_a_sample_that_grew_is_as_exact_as_a_new_one(old: int, new: int, gone: int, seed: int) -> None:
+    vectors = planted(old + new, seed=seed).astype(np.float16)
+    ids = [f"{i:04d}" for i in range(old + new)]
+    queries, own = planted(6, seed=seed + 1), ["0000", *["-"] * 5]
+    first = exact_neighbours([(pa.array(ids[:old]), vectors[:old])], queries, own, k=5)
+    added = [(pa.array(ids[old - 3 :]), vectors[old - 3 :])]  # three are known already
+    removed = frozenset(ids[i] for i in np.random.default_rng(seed).permutation(old + new)[:gone])
+    grown = without(merge(merge(first, added), added), removed, k=5)
+    stay = [i for i in range(old + new) if ids[i] not in removed]
+    fresh = exact_neighbours([(pa.array([ids[i] for i in stay]), vectors[stay])], queries, own, k=5)
+    assert len(grown) >= 1 if gone <= 5 else True
+    for row in range(len(grown)):
+        place = next(n for n in range(6) if np.array_equal(grown.queries[row], queries[n]))
+        found, expected = grown.truth(row, 5), fresh.truth(place, 5)
+        assert found[1] == pytest.approx(expected[1], abs=1e-5)
+        best = {d for d, s in expected[0].items() if s > expected[1] + 1e-5}
+        assert best <= set(found[0])
+
+
+def test_growth_is_verified_and_a_spoilt_index_is_built_anew(tmp_path: Path) -> None:
+    table = create_table(str(tmp_path), 32)
+    upsert(table, documents(3000, dim=32))
+    config = IndexConfig(
+        kind="rq", columns=("image_embedding",), num_queries=400, num_tuning_queries=60, recall=0.95
+    )
+    done = finish(table, config, seed=0)
+    extra = documents(30, dim=32, start=3000)
+    upsert(table, extra)
+    growth = Growth(done.samples, lambda: new_rows(extra))
+    again = finish(table, config, seed=0, before={"indexes": done.facts}, growth=growth)
+    assert "verify_s" in again.measured and "text_index_s" not in again.measured
+    asked = again.facts["image_embedding"]["by_query"]["image_embedding"]
+    assert asked["recall_lower_95"] >= 0.95 and asked["queries"] == 300
+    assert set(again.samples["image_embedding"]["image_embedding"].own_ids) & set(extra["doc_id"].to_pylist())
+    weak = {
+        "image_embedding": done.facts["image_embedding"]
+        | {"setting": {"kind": "rq", "num_bits": 1, "nprobes": 1}}
+    }
+    rebuilt = finish(table, config, seed=0, before={"indexes": weak}, growth=growth)
+    assert "text_index_s" in rebuilt.measured
 
 
 def test_vector_search_filters_before_it_searches(tmp_path: Path) -> None:

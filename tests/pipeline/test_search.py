@@ -16,7 +16,7 @@ from pipeline.embed import document_vector
 from pipeline.memory import Memory, open_memory
 from pipeline.memory.commit import create_table
 from pipeline.memory.finish import finish
-from pipeline.memory.index import IndexConfig
+from pipeline.memory.config import IndexConfig
 from pipeline.memory.store import upsert, vectors_arrow
 from pipeline.retrieve.config import RetrieveConfig
 from pipeline.search import Filters, Query, SearchConfig, Searcher, check, run
@@ -50,7 +50,7 @@ def memory(clip: Clip, tmp_path_factory: pytest.TempPathFactory) -> Memory:
     memory_tables.MODEL_HASH = clip.model_hash
     table = create_table(uri, clip.dim)
     upsert(table, rows)
-    facts, _ = finish(table, IndexConfig(num_queries=20), seed=0, before=None)
+    facts = finish(table, IndexConfig(num_queries=20), seed=0).facts
     make_memory(uri, rows, dim=clip.dim, indexes=facts)
     write_json(f"{uri}/job.json", {"config": {"clip": {"name": "offline"}}})
     return open_memory(uri)

@@ -1,0 +1,175 @@
+"""Samples of queries with their exact answers: drawn once, kept beside the memory, grown along with it.
+
+Exact answers cost a pass over all vectors. A memory that grows by a little keeps its sample: the lists of
+true neighbours are merged with the new documents' cosines, and some of the queries make place for ones
+drawn from the new documents, in proportion, so that it stays a fair sample of the whole.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from infra.storage import delete, exists, join, list_files, read_bytes, write_bytes
+from pipeline.memory.config import IndexConfig
+from pipeline.memory.recall import Exact, exact_neighbours, merge, sample_queries, unit, width, without
+from pipeline.memory.store import EMBEDDINGS, sorted_columns, stream_vectors
+from pipeline.memory.vectors import Setting, vector_search
+
+FOLDER = "recall"
+FLAT_QUERIES = 50
+"""A scan is exact by construction; so many queries check that it is one."""
+TEXT = "text_embedding"
+
+Sample = dict[str, Exact]
+"""By the column that the queries' vectors come from."""
+NewRows = Iterable[tuple[pa.Array, dict[str, np.ndarray]]]
+"""Blocks of (doc_id, vectors `n d` by column) of the documents that were added."""
+
+
+@dataclass(frozen=True)
+class Growth:
+    """How a memory became larger."""
+
+    kept: dict[str, Sample]
+    """The samples that its last build was verified on, by searched column."""
+    new_rows: Callable[[], NewRows]
+    removed: frozenset[str] = frozenset()
+    """Documents that are no longer there."""
+
+
+def asked(table: Any, column: str) -> list[str]:
+    """Columns whose vectors are asked against `column`: captions (if of one width), and its own."""
+    kind = next((name for name in EMBEDDINGS if column.startswith(name)), column)
+    text = TEXT + column.removeprefix(kind)  # another CLIP's columns carry its hash
+    names = [text, column] if text in table.schema.names else [column]
+    dims = {name: table.schema.field(name).type.list_size for name in names}
+    return [name for name in dict.fromkeys(names) if dims[name] == dims[column]]
+
+
+def draw(table: Any, column: str, config: IndexConfig, setting: Setting, *, seed: int) -> tuple[Sample, Sample]:
+    """(tuning, held out): disjoint samples of documents with the exact answers, from one pass."""
+    ids = sorted_columns(table, ["doc_id"])["doc_id"].to_pylist()
+    order = np.random.default_rng(seed).permutation(len(ids))
+    tuning = 10 if setting.kind == "flat" else config.num_tuning_queries
+    tuning = min(tuning, len(ids) // 4 or 1)
+    held_out = min(config.num_queries, FLAT_QUERIES) if setting.kind == "flat" else config.num_queries
+    chosen = [ids[i] for i in order[: tuning + held_out]]
+    parts = [chosen[:tuning], chosen[tuning:] or chosen]
+    names = [(query, part) for query in asked(table, column) for part in (0, 1)]
+    drawn = [sample_queries(table, query, parts[part]) for query, part in names]
+    vectors = np.concatenate([vectors for vectors, _ in drawn])
+    own = [doc_id for _, ids in drawn for doc_id in ids]
+    exact = exact_neighbours(stream_vectors(table, column), vectors, own, k=config.k)
+    found: tuple[Sample, Sample] = ({}, {})
+    start = 0
+    for (query, part), (some, _) in zip(names, drawn, strict=True):
+        found[part][query] = exact.take(slice(start, start + len(some)))
+        start += len(some)
+    return found
+
+
+def grown(table: Any, column: str, config: IndexConfig, growth: Growth, *, seed: int) -> Sample:
+    """The kept sample of a column, brought up to the table that grew.
+
+    Raises:
+        KeyError: there is no sample of this column.
+    """
+    random = np.random.default_rng([seed, 7])
+    blocks = list(growth.new_rows())
+    own_blocks = [(ids, vectors[column]) for ids, vectors in blocks]
+    new_ids = [doc_id for ids, _ in blocks for doc_id in ids.to_pylist()]
+    found: Sample = {}
+    for query in asked(table, column):
+        old = without(merge(growth.kept[column][query], own_blocks), growth.removed, k=config.k)
+        share = len(new_ids) / max(table.count_rows(), 1)
+        count = min(len(new_ids), math.ceil(share * len(old)))
+        picked = set(random.choice(len(new_ids), count, replace=False).tolist()) if count else set()
+        vectors = np.concatenate([unit(v[query]) for _, v in blocks]) if blocks else old.queries[:0]
+        rows = [n for n in sorted(picked) if new_ids[n] not in growth.removed]
+        new = _exact_by_scan(table, column, vectors[rows], [new_ids[n] for n in rows], config.k)
+        stay = np.sort(random.permutation(len(old))[: max(len(old) - len(new), 0)])
+        both = _concat(old.take(stay), new)
+        found[query] = both.take(random.permutation(len(both)))
+    return found
+
+
+def _exact_by_scan(table: Any, column: str, queries: np.ndarray, own: list[str], k: int) -> Exact:
+    """The true neighbours of a few queries: LanceDB reads all vectors once for them."""
+    keep = width(k)
+    ids, scores = np.full((len(own), keep), None, object), np.full((len(own), keep), -np.inf, np.float32)
+    answers = vector_search(table, column, queries, None, k=keep) if len(own) else []
+    for row, answer in enumerate(answers):
+        ids[row, : len(answer)] = [doc_id for doc_id, _ in answer]
+        scores[row, : len(answer)] = [score for _, score in answer]
+    return Exact(queries, own, ids, scores)
+
+
+def _concat(one: Exact, other: Exact) -> Exact:
+    return Exact(
+        np.concatenate([one.queries, other.queries]),
+        [*one.own_ids, *other.own_ids],
+        np.concatenate([one.ids, other.ids]),
+        np.concatenate([one.scores, other.scores]),
+    )
+
+
+def save(out: str, tag: str, samples: dict[str, Sample]) -> None:
+    """Write the samples of all columns, each query one row; beside the memory, under its tag."""
+    tables = [
+        pa.table(
+            {
+                "column": [column] * len(exact),
+                "query": [query] * len(exact),
+                "own_id": exact.own_ids,
+                "vector": pa.array(list(exact.queries), pa.list_(pa.float32())),
+                "ids": pa.array(exact.ids.tolist(), pa.list_(pa.string())),
+                "scores": pa.array(list(exact.scores), pa.list_(pa.float32())),
+            }
+        )
+        for column, sample in samples.items()
+        for query, exact in sample.items()
+    ]
+    if not tables:
+        return
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, tables[0].schema) as writer:
+        for table in tables:
+            writer.write_table(table)
+    write_bytes(_place(out, tag), sink.getvalue().to_pybytes())
+
+
+def load(out: str, tag: str) -> dict[str, Sample] | None:
+    """What `save` wrote; None if it isn't there or can't be read (then a new sample is drawn)."""
+    place = _place(out, tag)
+    if not exists(place):
+        return None
+    try:
+        table = pa.ipc.open_file(pa.py_buffer(read_bytes(place))).read_all()
+    except (OSError, pa.ArrowInvalid):
+        return None
+    samples: dict[str, Sample] = {}
+    for batch in table.to_batches():
+        width = len(batch["ids"][0])
+        exact = Exact(
+            np.stack(batch["vector"].to_numpy(zero_copy_only=False)),
+            batch["own_id"].to_pylist(),
+            np.asarray(batch["ids"].flatten().to_pylist(), object).reshape(-1, width),
+            np.asarray(batch["scores"].flatten()).reshape(-1, width),
+        )
+        samples.setdefault(batch["column"][0].as_py(), {})[batch["query"][0].as_py()] = exact
+    return samples
+
+
+def keep_only(out: str, tag: str) -> None:
+    """Delete the samples of other versions: only the newest one grows."""
+    for place in list_files(join(out, FOLDER), suffix=".arrow"):
+        if not place.endswith(f"/{tag}.arrow"):
+            delete(place)
+
+
+def _place(out: str, tag: str) -> str:
+    return join(out, FOLDER, f"{tag}.arrow")
