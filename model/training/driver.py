@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 from infra.errors import TrainingError
-from infra.storage import delete, filesystem, is_remote, join, write_bytes
+from infra.storage import delete, exists, filesystem, is_remote, join, write_bytes
 from model.training.aside import Aside, Place, choose_place
 from model.training.checkpoint import last_line
 from model.training.door import check_workers
@@ -92,7 +92,7 @@ def storage_of(run: str) -> dict[str, object]:
 
 
 class Interrupts(AbstractContextManager["Interrupts"]):
-    """The first Ctrl-C or SIGTERM asks the workers to save and leave, the second leaves at once.
+    """The first Ctrl-C or SIGTERM asks the workers to save and leave, like run/stop; the second leaves at once.
 
     Raises:
         KeyboardInterrupt: at the end, if the run was asked to leave; or at the second signal.
@@ -110,7 +110,7 @@ class Interrupts(AbstractContextManager["Interrupts"]):
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
-        if self.asked and kind is None:
+        if kind is None and (self.asked or exists(self.place)):
             raise KeyboardInterrupt
 
     def _ask(self, *_: object) -> None:
