@@ -17,15 +17,9 @@ from infra.cluster import RayConfig, ray_session
 from infra.config import Config
 from infra.errors import ConfigError
 from infra.storage import Certificate, absolute, exists, filesystem, join, require_certificate
-from pipeline.crawl.job import (
-    NOT_IDENTITY,
-    CrawlConfig,
-    FailureCeiling,
-    Worker,
-    num_workers,
-    write_clips,
-)
+from pipeline.crawl.job import CrawlConfig, Worker, num_workers
 from pipeline.crawl.parent import Row
+from pipeline.crawl.table import NOT_IDENTITY, FailureCeiling, write_clips
 from pipeline.fetch.config import FetchConfig
 from pipeline.job import Receipts, Unit, open_job, run_units
 from pipeline.schema import RETRIABLE, Status, content_id
