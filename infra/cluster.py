@@ -9,7 +9,7 @@ the door (`infra.storage.absolute`).
 import logging
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
@@ -38,8 +38,13 @@ class RayConfig(Config):
 
 
 @contextmanager
-def ray_session(config: RayConfig) -> Iterator[None]:
-    """Run the body inside a Ray session; one that is already connected is used and left alone."""
+def ray_session(config: RayConfig, env_vars: Mapping[str, str] | None = None) -> Iterator[None]:
+    """Run the body inside a Ray session; one that is already connected is used and left alone.
+
+    Args:
+        config: where.
+        env_vars: for the environment of all workers of a session that is opened here.
+    """
     quiet()
     import ray
 
@@ -49,7 +54,7 @@ def ray_session(config: RayConfig) -> Iterator[None]:
     level = getattr(logging, config.log_level.upper())
     address = os.environ.get("RAY_ADDRESS") or config.address
     with tempfile.TemporaryDirectory(prefix="vimi-ray-") as empty:
-        runtime_env = {"working_dir": empty, "env_vars": worker_environment()}
+        runtime_env = {"working_dir": empty, "env_vars": {**worker_environment(), **(env_vars or {})}}
         if address == "local":
             ray.init(
                 address="local",
@@ -62,7 +67,8 @@ def ray_session(config: RayConfig) -> Iterator[None]:
             )
         else:
             # On a cluster the image holds the code: PYTHONPATH of this machine would be wrong there.
-            ray.init(address=address, runtime_env={"working_dir": empty}, logging_level=level)
+            there = {"working_dir": empty, "env_vars": dict(env_vars or {})}
+            ray.init(address=address, runtime_env=there, logging_level=level)
         try:
             yield
         finally:

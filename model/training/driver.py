@@ -15,6 +15,9 @@ from model.training.notices import STOP, trap_sigterm
 from model.training.stages import StageConfig
 from model.training.telemetry import say
 
+KEEP_MEMORY = {"MIMALLOC_PURGE_DELAY": "-1"}
+"""Arrow's allocator keeps what row groups leave behind for the next ones: to fetch memory anew from the system
+costs more than to read them, and the loader's cache bounds it."""
 Loop = Callable[[dict[str, Any]], None]
 
 

@@ -16,7 +16,7 @@ from infra.claim import open_job
 from infra.cluster import ray_session
 from infra.storage import Certificate, filesystem, join, write_json
 from model.training.door import inspect, plan_text, prepare_index, read_index, resolve
-from model.training.driver import fit
+from model.training.driver import KEEP_MEMORY, fit
 from model.training.outcome import certify, has_arrived, refuse_failed, say_where_it_stands, tidy
 from model.training.stages import SPEED_ONLY, Stage1Config, Stage2Config, StageConfig, config_class
 from model.training.telemetry import Follower, draw_curves, say
@@ -51,7 +51,7 @@ def run(config: StageConfig) -> Certificate:
         return done
     prepare_index(config, ready.shards)
     position = say_where_it_stands(config)
-    with ray_session(config.ray), Follower(config.out, config.total_samples, position=position):
+    with ray_session(config.ray, KEEP_MEMORY), Follower(config.out, config.total_samples, position=position):
         while True:
             fit(config, train, num_groups=len(ready.shards.groups))
             refuse_failed(config.out)

@@ -12,7 +12,9 @@ import argparse
 import importlib.util
 import io
 import itertools
+import os
 import statistics
+import sys
 import tarfile
 import tempfile
 import time
@@ -24,6 +26,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from pyarrow.fs import LocalFileSystem
 
 from infra.storage import Certificate, FileEntry, write_certificate
 from model.data.buckets import Bucket
@@ -31,6 +34,7 @@ from model.data.loader import Loader, RowGroups
 from model.data.order import Order
 from model.data.plan import OrderConfig, Plan
 from model.data.shards import index_shards, open_shards
+from model.training.driver import KEEP_MEMORY
 from pipeline.schema import PROMPTS
 
 SHAPE = (16, 72, 72, 3)
@@ -151,7 +155,8 @@ def ray_data(folder: Path, rows: int) -> int:
         return {"video": np.stack(frames)}
 
     files = [str(f) for f in sorted(folder.glob("part-*.parquet"))]
-    found = ray.data.read_parquet(files, columns=["target"]).map_batches(decode, batch_size=BATCH)
+    found = ray.data.read_parquet(files, filesystem=LocalFileSystem(), columns=["target"])
+    found = found.map_batches(decode, batch_size=BATCH)
     return sum(len(batch["video"]) for batch in found.iter_torch_batches(batch_size=BATCH))
 
 
@@ -204,6 +209,8 @@ def measure_seek() -> None:
 
 
 def main() -> None:
+    if not KEEP_MEMORY.items() <= os.environ.items():  # as in training; read once, when Arrow is loaded
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | KEEP_MEMORY)
     parser = argparse.ArgumentParser()
     parser.add_argument("--rows", type=int, default=2000)
     parser.add_argument("--runs", type=int, default=3)
