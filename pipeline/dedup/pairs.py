@@ -50,20 +50,24 @@ def by_hash(
     there = np.flatnonzero(rows["phash"].combine_chunks().is_valid().to_numpy(zero_copy_only=False))
     hashes = rows["phash"].combine_chunks().take(there).to_numpy(zero_copy_only=False).astype(np.uint64)
     unique, first, group = np.unique(hashes, return_index=True, return_inverse=True)
-    is_wanted = np.isin(there, wanted)
-    touched = np.unique(group[is_wanted])
-    same = np.flatnonzero(np.isin(group, touched) & (first[group] != np.arange(len(group))))
-    pairs = [np.stack([there[first[group[same]]], there[same]], axis=1)]
+    touched = np.unique(group[np.isin(there, wanted)])
+    is_touched = np.isin(np.arange(len(unique)), touched)
+    ids = rows["doc_id"].to_pylist()
+    same = np.flatnonzero(is_touched[group] & (first[group] != np.arange(len(group))))
+    yield from _close(table, ids, config, np.stack([there[first[group[same]]], there[same]], axis=1), bound)
     for start in range(0, len(touched), 256):
         part = touched[start : start + 256]
         alike = np.bitwise_count(unique[part][:, None] ^ unique[None]) <= (config.max_phash_bits or 0)
         one, other = np.nonzero(alike)
-        keep = part[one] != other
-        pairs.append(np.stack([there[first[part[one[keep]]]], there[first[other[keep]]]], axis=1))
-    found = np.unique(np.sort(np.concatenate(pairs), axis=1), axis=0)
-    ids = rows["doc_id"].to_pylist()
-    for start in range(0, len(found), 4096):  # bounds the vectors in memory
-        part = found[start : start + 4096]
+        once = (part[one] < other) | ((part[one] != other) & ~is_touched[other])
+        pairs = np.stack([there[first[part[one[once]]]], there[first[other[once]]]], axis=1)
+        yield from _close(table, ids, config, pairs, bound)
+
+
+def _close(table: Any, ids: list[str], config: DedupConfig, pairs: np.ndarray, bound: float) -> Iterator[Edge]:
+    """The pairs whose vectors are near too; 4,096 pairs at once bound the memory."""
+    for start in range(0, len(pairs), 4096):
+        part = pairs[start : start + 4096]
         places = np.unique(part)
         vectors, known = sample_queries(table, config.column, [ids[place] for place in places])
         row = {doc_id: number for number, doc_id in enumerate(known)}
