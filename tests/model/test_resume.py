@@ -35,12 +35,15 @@ EVERY = 3
 def live_until(config: Stage1Config, cut: int, *, mid_step: Callable[[], None]) -> None:
     """Go on from the run's folder to step `cut`, saving as the loop does; then die within the next step."""
     training = open_training(config)
-    for step in range(training.position // config.batch_size, cut):
-        training.step()
-        if (step + 1) % EVERY == 0:
-            training.save({})
-    begin_step(training)
-    mid_step()
+    try:
+        for step in range(training.position // config.batch_size, cut):
+            training.step()
+            if (step + 1) % EVERY == 0:
+                training.save({})
+        begin_step(training)
+        mid_step()
+    finally:
+        training.close()  # as the loop does, where it can
 
 
 def begin_step(training: Training) -> None:
