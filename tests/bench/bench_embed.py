@@ -76,7 +76,8 @@ def plain_loop(payload: dict[str, Any], config: ClipConfig, embed: EmbedConfig) 
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
         clip.model.encode_image(transform(picture(rows[0])).unsqueeze(0))
         started_s = time.perf_counter()
-        loader = torch.utils.data.DataLoader(Files(rows, transform), 64, num_workers=os.cpu_count() or 2)
+        files: Any = Files(rows, transform)
+        loader = torch.utils.data.DataLoader(files, 64, num_workers=os.cpu_count() or 2)
         images, texts = [], []
         for pixels, captions in loader:
             ids, _ = clip.tokenize(captions)
@@ -146,7 +147,7 @@ def ray_stages(payload: dict[str, Any], config: ClipConfig, embed: EmbedConfig) 
     preprocessing = load_clip(config).preprocessing
     rows = rows_of(payload)
 
-    def decode(batch: dict[str, Any]) -> dict[str, Any]:
+    def decode(batch: Any) -> Any:
         found = [read_picture(rows[n], embed, preprocessing) for n in batch["id"]]
         return {"id": batch["id"], "pixels": np.stack([p.pixels[0] for p in found])}
 
@@ -154,7 +155,7 @@ def ray_stages(payload: dict[str, Any], config: ClipConfig, embed: EmbedConfig) 
         def __init__(self) -> None:
             self.clip = load_clip(config)
 
-        def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        def __call__(self, batch: Any) -> Any:
             texts = self.clip.encode_texts([rows[n]["caption"].strip() for n in batch["id"]])
             return {"image": self.clip.encode_pixels(batch["pixels"]), "text": texts}
 
