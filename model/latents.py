@@ -118,8 +118,9 @@ class Latents:
         extra = self.space.legal_frames(num_frames) - num_frames
         if extra:
             video = torch.cat([video, video[:, -1:].expand(-1, extra, -1, -1, -1)], dim=1)
-        latents = self._encode_raw(video).float()
-        return (latents - _like(self._shift, latents)) * _like(self._scale, latents)
+        # In and out in the common layout: convolutions and sums over another one round otherwise.
+        latents = self._encode_raw(video.contiguous()).float()
+        return ((latents - _like(self._shift, latents)) * _like(self._scale, latents)).contiguous()
 
     @torch.no_grad()
     def decode(self, latents: Tensor, num_frames: int | None = None) -> Tensor:
