@@ -74,18 +74,35 @@ def build_index(
     clips: Annotated[list[str] | None, typer.Argument(help="Folders that `vimi-data crawl` made.")] = None,
     out: Out = None,
     clip: Clip = None,
+    grow: Annotated[
+        bool | None, typer.Option("--grow", help="Add these tables to the memory that is there.")
+    ] = None,
+    add_clip: Annotated[
+        str | None, typer.Option(help="Embed the memory in --out with this CLIP too, in columns beside.")
+    ] = None,
     config: ConfigPath = None,
     overrides: Overrides = None,
     dry_run: DryRun = False,
 ) -> None:
     """Embed clips and pictures with CLIP into a LanceDB memory with a BM25 and a vector index."""
+    if add_clip:
+        execute(
+            "pipeline.build_index.add_clip",
+            "AddClipConfig",
+            path=config,
+            overrides=overrides,
+            dry_run=dry_run,
+            options={"out": out, "clip.name": add_clip},
+            following=lambda c: f'vimi-data search {shorten(c.out)} "a dog on grass" --clip {c.clip.name}',
+        )
+        return
     execute(
         "pipeline.build_index",
         "BuildIndexConfig",
         path=config,
         overrides=overrides,
         dry_run=dry_run,
-        options={"clips": clips or None, "out": out, "clip.name": clip},
+        options={"clips": clips or None, "out": out, "clip.name": clip, "grow": grow},
         following=lambda c: (
             f'vimi-data search {shorten(c.out)} "a dog on grass"; or vimi-data augment {shorten(c.clips[0])} '
             f"--memory {shorten(c.out)} --out prompts"
@@ -100,6 +117,7 @@ def search(
     image: Annotated[str | None, typer.Option(help="A picture to look for.")] = None,
     retriever: Retriever = None,
     against: Annotated[str | None, typer.Option(help="clip, hybrid: document, image or text.")] = None,
+    clip: Annotated[str | None, typer.Option(help="One of the memory's CLIPs by name; the first.")] = None,
     k: Annotated[int | None, typer.Option("-k", help="How many documents.")] = None,
     out: Annotated[str | None, typer.Option("--out", "-o", help="Folder for the page of pictures.")] = None,
     config: ConfigPath = None,
@@ -107,7 +125,7 @@ def search(
     dry_run: DryRun = False,
 ) -> None:
     """Look into a memory by words, a picture or both: a table here, pictures in a page."""
-    options = {"memory": memory, "text": text, "image": image, "out": out}
+    options = {"memory": memory, "text": text, "image": image, "out": out, "clip": clip}
     chosen = {"retriever": retriever or "hybrid", "k": k or 12, "against": against}
     if config is None or retriever or k or against:
         options |= {f"retrieve.{name}": value for name, value in chosen.items()}

@@ -153,12 +153,8 @@ def upsert(table: Any, rows: pa.Table | pa.RecordBatchReader) -> int:
 
     An id is a hash of the content, so a row that is there already is the same row and stays. The id is
     declared as the table's primary key (pipeline/schema.py): without that, concurrent writers
-    duplicate keys silently (measured).
+    duplicate keys silently (measured). Columns that the rows lack (another CLIP's) stay empty.
     """
-    lacking = [field for field in table.schema if field.name not in rows.schema.names]
-    if lacking and isinstance(rows, pa.Table):  # another CLIP's columns: empty until it is run again
-        for field in lacking:
-            rows = rows.append_column(field, pa.nulls(len(rows), field.type))
     try:
         result = table.merge_insert("doc_id").when_not_matched_insert_all().execute(rows)
     except (OSError, RuntimeError, ValueError) as error:

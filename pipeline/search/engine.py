@@ -22,7 +22,7 @@ import numpy as np
 from infra.config import Config
 from infra.errors import ConfigError
 from pipeline.embed import document_vector
-from pipeline.memory import Memory, require_model
+from pipeline.memory import Memory, model_column, require_model
 from pipeline.memory.vectors import setting_of, vector_search
 from pipeline.retrieve.bm25 import Hits, ranked
 from pipeline.retrieve.config import RetrieveConfig
@@ -96,9 +96,11 @@ class Searcher:
         if config.retriever != "bm25":
             if clip is None:
                 raise ConfigError(f"retriever {config.retriever} needs a CLIP", cure="use bm25, or load one")
-            require_model(memory, clip.model_hash, name=clip.name)
+            if clip.model_hash not in memory.certificate.facts.get("clips", {}):
+                require_model(memory, clip.model_hash, name=clip.name)
         self.memory, self.config, self.clip = memory, config, clip
-        self.uses_arrays = uses_arrays(config, memory.num_documents)
+        self.is_first = clip is None or clip.model_hash == memory.model_hash
+        self.uses_arrays = self.is_first and uses_arrays(config, memory.num_documents)
 
     def __call__(self, queries: Sequence[Query], filters: Filters | None = None) -> list[list[Hit]]:
         """The `config.k` best documents of each query, best first."""
@@ -149,7 +151,8 @@ class Searcher:
                 texts = [query.text or "" for query in queries]
                 lists.append(list(pool.map(lambda text: self._full_text(text, where), texts)))
         if vectors is not None:
-            column = f"{self.config.against}_embedding"
+            added = None if self.is_first or self.clip is None else self.clip.model_hash
+            column = model_column(f"{self.config.against}_embedding", added)
             setting = setting_of(self.memory.certificate.facts, column)
             answers = vector_search(self.memory.table, column, vectors, setting, k=self._depth, where=where)
             lists.append([a if v.any() else [] for a, v in zip(answers, vectors, strict=True)])

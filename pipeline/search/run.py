@@ -30,6 +30,8 @@ class SearchConfig(Config):
     """Path or URI of a picture; with words, both are averaged (clip, hybrid)."""
     retrieve: RetrieveConfig = RetrieveConfig(retriever="hybrid", k=12)
     """bm25, clip or hybrid; against document, image or text; k and weights."""
+    clip: str | None = None
+    """Name or hash of one of the memory's CLIPs (`build-index --add-clip`); None = the first."""
     filters: Filters = Filters()
     """Which documents may be found."""
     version: str | None = None
@@ -57,7 +59,7 @@ def run(config: SearchConfig) -> list[dict[str, Any]]:
     """Answer, print the table, write the pictures; returns the rows of the table."""
     check(config)
     memory = open_memory(config.memory, version=config.version)
-    clip = None if config.retrieve.retriever == "bm25" else load_memory_clip(memory)
+    clip = None if config.retrieve.retriever == "bm25" else load_memory_clip(memory, config.clip)
     query = Query(config.text, read_bytes(absolute(config.image)) if config.image else None)
     hits = Searcher(memory, config.retrieve, clip)([query], config.filters)[0]
     rows = _rows(memory, hits)
@@ -70,8 +72,13 @@ def run(config: SearchConfig) -> list[dict[str, Any]]:
     return rows
 
 
-def load_memory_clip(memory: Memory, *, device: str = "cpu") -> "Clip":
-    """The CLIP that embedded the memory, as its own config names it.
+def load_memory_clip(memory: Memory, name: str | None = None, *, device: str = "cpu") -> "Clip":
+    """A CLIP that embedded the memory, as its own config names it.
+
+    Args:
+        memory: an open memory.
+        name: name or hash of one that was added; None = the first.
+        device: where it computes.
 
     Raises:
         ConfigError: the memory doesn't say, or that model can't be loaded.
@@ -81,7 +88,15 @@ def load_memory_clip(memory: Memory, *, device: str = "cpu") -> "Clip":
     place = join(memory.uri, "job.json")
     if not exists(place):
         raise ConfigError(f"{memory.uri} doesn't name its CLIP", cure="give the clip in the config")
-    return load_clip(ClipConfig.model_validate(read_json(place)["config"]["clip"]), device)
+    configs = {"": read_json(place)["config"]["clip"]}
+    added = memory.certificate.facts.get("clips", {})
+    configs |= {model_hash: model["config"] for model_hash, model in added.items()}
+    found = [c for h, c in configs.items() if name is None or c["name"] == name or (h and h.startswith(name))]
+    if not found:
+        raise ConfigError(
+            f"no CLIP {name!r} in {memory.uri}", legal=", ".join(c["name"] for c in configs.values())
+        )
+    return load_clip(ClipConfig.model_validate(found[0]), device)
 
 
 def _rows(memory: Memory, hits: list[Hit]) -> list[dict[str, Any]]:

@@ -14,11 +14,15 @@ import pytest
 
 from infra.clip import ClipConfig
 from infra.errors import ConfigError, DataError, TooManyFailuresError
-from infra.storage import read_certificate
-from pipeline.build_index import BuildIndexConfig, check, run
+from infra.storage import exists, filesystem, read_certificate
+from pipeline.build_index import BuildIndexConfig, add_clip, check, run
+from pipeline.build_index.add_clip import AddClipConfig
 from pipeline.dedup import DedupConfig
 from pipeline.memory import open_memory
+from pipeline.retrieve.config import RetrieveConfig
 from pipeline.schema import Status
+from pipeline.search import SearchConfig
+from pipeline.search import run as search
 from tests.pipeline.clip_tables import clip_row, picture, write_clips
 
 OFFLINE = ClipConfig(name="offline")
@@ -36,6 +40,22 @@ def corpus(folder: Path, numbers: range, *, bad: int = 0) -> str:
 def config(out: Path, *clips: str, **values) -> BuildIndexConfig:
     values = {"clip": OFFLINE, "rows_per_unit": 5, "max_failed_frac": 0.3, **values}
     return BuildIndexConfig(clips=clips, out=str(out), **values)
+
+
+def tiny_clip(folder: Path) -> ClipConfig:
+    """A real open_clip model, random and small, as a local config and checkpoint."""
+    import open_clip
+    import torch
+
+    folder.mkdir()
+    vision = {"image_size": 32, "layers": 1, "width": 64, "head_width": 32, "patch_size": 16}
+    text = {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
+    torch.manual_seed(0)
+    model = open_clip.CLIP(embed_dim=24, vision_cfg=vision, text_cfg=text)  # pyright: ignore[reportArgumentType]
+    torch.save(model.state_dict(), folder / "tiny.pt")
+    settings = {"embed_dim": 24, "vision_cfg": vision, "text_cfg": text}
+    (folder / "tiny.json").write_text(json.dumps(settings))
+    return ClipConfig(name=str(folder / "tiny.json"), pretrained=str(folder / "tiny.pt"))
 
 
 @pytest.mark.ray
@@ -71,6 +91,41 @@ def test_a_memory_is_built_once_and_grows(ray_cluster: None, tmp_path: Path) -> 
 
     with pytest.raises(ConfigError, match=r"another build-index run.*key_frames|embed.key_frames"):
         check(config(out, first, embed={"key_frames": 9}))
+
+
+@pytest.mark.ray
+def test_a_second_clip_is_added_searched_and_outlives_growth(
+    ray_cluster: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, first = tmp_path / "memory", corpus(tmp_path / "one", range(12))
+    before = run(config(out, first))
+    stamps = {f: f.stat().st_mtime_ns for f in (out / "lance").rglob("data/*.lance")}
+    another = AddClipConfig(out=str(out), clip=tiny_clip(tmp_path / "tiny"), rows_per_unit=5)
+    certificate = add_clip.run(another)
+    assert all(f.stat().st_mtime_ns == stamp for f, stamp in stamps.items())
+    assert certificate.num_out == 12 and len(certificate.facts["indexes"]) == 6
+    assert certificate.facts["versions"] == [
+        before.facts["memory_version"],
+        certificate.facts["memory_version"],
+    ]
+    old = open_memory(str(out), version=before.facts["memory_version"])
+    assert not any("_embedding_" in name for name in old.table.schema.names)
+    with pytest.raises(ConfigError, match="has the vectors of this CLIP already"):
+        add_clip.run(another)
+
+    question = SearchConfig(
+        memory=str(out), text="a wave number 7", retrieve=RetrieveConfig(retriever="clip", against="text", k=3)
+    )
+    name = str(another.clip.name)
+    assert search(question.model_copy(update={"clip": name}))[0]["text"] == "a wave number 7"
+    assert search(question)[0]["text"] == "a wave number 7"
+    with pytest.raises(ConfigError, match=r"no CLIP 'ViT-Q'.*legal: offline"):
+        search(question.model_copy(update={"clip": "ViT-Q"}))
+
+    grown = run(config(out, first, corpus(tmp_path / "two", range(12, 14)), grow=True))
+    assert grown.num_out == 14 and set(grown.facts["clips"]) == set(certificate.facts["clips"])
+    assert len(search(question.model_copy(update={"clip": name}))) == 3
+    capsys.readouterr()
 
 
 @pytest.mark.ray
@@ -118,14 +173,23 @@ def test_bad_inputs_are_refused_before_anything_starts(tmp_path: Path) -> None:
         check(config(foreign, write_clips(tmp_path / "again", [])))
 
 
-def build_in_process(clips: str, out: Path, *, limit_bytes: int | None = None) -> subprocess.Popen:
+def build_in_process(
+    clips: str, out: Path | str, *, more: str | None = None, limit_bytes: int | None = None
+) -> subprocess.Popen:
     """The job in a process of its own, with a Ray session of its own."""
     code = (
         "from pipeline.build_index import BuildIndexConfig, run\n"
         "import json, sys\n"
         "run(BuildIndexConfig.model_validate(json.loads(sys.argv[1])))\n"
     )
-    values = {"clips": [clips], "out": str(out), "clip": {"name": "offline"}, "rows_per_unit": 3}
+    tables = [clips, more] if more else [clips]
+    values = {
+        "clips": tables,
+        "grow": more is not None,
+        "out": str(out),
+        "clip": {"name": "offline"},
+        "rows_per_unit": 3,
+    }
     values |= {"ray": {"num_cpus": 2}, "max_failed_frac": 0.5}
 
     def limit() -> None:
@@ -182,3 +246,26 @@ def test_a_full_disk_leaves_the_last_version_readable(tmp_path: Path) -> None:
     )
     assert result.returncode == 1 and "the table stays at its last version" in result.stderr
     assert open_memory(str(out)).num_documents == before.num_out == 6
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_a_memory_in_an_object_store_is_built_grows_and_is_searched(
+    s3_server: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In a process of its own: the workers' environment must name the store before Ray starts."""
+    first, second = corpus(tmp_path / "one", range(9)), corpus(tmp_path / "two", range(6, 12))
+    filesystem("s3://memories/x")[0].create_dir("memories")
+    out = "s3://memories/waves"
+    assert build_in_process(first, out).wait(240) == 0
+    before = read_certificate(out)
+    assert before is not None and before.num_out == 9
+    assert build_in_process(first, out, more=second).wait(240) == 0
+    grown = read_certificate(out)
+    assert grown is not None and (grown.num_out, grown.filtered) == (12, {"filtered_duplicate": 3})
+    assert open_memory(out, version=before.facts["memory_version"]).num_documents == 9
+    retrieve, found = RetrieveConfig(retriever="bm25", k=3), "s3://memories/found"
+    question = SearchConfig(memory=out, text="a wave number 7", out=found, retrieve=retrieve)
+    assert search(question)[0]["text"] == "a wave number 7"
+    assert exists(f"{found}/search.html")
+    capsys.readouterr()
