@@ -15,8 +15,8 @@ from infra.storage import write_json
 from pipeline.embed import document_vector
 from pipeline.memory import Memory, open_memory
 from pipeline.memory.commit import create_table
-from pipeline.memory.finish import finish
 from pipeline.memory.config import IndexConfig
+from pipeline.memory.finish import finish
 from pipeline.memory.store import upsert, vectors_arrow
 from pipeline.retrieve.config import RetrieveConfig
 from pipeline.search import Filters, Query, SearchConfig, Searcher, check, run
