@@ -112,7 +112,8 @@ def open_clip_transform(preprocessing: Preprocessing) -> Callable[[Any], Any]:
     from open_clip.transform import PreprocessCfg, image_transform_v2
 
     values = preprocessing.model_dump()
-    return image_transform_v2(PreprocessCfg(**{**values, "size": values["size"][0]}), is_train=False)
+    transform: Any = image_transform_v2(PreprocessCfg(**{**values, "size": values["size"][0]}), is_train=False)
+    return transform
 
 
 def job(payload: dict[str, Any], config: ClipConfig, embed: EmbedConfig) -> Timed:

@@ -119,7 +119,7 @@ def default_pq(table: Any, exact: Exact) -> dict[str, float]:
 def faiss_hnsw(rows: int, dim: int, real: np.ndarray | None, exact: Exact, recall: float) -> dict[str, float]:
     """The graph of faiss in memory, at the least effort that reaches this recall."""
     try:
-        import faiss
+        import faiss  # pyright: ignore[reportMissingImports]
     except ImportError:
         return {}
     index: Any = faiss.IndexHNSWFlat(dim, 32, faiss.METRIC_INNER_PRODUCT)
