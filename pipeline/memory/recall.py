@@ -137,16 +137,22 @@ def hits(exact: Exact, answers: Sequence[Sequence[str]], *, k: int) -> np.ndarra
 def lower_bound(recalls: np.ndarray, *, z: float = Z_95) -> float:
     """One-sided 95 % lower bound of the mean recall.
 
-    Wilson's bound with as many trials as *queries*: a mean of values in [0, 1] varies at most like a
-    coin of the same mean (Bhatia and Davis 2000), so this holds however the hits of one query hang
-    together. (Counting every one of the k hits as a trial would promise too much.)
+    Wilson's bound with as many trials as the queries are worth: a mean of values in [0, 1] varies at
+    most like a coin of the same mean (Bhatia and Davis 2000), and by less where queries miss one of k
+    documents rather than all. How much less is measured (the design effect of survey statistics, Kish
+    1965), with one query that found nothing added, so that a run of luck can't promise too much: where
+    all found everything, a query counts as one trial. (Counting each of the k hits as one would promise
+    too much: the hits of a query hang together.)
     """
     n, p = len(recalls), float(np.mean(recalls)) if len(recalls) else 0.0
     if not n:
         return 0.0
-    centre = p + z * z / (2 * n)
-    spread = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return max(0.0, (centre - spread) / (1 + z * z / n))
+    with_failure = np.append(recalls, 0.0)
+    mean = float(np.mean(with_failure))
+    trials = n * max(mean * (1 - mean) / max(float(np.var(with_failure)), 1e-12), 1.0)
+    centre = p + z * z / (2 * trials)
+    spread = z * math.sqrt(p * (1 - p) / trials + z * z / (4 * trials * trials))
+    return max(0.0, (centre - spread) / (1 + z * z / trials))
 
 
 def queries_for(bound: float) -> int:
