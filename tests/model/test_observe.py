@@ -101,7 +101,8 @@ def test_place_follows_the_room_there_is(
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("observe", ["auto", pytest.param("background", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("observe", ["auto", "background"])
 def test_run_beside_its_validation_records_the_same_losses(
     ray_cluster: None, stage_values: Values, tmp_path: Path, observe: str
 ) -> None:

@@ -127,6 +127,7 @@ def test_any_cut_of_forty_steps_equals_unbroken_training(
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_exception_in_user_code_restarts_the_run_to_the_same_end(
     ray_cluster: None, stage_values: Values, tmp_path: Path
 ) -> None:
@@ -169,8 +170,8 @@ def interrupt(driver: Driver, how: str) -> Driver:
 @pytest.mark.parametrize(
     "how",
     [
-        "ctrl-c",
-        pytest.param("driver killed", marks=pytest.mark.slow),
+        "driver killed",
+        pytest.param("ctrl-c", marks=pytest.mark.slow),
         pytest.param("worker killed", marks=pytest.mark.slow),
         pytest.param("worker told to leave", marks=pytest.mark.slow),
     ],

@@ -94,6 +94,7 @@ def test_a_memory_is_built_once_and_grows(ray_cluster: None, tmp_path: Path) -> 
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_a_second_clip_is_added_searched_and_outlives_growth(
     ray_cluster: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
