@@ -63,9 +63,13 @@ class Attention(nn.Module):
 class FeedForward(nn.Module):
     """Pre-normed `dim -> 4 dim -> dim`; returns the update, with per-sample dropout on it."""
 
+    layer: Tensor
+
     def __init__(self, dim: int, *, dropout: float = 0.0, ratio: int = 4) -> None:
         super().__init__()
-        self.dropout, self.layer = dropout, 0
+        self.dropout = dropout
+        # A tensor, since torch.compile would take a plain number for a constant and each block for another.
+        self.register_buffer("layer", layer_seed(0), persistent=False)
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.up = nn.Linear(dim, ratio * dim, bias=False)
         self.down = nn.Linear(ratio * dim, dim, bias=False)
@@ -87,17 +91,17 @@ def modulated(x: Tensor, modulation: Tensor | None) -> Tensor:
     return x * (1 + scale) + shift
 
 
-def dropout_scale(keys: Tensor, layer: int, shape: torch.Size, rate: float) -> Tensor:
+def dropout_scale(keys: Tensor, layer: Tensor, shape: torch.Size, rate: float) -> Tensor:
     """0 with probability `rate`, else 1 / (1 - rate): a hash of (key, layer, place) in 32-bit steps.
 
     Args:
         keys: `b` int64, one per sample.
-        layer: number of the layer, so that layers drop different places.
+        layer: `layer_seed` of the layer, so that layers drop different places.
         shape: `b ...` of the activations.
         rate: in [0, 1).
     """
     size = shape[1:].numel()
-    seeds = _mix((keys & 0x7FFFFFFF).to(torch.int32) ^ _mix_int(layer + 1))
+    seeds = _mix((keys & 0x7FFFFFFF).to(torch.int32) ^ layer)
     places = torch.arange(size, dtype=torch.int32, device=keys.device) * -1640531535  # golden ratio
     bits = _mix(seeds[:, None] ^ places) & 0xFFFFFF
     return (bits >= int(rate * (1 << 24))).view(shape) * (1.0 / (1.0 - rate))
@@ -106,7 +110,7 @@ def dropout_scale(keys: Tensor, layer: int, shape: torch.Size, rate: float) -> T
 def number_dropouts(model: nn.Module) -> None:
     """Give each feed-forward its own layer number; called once by each backbone."""
     for i, layer in enumerate(m for m in model.modules() if isinstance(m, FeedForward)):
-        layer.layer = i
+        layer.layer = layer_seed(i)
 
 
 def init_weights(model: nn.Module, depth: int) -> None:
@@ -132,8 +136,9 @@ def _mix(h: Tensor) -> Tensor:
     return h ^ ((h >> 16) & 0xFFFF)
 
 
-def _mix_int(value: int) -> int:
-    return (value * 2654435761) & 0x7FFFFFFF
+def layer_seed(number: int) -> Tensor:
+    """int32 scalar that stands for layer `number` (from 0) in the hash of its dropout."""
+    return torch.tensor(((number + 1) * 2654435761) & 0x7FFFFFFF, dtype=torch.int32)
 
 
 def resample(table: Tensor, count: int, step: float) -> Tensor:

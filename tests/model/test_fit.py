@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 
 from model.condition import ConditionConfig
 from model.edm import edm_for
-from model.fit import Fit, FitBlock, FitConfig, layout, layout_at
+from model.fit import Fit, FitBlock
+from model.fit_layout import FitConfig, layout, layout_at
 from model.generator import Generator, preset
-from model.layers import dropout_scale
+from model.layers import dropout_scale, layer_seed
 from model.step import accumulate, draw
 
 
@@ -156,15 +157,15 @@ def test_blocks_compile_without_a_graph_break(fit, tiny_fit) -> None:
 
 def test_dropout_is_a_function_of_the_sample_and_the_layer() -> None:
     keys = torch.tensor([5, 6, 5])
-    scale = dropout_scale(keys, 0, torch.Size((3, 40, 50)), 0.1)
+    scale = dropout_scale(keys, layer_seed(0), torch.Size((3, 40, 50)), 0.1)
     assert torch.equal(scale[0], scale[2])
     assert not torch.equal(scale[0], scale[1])
-    assert not torch.equal(scale[0], dropout_scale(keys, 1, torch.Size((3, 40, 50)), 0.1)[0])
+    assert not torch.equal(scale[0], dropout_scale(keys, layer_seed(1), torch.Size((3, 40, 50)), 0.1)[0])
     assert scale.unique().tolist() == pytest.approx([0, 1 / 0.9])
 
 
 def test_dropout_drops_at_its_rate_without_a_pattern() -> None:
-    scale = dropout_scale(torch.arange(64), 7, torch.Size((64, 64, 64)), 0.1)
+    scale = dropout_scale(torch.arange(64), layer_seed(7), torch.Size((64, 64, 64)), 0.1)
     dropped = (scale == 0).double()
     assert dropped.mean().item() == pytest.approx(0.1, abs=0.003)
     for dim in (1, 2):
