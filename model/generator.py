@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from model.condition import NUM_FEATURES, Condition, ConditionConfig, ConditionEmbedder, fourier_features
 from model.dit import Dit, DitConfig
-from model.fit import Fit, FitConfig
+from model.fit import Fit
+from model.fit_layout import FitConfig
 
 BackboneConfig = FitConfig | DitConfig
 

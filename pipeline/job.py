@@ -15,6 +15,7 @@ that each worker had in hand is done again.
 
 import itertools
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -203,7 +204,6 @@ def run_units(
     Returns:
         All receipts, earlier runs' included.
     """
-    import ray.data
     from ray import cloudpickle
 
     quiet_ray_data()
@@ -212,39 +212,55 @@ def run_units(
     metrics = JobMetrics(what)
     pickled = cloudpickle.dumps(make_worker)  # pyright: ignore[reportPrivateImportUsage]
     key = content_id(out, pickled.hex())
+    compute = _Compute(num_workers, num_cpus, num_gpus, actors)
     for window in _windows(units, window_units):
         todo = [unit for unit in window if unit.id not in receipts]
         progress.skip(len(window) - len(todo))
-        if not todo:
-            continue
         blocks = [_block(todo[i : i + units_per_task]) for i in range(0, len(todo), units_per_task)]
-        size = min(num_workers, len(blocks)) if num_workers else None  # Ray warns of idle workers
-        compute = ray.data.ActorPoolStrategy(size=size or 1) if actors else ray.data.TaskPoolStrategy(size=size)
-        arguments = (make_worker, receipts.folder, key)
-        runner: Any = BlockRunner if actors else BlockRunner(*arguments)
-        options: dict[str, Any] = {"fn_constructor_args": arguments} if actors else {}
-        results = ray.data.from_arrow(blocks).map_batches(
-            runner,
-            batch_size=None,
-            batch_format="pyarrow",
-            compute=compute,
-            num_cpus=num_cpus,
-            num_gpus=num_gpus or None,
-            **options,
-        )
-        batches = results.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
-        for batch in cast("Iterator[pa.Table]", batches):
-            notes: dict[str, int] = {}
-            for text in batch["notes"].to_pylist():
-                for word, count in json.loads(text).items():
-                    notes[word] = notes.get(word, 0) + count
-            progress.add(len(batch), notes)
-            metrics.add(len(batch), notes)
+        for count, notes in compute.run(blocks, (make_worker, receipts.folder, key)) if blocks else ():
+            progress.add(count, notes)
+            metrics.add(count, notes)
             if watch is not None:
                 watch(notes)
     progress.close()
     receipts.refresh()
     return receipts
+
+
+@dataclass(frozen=True)
+class _Compute:
+    """Where blocks run: as Ray tasks, or as actors that keep their worker alive."""
+
+    num_workers: int | None
+    num_cpus: float
+    num_gpus: float
+    actors: bool
+
+    def run(
+        self, blocks: list[pa.Table], arguments: tuple[MakeWorker, str, str]
+    ) -> Iterator[tuple[int, dict[str, int]]]:
+        """Run `BlockRunner(*arguments)` on each block; (units, notes) of each as it is done."""
+        import ray.data
+
+        size = min(self.num_workers, len(blocks)) if self.num_workers else None  # Ray warns of idle workers
+        pool = ray.data.ActorPoolStrategy if self.actors else ray.data.TaskPoolStrategy
+        runner: Any = BlockRunner if self.actors else BlockRunner(*arguments)
+        options: dict[str, Any] = {"fn_constructor_args": arguments} if self.actors else {}
+        results = ray.data.from_arrow(blocks).map_batches(
+            runner,
+            batch_size=None,
+            batch_format="pyarrow",
+            compute=pool(size=size or (1 if self.actors else None)),
+            num_cpus=self.num_cpus,
+            num_gpus=self.num_gpus or None,
+            **options,
+        )
+        batches = results.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
+        for batch in cast("Iterator[pa.Table]", batches):
+            notes = Counter[str]()
+            for text in batch["notes"].to_pylist():
+                notes.update(json.loads(text))
+            yield len(batch), dict(notes)
 
 
 def _windows(units: Iterable[Unit], size: int) -> Iterator[list[Unit]]:

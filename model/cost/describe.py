@@ -6,7 +6,7 @@ from model.condition import ConditionConfig
 from model.cost.flops import count_parameters, forward_flops, sizes, training_flops
 from model.cost.memory import activation_bytes
 from model.edm import sigma_in
-from model.fit import FitConfig
+from model.fit_layout import FitConfig
 from model.generator import BackboneConfig, preset
 
 

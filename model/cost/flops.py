@@ -10,7 +10,7 @@ import torch
 
 from model.condition import NUM_FEATURES, NUM_SCALARS, ConditionConfig
 from model.dit import DitConfig
-from model.fit import FitConfig, layout_at
+from model.fit_layout import FitConfig, layout_at
 from model.generator import BackboneConfig, Generator
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from model.cost.flops import Sizes
 from model.dit import DitConfig
-from model.fit import FitConfig
+from model.fit_layout import FitConfig
 from model.generator import BackboneConfig
 
 

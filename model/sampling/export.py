@@ -35,7 +35,7 @@ from infra.storage import (
 )
 from model.condition import ConditionConfig
 from model.dit import DitConfig
-from model.fit import FitConfig
+from model.fit_layout import FitConfig
 from model.generator import Generator
 from model.latents import load_latents
 from model.sampling.maker import check_autoencoder

@@ -91,9 +91,6 @@ def run(config: RedriveConfig) -> Certificate:
     return certificate
 
 
-run_redrive = run
-
-
 def _crawl_config(config: RedriveConfig) -> CrawlConfig:
     """The crawl's own config, with the patience and the output of this job."""
     place = join(absolute(config.clips), "config.yaml")

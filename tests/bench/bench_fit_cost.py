@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from model.condition import Condition, ConditionConfig
 from model.cost.flops import sizes, training_flops
 from model.dit import DitConfig
-from model.fit import FitConfig
+from model.fit_layout import FitConfig
 from model.generator import Generator
 
 FRAMES, HEIGHT, WIDTH, TOKENS, TOKEN_DIM = 16, 32, 64, 32, 128

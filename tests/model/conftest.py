@@ -1,31 +1,22 @@
-"""Tiny generators, conditions and prompt shards that the tests of this floor share: real Parquet, JPEG, mp4."""
+"""Tiny generators, conditions, encoders and runs that the tests of this floor share."""
 
-import hashlib
-import io
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import av
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
-from PIL import Image
 from torch import nn
 
-from infra.storage import Certificate, FileEntry, write_certificate
 from model.condition import ROLES, Condition, ConditionConfig
 from model.data.shards import open_shards
-from model.fit import FitConfig
+from model.fit_layout import FitConfig
 from model.generator import Generator
 from model.training.door import prepare_index, read_index
 from model.training.loop import Training
 from model.training.stages import Stage1Config
-from pipeline.schema import PROMPTS
-from pipeline.shards import write_meta
+from tests.model.prompt_tables import prompt_row, write_shards
 
 TINY_FIT = FitConfig(
     num_frames=4, height_px=12, width_px=16, patch_px=4, group_height=3, group_width=2,
@@ -84,116 +75,7 @@ def shake(model: nn.Module) -> None:
             p.add_(torch.randn_like(p) * 0.05)
 
 
-COLOURS = {"red": (220, 30, 30), "green": (30, 200, 60), "blue": (40, 60, 220), "white": (240, 240, 240)}
 MakeShards = Callable[..., Path]
-
-
-def moving_square(number: int, *, num_frames: int, height: int, width: int) -> np.ndarray:
-    """uint8 `t h w 3`: a square of the row's colour that moves right."""
-    colour = list(COLOURS.values())[number % len(COLOURS)]
-    frames = np.full((num_frames, height, width, 3), 20 + number % 5, np.uint8)
-    for t in range(num_frames):
-        left = (number * 3 + t * 2) % (width - 6)
-        frames[t, height // 3 : height // 3 + 6, left : left + 6] = colour
-    return frames
-
-
-def jpeg(frame: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(frame).save(buffer, format="JPEG", quality=90)
-    return buffer.getvalue()
-
-
-def mp4(frames: np.ndarray, fps: int = 8) -> bytes:
-    buffer = io.BytesIO()
-    with av.open(buffer, "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=fps, options={"crf": "4"})
-        stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv444p"
-        for frame in frames:
-            for packet in stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")):
-                container.mux(packet)
-        for packet in stream.encode():
-            container.mux(packet)
-    return buffer.getvalue()
-
-
-def prompt_row(
-    number: int,
-    *,
-    kind: str = "frames",
-    media: str = "video",
-    task: str = "pretrain",
-    num_frames: int = 8,
-    height: int = 24,
-    width: int = 40,
-) -> dict[str, Any]:
-    """One row of PROMPTS: a retrieved document, a caption, a moving square."""
-    t = 1 if media == "image" else num_frames
-    frames = moving_square(number, num_frames=t, height=height, width=width)
-    name = list(COLOURS)[number % len(COLOURS)]
-    document = {"doc_id": f"doc-{number % 7}", "retriever": "bm25", "rank": 1, "score": 1.0}
-    segments = [
-        {"type": "text", "role": "retrieved", "text": f"a {name} thing", "image": None, "document": document},
-        {"type": "image", "role": "retrieved", "text": None, "image": jpeg(frames[0]), "document": document},
-        {"type": "text", "role": "caption", "text": f"a {name} square moves to the right", "image": None},
-    ]
-    data = {"frames": frames.tobytes(), "video": None, "reference": None}[kind]
-    if kind == "video":
-        data = mp4(frames)
-    prompt_id = hashlib.sha256(f"{number}{kind}{media}{task}".encode()).hexdigest()[:24]
-    return {
-        "prompt_id": prompt_id,
-        "task": task,
-        "clip_id": f"clip-{number:06d}",
-        "media": media,
-        "caption": segments[-1]["text"],
-        "segments": segments,
-        "num_documents": 1,
-        "flags": [],
-        "target": {
-            "kind": kind,
-            "data": data,
-            "num_frames": t,
-            "height_px": height,
-            "width_px": width,
-            "fps": float("inf") if media == "image" else 8.0,
-        },
-        "source_uri": f"/nowhere/{number}.mp4",
-        "source_sha256": None,
-        "start_s": 0.0,
-        "end_s": 0.0 if media == "image" else t / 8,
-        "width_px": width,
-        "height_px": height,
-        "fps": None if media == "image" else 8.0,
-        "memory_version": "test-1",
-        "model_hash": "0" * 16,
-        "config_hash": "0" * 16,
-    }
-
-
-def write_shards(
-    folder: Path, rows: list[dict[str, Any]], *, job: str, group_rows: int, file_rows: int
-) -> Path:
-    """The layout of `vimi-data augment`: part files, meta.parquet, certificate."""
-    folder.mkdir(parents=True, exist_ok=True)
-    files = []
-    for start in range(0, len(rows), file_rows):
-        name = f"part-{len(files):05d}.parquet"
-        table = pa.Table.from_pylist(rows[start : start + file_rows], schema=PROMPTS)
-        pq.write_table(table, folder / name, row_group_size=group_rows)
-        data = (folder / name).read_bytes()
-        files.append(
-            FileEntry(
-                path=name,
-                rows=len(table),
-                num_bytes=len(data),
-                sha256=hashlib.sha256(data).hexdigest(),
-            )
-        )
-    files.append(write_meta(str(folder), files, row_group_rows=group_rows))
-    certificate = Certificate(job=job, config_hash="0" * 16, num_in=len(rows), num_out=len(rows), files=files)
-    write_certificate(str(folder), certificate)
-    return folder
 
 
 @pytest.fixture
@@ -309,44 +191,13 @@ def trained_run(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: dict[str
     return config
 
 
-def image_autoencoder() -> Any:
-    """AutoencoderKL, 4 pixels to a latent of 4 channels, each frame by itself."""
-    import diffusers
-
-    kind: Any = diffusers.AutoencoderKL  # pyright: ignore[reportPrivateImportUsage]
-    return kind(
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(8, 8, 8),
-        layers_per_block=1,
-        norm_num_groups=4,
-        latent_channels=4,
-        scaling_factor=0.3,
-        shift_factor=0.1,
-    )
-
-
-def video_autoencoder() -> Any:
-    """AutoencoderKLWan, 8 pixels and 4 frames (after the first) to a latent of 3 channels."""
-    import diffusers
-
-    kind: Any = diffusers.AutoencoderKLWan  # pyright: ignore[reportPrivateImportUsage]
-    return kind(
-        base_dim=4,
-        z_dim=3,
-        dim_mult=[1, 1, 1, 1],
-        num_res_blocks=1,
-        temperal_downsample=[False, True, True],
-        latents_mean=[0.1, -0.2, 0.3],
-        latents_std=[2.0, 1.5, 0.5],
-    )
-
-
 @pytest.fixture(scope="session")
 def autoencoders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """`image` and `video` -> config of a random diffusers autoencoder in a folder."""
+    from tests.model.tiny_autoencoders import kl, wan
+
     found = {}
-    for name, make in {"image": image_autoencoder, "video": video_autoencoder}.items():
+    for name, make in {"image": kl, "video": wan}.items():
         with torch.random.fork_rng():
             torch.manual_seed(0)
             folder = tmp_path_factory.mktemp(name)
@@ -355,70 +206,12 @@ def autoencoders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str
     return found
 
 
-LLAVA_TEMPLATE = (
-    "{% for message in messages %}{{ message['role'].upper() + ': '}}{% for content in message['content'] %}"
-    "{% if content['type'] == 'image' %}<image>{% else %}{{ content['text'] }}{% endif %}"
-    "{% endfor %}{% endfor %}"
-)
-
-
 @pytest.fixture(scope="session")
 def tiny_mllm(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Config of a prompt encoder over a random LLaVA in a folder."""
-    import tokenizers
-    import transformers
+    from tests.model.tiny_mllms import made
 
-    classes: Any = transformers
-    tokenizer: Any = tokenizers.Tokenizer(tokenizers.models.BPE())
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    special = ["<pad>", "<s>", "</s>", "<image>"]
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=300, special_tokens=special, initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator(["a red square moves to the right"], trainer)
-    words = classes.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        bos_token="<s>",
-        eos_token="</s>",
-        additional_special_tokens=special[3:],
-    )
-    language = classes.LlamaConfig(
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=len(words),
-        pad_token_id=words.pad_token_id,
-    )
-    vision = classes.CLIPVisionConfig(
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        image_size=32,
-        patch_size=16,
-    )
-    config = classes.LlavaConfig(
-        vision_config=vision,
-        text_config=language,
-        image_token_index=words.convert_tokens_to_ids("<image>"),
-        vision_feature_layer=-1,
-    )
-    processor = classes.LlavaProcessor(
-        classes.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}),
-        words,
-        patch_size=16,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template=LLAVA_TEMPLATE,
-    )
     folder = tmp_path_factory.mktemp("mllm")
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        classes.LlavaForConditionalGeneration(config).save_pretrained(folder)
-    processor.save_pretrained(folder)
+    for part in made("llava"):
+        part.save_pretrained(folder)
     return {"kind": "mllm", "model": str(folder), "max_tokens": 256}

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import diffusers as installed
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,68 +13,7 @@ from torch import Tensor
 from infra.errors import ConfigError
 from model.edm import sigma_in
 from model.latents import LatentConfig, Latents, load_latents
-
-diffusers: Any = installed
-"""Its signatures are those of one default model each; tiny ones have other tuples."""
-
-
-def kl() -> Any:
-    return diffusers.AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(8, 8, 8),
-        layers_per_block=1,
-        norm_num_groups=4,
-        latent_channels=4,
-        scaling_factor=0.3,
-        shift_factor=0.1,
-    )
-
-
-def tiny() -> Any:
-    return diffusers.AutoencoderTiny(
-        encoder_block_out_channels=(8, 8, 8),
-        decoder_block_out_channels=(8, 8, 8),
-        num_encoder_blocks=(1, 1, 1),
-        num_decoder_blocks=(1, 1, 1),
-        latent_channels=5,
-    )
-
-
-def wan() -> Any:
-    return diffusers.AutoencoderKLWan(
-        base_dim=4,
-        z_dim=3,
-        dim_mult=[1, 1, 1, 1],
-        num_res_blocks=1,
-        temperal_downsample=[False, True, True],
-        latents_mean=[0.1, -0.2, 0.3],
-        latents_std=[2.0, 1.5, 0.5],
-    )
-
-
-def cogvideox() -> Any:
-    return diffusers.AutoencoderKLCogVideoX(
-        down_block_types=("CogVideoXDownBlock3D",) * 4,
-        up_block_types=("CogVideoXUpBlock3D",) * 4,
-        block_out_channels=(8, 8, 8, 8),
-        latent_channels=4,
-        layers_per_block=1,
-        norm_num_groups=2,
-        temporal_compression_ratio=4,
-    )
-
-
-def ltx() -> Any:
-    return diffusers.AutoencoderKLLTXVideo(
-        latent_channels=8,
-        block_out_channels=(8, 8, 8, 8),
-        decoder_block_out_channels=(8, 8, 8, 8),
-        layers_per_block=(1, 1, 1, 1, 1),
-        decoder_layers_per_block=(1, 1, 1, 1, 1),
-        patch_size=1,
-    )
-
+from tests.model.tiny_autoencoders import cogvideox, kl, ltx, tiny, wan
 
 KINDS: dict[str, tuple[Callable[[], Any], int, int]] = {
     "image kl": (kl, 4, 1),

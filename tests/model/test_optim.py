@@ -18,7 +18,7 @@ from torch import nn
 from model.condition import Condition, ConditionConfig
 from model.edm import edm_for
 from model.ema import Ema, HalfLife, PowerFunction, Snapshot, gamma_of, mixing_weights, reconstruct
-from model.fit import FitConfig
+from model.fit_layout import FitConfig
 from model.generator import Generator
 from model.optim import Lamb, adamw, cosine_factor, cosine_schedule, lamb, parameter_groups
 from model.step import accumulate, draw
