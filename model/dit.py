@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from model.layers import Attention, FeedForward, init_weights, number_dropouts, resample
+from model.layers import Attention, FeedForward, as_autocast, init_weights, number_dropouts, resample
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,7 @@ class DitConfig:
         dropout: in the feed-forwards.
         num_scalars: leading condition tokens that modulate (sigma, frame rate, size).
         checkpoint: recompute each block in the backward pass.
+        half_streams: under autocast the residual stream is 16-bit too, not float32.
     """
 
     num_frames: int = 16
@@ -46,6 +47,7 @@ class DitConfig:
     dropout: float = 0.0
     num_scalars: int = 3
     checkpoint: bool = False
+    half_streams: bool = False
 
 
 class DitBlock(nn.Module):
@@ -113,6 +115,8 @@ class Dit(nn.Module):
         """As `model.fit.Fit.forward`; `z_prev` is ignored and an empty `b 0 d` comes back."""
         t, height, width = x.shape[1], x.shape[-2], x.shape[-1]
         patches = self.embed(self._cut(x)) + self._places(t, height, width)
+        if self.config.half_streams:
+            patches = as_autocast(patches)
         scalars = self.pool(tokens[:, : self.config.num_scalars].mean(dim=1))
         modulation = self.modulate(F.silu(scalars)).unflatten(-1, (6, -1))
         mask = mask[:, None, None, :]

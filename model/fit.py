@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from model.fit_layout import FitConfig, Layout, layout_at
-from model.layers import Attention, FeedForward, init_weights, number_dropouts, resample
+from model.layers import Attention, FeedForward, as_autocast, init_weights, number_dropouts, resample
 
 
 class FitBlock(nn.Module):
@@ -129,6 +129,8 @@ class Fit(nn.Module):
         z = self.latents.repeat(x.shape[0], 1, 1)
         if z_prev is not None:
             z = z + self.self_condition(z_prev)
+        if self.config.half_streams:
+            patches, z = as_autocast(patches), as_autocast(z)
         mask = mask[:, None, None, :]
         for block in self.blocks:
             if self.config.checkpoint and torch.is_grad_enabled():

@@ -91,6 +91,12 @@ def modulated(x: Tensor, modulation: Tensor | None) -> Tensor:
     return x * (1 + scale) + shift
 
 
+def as_autocast(x: Tensor) -> Tensor:
+    """The tensor in autocast's type; as it is where there is no autocast."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+
+
 def dropout_scale(keys: Tensor, layer: Tensor, shape: torch.Size, rate: float) -> Tensor:
     """0 with probability `rate`, else 1 / (1 - rate): a hash of (key, layer, place) in 32-bit steps.
 
@@ -102,7 +108,8 @@ def dropout_scale(keys: Tensor, layer: Tensor, shape: torch.Size, rate: float) -
     """
     size = shape[1:].numel()
     seeds = _mix((keys & 0x7FFFFFFF).to(torch.int32) ^ layer)
-    places = torch.arange(size, dtype=torch.int32, device=keys.device) * -1640531535  # golden ratio
+    # Multiplying the places first would be folded into Triton's index arithmetic, and overflow there.
+    places = torch.arange(size, dtype=torch.int32, device=keys.device)
     bits = _mix(seeds[:, None] ^ places) & 0xFFFFFF
     return (bits >= int(rate * (1 << 24))).view(shape) * (1.0 / (1.0 - rate))
 

@@ -63,11 +63,12 @@ class Lamb(Optimizer):
         torch._foreach_lerp_(means, grads, 1 - beta1)
         torch._foreach_mul_(squares, beta2)
         torch._foreach_addcmul_(squares, grads, grads, 1 - beta2)
+        # m / bias1 / (sqrt(v / bias2) + eps), with the divisors multiplied out: fewer passes over memory
+        bias1, bias2 = 1 - beta1**count, 1 - beta2**count
         roots = torch._foreach_sqrt(squares)
-        torch._foreach_div_(roots, math.sqrt(1 - beta2**count))
-        torch._foreach_add_(roots, group["eps"])
+        torch._foreach_mul_(roots, bias1 / math.sqrt(bias2))
+        torch._foreach_add_(roots, group["eps"] * bias1)
         updates = list(torch._foreach_div(means, roots))
-        torch._foreach_div_(updates, 1 - beta1**count)
         shards = [local_shard(p) for p in params]
         if group["weight_decay"]:
             torch._foreach_add_(updates, shards, alpha=group["weight_decay"])

@@ -16,7 +16,7 @@ from model.generator import BackboneConfig
 class Kept:
     """Numbers of one sample that autograd keeps: of the residual streams, and of everything else.
 
-    Under autocast the streams stay in float32 while the rest is in half precision.
+    Under autocast the streams stay in float32 (unless `half_streams`) while the rest is in half precision.
     """
 
     stream: int = 0
@@ -106,4 +106,5 @@ def activation_bytes(
     """
     kept = kept_activations(backbone, n, checkpoint=checkpoint)
     copies = 2 * num_parameters // (backbone.num_blocks if checkpoint else 1) if half else 0
-    return batch * kept.bytes(stream=4, inner=2 if half else 4) + copies
+    stream = 2 if half and backbone.half_streams else 4
+    return batch * kept.bytes(stream=stream, inner=2 if half else 4) + copies

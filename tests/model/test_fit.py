@@ -155,6 +155,21 @@ def test_blocks_compile_without_a_graph_break(fit, tiny_fit) -> None:
         torch.testing.assert_close(block(x, z, tokens, mask[:, None, None], keys), expected)
 
 
+def test_compiled_blocks_share_one_graph(make_generator, tiny_fit) -> None:
+    """Nothing in a block is a constant of its own, so the compiler is asked once and not once a block."""
+    graphs = []
+
+    def note(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> torch.fx.GraphModule:
+        graphs.append(len(inputs))
+        return graph
+
+    model = make_generator(replace(tiny_fit, dropout=0.3, num_blocks=4))
+    model.compile_blocks(fullgraph=True, backend=note)
+    x, tokens, mask = _inputs(tiny_fit)
+    model.backbone(x, tokens, mask, None, torch.tensor([1, 2]))
+    assert len(graphs) == 1
+
+
 def test_dropout_is_a_function_of_the_sample_and_the_layer() -> None:
     keys = torch.tensor([5, 6, 5])
     scale = dropout_scale(keys, layer_seed(0), torch.Size((3, 40, 50)), 0.1)
@@ -245,6 +260,17 @@ def test_bf16_answer_is_close_to_float32(fit, tiny_fit) -> None:
         rough = fit(x, tokens, mask)[0]
     assert rough.dtype == torch.bfloat16
     assert ((rough - exact).norm() / exact.norm()).item() < 0.03
+
+
+def test_half_streams_are_half_and_their_answer_is_close(make_generator, tiny_fit) -> None:
+    exact, rough = (make_generator(replace(tiny_fit, half_streams=half)).backbone for half in (False, True))
+    rough.load_state_dict(exact.state_dict())
+    x, tokens, mask = _inputs(tiny_fit)
+    with torch.autocast("cpu", torch.bfloat16):
+        (a, z_exact), (b, z_rough) = exact(x, tokens, mask), rough(x, tokens, mask)
+    assert (z_exact.dtype, z_rough.dtype) == (torch.float32, torch.bfloat16)
+    assert ((a - b).norm() / a.norm()).item() < 0.03
+    torch.testing.assert_close(rough(x, tokens, mask)[0], exact(x, tokens, mask)[0])  # without autocast
 
 
 @pytest.mark.slow

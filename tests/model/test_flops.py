@@ -66,19 +66,20 @@ def test_parameters_are_counted_without_memory(case) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "checkpoint", "half"),
+    ("name", "changes", "half"),
     [
-        ("fit-tiny", False, False),
-        ("fit-tiny", True, False),
-        ("fit-tiny", False, True),
-        ("fit-tiny", True, True),
-        ("dit-tiny", False, True),
+        ("fit-tiny", {}, False),
+        ("fit-tiny", {"checkpoint": True}, False),
+        ("fit-tiny", {}, True),
+        ("fit-tiny", {"half_streams": True}, True),
+        ("fit-tiny", {"checkpoint": True}, True),
+        ("dit-tiny", {}, True),
     ],
 )
 def test_activation_memory_is_within_a_tenth_of_the_measured_peak(
-    make_condition, name: str, checkpoint: bool, half: bool
+    make_condition, name: str, changes: dict[str, bool], half: bool
 ) -> None:
-    backbone = preset(name, checkpoint=checkpoint, num_frames=4)
+    backbone = preset(name, num_frames=4, **changes)
     condition = ConditionConfig(token_dim=24)
     model, prompts = Generator(backbone, condition), make_condition(length=20)
     for p in model.parameters():
@@ -91,7 +92,7 @@ def test_activation_memory_is_within_a_tenth_of_the_measured_peak(
         answer.float().square().mean().backward()
     estimate = activation_bytes(
         backbone, sizes(backbone, condition, prompt_tokens=20), batch=2, half=half,
-        checkpoint=checkpoint, num_parameters=sum(p.numel() for p in model.parameters()),
+        checkpoint=backbone.checkpoint, num_parameters=sum(p.numel() for p in model.parameters()),
     )  # fmt: skip
     assert estimate == pytest.approx(_peak_bytes(profiler), rel=0.1)
 
