@@ -17,6 +17,7 @@ from typing import Literal
 from pydantic import Field
 
 from infra.config import Config
+from infra.spare import HOOK
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 
@@ -54,8 +55,11 @@ def ray_session(config: RayConfig, env_vars: Mapping[str, str] | None = None) ->
     level = getattr(logging, config.log_level.upper())
     address = os.environ.get("RAY_ADDRESS") or config.address
     with tempfile.TemporaryDirectory(prefix="vimi-ray-") as empty:
-        runtime_env = {"working_dir": empty, "env_vars": {**worker_environment(), **(env_vars or {})}}
+        everywhere = {"working_dir": empty, "worker_process_setup_hook": HOOK}
+        runtime_env = {**everywhere, "env_vars": {**worker_environment(), **(env_vars or {})}}
         if address == "local":
+            # No node of this machine is ever drained: a process less to start, and to start again.
+            os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
             ray.init(
                 address="local",
                 num_cpus=config.num_cpus,
@@ -67,7 +71,7 @@ def ray_session(config: RayConfig, env_vars: Mapping[str, str] | None = None) ->
             )
         else:
             # On a cluster the image holds the code: PYTHONPATH of this machine would be wrong there.
-            there = {"working_dir": empty, "env_vars": dict(env_vars or {})}
+            there = {**everywhere, "env_vars": dict(env_vars or {})}
             ray.init(address=address, runtime_env=there, logging_level=level)
         try:
             yield

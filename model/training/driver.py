@@ -1,5 +1,6 @@
 """The driver's part of a training: resources, one TorchTrainer, and a way out for whoever presses Ctrl-C."""
 
+import os
 import signal
 import threading
 from collections.abc import Callable
@@ -7,6 +8,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 from infra.errors import TrainingError
+from infra.spare import spare_env
 from infra.storage import delete, exists, filesystem, is_remote, join, write_bytes
 from model.training.aside import Aside, Place, choose_place
 from model.training.checkpoint import last_line
@@ -39,7 +41,7 @@ def fit(config: StageConfig, loop: Loop, *, num_groups: int) -> None:
         delete(join(config.out, *leftover.split("/")))
     trainer = TorchTrainer(
         loop,
-        train_loop_config=loop_words(config, place),
+        train_loop_config=loop_words(config, place, threads=max(1, int(share))),
         torch_config=torch_config("cpu:gloo,cuda:nccl" if gpus else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=workers,
@@ -48,6 +50,7 @@ def fit(config: StageConfig, loop: Loop, *, num_groups: int) -> None:
         ),
         run_config=RunConfig(
             name="checkpoints",
+            worker_runtime_env={"env_vars": spare_env(modules_of(config))},
             failure_config=FailureConfig(max_failures=config.max_failures),
             **storage_of(config.out),  # pyright: ignore[reportArgumentType]
         ),
@@ -61,13 +64,29 @@ def fit(config: StageConfig, loop: Loop, *, num_groups: int) -> None:
         ) from error
 
 
-def loop_words(config: StageConfig, place: Place) -> dict[str, Any]:
-    """What the driver tells each worker."""
+def loop_words(config: StageConfig, place: Place, *, threads: int) -> dict[str, Any]:
+    """What the driver tells each worker.
+
+    `threads` is said because sums depend on it, and a spare has imported torch before Ray could tell it.
+    """
     return {
         "stage": config.stage,
         "config": config.model_dump(mode="json"),
         "aside": place.is_aside,
+        "threads": int(os.environ.get("OMP_NUM_THREADS", threads)),
     }
+
+
+def modules_of(config: StageConfig) -> list[str]:
+    """What a worker of this run imports: Ray's part, libraries, ours."""
+    kinds = {
+        "clip": ["open_clip", "model.prompt.clip_encoder"],
+        "mllm": ["transformers.models.auto", "model.prompt.mllm_encoder"],
+    }
+    ray = ["ray.train.torch", "ray.tune", "pyarrow.dataset"]
+    logs = ["torch.utils.tensorboard"] if config.log.tensorboard else []
+    ours = ["infra.telemetry", "model.training.train", "model.training.observe", "model.training.report"]
+    return [*ray, *([] if config.encodings else kinds[config.encoder.kind]), *logs, *ours]
 
 
 def torch_config(backend: str) -> Any:

@@ -162,6 +162,9 @@ class StageConfig(InputConfig):
     """CPUs that Ray reserves for a worker, and its threads; None = an equal share of all."""
     max_failures: int = Field(default=3, ge=-1)
     """Restarts from the last checkpoint after a worker or node dies; -1 = no limit."""
+    spare_workers: bool = True
+    """Keep, for each worker, an idle process that has imported what a worker needs (from half a minute into
+    the run, about half a GiB): a worker that dies is then replaced in seconds."""
     seed: int = 0
 
     @field_validator("num_workers", mode="before")
@@ -257,7 +260,7 @@ class Stage2Config(StageConfig):
 
 SPEED_ONLY = {
     "loader", "parallel", "log", "max_failures", "checkpoint", "preview", "observe", "cpus_per_worker",
-    "encodings",
+    "encodings", "spare_workers",
 }  # fmt: skip
 """Fields that may differ when a run is continued: where and how fast, not what."""
 

@@ -65,6 +65,9 @@ def run(config: StageConfig) -> Certificate:
 
 def train(words: dict[str, Any], after_step: Callable[[int], None] | None = None) -> None:
     """The loop of one worker; `after_step` hears the position that a step led to."""
+    import torch
+
+    from infra.spare import ask_later
     from infra.telemetry import RunMetrics
     from model.training.loop import NonFiniteError, Training
     from model.training.notices import Notices
@@ -72,11 +75,13 @@ def train(words: dict[str, Any], after_step: Callable[[int], None] | None = None
     from model.training.report import Reporter
 
     config = config_class(words["stage"]).model_validate(words["config"])
+    torch.set_num_threads(words["threads"])
     index = read_index(config.out)
     training = Training(config, index, held=partial(awaited, config) if words["aside"] else tuple)
     observer = None if words["aside"] else Observer(training, index)
     reporter = Reporter(training, metrics=RunMetrics().publish, aside=words["aside"])
     notices = Notices(config.out, looks=training.rank == 0)
+    spare = ask_later(30.0) if config.spare_workers else None
     try:
         if training.device.type == "cuda":
             training.rehearse()
@@ -99,6 +104,8 @@ def train(words: dict[str, Any], after_step: Callable[[int], None] | None = None
         if training.rank == 0:
             write_json(join(config.out, "failure.json"), {"error": str(error)})
     finally:
+        if spare is not None:
+            spare.cancel()
         notices.close()
         reporter.close()
         training.close()
