@@ -31,6 +31,7 @@ class DitConfig:
         dropout: in the feed-forwards.
         num_scalars: leading condition tokens that modulate (sigma, frame rate, size).
         checkpoint: recompute each block in the backward pass.
+        qk_norm: RMS-norm queries and keys.
         half_streams: under autocast the residual stream is 16-bit too, not float32.
     """
 
@@ -47,6 +48,7 @@ class DitConfig:
     dropout: float = 0.0
     num_scalars: int = 3
     checkpoint: bool = False
+    qk_norm: bool = False
     half_streams: bool = False
 
 
@@ -56,8 +58,10 @@ class DitBlock(nn.Module):
     def __init__(self, config: DitConfig) -> None:
         super().__init__()
         d, head = config.dim, config.head_dim
-        self.attention = Attention(d, width=d, head_dim=head)
-        self.cross = Attention(d, width=d, head_dim=head, context_dim=config.condition_dim)
+        self.attention = Attention(d, width=d, head_dim=head, qk_norm=config.qk_norm)
+        self.cross = Attention(
+            d, width=d, head_dim=head, context_dim=config.condition_dim, qk_norm=config.qk_norm
+        )
         self.feed_forward = FeedForward(d, dropout=config.dropout)
         self.table = nn.Parameter(torch.zeros(6, d))
 

@@ -32,21 +32,24 @@ class FitBlock(nn.Module):
         super().__init__()
         x, z, c = config.patch_dim, config.latent_dim, config.condition_dim
         meet, head = min(x, z), config.patch_head_dim
-        self.read_condition = Attention(z, width=min(c, z), head_dim=head, context_dim=c)
+        self.read_condition = Attention(
+            z, width=min(c, z), head_dim=head, context_dim=c, qk_norm=config.qk_norm
+        )
         self.read_condition_ff = FeedForward(z, dropout=config.dropout)
-        self.read = Attention(z, width=meet, head_dim=head, context_dim=x)
+        self.read = Attention(z, width=meet, head_dim=head, context_dim=x, qk_norm=config.qk_norm)
         self.read_ff = FeedForward(z, dropout=config.dropout)
         self.think = nn.ModuleList(
-            Attention(z, width=z, head_dim=config.latent_head_dim) for _ in range(config.layers_per_block)
+            Attention(z, width=z, head_dim=config.latent_head_dim, qk_norm=config.qk_norm)
+            for _ in range(config.layers_per_block)
         )
         self.think_ff = nn.ModuleList(
             FeedForward(z, dropout=config.dropout) for _ in range(config.layers_per_block)
         )
-        self.write = Attention(x, width=meet, head_dim=head, context_dim=z)
+        self.write = Attention(x, width=meet, head_dim=head, context_dim=z, qk_norm=config.qk_norm)
         self.write_ff = FeedForward(x)
 
     def forward(
-        self, x: Tensor, z: Tensor, tokens: Tensor, mask: Tensor, keys: Tensor | None
+        self, x: Tensor, z: Tensor, tokens: Tensor, mask: Tensor, keys: Tensor | None, write: bool = True
     ) -> tuple[Tensor, Tensor]:
         """One block.
 
@@ -56,6 +59,7 @@ class FitBlock(nn.Module):
             tokens: `b k condition_dim` condition tokens.
             mask: `b 1 1 k` bool, True where a condition token may be read.
             keys: `b` int64 dropout keys, or None for no dropout.
+            write: False leaves step 4 out, where nobody reads the patches any more.
         """
         b, g = x.shape[:2]
         z = z + self.read_condition(z, tokens, mask)
@@ -66,6 +70,8 @@ class FitBlock(nn.Module):
         for attention, feed_forward in zip(self.think, self.think_ff, strict=True):
             z = z + attention(z)
             z = z + feed_forward(z, keys)
+        if not write:
+            return x, z
         x = x + self.write(patches, z.view(b * g, -1, z.shape[-1])).view_as(x)
         return x + self.write_ff(x), z
 
@@ -123,24 +129,44 @@ class Fit(nn.Module):
         Returns:
             `b t out_channels h w` answer F, and the latents after the last block.
         """
-        num_frames, height, width = x.shape[1], x.shape[-2], x.shape[-1]
-        a = layout_at(self.config, height, width)
-        patches = self.embed(self._cut(x, a)) + self._places(a, num_frames, height, width)
+        a = layout_at(self.config, x.shape[-2], x.shape[-1])
+        patches, z = self._run(x, a, tokens, mask, z_prev, keys, write_last=True)
+        return self._join(self.head(self.norm(patches)), a, x.shape[1], x.shape[-2], x.shape[-1]), z
+
+    def think(self, x: Tensor, tokens: Tensor, mask: Tensor, keys: Tensor | None = None) -> Tensor:
+        """`b (g m) latent_dim` latents alone: `forward` without what only its answer needs."""
+        a = layout_at(self.config, x.shape[-2], x.shape[-1])
+        return self._run(x, a, tokens, mask, None, keys, write_last=False)[1]
+
+    def _run(
+        self,
+        x: Tensor,
+        a: Layout,
+        tokens: Tensor,
+        mask: Tensor,
+        z_prev: Tensor | None,
+        keys: Tensor | None,
+        *,
+        write_last: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """Patches and latents after the last block."""
+        patches = self.embed(self._cut(x, a)) + self._places(a, x.shape[1], x.shape[-2], x.shape[-1])
         z = self.latents.repeat(x.shape[0], 1, 1)
         if z_prev is not None:
             z = z + self.self_condition(z_prev)
         if self.config.half_streams:
             patches, z = as_autocast(patches), as_autocast(z)
         mask = mask[:, None, None, :]
-        for block in self.blocks:
+        for number, block in enumerate(self.blocks):
+            write = write_last or number < len(self.blocks) - 1
             if self.config.checkpoint and torch.is_grad_enabled():
                 patches, z = checkpoint(
-                    block, patches, z, tokens, mask, keys,
+                    block, patches, z, tokens, mask, keys, write,
                     use_reentrant=False, preserve_rng_state=False,
                 )  # fmt: skip
             else:
-                patches, z = block(patches, z, tokens, mask, keys)
-        return self._join(self.head(self.norm(patches)), a, num_frames, height, width), z
+                patches, z = block(patches, z, tokens, mask, keys, write)
+        return patches, z
 
     def _places(self, a: Layout, num_frames: int, height: int, width: int) -> Tensor:
         """`g (t gh gw) d` learned positions, one table an axis, so that the upsampler keeps its size."""

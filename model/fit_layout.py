@@ -23,6 +23,7 @@ class FitConfig:
         dropout: in the latents' feed-forwards.
         padding: what fills the frame up to whole groups: black-grey zeros, or copies of the edge.
         checkpoint: recompute each block in the backward pass.
+        qk_norm: RMS-norm queries and keys (not in Snap Video).
         half_streams: under autocast the residual streams are 16-bit too, not float32.
     """
 
@@ -45,6 +46,7 @@ class FitConfig:
     dropout: float = 0.1
     padding: Literal["zeros", "edge"] = "zeros"
     checkpoint: bool = False
+    qk_norm: bool = False
     half_streams: bool = False
 
     @property

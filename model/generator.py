@@ -104,6 +104,7 @@ class Generator(nn.Module):
         *,
         small: SmallVideo | None = None,
         keys: Tensor | None = None,
+        latents_only: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """One evaluation.
 
@@ -114,6 +115,8 @@ class Generator(nn.Module):
             z_prev: `b m d` latents of an earlier evaluation of the same samples; None equals zeros.
             small: the upsampler's low-resolution video, None for a base model.
             keys: `b` int64 dropout keys; None switches dropout off.
+            latents_only: the answer is not wanted (the first pass of self-conditioning), and comes back
+                empty; for backbones that have latents.
 
         Returns:
             `b t c h w` answer F and `b m d` latents.
@@ -128,6 +131,8 @@ class Generator(nn.Module):
             # Behind the scalars, so that DiT still finds those first.
             tokens = torch.cat([tokens, level.to(tokens.dtype)], dim=1)
             mask = torch.cat([mask, mask.new_ones(len(condition), 1)], dim=1)
+        if latents_only and isinstance(self.backbone, Fit):
+            return x.new_zeros(0), self.backbone.think(x, tokens, mask, keys)
         return self.backbone(x, tokens, mask, z_prev, keys)
 
 

@@ -21,9 +21,12 @@ class Attention(nn.Module):
         width: width inside, `num_heads * head_dim`.
         head_dim: width of one head.
         context_dim: width of the context; None attends to the queries' own sequence.
+        qk_norm: RMS-norm the queries and keys of each head (2302.05442): larger learning rates stay stable.
     """
 
-    def __init__(self, dim: int, *, width: int, head_dim: int, context_dim: int | None = None) -> None:
+    def __init__(
+        self, dim: int, *, width: int, head_dim: int, context_dim: int | None = None, qk_norm: bool = False
+    ) -> None:
         super().__init__()
         if width % head_dim:
             raise ValueError(f"width {width} is not a multiple of head_dim {head_dim}")
@@ -33,6 +36,8 @@ class Attention(nn.Module):
         self.to_q = nn.Linear(dim, width, bias=False)
         self.to_kv = nn.Linear(context_dim or dim, 2 * width, bias=False)
         self.to_out = nn.Linear(width, dim, bias=False)
+        self.norm_q = nn.RMSNorm(head_dim, eps=1e-6) if qk_norm else None
+        self.norm_k = nn.RMSNorm(head_dim, eps=1e-6) if qk_norm else None
 
     def forward(
         self,
@@ -52,8 +57,10 @@ class Attention(nn.Module):
         x = modulated(self.norm(x), modulation)
         context = x if self.norm_context is None or context is None else self.norm_context(context)
         q = self._heads(self.to_q(x))
-        k, v = self.to_kv(context).chunk(2, dim=-1)
-        out = F.scaled_dot_product_attention(q, self._heads(k), self._heads(v), attn_mask=mask)
+        k, v = (self._heads(part) for part in self.to_kv(context).chunk(2, dim=-1))
+        if self.norm_q is not None and self.norm_k is not None:
+            q, k = self.norm_q(q).to(v.dtype), self.norm_k(k).to(v.dtype)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.to_out(out.transpose(1, 2).flatten(2))
 
     def _heads(self, x: Tensor) -> Tensor:

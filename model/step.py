@@ -175,7 +175,7 @@ def losses(
         z_prev = None
         if draws.self_conditioned is not None and has_latents(model):
             with torch.no_grad():
-                _, z = model(x, draws.sigma, condition, None, small=small, keys=keys)
+                _, z = model(x, draws.sigma, condition, None, small=small, keys=keys, latents_only=True)
             z_prev = z * draws.self_conditioned[:, None, None].to(z.dtype)
         f, _ = model(x, draws.sigma, condition, z_prev, small=small, keys=keys)
     return edm.loss(f, videos, draws.eps, draws.sigma)

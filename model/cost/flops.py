@@ -151,7 +151,8 @@ def training_flops(
 
     The backward pass costs twice the forward pass, less the gradients of inputs that nobody trains:
     the noisy video, the encoder's tokens, the scalars, and the latents of the first pass. That
-    first pass runs for the whole batch if its rate is not zero.
+    first pass runs for the whole batch if its rate is not zero, and ends with the latents: it writes no
+    patches in the last block, and nothing out.
     """
     has_latents = n.latents > 0 and self_condition_rate > 0
     parts = forward_flops(backbone, condition, n, self_conditioned=has_latents, prompt_tokens=prompt_tokens)
@@ -162,5 +163,7 @@ def training_flops(
     first = 0
     if has_latents and isinstance(backbone, FitConfig):
         untrained += linear(n.latents, backbone.latent_dim, 4 * backbone.latent_dim)
-        first = forward - parts["latent self-conditioning"]
+        unwritten = parts["write patches"] + parts["write patches feed-forward"]
+        out = linear(n.patches, width, backbone.out_channels * backbone.patch_px**2)
+        first = forward - parts["latent self-conditioning"] - unwritten // backbone.num_blocks - out
     return {"first pass": first, "forward": forward, "backward": 2 * forward - untrained}

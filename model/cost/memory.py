@@ -45,9 +45,12 @@ def kept_activations(backbone: BackboneConfig, n: Sizes, *, checkpoint: bool) ->
     return backbone.num_blocks * block + rest
 
 
-def _attention_kept(queries: int, keys: int, dim: int, width: int, context: int = 0) -> Kept:
-    """Input; normed input and context, q, k, v and the heads' answer."""
-    return Kept(queries * dim, queries * (dim + 2 * width) + keys * (2 * width + context))
+def _attention_kept(
+    queries: int, keys: int, dim: int, width: int, context: int = 0, *, qk_norm: bool = False
+) -> Kept:
+    """Input; normed input and context, q, k, v and the heads' answer; normed q and k."""
+    normed = 2 * (queries + keys) * width if qk_norm else 0  # with the gain and without
+    return Kept(queries * dim, queries * (dim + 2 * width) + keys * (2 * width + context) + normed)
 
 
 def _feed_forward_kept(rows: int, dim: int) -> Kept:
@@ -57,14 +60,14 @@ def _feed_forward_kept(rows: int, dim: int) -> Kept:
 
 def _fit_kept(config: FitConfig, n: Sizes) -> tuple[Kept, Kept, Kept]:
     x, z, c = config.patch_dim, config.latent_dim, config.condition_dim
-    meet, wide = min(x, z), min(c, z)
+    meet, wide, norm = min(x, z), min(c, z), config.qk_norm
     block = (
-        _attention_kept(n.latents, n.tokens, z, wide, c)
-        + _attention_kept(n.latents, n.patches, z, meet, x)
-        + _attention_kept(n.patches, n.latents, x, meet, z)
+        _attention_kept(n.latents, n.tokens, z, wide, c, qk_norm=norm)
+        + _attention_kept(n.latents, n.patches, z, meet, x, qk_norm=norm)
+        + _attention_kept(n.patches, n.latents, x, meet, z, qk_norm=norm)
         + (2 + config.layers_per_block) * _feed_forward_kept(n.latents, z)
         + _feed_forward_kept(n.patches, x)
-        + config.layers_per_block * _attention_kept(n.latents, n.latents, z, z)
+        + config.layers_per_block * _attention_kept(n.latents, n.latents, z, z, qk_norm=norm)
     )
     inputs = Kept(stream=n.patches * x + n.latents * z)
     pixels = config.in_channels * config.patch_px**2
@@ -76,8 +79,8 @@ def _fit_kept(config: FitConfig, n: Sizes) -> tuple[Kept, Kept, Kept]:
 def _dit_kept(config: DitConfig, n: Sizes) -> tuple[Kept, Kept, Kept]:
     d, c = config.dim, config.condition_dim
     block = (
-        _attention_kept(n.patches, n.patches, d, d)
-        + _attention_kept(n.patches, n.tokens, d, d, c)
+        _attention_kept(n.patches, n.patches, d, d, qk_norm=config.qk_norm)
+        + _attention_kept(n.patches, n.tokens, d, d, c, qk_norm=config.qk_norm)
         + _feed_forward_kept(n.patches, d)
         + Kept(n.patches * 4 * d)  # two inputs before they are modulated, two answers to gate
     )

@@ -72,6 +72,7 @@ def test_parameters_are_counted_without_memory(case) -> None:
         ("fit-tiny", {"checkpoint": True}, False),
         ("fit-tiny", {}, True),
         ("fit-tiny", {"half_streams": True}, True),
+        ("fit-tiny", {"qk_norm": True}, False),
         ("fit-tiny", {"checkpoint": True}, True),
         ("dit-tiny", {}, True),
     ],
