@@ -142,7 +142,7 @@ def adamw(
     weight_decay: float = 0.01,
 ) -> torch.optim.AdamW:
     """AdamW over the same two groups; Snap Video's U-Net baselines take Adam at 1e-4."""
-    return torch.optim.AdamW(parameter_groups(model, weight_decay), lr=lr, betas=betas, foreach=True)
+    return torch.optim.AdamW(parameter_groups(model, weight_decay), lr=lr, betas=betas, fused=True)
 
 
 def cosine_schedule(
