@@ -22,13 +22,14 @@ from model.training.stages import EmaConfig, StageConfig
 
 def make_optimizer(model: nn.Module, config: StageConfig) -> Optimizer:
     """The configured optimizer with its moments in place (zero), so that a checkpoint can fill them."""
-    make = lamb if config.optim.name == "lamb" else adamw
-    options = config.optim
+    options, is_lamb = config.optim, config.optim.name == "lamb"
+    make = lamb if is_lamb else adamw
     optimizer = make(model, lr=options.lr, betas=options.betas, weight_decay=options.weight_decay)
     for group in optimizer.param_groups:
         for p in group["params"]:
             optimizer.state[p] = {
-                "step": torch.zeros((), dtype=torch.float32),
+                # LAMB reads it in Python, AdamW's kernel beside the parameter
+                "step": torch.zeros((), dtype=torch.float32, device="cpu" if is_lamb else p.device),
                 "exp_avg": torch.zeros_like(p),
                 "exp_avg_sq": torch.zeros_like(p),
             }
