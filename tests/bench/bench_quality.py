@@ -13,6 +13,8 @@ machine; `--wall-minutes` bounds the real one.
 
     python tests/bench/bench_quality.py overfit --minutes 7
     python tests/bench/bench_quality.py compare --tflop 8
+
+Both run on a GPU where there is one, and `--steps` counts what `--minutes` would time.
 """
 
 import argparse
@@ -41,6 +43,7 @@ FRAMES, HEIGHT, WIDTH, FPS = 16, 36, 64, 6
 TOKENS, TOKEN_DIM = 24, 64
 EDM = edm_for(FRAMES, HEIGHT, WIDTH)
 CONDITION = ConditionConfig(token_dim=TOKEN_DIM)
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def load_clips(count: int, folder: str = "droid") -> tuple[Tensor, list[str]]:
@@ -55,7 +58,7 @@ def load_clips(count: int, folder: str = "droid") -> tuple[Tensor, list[str]]:
                 captions.append(row["caption"])
             if len(videos) == count:
                 break
-    return torch.stack(videos), captions
+    return torch.stack(videos).to(DEVICE), captions
 
 
 def _decode(path: Path) -> Tensor:
@@ -89,7 +92,7 @@ def encode(captions: list[str]) -> Condition:
         tokens=tokens, mask=mask, role=zeros, segment=zeros,
         fps=torch.full((len(captions),), float(FPS)),
         original_size_px=torch.tensor([[180, 320]] * len(captions)),
-    )  # fmt: skip
+    ).to(DEVICE)  # fmt: skip
 
 
 def train(
@@ -103,7 +106,7 @@ def train(
     seconds: float | None = None,
     wall_seconds: float = float("inf"),
     ema: Ema | None = None,
-) -> list[float]:
+) -> list[Tensor]:
     """Train for `steps`, or for `seconds` of a quiet machine or `wall_seconds` of this one.
 
     The learning rate follows a cosine of whichever it is.
@@ -120,9 +123,11 @@ def train(
         warm = min(1.0, (step + 1) / 20)
         for group in optimizer.param_groups:
             group["lr"] = lr * warm * cosine_factor(int(progress * 1e6), 0, 1_000_000, 0.02)
-        rows = torch.randperm(len(videos), generator=order)[:batch]
+        rows = torch.randperm(len(videos), generator=order)[:batch].to(DEVICE)
         indices = range(step * batch, (step + 1) * batch)
-        draws = draw(EDM, videos.shape[1:], seed=0, indices=indices, self_condition_rate=0)
+        draws = draw(
+            EDM, videos.shape[1:], seed=0, indices=indices, self_condition_rate=0, device=DEVICE
+        )  # fmt: skip
         each = accumulate(model, EDM, videos[rows], condition.select(rows), draws, divisor=batch)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -130,9 +135,9 @@ def train(
         step += 1
         if ema is not None:
             ema.update(model, step * batch)
-        seen.append(each.mean().item())
+        seen.append(each.mean())
         if step % 100 == 0:
-            recent = sum(seen[-100:]) / 100
+            recent = torch.stack(seen[-100:]).mean().item()
             print(f"  step {step:>5} {spent:>5.0f} s  loss {recent:.4f}", flush=True)
 
 
@@ -146,7 +151,7 @@ def overfit(minutes: float, wall_minutes: float, name: str, lr: float, sampling_
     videos, captions = load_clips(8)
     condition = encode(captions)
     torch.manual_seed(0)
-    model = Generator(preset(name), CONDITION)
+    model = Generator(preset(name), CONDITION).to(DEVICE)
     ema = Ema(model, HalfLife(half_life=4 * 50))
     start, busy = time.perf_counter(), quiet_seconds()
     seen = train(
@@ -156,8 +161,8 @@ def overfit(minutes: float, wall_minutes: float, name: str, lr: float, sampling_
     ema.swap(model)
     spent, wall = quiet_seconds() - busy, time.perf_counter() - start
     print(f"{name}: {len(seen)} steps of 4 clips in {spent:.0f} quiet seconds ({wall:.0f} by the clock)")
-    noise = torch.randn(videos.shape, generator=torch.Generator().manual_seed(1))
-    shuffled = condition.select(torch.arange(8).roll(1))
+    noise = torch.randn(videos.shape, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    shuffled = condition.select(torch.arange(8, device=DEVICE).roll(1))
     for title, prompts in (("their prompts", condition), ("prompts shuffled", shuffled)):
         denoiser = Denoiser(model, EDM, {FULL: prompts})
         got = sample_ode(denoiser, EDM, noise, num_steps=sampling_steps).clamp(-1, 1)
@@ -177,12 +182,12 @@ def compare(tflop: float, lr: float) -> None:
     """Equal parameters, clips, noise and FLOPs."""
     videos, captions = load_clips(112)
     condition = encode(captions)
-    held, kept = torch.arange(96, 112), torch.arange(96)
+    held, kept = torch.arange(96, 112, device=DEVICE), torch.arange(96, device=DEVICE)
     print(f"{'':<10}{'M params':>9}{'GFLOP/sample':>14}{'samples':>9}{'s':>6}{'val. loss':>11}")
     for name in ("fit-tiny", "dit-tiny"):
         torch.manual_seed(0)
         backbone = preset(name)
-        model = Generator(backbone, CONDITION)
+        model = Generator(backbone, CONDITION).to(DEVICE)
         each = _training_cost(backbone)
         steps = max(1, int(tflop * 1e12 / (each * 4)))
         start = time.perf_counter()
@@ -205,7 +210,10 @@ def validate(model: Generator, videos: Tensor, condition: Condition) -> float:
     total = 0.0
     for at in range(0, len(videos), 4):
         rows = torch.arange(at, at + 4)
-        draws = draw(EDM, videos.shape[1:], seed=99, indices=rows.tolist(), self_condition_rate=0)
+        draws = draw(
+            EDM, videos.shape[1:], seed=99, indices=rows.tolist(), self_condition_rate=0, device=DEVICE
+        )  # fmt: skip
+        rows = rows.to(DEVICE)
         total += losses(model, EDM, videos[rows], condition.select(rows), draws).sum().item()
     return total / len(videos)
 
