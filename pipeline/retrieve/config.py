@@ -41,9 +41,12 @@ class RetrieveConfig(Config):
     RA-CM3: 0.9. 1 = never."""
     mmr_lambda: float = Field(default=1.0, ge=0, le=1)
     """Maximal marginal relevance (Carbonell & Goldstein 1998): 1 = by score alone."""
-    engine: Literal["auto", "arrays", "lance"] = "auto"
-    """arrays = exact, in memory; lance = the table's own indexes; auto = arrays up to
-    `max_exact_documents`."""
+    engine: Literal["auto", "arrays", "partitions", "lance"] = "auto"
+    """arrays = exact, in memory; partitions = in memory too, where vectors are looked for in the nearest
+    partitions only, held to `recall` (augment's batches; `vimi-data search` is exact then); lance = the
+    table's own indexes; auto = arrays up to `max_exact_documents`."""
+    recall: float = Field(default=0.98, gt=0, le=0.999)
+    """With partitions: the least that the 95 % lower bound of recall@10 may be. Ours."""
     max_exact_documents: int = Field(default=3_000_000, ge=0)
     """Memories beyond this are searched through LanceDB's indexes (ours: about 3 GB per machine and
     million documents at 512 dimensions)."""

@@ -19,6 +19,10 @@ from pipeline.retrieve.config import RetrieveConfig
 from pipeline.retrieve.dense import Dense
 from pipeline.retrieve.documents import Documents
 from pipeline.retrieve.fuse import reciprocal_rank
+from pipeline.retrieve.partitions import Partitions
+
+MIN_PARTITIONED = 20_000
+"""Smaller memories are searched exactly: it takes milliseconds. Ours."""
 
 
 class Search(Protocol):
@@ -28,17 +32,26 @@ class Search(Protocol):
 
 
 class ArraySearch:
-    """Exact search over arrays.
+    """Search over arrays: exact, or with partitions held to a recall.
 
     Args:
         config: retriever and its constants.
         bm25: index of the texts.
         vectors: float `n d`, what the query vector is compared with.
+        asked: float `m d`, vectors of the kind that will ask, to tune partitions on; None = `vectors`.
     """
 
-    def __init__(self, config: RetrieveConfig, bm25: Bm25, vectors: np.ndarray) -> None:
+    def __init__(
+        self, config: RetrieveConfig, bm25: Bm25, vectors: np.ndarray, asked: np.ndarray | None = None
+    ) -> None:
         self.config, self.bm25 = config, bm25
-        self.dense = Dense(vectors) if config.retriever != "bm25" else None
+        self.dense: Dense | Partitions | None = None
+        if config.retriever != "bm25" and config.engine == "partitions" and len(vectors) > MIN_PARTITIONED:
+            self.dense = Partitions.build(vectors).tuned(
+                vectors if asked is None else asked, recall=config.recall
+            )
+        elif config.retriever != "bm25":
+            self.dense = Dense(vectors)
 
     def __call__(self, texts: Sequence[str], vectors: np.ndarray | None, depth: int, /) -> list[Hits]:
         """The `depth` best documents of each query.
@@ -68,7 +81,7 @@ def open_search(config: RetrieveConfig, documents: Documents, memory: Memory) ->
             "image": documents.image,
             "text": documents.text,
         }[config.against]
-        return ArraySearch(config, documents.bm25, vectors)
+        return ArraySearch(config, documents.bm25, vectors, documents.text)
     from pipeline.retrieve.lance import LanceSearch
 
     return LanceSearch(config, documents, memory)
@@ -78,4 +91,4 @@ def uses_arrays(config: RetrieveConfig, num_documents: int) -> bool:
     """Exact search in memory, or LanceDB's indexes?"""
     if config.engine == "auto":
         return num_documents <= config.max_exact_documents
-    return config.engine == "arrays"
+    return config.engine != "lance"

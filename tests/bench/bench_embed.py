@@ -40,7 +40,7 @@ from pipeline.embed.streams import settle_process
 
 COLUMNS = ["media", "local_uri", "source_uri", "start_s", "end_s", "caption", "phash"]
 Payload = dict[str, Any]
-Round = Callable[[Payload], None]
+Round = Callable[[Any], Any]
 Made = tuple[Round, Callable[[Payload], Any]]
 
 

@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from pipeline.retrieve.bm25 import K1, B, Bm25, Hits
 from pipeline.retrieve.dense import Dense
 from pipeline.retrieve.fuse import cosines, reciprocal_rank, spread
+from pipeline.retrieve.partitions import Partitions
 from pipeline.retrieve.words import drop_words, words
 
 WORDS = st.sampled_from(
@@ -164,6 +166,36 @@ def test_dense_answers_do_not_depend_on_the_batch() -> None:
     for number in (0, 13, 69):
         alone = dense.search(queries[number : number + 1], 9)[0]
         assert (alone.docs == whole[number].docs).all() and (alone.scores == whole[number].scores).all()
+
+
+def clustered(count: int, *, dim: int = 16, seed: int = 0) -> np.ndarray:
+    """Unit vectors around 40 centres, float32."""
+    random = np.random.default_rng(seed)
+    centres = np.random.default_rng(99).normal(size=(40, dim))
+    vectors = centres[random.integers(0, 40, count)] + random.normal(size=(count, dim))
+    return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+
+
+@settings(max_examples=15, deadline=None)
+@given(count=st.integers(1, 300), depth=st.integers(1, 40), seed=st.integers(0, 99))
+def test_all_partitions_together_are_the_exact_search(count: int, depth: int, seed: int) -> None:
+    vectors, queries = clustered(count, seed=seed).astype(np.float16), clustered(3, seed=seed + 1)
+    parts = Partitions.build(vectors)
+    every = replace(parts, probes=len(parts.centres)).search(queries, depth)
+    for one, exact in zip(every, Dense(vectors).search(queries, depth), strict=True):
+        assert one.docs.tolist() == exact.docs.tolist() and (one.scores == exact.scores).all()
+
+
+def test_partitions_meet_the_declared_recall_and_do_not_depend_on_the_batch() -> None:
+    vectors, queries = clustered(4000), clustered(400, seed=1)
+    parts = Partitions.build(vectors.astype(np.float16)).tuned(vectors, recall=0.95)
+    assert 1 < parts.probes < len(parts.centres) // 2  # else this proves nothing
+    found, exact = parts.search(queries, 10), Dense(parts.vectors).search(queries, 10)
+    shares = [np.isin(e.docs, f.docs).mean() for f, e in zip(found, exact, strict=True)]
+    assert np.mean(shares) >= 0.95
+    for number in (0, 17, 399):
+        alone = parts.search(queries[number : number + 1], 10)[0]
+        assert (alone.docs == found[number].docs).all() and (alone.scores == found[number].scores).all()
 
 
 @settings(max_examples=60, deadline=None)
