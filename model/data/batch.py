@@ -25,6 +25,15 @@ from model.encodings.stored import StoredRow
 from model.prompt.encoder import EncodedPrompt
 from pipeline.schema import ENCODINGS, PROMPTS, TargetKind, check_table
 
+TARGET_BYTES = "target.data"
+ROW_COLUMNS = [
+    *("prompt_id", "task", "media", "source_uri", "source_sha256", "split", "start_s", "end_s", "fps"),
+    *("width_px", "height_px"),
+    *(f"segments.list.element.{name}" for name in ("type", "role", "text", "image")),
+    *(f"target.{name}" for name in ("kind", "num_frames", "height_px", "width_px", "fps")),
+]
+"""Columns of PROMPTS that training reads, beside the targets' bytes."""
+
 
 @dataclass(frozen=True)
 class Sample:

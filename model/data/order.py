@@ -16,6 +16,8 @@ from typing import TypeVar
 
 import numpy as np
 
+KEPT_ROWS = 4096
+"""Rows of the largest window whose shuffle is kept, not computed anew for each row."""
 _MASK = (1 << 64) - 1
 _ROUNDS = 6
 _Bits = TypeVar("_Bits", int, np.ndarray)
@@ -99,6 +101,7 @@ class Order:
             raise ValueError("an order over no rows")
         self.seed, self.lanes, self.window_rows = seed, lanes, window_rows
         self._epochs: OrderedDict[int, tuple[np.ndarray, np.ndarray]] = OrderedDict()
+        self._windows: dict[tuple[int, ...], list[int]] = {}
 
     def locate(self, index: int) -> Place:
         """The row at `index` of the walk; epoch = index // num_rows."""
@@ -107,14 +110,22 @@ class Order:
         size, longer = divmod(self.num_rows, self.lanes)
         start = lane * size + min(lane, longer)
         length = size + (lane < longer)
-        window = offset // self.window_rows
+        window, within = divmod(offset, self.window_rows)
         first = window * self.window_rows
-        within = permute(
-            offset - first,
-            min(self.window_rows, length - first),
-            make_key(self.seed, epoch, lane, window),
-        )
+        within = self._within(within, min(self.window_rows, length - first), epoch, lane, window)
         return self._row(epoch, start + first + within)
+
+    def _within(self, row: int, count: int, *place: int) -> int:
+        """Where a window's shuffle sends its `row`: computed at once for all, since they are asked for next."""
+        if count > KEPT_ROWS:
+            return permute(row, count, make_key(self.seed, *place))
+        found = self._windows.get(place)
+        if found is None:
+            if len(self._windows) > 4 * self.lanes:
+                self._windows.clear()
+            found = permute_all(count, make_key(self.seed, *place)).tolist()
+            self._windows[place] = found
+        return found[row]
 
     def _row(self, epoch: int, place: int) -> Place:
         """The row at `place` of the epoch's row groups laid end to end in their shuffled order."""
@@ -125,12 +136,13 @@ class Order:
 
     def _groups(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The epoch's order of row groups, and where each one ends: O(groups) once an epoch."""
-        if epoch not in self._epochs:
+        found = self._epochs.get(epoch)
+        if found is None:
             groups = permute_all(len(self.counts), make_key(self.seed, epoch))
-            self._epochs[epoch] = (groups, np.cumsum(self.counts[groups]))
+            found = self._epochs[epoch] = (groups, np.cumsum(self.counts[groups]))
             while len(self._epochs) > 2:
                 self._epochs.popitem(last=False)
-        return self._epochs[epoch]
+        return found
 
 
 class Mixture:

@@ -39,9 +39,20 @@ class Source:
 
     bucket: int
     group: int
-    rows: tuple[int, ...]
-    """Numbers of the row among the group's rows of its stream: the one, then spares."""
+    row: int
+    """Number of the row among the group's rows of its stream."""
     stream: Stream
+    num_rows: int = 1
+    """Of the stream in the group."""
+
+    @property
+    def num_tries(self) -> int:
+        """The row itself, and spares for it."""
+        return min(self.num_rows, SPARES)
+
+    def try_row(self, which: int) -> int:
+        """The row itself, or its `which`-th spare."""
+        return (self.row + which) % self.num_rows if which else self.row
 
 
 class Plan:
@@ -105,8 +116,7 @@ class Plan:
         task, k = self.tasks[bucket].draw(nth * self.micro_batch + offset)
         place = self.orders[bucket, task].locate(k)
         size = int(self.counts[bucket, task][place.group])
-        spares = ((place.row + n) % size for n in range(min(size, SPARES)))
-        return Source(bucket, place.group, tuple(spares), (bucket, task))
+        return Source(bucket, place.group, place.row, (bucket, task), size)
 
 
 def count_streams(index: pa.Table, num_groups: int) -> dict[Stream, np.ndarray]:
@@ -139,5 +149,5 @@ def ids_of(plan: Plan, shards: Shards, position: int, count: int) -> str:
     places = []
     for p in range(position, position + count):
         source = plan.source(p)
-        places.append([shards.groups[source.group].uri.rpartition("/")[2], source.group, source.rows[0]])
+        places.append([shards.groups[source.group].uri.rpartition("/")[2], source.group, source.row])
     return json.dumps(places)

@@ -19,7 +19,8 @@ from torch.optim import Optimizer
 from infra.errors import TrainingError
 from model.condition import Condition
 from model.data.batch import Batch
-from model.data.loader import Loader, RowGroups
+from model.data.groups import RowGroups
+from model.data.loader import Loader
 from model.data.shards import open_shards
 from model.ema import Ema
 from model.encodings.store import open_encoder, open_encodings

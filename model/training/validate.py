@@ -20,8 +20,8 @@ from torch import Tensor
 
 from model.data.batch import Batch, collate, read_prompt, read_sample
 from model.data.buckets import VALIDATION
+from model.data.groups import RowGroups
 from model.data.inputs import most_documents
-from model.data.loader import RowGroups
 from model.data.order import permute_all
 from model.data.plan import Source, count_streams
 from model.generator import Generator
@@ -73,7 +73,7 @@ def choose_rows(config: StageConfig, index: pa.Table, num_groups: int, count: in
             for row in range(int(counts[group]))
         ]
         for stream, group, row in (rows[n] for n in (permute_all(len(rows), 0)[:count] if rows else [])):
-            chosen.append(Chosen(bucket.media, Source(number, group, (row,), stream), bool(kept)))
+            chosen.append(Chosen(bucket.media, Source(number, group, row, stream), bool(kept)))
     return chosen
 
 

@@ -28,14 +28,16 @@ import pyarrow.parquet as pq
 import torch
 from pyarrow.fs import LocalFileSystem
 
-from infra.storage import Certificate, FileEntry, write_certificate
+from infra.storage import Certificate, write_certificate
 from model.data.buckets import Bucket
-from model.data.loader import Loader, RowGroups
+from model.data.groups import RowGroups
+from model.data.loader import Loader
 from model.data.order import Order
 from model.data.plan import OrderConfig, Plan
 from model.data.shards import index_shards, open_shards
 from model.training.driver import KEEP_MEMORY
 from pipeline.schema import PROMPTS
+from pipeline.shards import write_shard
 
 SHAPE = (16, 72, 72, 3)
 BATCH = 8
@@ -52,10 +54,7 @@ def make_shards(folder: Path, rows: int, group_rows: int = 32, file_rows: int = 
         count = min(file_rows, rows - first)
         table = [row(first + n, rng.integers(0, 256, SHAPE, dtype=np.uint8)) for n in range(count)]
         name = f"part-{number:05d}.parquet"
-        raw = pa.Table.from_pylist(table, schema=PROMPTS)
-        pq.write_table(raw, folder / name, row_group_size=group_rows, compression="NONE")
-        size = (folder / name).stat().st_size
-        files.append(FileEntry(path=name, rows=count, num_bytes=size, sha256=""))
+        files.append(write_shard(str(folder / name), table, PROMPTS, row_group_rows=group_rows))
         meta += [
             {"file": name, "row_group": g, "num_rows": min(group_rows, count - s), "first_row": first + s}
             for g, s in enumerate(range(0, count, group_rows))

@@ -166,7 +166,7 @@ def next_rows(training: Training) -> list[list[int]]:
     """(row group, row) of every sample of the coming step, over all ranks."""
     start = training.position
     sources = map(training.loader.plan.source, range(start, start + training.config.batch_size))
-    return [[source.group, source.rows[0]] for source in sources]
+    return [[source.group, source.row] for source in sources]
 
 
 def free_port() -> str:

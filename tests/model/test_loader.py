@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from infra.errors import ConfigError
 from model.data.buckets import Bucket
-from model.data.loader import Loader, RowGroups
+from model.data.groups import RowGroups
+from model.data.loader import Loader
 from model.data.order import Mixture, Order, make_key, permute, permute_all
 from model.data.plan import OrderConfig, Plan
 from model.data.shards import index_shards, open_shards
