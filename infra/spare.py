@@ -6,6 +6,7 @@ take seven to ten seconds on two cores. A spare has them behind it: its actor is
     preload()         what Ray calls in each new process: imports the modules that VIMI_PRELOAD names
     spare_env(...)    environment of actors whose processes preload, and whose spares nobody else takes
     ask_for_spare()   called in such an actor: one idle process like this one, on this node
+    spare_after(...)  the same, for work that has lasted a while
 
 The raylet can start idle processes for later use, but Ray 2.60 has no public function for it. So its RPC is
 called here, and where that fails a restart is slower, no worse.
@@ -14,7 +15,8 @@ called here, and where that fails a restart is slower, no worse.
 import importlib
 import os
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 PRELOAD = "VIMI_PRELOAD"
@@ -75,9 +77,14 @@ def _prestart(here: Any) -> None:
         NodeManagerServiceStub(channel).PrestartWorkers(request, timeout=10)
 
 
-def ask_later(after_s: float) -> threading.Timer:
-    """Ask in a while, in a thread: `cancel` it when the work is done."""
-    timer = threading.Timer(after_s, ask_for_spare)
+@contextmanager
+def spare_after(delay_s: float | None) -> Iterator[None]:
+    """Ask once the body has lasted so long, from a thread of its own; None = never."""
+    timer = threading.Timer(delay_s or 0.0, ask_for_spare)
     timer.daemon = True
-    timer.start()
-    return timer
+    if delay_s is not None:
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()

@@ -1,7 +1,8 @@
 """Stage 1 and stage 2 under Ray Train: read it aloud.
 
     run(config)   the driver: door, claim, Ray, one TorchTrainer, certificate
-    train(words)  one worker: open or resume, step, log, look, save, until the samples are seen
+    train(words)  one worker: open or resume, then learn
+    learn(...)    the loop: step, log, look, save, until the samples are seen
 
 `ray.train.report` waits for the controller's next poll (0.5 to 2 s), so it is called with a committed
 checkpoint and never with a mere metric. The run's own folder says where to resume; Ray's snapshot of an
@@ -9,17 +10,29 @@ earlier driver is not asked.
 """
 
 from collections.abc import Callable
+from contextlib import closing
 from functools import partial
 from typing import Any
 
+import torch
+
 from infra.claim import open_job
 from infra.cluster import ray_session
+from infra.spare import spare_after
 from infra.storage import Certificate, filesystem, join, write_json
+from infra.telemetry import RunMetrics
 from model.training.door import inspect, plan_text, prepare_index, read_index, resolve
 from model.training.driver import KEEP_MEMORY, fit
+from model.training.loop import NonFiniteError, Training
+from model.training.notices import Notices
+from model.training.observe import Observer, awaited
 from model.training.outcome import certify, has_arrived, refuse_failed, say_where_it_stands, tidy
+from model.training.report import Reporter
 from model.training.stages import SPEED_ONLY, Stage1Config, Stage2Config, StageConfig, config_class
 from model.training.telemetry import Follower, draw_curves, say
+
+SPARE_AFTER_S = 30.0
+"""A run that has lasted so long is worth a spare for its workers: shorter ones are cheaper to wait for."""
 
 __all__ = ["Stage1Config", "Stage2Config", "check", "run", "train"]
 
@@ -63,52 +76,49 @@ def run(config: StageConfig) -> Certificate:
     return certify(config, ready.inputs)
 
 
-def train(words: dict[str, Any], after_step: Callable[[int], None] | None = None) -> None:
-    """The loop of one worker; `after_step` hears the position that a step led to."""
-    import torch
-
-    from infra.spare import ask_later
-    from infra.telemetry import RunMetrics
-    from model.training.loop import NonFiniteError, Training
-    from model.training.notices import Notices
-    from model.training.observe import Observer, awaited
-    from model.training.report import Reporter
-
-    config = config_class(words["stage"]).model_validate(words["config"])
+def train(words: dict[str, Any], after_step: Callable[[int], None] = lambda position: None) -> None:
+    """One worker of the run; `after_step` hears the position that each step led to."""
+    config, aside = config_class(words["stage"]).model_validate(words["config"]), words["aside"]
     torch.set_num_threads(words["threads"])
-    index = read_index(config.out)
-    training = Training(config, index, held=partial(awaited, config) if words["aside"] else tuple)
-    observer = None if words["aside"] else Observer(training, index)
-    reporter = Reporter(training, metrics=RunMetrics().publish, aside=words["aside"])
-    notices = Notices(config.out, looks=training.rank == 0)
-    spare = ask_later(30.0) if config.spare_workers else None
-    try:
-        if training.device.type == "cuda":
-            training.rehearse()
-        while training.position < config.total_samples and not notices.leave:
-            outcome = training.step()
-            reporter.note(outcome)
-            if reporter.is_due("log"):
-                reporter.log(outcome)
-                notices.listen(training.agree, preempted())
-            if observer is not None:
-                reporter.write(observer.look())
-            if reporter.is_due("checkpoint") or notices.save:
-                announce(training.writer.wait(), reporter.last)
-                training.save(reporter.last)
-            if after_step is not None:
-                after_step(training.position)
-        announce(training.writer.wait(), reporter.last)
-        reporter.finish()
-    except NonFiniteError as error:  # on all ranks alike: another try would end the same
-        if training.rank == 0:
-            write_json(join(config.out, "failure.json"), {"error": str(error)})
-    finally:
-        if spare is not None:
-            spare.cancel()
-        notices.close()
-        reporter.close()
-        training.close()
+    index, held = read_index(config.out), partial(awaited, config) if aside else tuple
+    with (
+        closing(Training(config, index, held=held)) as training,
+        closing(Reporter(training, metrics=RunMetrics().publish, aside=aside)) as reporter,
+        closing(Notices(config.out, looks=training.rank == 0)) as notices,
+        spare_after(SPARE_AFTER_S if config.spare_workers else None),
+    ):
+        observer = None if aside else Observer(training, index)
+        try:
+            learn(training, observer, reporter, notices, after_step)
+        except NonFiniteError as error:  # on all ranks alike: another try would end the same
+            if training.rank == 0:
+                write_json(join(config.out, "failure.json"), {"error": str(error)})
+
+
+def learn(
+    training: Training,
+    observer: Observer | None,
+    reporter: Reporter,
+    notices: Notices,
+    after_step: Callable[[int], None],
+) -> None:
+    """Step, log, look, save, until all samples are seen or the ranks are told to leave."""
+    if training.device.type == "cuda":
+        training.rehearse()
+    while training.position < training.config.total_samples and not notices.leave:
+        outcome = training.step()
+        reporter.note(outcome)
+        if reporter.is_due("log"):
+            reporter.log(outcome)
+            notices.listen(training.agree, preempted())
+        if observer is not None:
+            reporter.write(observer.look())
+        if reporter.is_due("checkpoint") or notices.save:
+            announce(training.writer.wait(), reporter.last)
+            training.save(reporter.last)
+        after_step(training.position)
+    announce(training.writer.wait(), reporter.last)
+    reporter.finish()
 
 
 def announce(uri: str | None, metrics: dict[str, Any]) -> None:
