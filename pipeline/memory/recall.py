@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -29,13 +29,33 @@ class Exact:
     """object `q m`: the nearest documents of each query, k and then some, in no order; None = no more."""
     scores: np.ndarray
     """float32 `q m`: their cosines; -inf where there is none."""
+    answers: "Exact | None" = None
+    """What the index answered to the same queries: its k + 1 nearest, in the same form; None = not asked."""
 
     def __len__(self) -> int:
         return len(self.own_ids)
 
     def take(self, some: np.ndarray | slice) -> "Exact":
         own = np.asarray(self.own_ids, object)[some].tolist()
-        return Exact(self.queries[some], own, self.ids[some], self.scores[some])
+        answers = None if self.answers is None else self.answers.take(some)
+        return Exact(self.queries[some], own, self.ids[some], self.scores[some], answers)
+
+    def lists(self) -> list[list[str]]:
+        """The documents of each query, best first, equal cosines in order of id."""
+        found = []
+        for ids, scores in zip(self.ids, self.scores, strict=True):
+            pairs = [(-float(s), n) for n, s in zip(ids, scores, strict=True) if n is not None]
+            found.append([doc_id for _, doc_id in sorted(pairs)])
+        return found
+
+    def forget(self, removed: frozenset[str]) -> "Exact":
+        """Without these documents in the lists; the queries all stay."""
+        if not removed:
+            return self
+        gone = np.isin(self.ids.astype(str), sorted(removed))
+        ids, scores = self.ids.copy(), self.scores.copy()
+        ids[gone], scores[gone] = None, -np.inf
+        return replace(self, ids=ids, scores=scores)
 
     def truth(self, row: int, k: int) -> tuple[dict[str, float], float]:
         """(cosines of a query's nearest documents but its own, the k-th best of them)."""
@@ -82,20 +102,18 @@ def merge(exact: Exact, blocks: Iterable[tuple[pa.Array, np.ndarray]], *, all_ne
             ids, scores = _writable(ids, exact.ids), _writable(scores, exact.scores)
             scores[part] = np.take_along_axis(all_scores, best, 1)
             ids[part] = np.take_along_axis(np.concatenate([ids[part], more_ids], axis=1), best, 1)
-    return Exact(exact.queries, exact.own_ids, ids, scores)
+    return replace(exact, ids=ids, scores=scores)
 
 
 def without(exact: Exact, removed: frozenset[str], *, k: int) -> Exact:
     """The sample once these documents are gone; queries that know too few of the rest are left out."""
     if not removed:
         return exact
-    gone = np.isin(exact.ids.astype(str), sorted(removed))
     before = (exact.scores > -np.inf).sum(axis=1)
-    ids, scores = exact.ids.copy(), exact.scores.copy()
-    ids[gone], scores[gone] = None, -np.inf
-    left = (scores > -np.inf).sum(axis=1)
+    rest = exact.forget(removed)
+    left = (rest.scores > -np.inf).sum(axis=1)
     sure = (left == before) | (left > k)  # more than k of the true list are left: the k best are known
-    return Exact(exact.queries, exact.own_ids, ids, scores).take(np.flatnonzero(sure))
+    return rest.take(np.flatnonzero(sure))
 
 
 def _better(found: np.ndarray, bars: np.ndarray, keep: int) -> tuple[np.ndarray, np.ndarray]:

@@ -2,12 +2,14 @@
 
 Exact answers cost a pass over all vectors. A memory that grows by a little keeps its sample: the lists of
 true neighbours are merged with the new documents' cosines, and some of the queries make place for ones
-drawn from the new documents, in proportion, so that it stays a fair sample of the whole.
+drawn from the new documents, in proportion, so that it stays a fair sample of the whole. What the index
+answered is kept too: rows that no index holds are scanned exactly beside it, so its answers on the grown
+table are the old ones merged with the new documents, and need not be asked for again.
 """
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -72,8 +74,10 @@ def draw(table: Any, column: str, config: IndexConfig, setting: Setting, *, seed
     return found
 
 
-def grown(table: Any, column: str, config: IndexConfig, growth: Growth, *, seed: int) -> Sample:
-    """The kept sample of a column, brought up to the table that grew.
+def grown(
+    table: Any, column: str, config: IndexConfig, setting: Setting, growth: Growth, *, seed: int
+) -> Sample:
+    """The kept sample of a column, brought up to the table that grew, with the index's answers if kept.
 
     Raises:
         KeyError: there is no sample of this column.
@@ -84,24 +88,39 @@ def grown(table: Any, column: str, config: IndexConfig, growth: Growth, *, seed:
     new_ids = [doc_id for ids, _ in blocks for doc_id in ids.to_pylist()]
     found: Sample = {}
     for query in asked(table, column):
-        old = without(merge(growth.kept[column][query], own_blocks), growth.removed, k=config.k)
+        old = growth.kept[column][query]
+        if old.answers is not None:
+            old = replace(old, answers=merge(old.answers, own_blocks).forget(growth.removed))
+        old = without(merge(old, own_blocks), growth.removed, k=config.k)
         share = len(new_ids) / max(table.count_rows(), 1)
         count = min(len(new_ids), math.ceil(share * len(old)))
         picked = set(random.choice(len(new_ids), count, replace=False).tolist()) if count else set()
         vectors = np.concatenate([unit(v[query]) for _, v in blocks]) if blocks else old.queries[:0]
         rows = [n for n in sorted(picked) if new_ids[n] not in growth.removed]
         new = _exact_by_scan(table, column, vectors[rows], [new_ids[n] for n in rows], config.k)
+        if old.answers is not None:
+            new = answered(table, column, new, setting, k=config.k)
         stay = np.sort(random.permutation(len(old))[: max(len(old) - len(new), 0)])
         both = _concat(old.take(stay), new)
         found[query] = both.take(random.permutation(len(both)))
     return found
 
 
+def answered(table: Any, column: str, exact: Exact, setting: Setting, *, k: int) -> Exact:
+    """With the index's answers: one more than k, for a query may find its own document."""
+    answers = vector_search(table, column, exact.queries, setting, k=k + 1) if len(exact) else []
+    return replace(exact, answers=_lists(exact.queries, exact.own_ids, answers, k + 1))
+
+
 def _exact_by_scan(table: Any, column: str, queries: np.ndarray, own: list[str], k: int) -> Exact:
     """The true neighbours of a few queries: LanceDB reads all vectors once for them."""
     keep = width(k)
-    ids, scores = np.full((len(own), keep), None, object), np.full((len(own), keep), -np.inf, np.float32)
     answers = vector_search(table, column, queries, None, k=keep) if len(own) else []
+    return _lists(queries, own, answers, keep)
+
+
+def _lists(queries: np.ndarray, own: list[str], answers: list[list[tuple[str, float]]], keep: int) -> Exact:
+    ids, scores = np.full((len(own), keep), None, object), np.full((len(own), keep), -np.inf, np.float32)
     for row, answer in enumerate(answers):
         ids[row, : len(answer)] = [doc_id for doc_id, _ in answer]
         scores[row, : len(answer)] = [score for _, score in answer]
@@ -109,11 +128,13 @@ def _exact_by_scan(table: Any, column: str, queries: np.ndarray, own: list[str],
 
 
 def _concat(one: Exact, other: Exact) -> Exact:
+    known = one.answers is not None and other.answers is not None
     return Exact(
         np.concatenate([one.queries, other.queries]),
         [*one.own_ids, *other.own_ids],
         np.concatenate([one.ids, other.ids]),
         np.concatenate([one.scores, other.scores]),
+        _concat(one.answers, other.answers) if known else None,  # pyright: ignore[reportArgumentType]
     )
 
 
@@ -128,6 +149,8 @@ def save(out: str, tag: str, samples: dict[str, Sample]) -> None:
                 "vector": pa.array(list(exact.queries), pa.list_(pa.float32())),
                 "ids": pa.array(exact.ids.tolist(), pa.list_(pa.string())),
                 "scores": pa.array(list(exact.scores), pa.list_(pa.float32())),
+                "answer_ids": pa.array(_nested(exact, "ids"), pa.list_(pa.string())),
+                "answer_scores": pa.array(_nested(exact, "scores"), pa.list_(pa.float32())),
             }
         )
         for column, sample in samples.items()
@@ -151,17 +174,29 @@ def load(out: str, tag: str) -> dict[str, Sample] | None:
         table = pa.ipc.open_file(pa.py_buffer(read_bytes(place))).read_all()
     except (OSError, pa.ArrowInvalid):
         return None
+    if "answer_ids" not in table.schema.names:
+        return None
     samples: dict[str, Sample] = {}
     for batch in table.to_batches():
-        width = len(batch["ids"][0])
-        exact = Exact(
-            np.stack(batch["vector"].to_numpy(zero_copy_only=False)),
-            batch["own_id"].to_pylist(),
-            np.asarray(batch["ids"].flatten().to_pylist(), object).reshape(-1, width),
-            np.asarray(batch["scores"].flatten()).reshape(-1, width),
-        )
+        vectors, own = np.stack(batch["vector"].to_numpy(zero_copy_only=False)), batch["own_id"].to_pylist()
+        exact = Exact(vectors, own, *_columns(batch, "ids", "scores"))
+        if not batch.column("answer_ids").null_count:
+            answers = Exact(vectors, own, *_columns(batch, "answer_ids", "answer_scores"))
+            exact = replace(exact, answers=answers)
         samples.setdefault(batch["column"][0].as_py(), {})[batch["query"][0].as_py()] = exact
     return samples
+
+
+def _nested(exact: Exact, name: str) -> list[Any]:
+    if exact.answers is None:
+        return [None] * len(exact)
+    return getattr(exact.answers, name).tolist()
+
+
+def _columns(batch: pa.RecordBatch, ids: str, scores: str) -> tuple[np.ndarray, np.ndarray]:
+    width = len(batch[ids][0])
+    names = np.asarray(batch[ids].flatten().to_pylist(), object).reshape(-1, width)
+    return names, np.asarray(batch[scores].flatten()).reshape(-1, width)
 
 
 def keep_only(out: str, tag: str) -> None:

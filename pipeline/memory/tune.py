@@ -15,10 +15,10 @@ import numpy as np
 from infra.errors import DataError
 from pipeline.memory.config import IndexConfig
 from pipeline.memory.index import index_bytes, kinds, ladder, make_index
-from pipeline.memory.recall import hits, queries_for
-from pipeline.memory.sample import Sample, draw
+from pipeline.memory.recall import queries_for
+from pipeline.memory.sample import Sample, answered, draw
 from pipeline.memory.vectors import Setting
-from pipeline.memory.verify import ask, verify
+from pipeline.memory.verify import recalls_of, verify
 
 ATTEMPTS = 3
 """Settings of one index that may be put to the test, each on a sample of its own, stronger each time."""
@@ -51,8 +51,9 @@ def build_vector_index(
             best = max(best or (tuned, setting), (tuned, setting), key=lambda found: found[0])
             if tuned < config.recall:
                 break
-            facts = verify(table, column, config, setting, held_out)
-            if facts is not None:
+            verified = verify(table, column, config, setting, held_out)
+            if verified is not None:
+                facts, held_out = verified
                 measured = {"build_s": build_s, "index_bytes": float(index_bytes(table, column))}
                 return facts, measured, held_out
             settings = settings[settings.index(setting) + 1 :]
@@ -69,7 +70,7 @@ def _tune(
     best = (settings[0], -1.0)
     for setting in settings:
         worst = min(
-            float(np.mean(hits(exact, ask(table, column, exact, setting, k=config.k), k=config.k)))
+            float(np.mean(recalls_of(answered(table, column, exact, setting, k=config.k), k=config.k)))
             for exact in samples.values()
         )
         if worst > best[1]:

@@ -18,7 +18,7 @@ from pipeline.memory.commit import LEDGER, STAGED, commit_staged, create_table
 from pipeline.memory.config import IndexConfig
 from pipeline.memory.finish import compact, finish
 from pipeline.memory.recall import exact_neighbours, hits, lower_bound, merge, queries_for, without
-from pipeline.memory.sample import Growth, load, save
+from pipeline.memory.sample import Growth, answered, load, save
 from pipeline.memory.store import sorted_columns, upsert, vectors_arrow, vectors_numpy, version_tag
 from pipeline.memory.tune import build_vector_index
 from pipeline.memory.vectors import Setting, vector_search
@@ -311,8 +311,17 @@ def test_growth_is_verified_and_a_spoilt_index_is_built_anew(tmp_path: Path) -> 
     again = finish(table, config, seed=0, before={"indexes": done.facts}, growth=growth)
     assert "verify_s" in again.measured and "text_index_s" not in again.measured
     asked = again.facts["image_embedding"]["by_query"]["image_embedding"]
-    assert asked["recall_lower_95"] >= 0.95 and asked["queries"] == 300
+    assert asked["recall_lower_95"] >= 0.95 and asked["queries"] == 400
     assert set(again.samples["image_embedding"]["image_embedding"].own_ids) & set(extra["doc_id"].to_pylist())
+    for exact in again.samples["image_embedding"].values():  # merged, not asked for; and yet the same
+        setting = Setting(**again.facts["image_embedding"]["setting"])
+        fresh = answered(table, "image_embedding", exact, setting, k=config.k)
+        assert exact.answers is not None and fresh.answers is not None
+        assert np.allclose(np.sort(exact.answers.scores), np.sort(fresh.answers.scores), atol=1e-3)
+    save(str(tmp_path), "grown", again.samples)
+    loaded = (load(str(tmp_path), "grown") or {})["image_embedding"]["image_embedding"]
+    kept = again.samples["image_embedding"]["image_embedding"].answers
+    assert loaded.answers is not None and kept is not None and loaded.answers.lists() == kept.lists()
     weak = {
         "image_embedding": done.facts["image_embedding"]
         | {"setting": {"kind": "rq", "num_bits": 1, "nprobes": 1}}
