@@ -28,8 +28,8 @@ class DedupConfig(Config):
     neighbours: int = Field(default=32, ge=1)
     """Nearest documents that are looked at of each, in tables beyond `exact_rows`. Ours."""
     exact_rows: int = Field(default=50_000, ge=0)
-    """Tables up to this size are compared pair by pair: by hashes, or by cosines where those decide alone
-    (about a minute at this size). Ours."""
+    """Tables up to this size are compared pair by pair by cosines, where those decide alone (about a minute at
+    this size); up to four times as many by hashes. Ours."""
 
 
 @dataclass(frozen=True)

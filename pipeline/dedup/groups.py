@@ -17,6 +17,9 @@ from pipeline.memory.store import id_filter, sorted_columns
 from pipeline.memory.vectors import setting_of
 from pipeline.schema import Status
 
+HASHES_PER_COSINE = 16
+"""Pairs of hashes that are compared in the time of one product of 512 dimensions (2.2 ns and 34 ns)."""
+
 
 def find_duplicates(
     table: Any,
@@ -37,8 +40,9 @@ def find_duplicates(
     ids = rows["doc_id"].to_pylist()
     wanted = np.arange(len(ids)) if new is None else _places(rows["doc_id"], new)
     bound = config.min_cosine or calibrate(table, config, ids)
-    small = len(ids) * len(wanted) <= config.exact_rows**2
-    if small and config.max_phash_bits is not None:
+    pairs, few = len(ids) * len(wanted), config.exact_rows**2
+    small = pairs <= few
+    if config.max_phash_bits is not None and pairs <= HASHES_PER_COSINE * few:
         edges = by_hash(table, rows, config, wanted, bound)
     elif small or table.schema.field(config.column).type.list_size % 8:
         edges = by_cosine(table, ids, config, wanted, bound)
