@@ -9,9 +9,11 @@ The answer is that of an exhaustive float32 search, ties by document number, and
 queries were batched: what byte-identical shards need.
 """
 
+import itertools
+
 import numpy as np
 
-from pipeline.retrieve.bm25 import Hits, ranked
+from pipeline.retrieve.bm25 import Hits
 
 BLOCK = 64
 """Documents whose largest product stands for them when the short list is looked for."""
@@ -19,6 +21,8 @@ UNIT_ROUNDOFF = {"bfloat16": 2.0**-8, "float32": 2.0**-16}
 """Relative error of a rounded product; float32's own 2^-24 is widened for the sum of `d` terms."""
 SCORES_BYTES = 128 << 20
 """Memory for one block of products."""
+PAIRS = 4096
+"""Candidates whose exact products are taken at once."""
 
 
 class Dense:
@@ -66,29 +70,48 @@ class Dense:
         blocks = products.view(len(queries), -1, BLOCK)
         largest = blocks.amax(-1)
         # The k-th largest block maximum is a floor for the k-th largest product.
-        floors = torch.full((len(queries),), -3.0)
-        if largest.shape[1] >= depth:
-            floors = largest.topk(depth, dim=1).values[:, -1].float()
+        deep_enough = largest if largest.shape[1] >= depth else products
+        floors = deep_enough.topk(depth, dim=1).values[:, -1].float()
         roundoff = UNIT_ROUNDOFF[str(self.dtype).removeprefix("torch.")]
         slacks = (exact - rounded).norm(dim=1) + self.residual * 1.01
         slacks = 2 * (slacks + roundoff * (largest.amax(1).float().abs() + 2.0**-6))
         largest, floors, slacks = (x.float().numpy() for x in (largest, floors, slacks))
-        found = []
-        # Numpy from here on: torch would wake its other threads for each of these small steps.
-        for query, product, top, bar in zip(queries, blocks, largest, floors - slacks, strict=True):
-            near = np.flatnonzero(top >= bar)
-            values = product[torch.from_numpy(near)].float().numpy()
-            row, column = np.nonzero(values >= bar)
-            docs, values = near[row] * BLOCK + column, values[row, column]
-            slack = slacks[len(found)]
-            docs = docs[values >= np.partition(values, len(values) - depth)[len(values) - depth] - slack]
-            docs = docs[docs < len(self.vectors)]
-            found.append(ranked(docs, dots(self.vectors[docs], query), depth))
-        return found
+        # Numpy from here on, all queries at once: small steps for each would cost more than the products.
+        bars = floors - slacks
+        row, block = np.nonzero(largest >= bars[:, None])
+        values = blocks[torch.from_numpy(row), torch.from_numpy(block)].float().numpy()
+        near, column = np.nonzero(values >= bars[row][:, None])
+        values, docs, row = values[near, column], block[near] * BLOCK + column, row[near]
+        # Now that the products are there, the k-th largest itself is the floor.
+        order = np.lexsort((-values, row))
+        kth = values[order][np.searchsorted(row[order], np.arange(len(queries))) + depth - 1]
+        near = np.flatnonzero((values >= (kth - slacks)[row]) & (docs < len(self.vectors)))
+        return rank(self.vectors, np.asarray(queries, np.float32), row[near], docs[near], depth)
+
+
+def rank(vectors: np.ndarray, queries: np.ndarray, row: np.ndarray, docs: np.ndarray, depth: int) -> list[Hits]:
+    """The `depth` best candidates of each query by their exact products, ties by document number.
+
+    Args:
+        vectors: `n d`, the documents.
+        queries: float32 `q d`.
+        row: `m`, the query of each candidate, ascending.
+        docs: `m`, its document; a query's candidates are all different.
+        depth: documents wanted of each.
+    """
+    scores = np.empty(len(docs))
+    for start in range(0, len(docs), PAIRS):
+        part = slice(start, start + PAIRS)
+        scores[part] = dots(vectors[docs[part]], queries[row[part]])
+    order = np.lexsort((docs, -scores, row))
+    docs, scores = docs[order].astype(np.int32), scores[order]
+    ends = np.searchsorted(row, np.arange(len(queries) + 1))
+    spans = [slice(a, min(b, a + depth)) for a, b in itertools.pairwise(ends.tolist())]
+    return [Hits(docs[span], scores[span]) for span in spans]
 
 
 def dots(rows: np.ndarray, query: np.ndarray) -> np.ndarray:
-    """Inner products of `rows` (`m d`) with `query` (`d`), float64, then rounded to float32.
+    """Inner products of `rows` (`m d`) with `query` (`d`, or `m d`), float64, then rounded to float32.
 
     Each row by itself: a matrix product's last bits depend on its shape, these don't.
     """

@@ -20,8 +20,8 @@ from typing import Self
 import numpy as np
 
 from pipeline.memory.recall import lower_bound, queries_for
-from pipeline.retrieve.bm25 import Hits, ranked
-from pipeline.retrieve.dense import dots
+from pipeline.retrieve.bm25 import Hits
+from pipeline.retrieve.dense import rank
 
 PARTITIONS_PER_ROOT = 2.0
 """Partitions for each unit of sqrt(n): more are finer and take longer to build."""
@@ -133,11 +133,9 @@ class Partitions:
         list(pool.map(look, wanted.tolist()))
         docs, scores = docs.reshape(count, -1), scores.reshape(count, -1)
         chosen = np.take_along_axis(docs, _top(scores, min(keep, scores.shape[1])), 1)
-        return list(pool.map(lambda n: self._scored(queries[n], chosen[n], depth), range(count)))
-
-    def _scored(self, query: np.ndarray, chosen: np.ndarray, depth: int) -> Hits:
-        some = np.sort(chosen[chosen >= 0])
-        return ranked(some, dots(self.vectors[some], query), depth)
+        near = np.flatnonzero(chosen.reshape(-1) >= 0)
+        row = np.repeat(np.arange(count), chosen.shape[1])[near]
+        return rank(self.vectors, queries, row, chosen.reshape(-1)[near], depth)
 
 
 def _top(scores: np.ndarray, count: int) -> np.ndarray:
