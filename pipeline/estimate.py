@@ -21,6 +21,13 @@ from pipeline.memory.vectors import Setting
 
 STORED = Path(__file__).with_name("estimate_profile.json")
 COLUMNS = 3  # image, text and document vectors
+MEASURED = {
+    "write_s": "write vectors",
+    "vector_index_s": "vector indexes (IVF_RQ)",
+    "tune_and_verify_s": "tune and verify the recall",
+    "text_index_s": "BM25 index",
+}
+"""Columns of the profile's runs, and what the plan calls them."""
 
 
 class PlanConfig(Config):
@@ -34,6 +41,8 @@ class PlanConfig(Config):
     """CPU cores of each."""
     gpus_per_node: int = Field(default=0, ge=0)
     """GPUs of each; 0 = embed on CPUs."""
+    clip: str = "ViT-B-32"
+    """The CLIP of the profile's embedding rates (stored: ViT-B-32, offline)."""
     gpu_documents_per_s: float = Field(default=1500.0, gt=0)
     """Documents a second and GPU. Default: clip-retrieval's published rate for ViT-B/32 on an RTX 3080;
     measure yours."""
@@ -42,7 +51,8 @@ class PlanConfig(Config):
     image_bytes: int = Field(default=25_000, ge=0)
     """Mean size of a document's JPEG, bytes (384 px at quality 90: 15 to 40 kB)."""
     profile: str | None = None
-    """JSON of measurements (`tests/bench/bench_index.py --profile`); None = the stored one."""
+    """JSON of measurements, made by `tests/bench/bench_index.py --profile` and `bench_embed.py --profile`;
+    None = the stored one."""
 
 
 @dataclass(frozen=True)
@@ -113,21 +123,25 @@ def plan(config: PlanConfig) -> list[Line]:
     """Work, room and time, each with its source."""
     profile = load_profile(config.profile)
     count, machine = config.documents, profile["machine"]
-    where = f"measured on {machine['cpus']} CPUs ({machine['processor']})"
-    lines, embed_s = _embedding(config, profile, where)
-    vector_law = fit_law([(r["rows"], r["vector_index_s"]) for r in profile["index"]])
-    text_law = fit_law([(r["rows"], r["text_index_s"]) for r in profile["index"]])
-    write_law = fit_law([(r["rows"], r["write_s"]) for r in profile["index"]])
+    lines, embed_s = _embedding(config, profile)
+    laws = {name: fit_law([(r["rows"], r[name]) for r in profile["index"]]) for name in MEASURED}
     scale = config.dim / machine["dim"]
-    vector_s, text_s = COLUMNS * scale * vector_law(count), text_law(count)
-    write_s = COLUMNS * scale * write_law(count)
+    # Measured with one column of vectors; the memory has three.
+    factors = {name: 1.0 if name == "text_index_s" else COLUMNS * scale for name in MEASURED}
+    seconds = {name: factors[name] * laws[name](count) for name in MEASURED}
     rq = Setting("rq", num_bits=1)
     vectors_bytes, index_bytes = COLUMNS * 2 * config.dim * count, COLUMNS * rq.bytes_of(count, config.dim)
-    on_one = "one machine, as measured"
+    on_one = f"on one machine of {machine['cpus']} CPUs, as measured"
+    columns = f"{COLUMNS} columns of {config.dim}: {COLUMNS * scale:.2g}x of "
     lines += [
-        Line("write vectors", span(write_s), f"{write_law.source(count)}; {on_one}"),
-        Line("vector indexes (IVF_RQ)", span(vector_s), f"{vector_law.source(count)}; {on_one}"),
-        Line("BM25 index", span(text_s), f"{text_law.source(count)}; {on_one}"),
+        Line(
+            what,
+            span(seconds[name]),
+            f"{'' if name == 'text_index_s' else columns}{laws[name].source(count)}; {on_one}",
+        )
+        for name, what in MEASURED.items()
+    ]
+    lines += [
         Line(
             "pictures on disk",
             _bytes(config.image_bytes * count),
@@ -135,22 +149,28 @@ def plan(config: PlanConfig) -> list[Line]:
         ),
         Line("vectors on disk", _bytes(vectors_bytes), f"{COLUMNS} x {config.dim} x float16 (schema)"),
         Line("index in memory", _bytes(index_bytes), f"{COLUMNS} x (dim/8 + 20) bytes each (1-bit IVF_RQ)"),
-        Line("wall time", span(embed_s + write_s + vector_s + text_s), "sum of the above; no faults"),
+        Line("wall time", span(embed_s + sum(seconds.values())), "sum of the above; no faults"),
     ]
     return lines
 
 
-def _embedding(config: PlanConfig, profile: dict[str, Any], where: str) -> tuple[list[Line], float]:
-    cpu_s = profile["embed"]["cpu_s_per_document"] * config.documents
-    what = profile["embed"]["what"]
+def _embedding(config: PlanConfig, profile: dict[str, Any]) -> tuple[list[Line], float]:
     if config.gpus_per_node:
         gpus = config.nodes * config.gpus_per_node
         gpu_s = config.documents / config.gpu_documents_per_s
         source = f"{config.gpu_documents_per_s:,.0f} documents/s and GPU (published, not measured)"
         work = Line("embed, GPU hours", f"{gpu_s / 3600:,.0f}", source)
         return [work, Line("embed, wall", span(gpu_s / gpus), f"on {gpus:,} GPUs, evenly spread")], gpu_s / gpus
+    rates, machine = profile["embed"], profile["machine"]
+    if config.clip not in rates:
+        raise ConfigError(f"the profile has no embedding rate of {config.clip!r}", legal=", ".join(rates))
+    rate = rates[config.clip]
+    cpu_s = rate["cpu_s_per_document"] * config.documents
     cpus = config.nodes * config.cpus_per_node
-    work = Line("embed, CPU hours", f"{cpu_s / 3600:,.0f}", f"{what}, {where}; linear")
+    source = f"{rate['cpu_s_per_document']:.3g} CPU s each: {rate['what']}; {machine['cpus']} CPUs"
+    work = Line(
+        "embed, CPU hours", f"{cpu_s / 3600:,.0f}", f"{source} ({machine['processor']}), measured; linear"
+    )
     return [work, Line("embed, wall", span(cpu_s / cpus), f"on {cpus:,} CPUs, evenly spread")], cpu_s / cpus
 
 
@@ -165,8 +185,9 @@ def load_profile(place: str | None) -> dict[str, Any]:
         return stored
     try:
         own = json.loads(Path(place).read_text(encoding="utf-8"))
-        points = [(r["rows"], r["vector_index_s"], r["text_index_s"], r["write_s"]) for r in own["index"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        points = [[r[name] for name in ("rows", *MEASURED)] for r in own.get("index", stored["index"])]
+        _ = [rate["cpu_s_per_document"] for rate in own.get("embed", stored["embed"]).values()]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(
             f"profile {place} can't be used: {type(error).__name__} {error}",
             cure="make one with tests/bench/bench_index.py --profile",

@@ -19,11 +19,14 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
+from pipeline.estimate import MEASURED
 from pipeline.memory.config import IndexConfig
 from pipeline.memory.index import build_text_index, make_index
 from pipeline.memory.recall import Exact, exact_neighbours, hits, unit
@@ -198,7 +201,7 @@ def main() -> None:
     parser.add_argument("--queries", type=int, default=1000, help="held-out queries of the verification")
     parser.add_argument("--no-pq", action="store_true")
     parser.add_argument("--no-hnsw", action="store_true")
-    parser.add_argument("--profile", help="write the measurements here, for `vimi-data plan`")
+    parser.add_argument("--profile", help="add the measurements to this file, for `vimi-data plan`")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     real = None if options.vectors is None else np.load(options.vectors)
@@ -210,9 +213,24 @@ def main() -> None:
         results.append(r)
         show(r, dim)
     if options.profile:
-        machine = {"cpus": os.cpu_count(), "processor": platform.machine(), "dim": dim}
-        with open(options.profile, "w") as file:  # noqa: PTH123
-            json.dump({"machine": machine, "index": results}, file, indent=1)
+        write_profile(Path(options.profile), results, dim)
+
+
+def write_profile(place: Path, results: list[dict[str, Any]], dim: int) -> None:
+    """What `vimi-data plan` fits its laws to; sizes that the file has already are replaced, others stay."""
+    there = json.loads(place.read_text()) if place.exists() else {}
+    runs = {run["rows"]: run for run in there.get("index", [])}
+    names = ("rows", *MEASURED, "index_bytes", "recall", "recall_lower_95")
+    runs |= {r["rows"]: {n: round(r[n], 4) for n in names} for r in results}
+    machine = {
+        "cpus": os.cpu_count(),
+        "processor": platform.machine(),
+        "dim": dim,
+        "lancedb": version("lancedb"),
+        "what": "bench_index.py: planted vectors, one column, IVF_RQ",
+    }
+    profile = {**there, "machine": machine, "index": [runs[rows] for rows in sorted(runs)]}
+    place.write_text(json.dumps(profile, indent=1) + "\n")
 
 
 if __name__ == "__main__":

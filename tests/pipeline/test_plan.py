@@ -44,6 +44,8 @@ def test_a_profile_of_ones_own_is_used_and_a_bad_one_refused(tmp_path: Path) -> 
     own = {"machine": {"cpus": 8, "processor": "x", "dim": 64}, "index": stored["index"]}
     (tmp_path / "own.json").write_text(json.dumps(own))
     assert "8 CPUs" in plan(PlanConfig(profile=str(tmp_path / "own.json")))[0].source
+    with pytest.raises(ConfigError, match=r"no embedding rate of 'ViT-Q'.*legal: ViT-B-32, offline"):
+        plan(PlanConfig(clip="ViT-Q"))
     (tmp_path / "bad.json").write_text('{"index": 3}')
     for name in ("bad.json", "absent.json"):
         with pytest.raises(ConfigError, match="can't be used"):
