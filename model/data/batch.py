@@ -8,7 +8,7 @@ Targets come as raw frames (`frames`), as mp4 bytes (`video`) or as a range of a
 
 import io
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ from model.condition import ROLES, Prompt, Segment
 from model.data.buckets import Bucket
 from model.data.frames import decode_video, fit_frames, slower, spread
 from model.encodings.stored import StoredRow
-from model.prompt.encoder import EncodedPrompt
+from model.prompt.encoder import Beforehand, EncodedBatch, EncodedPrompt, pad
 from pipeline.schema import ENCODINGS, PROMPTS, TargetKind, check_table
 
 TARGET_BYTES = "target.data"
@@ -66,8 +66,9 @@ class Batch:
     """`b` float32; inf for pictures."""
     original_size_px: Tensor
     """`b 2` float32 (height, width)."""
-    encoded: list[EncodedPrompt | None] = field(default_factory=list)
-    """Tokens of prompts that were encoded beforehand, one for each prompt, or none at all."""
+    encoded: Beforehand = ()
+    """Prompts that were encoded beforehand. All of them are padded here, in the loader's threads: the training
+    thread, which shares the interpreter with those, has nothing left to do but to move them."""
     latents: Tensor | None = None
     """`b t c h w` float32 latents that were encoded beforehand, in place of `video`."""
 
@@ -77,7 +78,9 @@ class Batch:
     def pin(self) -> "Batch":
         """Page-locked copies, so that the move to the device overlaps the step."""
         names = ("video", "fps", "original_size_px", *(("latents",) if self.latents is not None else ()))
-        return replace(self, **{name: getattr(self, name).pin_memory() for name in names})
+        pinned = {name: getattr(self, name).pin_memory() for name in names}
+        encoded = self.encoded.pin() if isinstance(self.encoded, EncodedBatch) else self.encoded
+        return replace(self, encoded=encoded, **pinned)
 
     def target(self, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
         """`b t c h w` in [-1, 1] on `device`."""
@@ -93,7 +96,7 @@ def collate(samples: list[Sample]) -> Batch:
         video=_stack_frames([s.video for s in samples]),
         fps=torch.tensor([s.fps for s in samples], dtype=torch.float32),
         original_size_px=torch.tensor([s.original_size_px for s in samples], dtype=torch.float32),
-        encoded=[s.encoded for s in samples],
+        encoded=_pad_all([s.encoded for s in samples]),
         latents=_stack([s.latents for s in samples]),
     )
 
@@ -105,6 +108,14 @@ def _stack_frames(videos: list[Tensor]) -> Tensor:
     if videos[0].ndim != 4:  # nothing was decoded
         return torch.stack(videos)
     return torch.stack([video.permute(0, 2, 3, 1) for video in videos]).permute(0, 1, 4, 2, 3)
+
+
+def _pad_all(each: list[EncodedPrompt | None]) -> Beforehand:
+    """One padded batch; the list itself if one is missing."""
+    there = [one for one in each if one is not None]
+    if not there or len(there) < len(each):
+        return each
+    return pad(there, there[0].tokens.shape[-1], there[0].tokens.dtype)
 
 
 def _stack(each: list[Tensor | None]) -> Tensor | None:

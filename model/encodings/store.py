@@ -85,6 +85,8 @@ class StoredEncoder(PromptEncoder):
         self.dtype = encodings.facts.torch_dtype
         self.identity_hash = encodings.facts.encoder
         self.content_hash = encodings.facts.encoder_content
+        self.row: StoredRow | None = None
+        """A row whose prompts will be asked for: its variants are served (by content, as everywhere)."""
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -111,10 +113,17 @@ class StoredEncoder(PromptEncoder):
         return encoder
 
     def encode_each(self, prompts: Sequence[Prompt]) -> list[EncodedPrompt]:
-        """Encode what is not stored; a prompt that says nothing has no tokens, and needs no encoder."""
-        full = [prompt for prompt in prompts if drop_empty(prompt)]
-        made = iter(self.encoder.encode_each(full) if full else ())
-        return [next(made) if drop_empty(prompt) else self._nothing() for prompt in prompts]
+        """Encode what is not stored."""
+        known = [self._known(prompt) for prompt in prompts]
+        missing = [prompt for prompt, there in zip(prompts, known, strict=True) if there is None]
+        made = iter(self.encoder.encode_each(missing) if missing else ())
+        return [next(made) if there is None else there for there in known]
+
+    def _known(self, prompt: Prompt) -> EncodedPrompt | None:
+        """Of `row`; and a prompt that says nothing has no tokens, and needs no encoder."""
+        if not drop_empty(prompt):
+            return self._nothing()
+        return self.row.prompt(prompt) if self.row is not None else None
 
     def _nothing(self) -> EncodedPrompt:
         none = torch.zeros(0, dtype=torch.long)

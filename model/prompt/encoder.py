@@ -47,6 +47,14 @@ class EncodedBatch:
     segment: Tensor
     """`b l` int64."""
 
+    def pin(self) -> "EncodedBatch":
+        """Page-locked copies, so that the move to the device overlaps the step."""
+        return EncodedBatch(**{name: part.pin_memory() for name, part in vars(self).items()})
+
+
+Beforehand = EncodedBatch | Sequence[EncodedPrompt | None]
+"""What was encoded before the batch was made: all of it, or some of its prompts (None for the others)."""
+
 
 class PromptEncoder(ABC):
     """A frozen encoder of prompts. Subclasses say `dim`, `identity` and `encode_each`."""
@@ -80,13 +88,15 @@ class PromptEncoder(ABC):
         """Hex sha256 of `identity_hash` and `arithmetic`: equal only if tokens are equal to the bit."""
         return sha256(canonical_json({"identity": self.identity_hash, **self.arithmetic})).hexdigest()
 
-    def encode(self, prompts: Sequence[Prompt], encoded: Sequence[EncodedPrompt | None] = ()) -> EncodedBatch:
+    def encode(self, prompts: Sequence[Prompt], encoded: Beforehand = ()) -> EncodedBatch:
         """Encode prompts and pad them to one batch.
 
         Args:
             prompts: b prompts, after `select`.
-            encoded: tokens of those that were encoded beforehand, None for the others; () = none were.
+            encoded: what was encoded beforehand; () = nothing.
         """
+        if isinstance(encoded, EncodedBatch):
+            return encoded
         known = list(encoded) or [None] * len(prompts)
         missing = [prompt for prompt, there in zip(prompts, known, strict=True) if there is None]
         made = iter(self.encode_each(missing) if missing else ())
@@ -99,7 +109,7 @@ class PromptEncoder(ABC):
         fps: Tensor,
         original_size_px: Tensor,
         references: tuple[Tensor, Tensor] | None = None,
-        encoded: Sequence[EncodedPrompt | None] = (),
+        encoded: Beforehand = (),
     ) -> Condition:
         """The generator's condition.
 

@@ -1,6 +1,5 @@
 """What a run is made of, from its config: the network, the prompts' way into it, the order of samples."""
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 import pyarrow as pa
@@ -11,7 +10,8 @@ from infra.errors import ConfigError
 from model.condition import Condition, ConditionConfig, Prompt
 from model.data.plan import Plan
 from model.generator import BackboneConfig, Generator, preset
-from model.prompt import EncodedPrompt, PromptEncoder, reference_tensors, select
+from model.prompt import PromptEncoder, reference_tensors, select
+from model.prompt.encoder import Beforehand
 from model.space import PIXELS, Space
 from model.step import draw_dropped, draw_num_documents
 from model.training.stages import StageConfig
@@ -61,9 +61,9 @@ class Conditioner:
         prompts: list[Prompt],
         fps: Tensor,
         original_size_px: Tensor,
-        encoded: Sequence[EncodedPrompt | None] = (),
+        encoded: Beforehand = (),
     ) -> Condition:
-        """`encoded`: tokens of the prompts that were encoded beforehand, None for others; () = none."""
+        """`encoded`: what was encoded beforehand; () = nothing."""
         references = None
         if self.config.references == "plus":
             references = reference_tensors(prompts, size_px=self.reference_size_px)

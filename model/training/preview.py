@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from infra.storage import join, write_bytes, write_json
 from model.data.batch import read_prompt, read_sample
 from model.data.inputs import most_documents
+from model.encodings.store import StoredEncoder
 from model.prompt import select
 from model.sampling.ask import describe_prompt
 from model.sampling.config import GuidanceConfig
@@ -77,6 +78,8 @@ class Preview:
         """Frames uint8 `t h w 3` of one row's prompt, and what samples.json says of them."""
         groups, chosen = self.observed.row_groups, self.rows[number]
         row, bucket = groups.row(chosen.source, 0), groups.buckets[chosen.source.bucket]
+        if isinstance(self.observed.encoder, StoredEncoder):
+            self.observed.encoder.row = row["stored"]
         prompt = select(read_prompt(row), most_documents(self.observed.config))
         sample = read_sample(row, bucket, position=0, prompt=prompt)
         fps = sample.fps if math.isfinite(sample.fps) else 1.0

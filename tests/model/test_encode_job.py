@@ -27,6 +27,7 @@ from model.encodings.make import make_row_encoder
 from model.prompt import load_prompt_encoder
 from model.training.door import prepare_index, read_index
 from model.training.loop import Training
+from model.training.preview import Preview
 from model.training.stages import Stage1Config
 from model.training.train import check as check_stage
 from model.training.validate import Validation
@@ -84,6 +85,12 @@ def encode_here(values: dict[str, Any], out: Path) -> None:
     write_certificate(config.out, certificate)
 
 
+def film(training: Training) -> list[bytes]:
+    """The videos that a run samples now."""
+    Preview(training.observed, read_index(training.config.out)).make(training.position)
+    return [path.read_bytes() for path in sorted(Path(training.config.out, "samples").rglob("*.mp4"))]
+
+
 DROPOUT = {"text": 0.3, "retrieved": 0.2, "all": 0.2}
 
 
@@ -93,7 +100,8 @@ def test_training_from_encodings_is_the_same_to_the_bit(
 ) -> None:
     size = {"num_frames": 5, "height_px": 16, "width_px": 24}
     shards = str(make_shards(12, num_frames=5, height=16, width=24))
-    values = stage_values(prompts=shards, dropout=DROPOUT, **size)
+    preview = {"num_videos": 1, "num_steps": 2}
+    values = stage_values(prompts=shards, dropout=DROPOUT, preview=preview, **size)
     values["backbone"] = {**values["backbone"], "patch_px": 1 if kind in autoencoders else 4}
     values |= {"autoencoder": autoencoders[kind]} if kind in autoencoders else {}
     values |= {"encoder": tiny_mllm} if kind == "mllm" else {}
@@ -104,7 +112,9 @@ def test_training_from_encodings_is_the_same_to_the_bit(
     assert stored.weights_sha256() == fresh.weights_sha256()
     assert stored.targets.space == fresh.targets.space
     assert not {**vars(stored.encoder), **vars(stored.targets)}.get("latents")
-    assert "encoder" not in vars(stored.encoder)  # neither is ever loaded
+    filmed = [film(training) for training in (fresh, stored)]
+    assert filmed[0] == filmed[1]
+    assert "encoder" not in vars(stored.encoder)  # neither training nor a preview ever loads it
     assert (next(stored.batches).video.numel() == 0) == (kind in autoencoders)  # nor anything decoded
     fresh.close()
     stored.close()
