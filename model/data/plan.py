@@ -6,6 +6,7 @@ Every micro-batch holds one bucket, the same on all ranks, so that ranks have eq
 """
 
 import json
+from collections import defaultdict
 from dataclasses import dataclass
 
 import numpy as np
@@ -121,11 +122,14 @@ class Plan:
 
 def count_streams(index: pa.Table, num_groups: int) -> dict[Stream, np.ndarray]:
     """int64 [groups] rows of each stream, from `index_shards`."""
-    counts: dict[Stream, np.ndarray] = {}
-    columns = (index[name].to_pylist() for name in ("group", "bucket", "task", "rows"))
-    for group, bucket, task, rows in zip(*columns, strict=True):
-        counts.setdefault((bucket, task), np.zeros(num_groups, np.int64))[group] = rows
-    return dict(sorted(counts.items()))
+    group, rows = index["group"].to_numpy(), index["rows"].to_numpy()
+    lines: defaultdict[Stream, list[int]] = defaultdict(list)
+    for line, stream in enumerate(zip(index["bucket"].to_pylist(), index["task"].to_pylist(), strict=True)):
+        lines[stream].append(line)
+    counts = {stream: np.zeros(num_groups, np.int64) for stream in sorted(lines)}
+    for stream, ours in lines.items():
+        counts[stream][group[ours]] = rows[ours]
+    return counts
 
 
 def _keep_tasks(counts: dict[Stream, np.ndarray], weights: dict[str, float]) -> dict[Stream, np.ndarray]:

@@ -17,7 +17,7 @@ from model.data.batch import check_schema
 from model.data.buckets import KEY_COLUMNS, Bucket, streams_of
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class RowGroup:
     uri: str
     index: int
@@ -58,10 +58,12 @@ def open_shards(uri: str) -> Shards:
     if not exists(meta):
         raise ConfigError(f"{uri} has no meta.parquet", cure=f"run `{made_by}` again")
     table = open_parquet(meta).read(columns=["file", "row_group", "num_rows"])
+    files, indices, rows = (column.to_pylist() for column in table.columns)
+    places = {file: join(absolute(uri), file) for file in set(files)}
     groups = tuple(
-        RowGroup(join(absolute(uri), row["file"]), row["row_group"], row["num_rows"])
-        for row in table.to_pylist()
-        if row["num_rows"]
+        RowGroup(places[file], index, count)
+        for file, index, count in zip(files, indices, rows, strict=True)
+        if count
     )
     if not groups:
         raise ConfigError(f"{uri} holds no prompts", cure="look at its rejected.parquet for the reasons")

@@ -32,9 +32,9 @@ from infra.storage import Certificate, write_certificate
 from model.data.buckets import Bucket
 from model.data.groups import RowGroups
 from model.data.loader import Loader
-from model.data.order import Order
 from model.data.plan import OrderConfig, Plan
 from model.data.shards import index_shards, open_shards
+from model.training.door import read_index
 from model.training.driver import KEEP_MEMORY
 from pipeline.schema import PROMPTS
 from pipeline.shards import write_shard
@@ -193,18 +193,42 @@ def measure_wait(folder: Path, step_s: float = 0.05, steps: int = 60) -> None:
     print(f"steps of {step_s * 1e3:.0f} ms, batches of {BATCH}: {waited_s / worked_s:.2%} of it waits for data")
 
 
-def measure_seek() -> None:
-    """Position 10^9 over 10^7 rows in row groups of 64, from nothing."""
-    counts = np.full(10_000_000 // 64, 64)
+def measure_seek(folder: Path, rows: int = 10_000_000, group_rows: int = 64) -> None:
+    """What a resume does before its first row, at position 10^9: manifest of `rows` rows, run's index, plan.
+
+    Manifest and index are simulated: their files are whole, only the first shard exists.
+    """
+    count = rows // group_rows
+    place = folder / "many"
+    place.mkdir()
+    (place / "part-00000.parquet").symlink_to(folder / "part-00000.parquet")
+    numbers = np.arange(count)
+    meta = {
+        "file": [f"part-{n // 100:05d}.parquet" for n in range(count)],
+        "row_group": numbers % 100,
+        "num_rows": np.full(count, group_rows),
+        "first_row": numbers * group_rows,
+    }
+    pq.write_table(pa.table(meta), place / "meta.parquet")
+    write_certificate(str(place), Certificate(job="augment", config_hash="", num_in=rows, num_out=rows))
+    index = {
+        "group": numbers,
+        "bucket": np.zeros(count, np.int32),
+        "task": ["pretrain"] * count,
+        "rows": np.full(count, group_rows),
+    }
+    pq.write_table(pa.table(index), place / "index.parquet")
+
     started_s = time.perf_counter()
-    order = Order(counts, seed=0, lanes=48, window_rows=256)
-    order.locate(10**9)
+    shards = open_shards(str(place))
+    plan = Plan(read_index(str(place)), len(shards.groups), seed=0, micro_batch=BATCH, order=OrderConfig())
+    plan.source(10**9)
     first_s = time.perf_counter() - started_s
     started_s = time.perf_counter()
-    for index in range(10**9, 10**9 + 1000):
-        order.locate(index)
-    each_us = (time.perf_counter() - started_s) * 1e3
-    print(f"seek to sample 10^9 of 10^7 rows: {first_s * 1e3:.0f} ms, then {each_us:.0f} us a sample")
+    for position in range(10**9, 10**9 + 10_000):
+        plan.source(position)
+    each_us = (time.perf_counter() - started_s) * 1e2
+    print(f"resume at sample 10^9 of {rows:.0e} rows: {first_s * 1e3:.0f} ms, then {each_us:.0f} us a sample")
 
 
 def main() -> None:
@@ -234,7 +258,7 @@ def main() -> None:
                 options.rows,
                 1,
             )
-    measure_seek()
+        measure_seek(Path(folder))
 
 
 if __name__ == "__main__":
