@@ -110,6 +110,10 @@ def _print(rows: list[dict[str, Any]], config: SearchConfig, memory: Memory) -> 
 
     how = config.retrieve.retriever
     how += f" against {config.retrieve.against}" if how != "bm25" else ""
+    if not rows:
+        cause = "none shares a word with the question" if config.retrieve.retriever == "bm25" else "none passes"
+        print(f"nothing found among {memory.num_documents:,} documents ({how}): {cause}")
+        return
     table = Table(title=f"{len(rows)} of {memory.num_documents:,} documents, {how}", title_justify="left")
     table.add_column("#", justify="right")
     table.add_column("score", justify="right")

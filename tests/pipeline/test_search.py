@@ -132,6 +132,12 @@ def test_the_command_prints_a_table_and_writes_pictures(
     assert Image.open(io.BytesIO((tmp_path / "search.png").read_bytes())).width > 1000
 
 
+def test_nothing_found_is_said_in_words(memory: Memory, capsys: pytest.CaptureFixture[str]) -> None:
+    question = SearchConfig(memory=memory.uri, text="zzz", retrieve=RetrieveConfig(retriever="bm25", k=3))
+    assert run(question) == []
+    assert "nothing found among 30 documents (bm25): none shares a word" in capsys.readouterr().out
+
+
 def test_questions_that_make_no_sense_are_refused(memory: Memory, clip: Clip, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="nothing to search for"):
         check(SearchConfig(memory=memory.uri, text="  "))
