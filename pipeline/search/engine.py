@@ -34,6 +34,7 @@ from pipeline.retrieve.join import uses_arrays
 if TYPE_CHECKING:
     from infra.clip import Clip
 
+_NO_PICTURE, _PICTURES = "these bytes are no picture", "JPEG, PNG, WebP, ..."
 FTS_THREADS = 4  # LanceDB answers one full-text query at a time; more threads gain nothing (measured)
 
 
@@ -249,8 +250,10 @@ def _picture(data: bytes | None) -> Any:
 
     try:
         return Image.open(io.BytesIO(data or b"")).convert("RGB")
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        raise ConfigError(f"the query's picture can't be read: {error}", legal="JPEG, PNG, WebP, ...") from None
+    except UnidentifiedImageError:  # its own words name an object in memory
+        raise ConfigError(f"the query's picture can't be read: {_NO_PICTURE}", legal=_PICTURES) from None
+    except (OSError, Image.DecompressionBombError) as error:
+        raise ConfigError(f"the query's picture can't be read: {error}", legal=_PICTURES) from None
 
 
 def _quoted(text: str) -> str:
