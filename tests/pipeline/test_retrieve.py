@@ -11,7 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipeline.retrieve import join
 from pipeline.retrieve.bm25 import K1, B, Bm25, Hits
+from pipeline.retrieve.config import RetrieveConfig
 from pipeline.retrieve.dense import Dense
 from pipeline.retrieve.fuse import cosines, reciprocal_rank, spread
 from pipeline.retrieve.partitions import Partitions
@@ -196,6 +198,19 @@ def test_partitions_meet_the_declared_recall_and_do_not_depend_on_the_batch() ->
     for number in (0, 17, 399):
         alone = parts.search(queries[number : number + 1], 10)[0]
         assert (alone.docs == found[number].docs).all() and (alone.scores == found[number].scores).all()
+
+
+def test_the_join_searches_by_partitions_when_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(join, "MIN_PARTITIONED", 1000)
+    vectors, queries = clustered(2000).astype(np.float16), clustered(50, seed=1)
+    bm25 = Bm25.build(["a"] * len(vectors))
+    one, exact = (
+        join.ArraySearch(RetrieveConfig.model_validate({"retriever": "clip", "engine": engine}), bm25, vectors)
+        for engine in ("partitions", "arrays")
+    )
+    assert isinstance(one.dense, Partitions) and isinstance(exact.dense, Dense)
+    pairs = zip(one([""] * 50, queries, 10), exact([""] * 50, queries, 10), strict=True)
+    assert np.mean([np.isin(e.docs, f.docs).mean() for f, e in pairs]) >= 0.98
 
 
 @settings(max_examples=60, deadline=None)
