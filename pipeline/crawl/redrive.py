@@ -17,7 +17,8 @@ from infra.cluster import RayConfig, ray_session
 from infra.config import Config
 from infra.errors import ConfigError
 from infra.storage import Certificate, absolute, exists, filesystem, join, require_certificate
-from pipeline.crawl.job import CrawlConfig, Worker, num_workers
+from pipeline.crawl.config import CrawlConfig
+from pipeline.crawl.job import Worker, num_workers
 from pipeline.crawl.parent import Row
 from pipeline.crawl.table import NOT_IDENTITY, FailureCeiling, write_clips
 from pipeline.fetch.config import FetchConfig

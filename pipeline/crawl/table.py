@@ -4,17 +4,15 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import chain, islice
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from infra.errors import TooManyFailuresError
 from infra.storage import Certificate, FileEntry, join, write_certificate
+from pipeline.crawl.config import CrawlConfig
 from pipeline.crawl.duplicates import find_duplicates
 from pipeline.crawl.parent import Row
 from pipeline.schema import CLIPS, Status
 from pipeline.shards import shard_name, write_shard
-
-if TYPE_CHECKING:
-    from pipeline.crawl.job import CrawlConfig
 
 NOT_IDENTITY = {"max_failed_frac", "timeout_s", "memory_bytes", "media"}
 """Fields that decide whether and how the job ends, not what a good row holds."""
@@ -49,7 +47,7 @@ class FailureCeiling:
 
 
 def write_clips(
-    config: "CrawlConfig",
+    config: CrawlConfig,
     rows: Callable[[], Iterator[Row]],
     *,
     inputs: dict[str, str],

@@ -25,7 +25,8 @@ from bench_decode import encode, film, repeat_packets
 from PIL import Image
 
 from infra.cluster import RayConfig
-from pipeline.crawl.job import CrawlConfig, Worker, run
+from pipeline.crawl.config import CrawlConfig
+from pipeline.crawl.job import Worker, run
 from pipeline.crawl.parent import InspectConfig, inspect_parent
 from pipeline.sources import Cut, Item, SourceConfig
 from pipeline.video.frames import probe

@@ -25,7 +25,8 @@ import pyarrow.parquet as pq
 from bench_decode import encode, film
 
 from infra.cluster import RayConfig
-from pipeline.crawl.job import CrawlConfig, run
+from pipeline.crawl.config import CrawlConfig
+from pipeline.crawl.job import run
 from pipeline.crawl.parent import InspectConfig, inspect_parent
 from pipeline.sources import Item, SourceConfig
 from pipeline.video.isolate import Isolated

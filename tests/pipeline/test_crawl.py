@@ -11,7 +11,8 @@ import pytest
 
 from infra.errors import ConfigError, TooManyFailuresError
 from infra.storage import read_certificate
-from pipeline.crawl.job import CrawlConfig, check, run
+from pipeline.crawl.config import CrawlConfig
+from pipeline.crawl.job import check, run
 from pipeline.media import read_media
 from pipeline.schema import CLIPS
 from pipeline.sources import SourceConfig, source_from_path

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from infra.storage import read_certificate
-from pipeline.crawl.job import CrawlConfig, run
+from pipeline.crawl.config import CrawlConfig
+from pipeline.crawl.job import run
 from pipeline.job import Receipts
 from pipeline.sources import source_from_path
 
@@ -20,7 +21,8 @@ NUM_VIDEOS, UNITS_IN_HAND = 48, 2  # two workers, one unit each
 SCRIPT = """
 import sys
 from infra.cluster import RayConfig
-from pipeline.crawl.job import CrawlConfig, run
+from pipeline.crawl.config import CrawlConfig
+from pipeline.crawl.job import run
 from pipeline.sources import source_from_path
 run(CrawlConfig(
     sources=(source_from_path(sys.argv[1]),),

@@ -13,7 +13,7 @@ from infra.errors import ConfigError
 from infra.storage import read_certificate
 from pipeline.crawl import job as crawl
 from pipeline.crawl import redrive
-from pipeline.crawl.job import CrawlConfig
+from pipeline.crawl.config import CrawlConfig
 from pipeline.crawl.redrive import RedriveConfig
 from pipeline.sources import SourceConfig, source_from_path
 
