@@ -19,6 +19,7 @@ from model.training.train import run, train
 from tests.model.runs import (
     Driver,
     advance,
+    die_at_each_step,
     fingerprint,
     open_training,
     stumble,
@@ -146,6 +147,44 @@ def test_exception_in_user_code_restarts_the_run_to_the_same_end(
     ended = open_training(config)
     assert ended.weights_sha256() == whole_weights_sha256(config, tmp_path / "whole")
     ended.close()
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_worker_killed_at_every_step_ends_like_an_unbroken_run(
+    ray_cluster: None, stage_values: Values, tmp_path: Path
+) -> None:
+    """Forty steps in forty-one lives of the worker, each one step longer than the last."""
+    changes = {"accumulation": 2, "samples": 160, "checkpoint": {"every_samples": 12}, "cpus_per_worker": 1}
+    config = Stage1Config.model_validate(stage_values(max_failures=-1, **changes))
+    died = tmp_path / "died"
+    died.mkdir()
+    open_training(config).close()
+
+    def dying(words: dict[str, Any]) -> None:
+        train(words, after_step=die_at_each_step(died))
+
+    fit(config, dying, num_groups=6)
+    assert {int(marker.name) for marker in died.iterdir()} == set(range(4, 161, 4))
+    ended = open_training(config)
+    assert fingerprint(ended) == unbroken(config.model_copy(update={"out": str(tmp_path / "whole")}), 40)
+    ended.close()
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_driver_killed_again_and_again_ends_like_an_unbroken_run(stage_values: Values, tmp_path: Path) -> None:
+    values = stage_values(samples=2000, ray={"num_cpus": 1}, checkpoint={"every_samples": 100})
+    config = Stage1Config.model_validate(values)
+    for samples in (44, 360, 640, 1100, 1500):
+        driver = Driver(tmp_path, values)
+        driver.wait_for_samples(samples)
+        driver.kill()
+    assert Driver(tmp_path, values).finish() == 0
+    certificate = read_certificate(config.out, job="stage1")
+    assert certificate is not None
+    assert trained_positions(config.out) == list(range(4, 2001, 4))
+    assert certificate.facts["weights_sha256"] == whole_weights_sha256(config, tmp_path / "whole")
 
 
 def interrupt(driver: Driver, how: str) -> Driver:
