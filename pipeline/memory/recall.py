@@ -40,12 +40,12 @@ class Exact:
         answers = None if self.answers is None else self.answers.take(some)
         return Exact(self.queries[some], own, self.ids[some], self.scores[some], answers)
 
-    def lists(self) -> list[list[str]]:
-        """The documents of each query, best first, equal cosines in order of id."""
+    def lists(self) -> list[list[tuple[str, float]]]:
+        """(document, cosine) of each query, best first, equal cosines in order of id."""
         found = []
         for ids, scores in zip(self.ids, self.scores, strict=True):
             pairs = [(-float(s), n) for n, s in zip(ids, scores, strict=True) if n is not None]
-            found.append([doc_id for _, doc_id in sorted(pairs)])
+            found.append([(doc_id, -score) for score, doc_id in sorted(pairs)])
         return found
 
     def forget(self, removed: frozenset[str]) -> "Exact":
@@ -140,14 +140,23 @@ def _writable(array: np.ndarray, original: np.ndarray) -> np.ndarray:
     return array.copy() if array is original else array
 
 
-def hits(exact: Exact, answers: Sequence[Sequence[str]], *, k: int) -> np.ndarray:
-    """Recall of each query: the share of its k true neighbours (or equals of the k-th) among the answers."""
+def hits(exact: Exact, answers: Sequence[Sequence[str | tuple[str, float]]], *, k: int) -> np.ndarray:
+    """Recall of each query: the share of its k true neighbours (or equals of the k-th) among the answers.
+
+    Args:
+        exact: the true neighbours.
+        answers: documents found, best first; with their exact cosines if they are known. Those count where
+            more documents are equal than `exact` keeps (one picture with a hundred captions).
+        k: neighbours that the recall is about.
+    """
     found = np.zeros(len(answers))
     for i, answer in enumerate(answers):
         truth, bar = exact.truth(i, k)
         wanted = min(k, len(truth))
-        others = [doc_id for doc_id in answer if doc_id != exact.own_ids[i]][:k]
-        good = sum(truth.get(doc_id, -math.inf) >= bar - TIE for doc_id in others)
+        is_cut = min(truth.values(), default=-math.inf) >= bar - TIE  # equals beyond the list are unknown
+        pairs = [(a, -math.inf) if isinstance(a, str) else a for a in answer]
+        others = [(doc_id, score) for doc_id, score in pairs if doc_id != exact.own_ids[i]][:k]
+        good = sum(truth.get(doc_id, score if is_cut else -math.inf) >= bar - TIE for doc_id, score in others)
         found[i] = min(good, wanted) / wanted if wanted else 1.0
     return found
 

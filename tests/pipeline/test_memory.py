@@ -198,6 +198,20 @@ def test_exact_neighbours_equal_brute_force(count: int, k: int, seed: int) -> No
     assert np.allclose(hits(exact, answers, k=k), 1.0)
 
 
+@pytest.mark.parametrize("kind", ["flat", "rq"])
+def test_a_picture_with_many_captions_does_not_spoil_the_recall(tmp_path: Path, kind: str) -> None:
+    """More equal documents than a sample's lists hold: any of them is as good as another."""
+    rows = documents(1200, dim=16)
+    few = np.repeat(planted(12, dim=16, seed=9), 100, axis=0)
+    place = rows.schema.get_field_index("image_embedding")
+    rows = rows.set_column(place, rows.schema.field(place), vectors_arrow(few))
+    table = create_table(str(tmp_path), 16)
+    upsert(table, rows)
+    config = IndexConfig.model_validate({"kind": kind, "columns": ("image_embedding",), "num_queries": 300})
+    facts, _, _ = build_vector_index(table, "image_embedding", config)
+    assert facts["by_query"]["image_embedding"]["recall"] == 1.0
+
+
 @settings(max_examples=50)
 @given(st.lists(st.integers(0, 10), min_size=1, max_size=400))
 def test_the_lower_bound_lies_under_the_mean(values: list[int]) -> None:
