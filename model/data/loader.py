@@ -70,19 +70,23 @@ class Loader:
             self.close()
 
     def _submit(self, position: int) -> Future[Batch]:
-        """Decode in as many parts as there are threads; the job that joins them queues behind them, so never
-        blocks all.
+        """Make a batch in one job, since each hand-over costs as much as a row, or in parts where threads would
+        idle; the job that joins parts queues behind them, so never blocks all.
         """
         mine = range(position + self.rank, position + self.plan.micro_batch, self.world_size)
-        size = -(-len(mine) // self.num_threads)
+        count = -(-self.num_threads // self.prefetch_batches)
+        if count == 1:
+            return self.pool.submit(lambda: self._join([self._read_part(mine)]))
+        size = -(-len(mine) // count)
         parts = [mine[first : first + size] for first in range(0, len(mine), size)]
-        return self.pool.submit(self._join, [self.pool.submit(self._read_part, part) for part in parts])
+        waiting = [self.pool.submit(self._read_part, part) for part in parts]
+        return self.pool.submit(lambda: self._join([part.result() for part in waiting]))
 
     def _read_part(self, positions: range) -> list[Sample]:
         return [self.read(position) for position in positions]
 
-    def _join(self, parts: list[Future[list[Sample]]]) -> Batch:
-        batch = collate([sample for part in parts for sample in part.result()])
+    def _join(self, parts: list[list[Sample]]) -> Batch:
+        batch = collate([sample for part in parts for sample in part])
         return batch.pin() if self.pin_memory else batch
 
     def read(self, position: int) -> Sample:
