@@ -45,12 +45,12 @@ def cuts_of(row: dict[str, Any], clips: Any = None) -> tuple[Cut, ...]:
         rows = [clip if isinstance(clip, dict) else {} for clip in clips]
         return tuple(make_cut(_caption(r), r.get("start_s"), r.get("end_s")) for r in rows)
     try:
-        times, captions = parse_list(row.get("timestamps")), parse_list(_caption(row))
+        times = parse_list(row.get("timestamps"))
+        if times is None:  # one clip: "[Music] A man sings" is a caption, not a list
+            return (make_cut(_caption(row), row.get("start_s"), row.get("end_s")),)
+        return _parallel(times, parse_list(_caption(row)))
     except ValueError as error:
         return (Cut(status=Status.BAD_ROW.value, error=str(error)),)
-    if times is None:
-        return (make_cut(_caption(row), row.get("start_s"), row.get("end_s")),)
-    return _parallel(times, captions)
 
 
 def _parallel(times: Any, captions: Any) -> tuple[Cut, ...]:

@@ -114,6 +114,12 @@ def test_bad_lines_are_rows_and_good_lines_survive(tmp_path):
     ]
 
 
+def test_a_caption_in_brackets_is_a_caption(tmp_path):
+    (tmp_path / "list.jsonl").write_text(json.dumps({"video": "a.mp4", "caption": "[Music] A man sings."}))
+    (item,) = read(tmp_path / "list.jsonl")
+    assert [(cut.caption, cut.status) for cut in item.cuts] == [("[Music] A man sings.", None)]
+
+
 @pytest.mark.parametrize("name", ["../secret.mp4", "/etc/passwd", "a/../../b.mp4", "file:///etc/passwd", "~/x"])
 def test_a_manifest_cannot_climb_out_of_its_folder(tmp_path, name):
     (tmp_path / "t.jsonl").write_text(json.dumps({"video": name, "caption": "x"}))
