@@ -106,17 +106,25 @@ def test_missing_checkpoint_is_refused(tmp_path: Path) -> None:
 
 
 class Bomb:
-    def __reduce__(self):
-        return (print, ("boom",))
+    """Runs code where it is unpickled: it leaves a file."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return exec, (f"open({str(self.mark)!r}, 'w').close()",)
 
 
-def test_index_that_names_code_is_refused(tmp_path: Path, capsys) -> None:
+def test_index_that_names_code_is_refused(tmp_path: Path) -> None:
     save_one(tmp_path, 8, a_state())
-    uri = checkpoint_uri(str(tmp_path), 8)
-    (Path(uri) / ".metadata").write_bytes(pickle.dumps(Bomb()))
-    with pytest.raises(TrainingError, match=r"builtins\.print"):
+    uri, mark = checkpoint_uri(str(tmp_path), 8), tmp_path / "mark"
+    bomb = pickle.dumps(Bomb(mark))
+    (Path(uri) / ".metadata").write_bytes(bomb)
+    with pytest.raises(TrainingError, match=r"builtins\.exec"):
         tensors_in(uri)
-    assert "boom" not in capsys.readouterr().out
+    assert not mark.exists()
+    pickle.loads(bomb)
+    assert mark.exists()  # the bomb is live
 
 
 def test_object_store_holds_checkpoints(s3_server: str) -> None:
