@@ -1,17 +1,19 @@
 """`vimi-data plan`: what a memory of N documents costs on M nodes, from measured points and fitted laws.
 
-Every number says where it comes from, and all of them are estimates. A law is a power of the number of
-documents, `cost = a N^p`, fitted to runs of growing size (least squares on logarithms); beyond the largest
-run it is an extrapolation, at least linear, and is called one.
+Every number says where it comes from, and all of them are estimates. A law has three parts that can't be
+negative, `cost = a + b N + c N^1.5`: what every run pays, what every document pays, and what every document
+pays once for each partition of an index that has about sqrt(N) of them. It is fitted to runs of growing size
+by least squares of the relative error; beyond the largest run it is an extrapolation, and is called one.
 """
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from pydantic import Field
 
 from infra.config import Config
@@ -28,6 +30,8 @@ MEASURED = {
     "text_index_s": "BM25 index",
 }
 """Columns of the profile's runs, and what the plan calls them."""
+CROWDED = ("vector_index_s",)
+"""Those that compare every document with every partition; the others read each document once."""
 
 
 class PlanConfig(Config):
@@ -57,24 +61,22 @@ class PlanConfig(Config):
 
 @dataclass(frozen=True)
 class Law:
-    """`cost = a N^p`, and the runs that it was fitted to."""
+    """`cost = fixed + each N + crowd N^1.5`, and the runs that it was fitted to."""
 
-    a: float
-    p: float
+    fixed: float
+    each: float
+    crowd: float
     smallest: int
     largest: int
 
     def __call__(self, count: float) -> float:
-        fitted = self.a * count**self.p
-        if count <= self.largest:
-            return fitted
-        # Small runs are mostly fixed costs; beyond the largest run every document costs its share.
-        return max(fitted, self.a * self.largest**self.p * count / self.largest)
+        return self.fixed + self.each * count + self.crowd * count**1.5
 
     def source(self, count: int) -> str:
-        beyond = f", extrapolated {count / self.largest:,.0f}x, at least linearly"
-        reach = beyond if count > self.largest else ""
-        return f"{self.a:.3g} N^{self.p:.2f}, fitted to {self.smallest:,} to {self.largest:,} rows{reach}"
+        terms = {"": self.fixed, " N": self.each, " N^1.5": self.crowd}
+        words = " + ".join(f"{value:.3g}{name}" for name, value in terms.items() if value)
+        reach = f", extrapolated {count / self.largest:,.0f}x" if count > self.largest else ""
+        return f"{words} s, fitted to {self.smallest:,} to {self.largest:,} rows{reach}"
 
 
 @dataclass(frozen=True)
@@ -86,21 +88,33 @@ class Line:
     source: str
 
 
-def fit_law(points: Sequence[tuple[int, float]]) -> Law:
-    """Least squares of log cost on log N; one point gives a law of power 1.
+def fit_law(points: Sequence[tuple[int, float]], *, crowded: bool = True) -> Law:
+    """The law of least squared relative error; one point gives a cost for each document.
+
+    Args:
+        points: (rows, cost) of the runs.
+        crowded: the law may have its N^1.5 part.
 
     Raises:
         ValueError: no usable point.
     """
-    usable = [(math.log(n), math.log(cost)) for n, cost in points if n > 0 and cost > 0]
+    usable = [(n, cost) for n, cost in points if n > 0 and cost > 0]
     if not usable:
         raise ValueError("no measured point to fit a law to")
-    mean_x = sum(x for x, _ in usable) / len(usable)
-    mean_y = sum(y for _, y in usable) / len(usable)
-    spread = sum((x - mean_x) ** 2 for x, _ in usable)
-    power = sum((x - mean_x) * (y - mean_y) for x, y in usable) / spread if spread else 1.0
-    sizes = [n for n, cost in points if cost > 0]
-    return Law(math.exp(mean_y - power * mean_x), power, min(sizes), max(sizes))
+    rows, costs = (np.array(column, dtype=float) for column in zip(*usable, strict=True))
+    terms = np.stack([np.ones_like(rows), rows, rows**1.5]) / costs
+    best, least = np.array([0.0, costs[-1] / rows[-1], 0.0]), np.inf
+    # Non-negative least squares: with so few terms, the best of all subsets that come out positive.
+    parts, sizes = range(3 if crowded else 2), range(1, min(3, len(rows)) + 1)
+    for used in (list(chosen) for size in sizes for chosen in combinations(parts, size)):
+        scale = np.abs(terms[used]).max(axis=1, keepdims=True)
+        found = np.linalg.lstsq((terms[used] / scale).T, np.ones_like(rows))[0] / scale[:, 0]
+        # A further term must halve the error; one point can't tell a fixed cost from a growing one.
+        error = float(np.square(found @ terms[used] - 1).sum()) * 2 ** len(used)
+        if len(rows) > 1 and (found > 0).all() and error < least:
+            least, best = error, np.zeros(3)
+            best[used] = found
+    return Law(*best.tolist(), smallest=int(rows.min()), largest=int(rows.max()))
 
 
 def check(config: PlanConfig) -> str:
@@ -124,7 +138,10 @@ def plan(config: PlanConfig) -> list[Line]:
     profile = load_profile(config.profile)
     count, machine = config.documents, profile["machine"]
     lines, embed_s = _embedding(config, profile)
-    laws = {name: fit_law([(r["rows"], r[name]) for r in profile["index"]]) for name in MEASURED}
+    laws = {
+        name: fit_law([(r["rows"], r[name]) for r in profile["index"]], crowded=name in CROWDED)
+        for name in MEASURED
+    }
     scale = config.dim / machine["dim"]
     # Measured with one column of vectors; the memory has three.
     factors = {name: 1.0 if name == "text_index_s" else COLUMNS * scale for name in MEASURED}
@@ -149,7 +166,11 @@ def plan(config: PlanConfig) -> list[Line]:
         ),
         Line("vectors on disk", _bytes(vectors_bytes), f"{COLUMNS} x {config.dim} x float16 (schema)"),
         Line("index in memory", _bytes(index_bytes), f"{COLUMNS} x (dim/8 + 20) bytes each (1-bit IVF_RQ)"),
-        Line("wall time", span(embed_s + sum(seconds.values())), "sum of the above; no faults"),
+        Line(
+            "wall time",
+            span(embed_s + sum(seconds.values())),
+            "sum of the above; no faults; a larger machine indexes faster",
+        ),
     ]
     return lines
 
