@@ -1,10 +1,11 @@
-"""LAMB, schedules and averages: against their definitions, and sharded as whole."""
+"""LAMB, Muon, schedules and averages: against their definitions, and sharded as whole."""
 
 # pyright: reportPrivateImportUsage=false, reportIndexIssue=false
 # pyright: reportAttributeAccessIssue=false
 
 import math
 import os
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
@@ -14,12 +15,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import multiprocessing as mp
 from torch import nn
+from torch.optim import Optimizer
 
 from model.condition import Condition, ConditionConfig
 from model.edm import edm_for
 from model.ema import Ema, HalfLife, PowerFunction, Snapshot, gamma_of, mixing_weights, reconstruct
 from model.fit_layout import FitConfig
 from model.generator import Generator
+from model.muon import muon, orthogonalized
 from model.optim import Lamb, adamw, cosine_factor, cosine_schedule, lamb, parameter_groups
 from model.step import accumulate, draw
 
@@ -81,14 +84,14 @@ def test_lamb_starts_a_zero_tensor() -> None:
     assert (p < 0).all()
 
 
-@pytest.mark.parametrize("build", [lamb, adamw])
+@pytest.mark.parametrize("build", [lamb, adamw, muon])
 def test_optimizers_learn(build) -> None:
     model = _model()
     losses = _train(model, build(model, lr=0.02), 60)
     assert losses[-1] < 0.6 * losses[0]
 
 
-@pytest.mark.parametrize("build", [lamb, adamw])
+@pytest.mark.parametrize("build", [lamb, adamw, muon])
 def test_resumed_optimizer_equals_unbroken_one(build) -> None:
     unbroken = _model()
     optimizer = build(unbroken, lr=0.02)
@@ -103,6 +106,35 @@ def test_resumed_optimizer_equals_unbroken_one(build) -> None:
     _train(second, after, 3)
     for a, b in zip(unbroken.parameters(), second.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+@given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 9))
+def test_orthogonalized_keeps_the_directions_and_levels_their_lengths(m: int, n: int, seed: int) -> None:
+    x = torch.randn(m, n, generator=torch.Generator().manual_seed(seed))
+    got = orthogonalized(x)
+    u, lengths, vt = torch.linalg.svd(x, full_matrices=False)
+    core = u.T @ got @ vt.T
+    torch.testing.assert_close(core, core.diagonal().diag(), atol=2e-2, rtol=0)
+    clear = core.diagonal()[lengths > 0.05 * lengths[0]]
+    assert (clear > 0.6).all() and (clear < 1.3).all()
+    torch.testing.assert_close(orthogonalized(x.T), got.T, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(orthogonalized(torch.stack([x, 100 * x]))[1], got, atol=1e-3, rtol=1e-3)
+
+
+def test_muon_turns_hidden_matrices_by_a_size_like_adamws() -> None:
+    """The update's root mean square is 0.2 times the rate, whatever the gradient's; the rest is AdamW."""
+    model = Generator(SHARDED_FIT, ConditionConfig(token_dim=24))
+    optimizer = muon(model, lr=0.01, weight_decay=0.0)
+    hidden = {id(p) for p in optimizer.param_groups[0]["params"]}
+    names = {n for n, p in model.named_parameters() if id(p) in hidden}
+    assert names == {n for n, p in model.named_parameters() if "blocks" in n and p.ndim == 2}
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    for scale, p in enumerate(model.parameters(), start=1):
+        p.grad = 1e-3 * scale * torch.randn(p.shape, generator=torch.Generator().manual_seed(scale))
+    optimizer.step()
+    for name, p in model.named_parameters():
+        rms = (p - before[name]).square().mean().sqrt().item()
+        assert rms == pytest.approx(0.01 * (0.2 if name in names else 1.0), rel=0.2), name
 
 
 def test_norms_biases_and_tables_are_not_decayed(make_generator) -> None:
@@ -229,10 +261,10 @@ def test_average_survives_a_round_trip_and_swaps_in_and_out() -> None:
     assert all(torch.equal(a, b) for a, b in zip(live, model.parameters(), strict=True))
 
 
-def _steps(model: Generator) -> dict[str, torch.Tensor]:
-    """Four steps of LAMB with both averages; every resulting tensor by name."""
+def _steps(model: Generator, build: Callable[..., Optimizer]) -> dict[str, torch.Tensor]:
+    """Four steps of an optimizer with both averages; every resulting tensor by name."""
     edm, shape = edm_for(4, 12, 16), (4, 3, 12, 16)
-    optimizer = lamb(model, lr=0.02)
+    optimizer = build(model, lr=0.02)
     averages = [Ema(model, HalfLife(20)), Ema(model, PowerFunction(0.1))]
     zeros = torch.zeros(2, 5, dtype=torch.long)
     condition = Condition(
@@ -257,7 +289,7 @@ def _small_generator() -> Generator:
     return Generator(SHARDED_FIT, ConditionConfig(token_dim=24))
 
 
-def _sharded(rank: int, world: int, port: int, out: str) -> None:
+def _sharded(rank: int, world: int, port: int, out: str, build: Callable[..., Optimizer]) -> None:
     """One rank of an FSDP2 run, each block a unit; all ranks see the same batch."""
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.distributed.init_process_group("gloo", rank=rank, world_size=world)
@@ -269,7 +301,7 @@ def _sharded(rank: int, world: int, port: int, out: str) -> None:
     for block in model.blocks:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    found = _steps(model)
+    found = _steps(model, build)
     whole = {n: v.full_tensor() for n, v in found.items() if isinstance(v, DTensor)}
     assert len(whole) == len(found), "an average lost its sharding"
     if rank == 0:
@@ -277,11 +309,14 @@ def _sharded(rank: int, world: int, port: int, out: str) -> None:
     torch.distributed.destroy_process_group()
 
 
-def test_sharded_training_equals_whole_training(tmp_path: Path, free_port: int) -> None:
-    """FSDP2 on 2 ranks: the step, LAMB's trust ratios, and both averages."""
+@pytest.mark.parametrize("build", [lamb, muon])
+def test_sharded_training_equals_whole_training(
+    tmp_path: Path, free_port: int, build: Callable[..., Optimizer]
+) -> None:
+    """FSDP2 on 2 ranks: the step, LAMB's trust ratios or Muon's whole matrices, and both averages."""
     out = tmp_path / "sharded.pt"
-    mp.spawn(_sharded, args=(2, free_port, str(out)), nprocs=2)
-    whole = _steps(_small_generator())
+    mp.spawn(_sharded, args=(2, free_port, str(out), build), nprocs=2)
+    whole = _steps(_small_generator(), build)
     for name, value in torch.load(out).items():
         torch.testing.assert_close(value, whole[name], rtol=1e-4, atol=1e-5)
 

@@ -114,6 +114,14 @@ def test_interrupted_training_equals_unbroken_training(
     assert interrupted(parts, form, cuts, 8) == unbroken(whole, 8)
 
 
+def test_interrupted_muon_equals_unbroken_muon(stage_values: Values, tmp_path: Path) -> None:
+    values = stage_values(optim={"name": "muon", "lr": 1e-3})
+    torch.set_num_threads(1)
+    whole = Stage1Config.model_validate(values | {"out": str(tmp_path / "whole")})
+    parts = Stage1Config.model_validate(values | {"out": str(tmp_path / "parts")})
+    assert interrupted(parts, "leave", [2, 3], 5) == unbroken(whole, 5)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("form", list(FORMS))
 def test_any_cut_of_forty_steps_equals_unbroken_training(
