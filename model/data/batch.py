@@ -37,19 +37,26 @@ ROW_COLUMNS = [
 
 @dataclass(frozen=True)
 class Sample:
-    """One training pair, decoded. `video` is uint8 `t c h w`."""
+    """One training pair, decoded. `pixels` is uint8 `t h w 3`, as frames are stored; where it is a view of
+    them, read-only. (NumPy's: each view that torch makes lets another thread take the interpreter.)
+    """
 
     position: int
     prompt_id: str
     task: str
     prompt: Prompt
-    video: Tensor
+    pixels: np.ndarray
     fps: float
     original_size_px: tuple[int, int]
     encoded: EncodedPrompt | None = None
     """The prompt's tokens, if they were made beforehand."""
     latents: Tensor | None = None
     """`t c h w` float32, likewise."""
+
+    @property
+    def video(self) -> Tensor:
+        """A copy, uint8 `t c h w`."""
+        return as_video(self.pixels)
 
 
 @dataclass(frozen=True)
@@ -93,7 +100,7 @@ def collate(samples: list[Sample]) -> Batch:
         prompt_ids=[s.prompt_id for s in samples],
         tasks=[s.task for s in samples],
         prompts=[s.prompt for s in samples],
-        video=_stack_frames([s.video for s in samples]),
+        video=_stack_frames([s.pixels for s in samples]),
         fps=torch.tensor([s.fps for s in samples], dtype=torch.float32),
         original_size_px=torch.tensor([s.original_size_px for s in samples], dtype=torch.float32),
         encoded=_pad_all([s.encoded for s in samples]),
@@ -101,19 +108,22 @@ def collate(samples: list[Sample]) -> Batch:
     )
 
 
-def _stack_frames(videos: list[Tensor]) -> Tensor:
-    """`b t c h w` of `t c h w`, laid out in memory as `b t h w c`: frames are stored so, and a copy without
+def as_video(pixels: np.ndarray) -> Tensor:
+    """A copy, `t c h w`, of `t h w c`; of nothing, nothing."""
+    video = torch.from_numpy(pixels.copy())
+    return video.permute(0, 3, 1, 2) if video.ndim == 4 else video
+
+
+def _stack_frames(each: list[np.ndarray]) -> Tensor:
+    """`b t c h w` of `t h w c`, laid out in memory as `b t h w c`: frames are stored so, and a copy without
     reordering is four times as fast. `Batch.target` reorders, on the device.
 
     NumPy copies in this thread and without the GIL; torch would start threads beside the loader's own.
     """
-    if videos[0].ndim != 4:  # nothing was decoded
-        return torch.stack(videos)
-    t, c, h, w = videos[0].shape
-    batch = torch.empty(len(videos), t, h, w, c, dtype=videos[0].dtype)
-    for place, video in zip(batch.numpy(), videos, strict=True):
-        np.copyto(place, video.permute(0, 2, 3, 1).numpy())
-    return batch.permute(0, 1, 4, 2, 3)
+    batch = torch.empty(len(each), *each[0].shape, dtype=torch.uint8)
+    for place, pixels in zip(batch.numpy(), each, strict=True):
+        np.copyto(place, pixels)
+    return batch.permute(0, 1, 4, 2, 3) if batch.ndim == 5 else batch
 
 
 def _pad_all(each: list[EncodedPrompt | None]) -> Beforehand:
@@ -176,16 +186,16 @@ def read_sample(
     if stored is not None and not pixels:
         if latents is None:
             raise DataError(f"prompt {row['prompt_id']}: no latents of this target at {bucket.name}")
-        video, fps = torch.zeros(0, dtype=torch.uint8), latents[1]
+        frames, fps = np.empty(0, np.uint8), latents[1]
     else:
-        video, fps = read_pixels(row, bucket)
+        frames, fps = read_pixels(row, bucket)
     target = row["target"]
     return Sample(
         position=position,
         prompt_id=row["prompt_id"],
         task=row["task"],
         prompt=prompt,
-        video=video,
+        pixels=frames,
         fps=fps,
         original_size_px=(
             row["height_px"] or target["height_px"] or bucket.height_px,
@@ -196,8 +206,8 @@ def read_sample(
     )
 
 
-def read_pixels(row: dict[str, Any], bucket: Bucket) -> tuple[Tensor, float]:
-    """uint8 `t c h w` target at the bucket's size, and its frame rate: inf for pictures.
+def read_pixels(row: dict[str, Any], bucket: Bucket) -> tuple[np.ndarray, float]:
+    """uint8 `t h w 3` target at the bucket's size, and its frame rate: inf for pictures.
 
     Raises:
         DataError: it can't be read; names the prompt.
@@ -206,30 +216,31 @@ def read_pixels(row: dict[str, Any], bucket: Bucket) -> tuple[Tensor, float]:
         frames, fps = read_target(row, bucket)
     except (OSError, ValueError) as error:  # PyAV's errors are OSError or ValueError
         raise DataError(f"prompt {row['prompt_id']}: {type(error).__name__}: {error}") from None
-    video = fit_frames(frames, bucket.height_px, bucket.width_px)
-    return video, float("inf") if bucket.media == "image" else fps
+    frames = fit_frames(frames, bucket.height_px, bucket.width_px)
+    return frames, float("inf") if bucket.media == "image" else fps
 
 
-def view_bytes(data: bytes | pa.Buffer, wanted: int) -> Tensor:
-    """uint8 tensor over the bytes, uncopied; it is not to be written to.
+def view_bytes(data: bytes | np.ndarray | None, shape: tuple[int, ...]) -> np.ndarray:
+    """uint8 array of this shape over the bytes, uncopied; it is not to be written to.
 
     Raises:
         ValueError: not as many bytes as wanted.
     """
-    if data is None or len(data) != wanted:
-        raise ValueError(f"{len(data or b'')} bytes of frames, {wanted} expected")
-    return torch.from_dlpack(pa.Array.from_buffers(pa.uint8(), len(data), [None, pa.py_buffer(data)]))
+    found, wanted = 0 if data is None else len(data), math.prod(shape)
+    if data is None or found != wanted:
+        raise ValueError(f"{found} bytes of frames, {wanted} expected")
+    return np.frombuffer(data, np.uint8).reshape(shape)
 
 
-def read_target(row: dict[str, Any], bucket: Bucket) -> tuple[Tensor | np.ndarray, float]:
+def read_target(row: dict[str, Any], bucket: Bucket) -> tuple[np.ndarray, float]:
     """uint8 `t h w 3` frames, as many as the bucket has, and their frame rate."""
     target = row["target"]
     if target["kind"] == TargetKind.FRAMES:
         shape = (target["num_frames"], target["height_px"], target["width_px"], 3)
-        frames = view_bytes(target["data"], math.prod(shape)).view(shape)
+        frames = view_bytes(target["data"], shape)
         if len(frames) == bucket.num_frames:
             return frames, slower(target["fps"], len(frames), bucket.num_frames)
-        keep = torch.from_numpy(spread(len(frames), bucket.num_frames))
+        keep = spread(len(frames), bucket.num_frames)
         return frames[keep], slower(target["fps"], len(frames), bucket.num_frames)
     if target["kind"] == TargetKind.VIDEO:
         return decode_video(io.BytesIO(target["data"]), bucket.num_frames)

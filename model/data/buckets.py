@@ -57,6 +57,8 @@ def is_held_out(parent: str, split: str | None, frac: float) -> bool:
     """Whether clips of this parent video are kept from training: the same answer in both stages."""
     if split in ("val", "validation", "test"):
         return True
+    if frac <= 0:
+        return False
     digest = hashlib.sha256(parent.encode("utf-8", "surrogatepass")).digest()
     return int.from_bytes(digest[:8], "big") < frac * 2**64
 

@@ -5,7 +5,6 @@ from fractions import Fraction
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.nn import functional as F
 
 
@@ -53,15 +52,15 @@ def slower(fps: float | None, available: int, wanted: int) -> float:
     return fps * max(wanted - 1, 1) / (available - 1)
 
 
-def fit_frames(frames: np.ndarray | Tensor, height_px: int, width_px: int) -> Tensor:
-    """uint8 `t h w 3` to uint8 `t 3 height width`: cover, then crop the middle; a view where it fits."""
-    video = torch.as_tensor(frames).permute(0, 3, 1, 2)
-    height, width = video.shape[-2:]
-    if (height, width) != (height_px, width_px):
-        scale = max(height_px / height, width_px / width)
-        size = (max(height_px, round(height * scale)), max(width_px, round(width * scale)))
-        video = F.interpolate(video.float(), size=size, mode="bilinear", antialias=True)
-        top, left = (size[0] - height_px) // 2, (size[1] - width_px) // 2
-        video = video[..., top : top + height_px, left : left + width_px]
-        video = video.round().clamp(0, 255).to(torch.uint8)
-    return video
+def fit_frames(frames: np.ndarray, height_px: int, width_px: int) -> np.ndarray:
+    """uint8 `t h w 3` to uint8 `t height width 3`: cover, then crop the middle; where it fits, as it is."""
+    height, width = frames.shape[1:3]
+    if (height, width) == (height_px, width_px):
+        return frames
+    scale = max(height_px / height, width_px / width)
+    size = (max(height_px, round(height * scale)), max(width_px, round(width * scale)))
+    video = torch.from_numpy(frames.astype(np.float32)).permute(0, 3, 1, 2)
+    video = F.interpolate(video, size=size, mode="bilinear", antialias=True)
+    top, left = (size[0] - height_px) // 2, (size[1] - width_px) // 2
+    video = video[..., top : top + height_px, left : left + width_px]
+    return video.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()

@@ -5,6 +5,7 @@ Targets that lie uncompressed in a local shard are mapped, not read (`model.data
 
 import threading
 from collections import OrderedDict
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import cached_property
@@ -33,7 +34,7 @@ class Loaded:
     """
 
     rows: list[dict[str, Any]]
-    data: list[pa.Buffer | None]
+    data: Sequence[np.ndarray | None]
     numbers: dict[Stream, list[int]]
     num_bytes: int
 
@@ -43,7 +44,9 @@ class Loaded:
         return {**row, "target": {**row["target"], "data": self.data[number]}}
 
 
-def load_rows(table: pa.Table, numbers: dict[Stream, list[int]], data: list[pa.Buffer] | None = None) -> Loaded:
+def load_rows(
+    table: pa.Table, numbers: dict[Stream, list[int]], data: list[np.ndarray] | None = None
+) -> Loaded:
     """Take a row group of PROMPTS apart: Python objects for the small, views for the large.
 
     Args:
@@ -60,13 +63,14 @@ def load_rows(table: pa.Table, numbers: dict[Stream, list[int]], data: list[pa.B
     return Loaded(rows, data or binary_views(target.field("data")), numbers, table.nbytes)
 
 
-def binary_views(data: pa.Array) -> list[pa.Buffer | None]:
+def binary_views(data: pa.Array) -> list[np.ndarray | None]:
     """Each value of a binary array as a slice of the array's own buffer (a scalar of Arrow's is a copy)."""
     _, offsets, values = data.buffers()
     ends = np.frombuffer(offsets, dtype=np.int32)[data.offset : data.offset + len(data) + 1].tolist()
     valid = data.is_valid().to_pylist()
+    whole = np.frombuffer(values or b"", np.uint8)
     spans = zip(ends[:-1], ends[1:], valid, strict=True)
-    return [values.slice(start, end - start) if there else None for start, end, there in spans]
+    return [whole[start:end] if there else None for start, end, there in spans]
 
 
 class RowGroups:
@@ -172,7 +176,7 @@ class Shard:
         paths = (self.file.schema.column(n).path for n in range(len(self.file.schema)))
         return next((n for n, path in enumerate(paths) if path == TARGET_BYTES), None)
 
-    def map(self, group: int) -> list[pa.Buffer] | None:
+    def map(self, group: int) -> list[np.ndarray] | None:
         """Views of a row group's targets; None where Arrow must read them."""
         if self.mapped is None or self.leaf is None:
             return None

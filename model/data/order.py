@@ -160,9 +160,10 @@ class Mixture:
 
     def draw(self, index: int) -> tuple[str, int]:
         """Name of the stream and the draw's position in it."""
+        if len(self.names) == 1:
+            return self.names[0], index
         cycle, slot = divmod(index, self.cycle)
-        if len(self.names) > 1:
-            slot = permute(slot, self.cycle, make_key(self.seed, cycle))
+        slot = permute(slot, self.cycle, make_key(self.seed, cycle))
         which = next(n for n, end in enumerate(self.ends) if slot < end)
         before = self.ends[which] - self.shares[which]
         return self.names[which], cycle * self.shares[which] + slot - before

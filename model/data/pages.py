@@ -13,6 +13,7 @@ dictionary, with nulls, another version of pages) is left to Arrow: `find_values
 import struct
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -22,8 +23,8 @@ DATA_PAGE, PLAIN, RLE = 0, 0, 3
 
 def map_values(
     mapped: pa.MemoryMappedFile, file: pq.ParquetFile, group: int, column: int
-) -> list[pa.Buffer] | None:
-    """Each value of a binary column in a row group, as a view of the mapped file; None = let Arrow read it.
+) -> list[np.ndarray] | None:
+    """Each value of a binary column in a row group as a uint8 view of the mapped file; None = let Arrow read it.
 
     Args:
         mapped: the file of `file`.
@@ -40,7 +41,10 @@ def map_values(
         spans = find_values(data, chunk.num_values, kind.max_definition_level)
     except (IndexError, struct.error):  # a header that is none
         return None
-    return None if spans is None else [data.slice(start, length) for start, length in spans]
+    if spans is None:
+        return None
+    whole = np.frombuffer(data, np.uint8)
+    return [whole[start : start + length] for start, length in spans]
 
 
 def find_values(data: pa.Buffer, count: int, max_level: int) -> list[tuple[int, int]] | None:

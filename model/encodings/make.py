@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from infra.errors import DataError
-from model.data.batch import read_pixels, read_prompt
+from model.data.batch import as_video, read_pixels, read_prompt
 from model.data.buckets import Bucket, frames_in_clip, nearest_bucket
 from model.data.inputs import InputConfig, variants
 from model.encodings.stored import Facts, latents_key, pack_prompts, to_bytes
@@ -100,8 +100,8 @@ class RowEncoder:
         bucket = self._bucket(row)
         if self.latents is None or bucket is None:
             return None
-        video, fps = read_pixels(row, bucket)
-        pixels = video.to(self.latents.device).to(torch.float32) / 127.5 - 1.0
+        frames, fps = read_pixels(row, bucket)
+        pixels = as_video(frames).to(self.latents.device).to(torch.float32) / 127.5 - 1.0
         latents = self.latents.encode(pixels[None])[0]
         key = latents_key(self.latents.content_hash, row, bucket)
         return {"key": key, "data": to_bytes(latents), "shape": list(latents.shape), "fps": fps}

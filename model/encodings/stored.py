@@ -62,7 +62,7 @@ def latents_key(autoencoder_content: str, row: Mapping[str, Any], bucket: "Bucke
     place = [parent, row["start_s"], row["end_s"]] if target["kind"] == "reference" else []
     described = [target["kind"], target["num_frames"], target["height_px"], target["width_px"]]
     digest = sha256(canonical_json([autoencoder_content, bucket.name, described, str(target["fps"]), place]))
-    digest.update(target["data"] or b"")
+    digest.update(b"" if target["data"] is None else target["data"])
     return digest.hexdigest()
 
 

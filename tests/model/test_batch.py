@@ -66,7 +66,7 @@ def test_picture_is_one_frame_of_infinite_rate(make_row) -> None:
 
 def test_other_sizes_cover_and_crop() -> None:
     video = fit_frames(np.full((2, 60, 60, 3), 7, np.uint8), 24, 40)
-    assert video.shape == (2, 3, 24, 40) and (video == 7).all()
+    assert video.shape == (2, 24, 40, 3) and (video == 7).all()
 
 
 def test_broken_target_names_its_prompt(make_row) -> None:

@@ -48,7 +48,7 @@ def test_mapped_values_are_those_that_arrow_reads(
     for group, found in enumerate(mapped):
         expected = shard.file.read_row_group(group)["target"].combine_chunks().field("data").to_pylist()
         if found is not None:
-            assert [buffer.to_pybytes() for buffer in found] == expected
+            assert [view.tobytes() for view in found] == expected
         elif None not in expected:
             assert compression == "ZSTD" or dictionary or version == "2.0"
 
