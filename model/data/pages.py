@@ -24,7 +24,7 @@ DATA_PAGE, PLAIN, RLE = 0, 0, 3
 def map_values(
     mapped: pa.MemoryMappedFile, file: pq.ParquetFile, group: int, column: int
 ) -> list[np.ndarray] | None:
-    """Each value of a binary column in a row group as a uint8 view of the mapped file; None = let Arrow read it.
+    """uint8 views of the mapped file, one for each value of a binary column; None = let Arrow read it.
 
     Args:
         mapped: the file of `file`.
