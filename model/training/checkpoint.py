@@ -11,6 +11,7 @@ JSON, and the index that torch pickles is read by an unpickler that knows nothin
 import warnings
 from collections.abc import Callable, Collection
 from concurrent.futures import Future, ThreadPoolExecutor
+from threading import Event
 from typing import Any
 
 import torch
@@ -117,6 +118,8 @@ class CheckpointWriter:
         self.stager = DefaultStager(StagingOptions(torch.cuda.is_available(), False, False, False))
         self.pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self.pending: Future[str] | None = None
+        self.copied = Event()
+        self.copied.set()
 
     def clean(self) -> None:
         """Delete what a kill left half written; call once at the start, with a barrier behind it."""
@@ -129,14 +132,32 @@ class CheckpointWriter:
             delete(uri)
 
     def save(self, state: State, facts: dict[str, Any]) -> None:
-        """Copy `state` aside (all that the step waits for), then write and commit it."""
+        """Copy `state` aside, write and commit it, in the background; until `settle` nobody may change it.
+
+        So the copy runs beside the next forward and backward pass, which only read the weights. From a GPU it
+        is made before this returns, since another thread's copies would not keep the order of its streams.
+        """
         self.wait()
+        self.copied.clear()
         uri = checkpoint_uri(self.run, facts["position"])
-        staged = self.stager.stage(dict(state))
-        assert isinstance(staged, dict)
-        self.pending = self.pool.submit(self._write, uri, staged, facts)
+        if torch.cuda.is_available():
+            self.pending = self.pool.submit(self._write, uri, self._copy(state), facts)
+        else:
+            self.pending = self.pool.submit(lambda: self._write(uri, self._copy(state), facts))
         if not self.in_background:
             self.pending.result()
+
+    def settle(self) -> None:
+        """Wait until the state of the save under way is copied; an error comes from `wait`."""
+        self.copied.wait()
+
+    def _copy(self, state: State) -> State:
+        try:
+            staged = self.stager.stage(dict(state))
+        finally:
+            self.copied.set()
+        assert isinstance(staged, dict)
+        return staged
 
     @property
     def is_idle(self) -> bool:

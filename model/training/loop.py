@@ -191,6 +191,8 @@ class Training:
             with self.replica.accumulating(last=number == self.config.accumulation - 1):
                 each.append(self._accumulate(batch, condition))
             positions += batch.positions
+        with self.watch.part("checkpoint"):
+            self.writer.settle()  # the copy of a checkpoint ran beside the passes; now the weights move
         with self.watch.part("optimizer"):
             norm = self.replica.clip(self.config.optim.clip_norm)
             values = torch.cat(each)
@@ -275,7 +277,8 @@ class Training:
             "world_size": self.world_size,
             "metrics": record,
         }
-        self.writer.save(state_of(self.model, self.optimizer, self.emas), facts)
+        with self.watch.part("checkpoint"):
+            self.writer.save(state_of(self.model, self.optimizer, self.emas), facts)
 
     def agree(self, told: bool) -> bool:
         """Whether any rank was told; all ranks ask alike."""

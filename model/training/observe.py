@@ -43,6 +43,7 @@ class Observer:
         if is_due(self.config, "preview", position):
             average = None if ema == WEIGHTS else self.training.emas[ema]
             if average is not None:
+                self.training.writer.settle()
                 average.swap(self.training.model)
             self.preview.make(position)
             if average is not None:

@@ -36,7 +36,7 @@ class LogConfig(Config):
 
 
 class Stopwatch:
-    """Seconds of a step by part: data, encode, forward, backward, optimizer."""
+    """Seconds of a step by part: data, encode, forward, backward, optimizer, checkpoint (what it held up)."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device

@@ -1,5 +1,7 @@
 """Laws of a step and of a stage: rounding only, nothing non-finite, stage two goes on from stage one."""
 
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,7 +10,7 @@ import pytest
 import torch
 
 from infra.errors import TrainingError
-from model.training.checkpoint import CheckpointWriter
+from model.training.checkpoint import CheckpointWriter, checkpoint_uri, load_state
 from model.training.stages import Stage1Config, Stage2Config
 from model.training.state import weights_of
 from tests.model.runs import advance, fingerprint, open_training
@@ -48,6 +50,32 @@ def test_nonfinite_loss_names_its_samples(stage_values: Values) -> None:
     with pytest.raises(TrainingError, match=r"gradient norm is nan; samples with a non-finite loss: [0-9a-f]"):
         training.step()
     assert training.position == 0 and before
+    training.close()
+
+
+def test_a_checkpoint_holds_the_moment_it_was_asked_for_while_training_goes_on(stage_values: Values) -> None:
+    """The copy is made beside the next step's passes, and the optimizer waits for it."""
+    training = open_training(Stage1Config.model_validate(stage_values()))
+    advance(training, 1)
+    copying = training.writer.stager
+    copy, begun = copying.stage, threading.Event()
+
+    def slow(state_dict: Any, **kwargs: Any) -> Any:
+        begun.set()
+        time.sleep(0.5)
+        return copy(state_dict, **kwargs)
+
+    copying.stage = slow
+    asked = {name: value.clone() for name, value in weights_of(training.model).items()}
+    training.save({})
+    assert begun.wait(5)
+    advance(training, 2)
+    training.writer.wait()
+    moved = weights_of(training.model)
+    found = {name: torch.empty_like(value) for name, value in asked.items()}
+    load_state(checkpoint_uri(training.config.out, training.config.batch_size), found)
+    assert all(found[name].equal(value) for name, value in asked.items())
+    assert not all(moved[name].equal(value) for name, value in asked.items())
     training.close()
 
 
