@@ -184,7 +184,8 @@ def _embedding(config: PlanConfig, profile: dict[str, Any]) -> tuple[list[Line],
         return [work, Line("embed, wall", span(gpu_s / gpus), f"on {gpus:,} GPUs, evenly spread")], gpu_s / gpus
     rates, machine = profile["embed"], profile["machine"]
     if config.clip not in rates:
-        raise ConfigError(f"the profile has no embedding rate of {config.clip!r}", legal=", ".join(sorted(rates)))
+        known = ", ".join(sorted(rates))
+        raise ConfigError(f"the profile has no embedding rate of {config.clip!r}", legal=known)
     rate = rates[config.clip]
     cpu_s = rate["cpu_s_per_document"] * config.documents
     cpus = config.nodes * config.cpus_per_node
