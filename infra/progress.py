@@ -11,7 +11,7 @@ class Progress:
     def __init__(self, what: str, total: int | None, *, unit: str = "rows", every_s: float = 5.0):
         self.what, self.total, self.unit = what, total, unit
         self.every_s = every_s if not sys.stderr.isatty() else 0.25
-        self.done = self.skipped = 0
+        self.done = self.skipped = self.printed_done = 0
         self.notes: Counter[str] = Counter()
         self.started_s = self.printed_s = time.monotonic()
 
@@ -28,7 +28,7 @@ class Progress:
         self.skipped += count
 
     def print(self, *, last: bool = False) -> None:
-        self.printed_s = time.monotonic()
+        self.printed_s, self.printed_done = time.monotonic(), self.done
         end = "\n" if last or not sys.stderr.isatty() else ""
         start = "\r\x1b[2K" if sys.stderr.isatty() else ""
         print(start + self.line(), end=end, file=sys.stderr, flush=True)
@@ -52,7 +52,9 @@ class Progress:
         return " · ".join(parts)
 
     def close(self) -> None:
-        self.print(last=True)
+        """The last line, unless it stands there already."""
+        if sys.stderr.isatty() or not self.done or self.printed_done != self.done:
+            self.print(last=True)
 
 
 def span(seconds: float) -> str:

@@ -11,16 +11,14 @@ one by one, and knows nothing of shards; hence this one.
 
 # pyright: reportPrivateImportUsage=false
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
-from torch.optim import Optimizer
 from torch.optim.adamw import adamw as adamw_update
 
-from model.optim import local_shard, parameter_groups
+from model.optim import GroupOptimizer, adam_moments, local_shard, parameter_groups
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Of Newton and Schulz's quintic, tuned by Jordan et al. for the steepest start; singular values end in about
@@ -28,10 +26,11 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
 
 def orthogonalized(x: Tensor, steps: int = 5) -> Tensor:
-    """`... m n` matrices with their singular values brought near 1 (Newton-Schulz, five quintic steps)."""
+    """`... m n` matrices with their singular values brought near 1 (Newton-Schulz, quintic steps)."""
     a, b, c = COEFFICIENTS
     tall = x.shape[-2] > x.shape[-1]
-    y = (x.mT if tall else x).flatten(0, -3) if x.ndim > 2 else (x.mT if tall else x)[None]
+    y = x.mT if tall else x
+    y = y.reshape(-1, *y.shape[-2:])
     y = y / y.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-12)
     for _ in range(steps):
         gram = y @ y.mT
@@ -39,7 +38,7 @@ def orthogonalized(x: Tensor, steps: int = 5) -> Tensor:
     return (y.mT if tall else y).reshape(x.shape)
 
 
-class Muon(Optimizer):
+class Muon(GroupOptimizer):
     """Groups with `hidden=True` get orthogonal updates, the others AdamW's.
 
     Args:
@@ -65,35 +64,21 @@ class Muon(Optimizer):
         }  # fmt: skip
         super().__init__(groups, defaults)
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One update of every parameter that has a gradient."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            if params and group["hidden"]:
-                self._turn(group, params)
-            elif params:
-                self._adamw(group, params)
-        return loss
+    def update(self, group: dict[str, Any], params: list[Tensor]) -> None:
+        (self._turn if group["hidden"] else self._adamw)(group, params)
 
-    def init_state(self, param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
-        """The moments of a parameter, zero at first, so that a checkpoint can fill them."""
-        state = self.state[param]
-        if not state:
-            state["exp_avg"] = torch.zeros_like(param)
-            if not group["hidden"]:
-                state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
-                state["exp_avg_sq"] = torch.zeros_like(param)
-        return state
+    def moments(self, param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+        if not self.state[param]:
+            hidden = group["hidden"]
+            self.state[param] = (
+                {"exp_avg": torch.zeros_like(param)} if hidden else adam_moments(param, param.device)
+            )
+        return self.state[param]
 
     def _turn(self, group: dict[str, Any], params: list[Tensor]) -> None:
         momentum, lr = group["momentum"], group["lr"]
         grads = [local_shard(p.grad) for p in params if p.grad is not None]
-        means = [local_shard(self.init_state(p, group)["exp_avg"]) for p in params]
+        means = [local_shard(self.moments(p, group)["exp_avg"]) for p in params]
         torch._foreach_lerp_(means, grads, 1 - momentum)
         ahead = torch._foreach_lerp(grads, means, momentum)
         whole = [_whole(p, update) for p, update in zip(params, ahead, strict=True)]
@@ -111,7 +96,7 @@ class Muon(Optimizer):
                 local_shard(params[n]).add_(_own_part(params[n], update), alpha=-lr * size)
 
     def _adamw(self, group: dict[str, Any], params: list[Tensor]) -> None:
-        states = [self.init_state(p, group) for p in params]
+        states = [self.moments(p, group) for p in params]
         adamw_update(
             [local_shard(p) for p in params],
             [local_shard(p.grad) for p in params if p.grad is not None],

@@ -18,7 +18,41 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 
-class Lamb(Optimizer):
+class GroupOptimizer(Optimizer):
+    """An optimizer that moves a group of parameters at once; the subclass says how, and what it remembers."""
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """One update of every parameter that has a gradient."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if params:
+                self.update(group, params)
+        return loss
+
+    def update(self, group: dict[str, Any], params: list[Tensor]) -> None:
+        """Move these parameters of the group, all of which have gradients."""
+        raise NotImplementedError
+
+    def moments(self, param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+        """What is remembered of a parameter; zero at first, so that a checkpoint can fill it."""
+        raise NotImplementedError
+
+
+def adam_moments(param: Tensor, step_device: torch.device | str) -> dict[str, Tensor]:
+    """Adam's two moments and its count of steps, all zero."""
+    return {
+        "step": torch.zeros((), dtype=torch.float32, device=step_device),
+        "exp_avg": torch.zeros_like(param),
+        "exp_avg_sq": torch.zeros_like(param),
+    }
+
+
+class Lamb(GroupOptimizer):
     """LAMB (You et al., 1904.00962, algorithm 2): Adam with a trust ratio per tensor.
 
     Snap Video trains with lr 5e-3, betas (0.9, 0.99), weight decay 0.01. As in the authors' code,
@@ -39,22 +73,9 @@ class Lamb(Optimizer):
         }  # fmt: skip
         super().__init__(params, defaults)
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One update of every parameter that has a gradient."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            if params:
-                self._update(group, params)
-        return loss
-
-    def _update(self, group: dict[str, Any], params: list[Tensor]) -> None:
+    def update(self, group: dict[str, Any], params: list[Tensor]) -> None:
         beta1, beta2 = group["betas"]
-        states = [self._state(p) for p in params]
+        states = [self.moments(p, group) for p in params]
         grads = [local_shard(p.grad) for p in params if p.grad is not None]
         means = [local_shard(s["exp_avg"]) for s in states]
         squares = [local_shard(s["exp_avg_sq"]) for s in states]
@@ -76,13 +97,10 @@ class Lamb(Optimizer):
             torch._foreach_mul_(updates, list(_trust_ratios(params, shards, updates).unbind()))
         torch._foreach_add_(shards, updates, alpha=-group["lr"])
 
-    def _state(self, param: Tensor) -> dict[str, Tensor]:
-        state = self.state[param]
-        if not state:
-            state["step"] = torch.zeros((), dtype=torch.float32)
-            state["exp_avg"] = torch.zeros_like(param)
-            state["exp_avg_sq"] = torch.zeros_like(param)
-        return state
+    def moments(self, param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+        if not self.state[param]:
+            self.state[param] = adam_moments(param, "cpu")  # the count is read in Python
+        return self.state[param]
 
 
 def _trust_ratios(params: list[Tensor], shards: list[Tensor], updates: list[Tensor]) -> Tensor:

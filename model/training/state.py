@@ -15,8 +15,8 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from model.ema import Ema, HalfLife, PowerFunction, Profile
-from model.muon import Muon, muon
-from model.optim import adamw, cosine_factor, lamb
+from model.muon import muon
+from model.optim import GroupOptimizer, adam_moments, adamw, cosine_factor, lamb
 from model.training.parallel import plain_name
 from model.training.stages import EmaConfig, StageConfig
 
@@ -26,19 +26,15 @@ MAKERS = {"lamb": lamb, "adamw": adamw, "muon": muon}
 def make_optimizer(model: nn.Module, config: StageConfig) -> Optimizer:
     """The configured optimizer with its moments in place (zero), so that a checkpoint can fill them."""
     options = config.optim
-    make = MAKERS[options.name]
-    optimizer = make(model, lr=options.lr, betas=options.betas, weight_decay=options.weight_decay)
+    optimizer = MAKERS[options.name](
+        model, lr=options.lr, betas=options.betas, weight_decay=options.weight_decay
+    )
     for group in optimizer.param_groups:
         for p in group["params"]:
-            if isinstance(optimizer, Muon):
-                optimizer.init_state(p, group)
-                continue
-            optimizer.state[p] = {
-                # LAMB reads it in Python, AdamW's kernel beside the parameter
-                "step": torch.zeros((), dtype=torch.float32, device="cpu" if make is lamb else p.device),
-                "exp_avg": torch.zeros_like(p),
-                "exp_avg_sq": torch.zeros_like(p),
-            }
+            if isinstance(optimizer, GroupOptimizer):
+                optimizer.moments(p, group)
+            else:
+                optimizer.state[p] = adam_moments(p, p.device)  # torch's AdamW has no such door
     return optimizer
 
 

@@ -51,6 +51,7 @@ EDM = edm_for(FRAMES, HEIGHT, WIDTH)
 BY_HEART = {"num_latents": 256, "latent_dim": 128, "latent_head_dim": 32, "qk_norm": True}
 """Of 20 patches a frame in each group, every one has a latent of its own and some to spare."""
 CONDITION = ConditionConfig(token_dim=TOKEN_DIM)
+OPTIMIZERS = {"muon": muon, "adamw": adamw}
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -169,14 +170,17 @@ def overfit(args: argparse.Namespace) -> None:
     edm = replace(EDM, log_mean=args.log_mean, log_std=args.log_std)
     seen = train(
         model, videos, condition, batch=args.batch, lr=args.lr, seconds=args.minutes * 60,
-        wall_seconds=args.wall_minutes * 60, ema=ema, build=muon, edm=edm,
+        wall_seconds=args.wall_minutes * 60, ema=ema, build=OPTIMIZERS[args.optimizer], edm=edm,
     )  # fmt: skip
     ema.swap(model)
     spent, wall = quiet_seconds() - busy, time.perf_counter() - start
     if args.save:
         torch.save(model.state_dict(), args.save)
     steps = f"{len(seen)} steps of {args.batch} clips"
-    print(f"fit-tiny: {steps} in {spent:.0f} quiet seconds ({wall:.0f} by the clock)", flush=True)
+    print(
+        f"fit-tiny, {args.optimizer}: {steps} in {spent:.0f} quiet seconds ({wall:.0f} by the clock)",
+        flush=True,
+    )
     noise = torch.randn(videos.shape, generator=torch.Generator().manual_seed(1)).to(DEVICE)
     shuffled = condition.select(torch.arange(8, device=DEVICE).roll(1))
     for title, prompts in (("their prompts", condition), ("prompts shuffled", shuffled)):
@@ -241,6 +245,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=9.5)
     parser.add_argument("--wall-minutes", type=float, default=60)
     parser.add_argument("--batch", type=int, default=2, help="of overfit")
+    parser.add_argument("--optimizer", choices=list(OPTIMIZERS), default="muon", help="of overfit")
     parser.add_argument("--lr", type=float, default=5e-3, help="of overfit")
     parser.add_argument("--log-mean", type=float, default=0.7, help="of ln sigma in overfit's training")
     parser.add_argument("--log-std", type=float, default=1.4)

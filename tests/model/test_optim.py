@@ -1,9 +1,8 @@
-"""LAMB, Muon, schedules and averages: against their definitions, and sharded as whole."""
+"""LAMB, Muon and schedules: against their definitions, and sharded as whole."""
 
 # pyright: reportPrivateImportUsage=false, reportIndexIssue=false
 # pyright: reportAttributeAccessIssue=false
 
-import math
 import os
 from collections.abc import Callable
 from itertools import pairwise
@@ -19,35 +18,19 @@ from torch.optim import Optimizer
 
 from model.condition import Condition, ConditionConfig
 from model.edm import edm_for
-from model.ema import Ema, HalfLife, PowerFunction, Snapshot, gamma_of, mixing_weights, reconstruct
+from model.ema import Ema, HalfLife, PowerFunction
 from model.fit_layout import FitConfig
 from model.generator import Generator
 from model.muon import muon, orthogonalized
 from model.optim import Lamb, adamw, cosine_factor, cosine_schedule, lamb, parameter_groups
 from model.step import accumulate, draw
+from tests.model.small_model import small_model, train_small
 
 SHARDED_FIT = FitConfig(
     num_frames=4, height_px=12, width_px=16, group_height=3, group_width=2, patch_dim=32,
     patch_head_dim=16, num_latents=8, latent_dim=48, latent_head_dim=16, condition_dim=32,
     num_blocks=2, layers_per_block=1, checkpoint=True,
 )  # fmt: skip
-
-
-def _model(seed: int = 0) -> nn.Module:
-    torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 4))
-
-
-def _train(model: nn.Module, optimizer, steps: int, seed: int = 0) -> list[float]:
-    g = torch.Generator().manual_seed(seed)
-    x, y, out = torch.randn(32, 6, generator=g), torch.randn(32, 4, generator=g), []
-    for _ in range(steps):
-        loss = (model(x) - y).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        out.append(loss.item())
-    return out
 
 
 def test_lamb_follows_algorithm_2_by_hand() -> None:
@@ -86,24 +69,24 @@ def test_lamb_starts_a_zero_tensor() -> None:
 
 @pytest.mark.parametrize("build", [lamb, adamw, muon])
 def test_optimizers_learn(build) -> None:
-    model = _model()
-    losses = _train(model, build(model, lr=0.02), 60)
+    model = small_model()
+    losses = train_small(model, build(model, lr=0.02), 60)
     assert losses[-1] < 0.6 * losses[0]
 
 
 @pytest.mark.parametrize("build", [lamb, adamw, muon])
 def test_resumed_optimizer_equals_unbroken_one(build) -> None:
-    unbroken = _model()
+    unbroken = small_model()
     optimizer = build(unbroken, lr=0.02)
-    _train(unbroken, optimizer, 6)
-    first = _model()
+    train_small(unbroken, optimizer, 6)
+    first = small_model()
     before = build(first, lr=0.02)
-    _train(first, before, 3)
-    second = _model(seed=1)
+    train_small(first, before, 3)
+    second = small_model(seed=1)
     second.load_state_dict(first.state_dict())
     after = build(second, lr=0.5)
     after.load_state_dict(before.state_dict())
-    _train(second, after, 3)
+    train_small(second, after, 3)
     for a, b in zip(unbroken.parameters(), second.parameters(), strict=True):
         assert torch.equal(a, b)
 
@@ -157,7 +140,7 @@ def test_cosine_warms_up_then_falls_to_its_floor() -> None:
 
 
 def test_schedule_scales_the_learning_rate() -> None:
-    model = _model()
+    model = small_model()
     optimizer = adamw(model, lr=0.5)
     schedule = cosine_schedule(optimizer, warmup_steps=2, total_steps=4)
     seen = []
@@ -166,99 +149,6 @@ def test_schedule_scales_the_learning_rate() -> None:
         optimizer.step()
         schedule.step()
     assert seen == pytest.approx([0.25, 0.5, 0.5, 0.25])
-
-
-def test_half_life_halves() -> None:
-    model = _model()
-    ema = Ema(model, HalfLife(half_life=100))
-    start = {k: v.clone() for k, v in ema.weights.items()}
-    with torch.no_grad():
-        for p in model.parameters():
-            p.zero_()
-    for samples in (30, 60, 100):
-        ema.update(model, samples)
-    for name, weight in ema.weights.items():
-        torch.testing.assert_close(weight, start[name] / 2)
-
-
-def test_average_does_not_depend_on_the_batch_size() -> None:
-    """Constant weights between updates: one step of 64 samples equals 64 steps of one."""
-    for profile in (HalfLife(50), PowerFunction(0.1)):
-        kept = math.prod(profile.keep(100 + i, 101 + i) for i in range(64))
-        assert kept == pytest.approx(profile.keep(100, 164))
-
-
-@settings(deadline=None, max_examples=30)
-@given(st.floats(0.01, 0.28))
-def test_power_profile_has_the_asked_width(sigma_rel: float) -> None:
-    gamma = gamma_of(sigma_rel)
-    tau = (torch.arange(200_000, dtype=torch.float64) + 0.5) / 200_000
-    density = tau**gamma
-    density /= density.sum()
-    mean = (density * tau).sum()
-    assert ((density * (tau - mean) ** 2).sum().sqrt()).item() == pytest.approx(sigma_rel, rel=1e-3)
-
-
-def test_gamma_is_the_published_one() -> None:
-    """EDM2: sigma_rel 0.05 and 0.10 are gamma 16.97 and 6.94."""
-    assert gamma_of(0.05) == pytest.approx(16.97, abs=0.01)
-    assert gamma_of(0.10) == pytest.approx(6.94, abs=0.01)
-    with pytest.raises(ValueError, match="legal"):
-        gamma_of(0.5)
-
-
-def test_power_average_forgets_its_start_and_weighs_the_past_by_its_profile() -> None:
-    model, ema = nn.Linear(1, 1, bias=False), None
-    ema = Ema(model, PowerFunction(0.1))
-    n = 2000
-    for i in range(1, n + 1):
-        with torch.no_grad():
-            model.weight.fill_(i / n)
-        ema.update(model, i)
-    gamma = gamma_of(0.1)
-    assert ema.weights["weight"].item() == pytest.approx((gamma + 1) / (gamma + 2), rel=2e-3)
-
-
-def test_reconstructed_average_equals_the_directly_tracked_one() -> None:
-    torch.manual_seed(0)
-    model = nn.Linear(16, 16, bias=False)
-    stored, direct = [Ema(model, PowerFunction(s)) for s in (0.05, 0.10)], Ema(model, PowerFunction(0.15))
-    snapshots, batch = [], 4
-    target = torch.randn(16, 16)
-    for step in range(1, 1025):
-        with torch.no_grad():
-            model.weight.lerp_(target, 0.003).add_(torch.randn(16, 16) * 0.002)
-        for ema in (*stored, direct):
-            ema.update(model, step * batch)
-        if step % 64 == 0:
-            for ema in stored:
-                kept = {k: v.clone() for k, v in ema.weights.items()}
-                snapshots.append((Snapshot(step * batch, ema.profile.sigma_rel), kept))
-    got = reconstruct(snapshots, 4096, 0.15)["weight"]
-    want = direct.weights["weight"]
-    assert ((got - want).norm() / want.norm()).item() < 1e-3
-
-
-def test_stored_profile_reconstructs_itself() -> None:
-    snapshots = [Snapshot(t, s) for t in (256, 512, 1024) for s in (0.05, 0.1)]
-    weights = mixing_weights(snapshots, 1024, 0.1)
-    expected = torch.tensor([0, 0, 0, 0, 0, 1.0], dtype=torch.float64)
-    torch.testing.assert_close(weights, expected, atol=1e-6, rtol=0)
-
-
-def test_average_survives_a_round_trip_and_swaps_in_and_out() -> None:
-    model = _model()
-    ema = Ema(model, HalfLife(10))
-    _train(model, adamw(model, lr=0.1), 3)
-    ema.update(model, 5)
-    other = Ema(_model(seed=2), HalfLife(10))
-    other.load_state_dict(ema.state_dict())
-    assert other.samples == 5
-    live = [p.detach().clone() for p in model.parameters()]
-    other.swap(model)
-    assert torch.equal(model[0].weight, ema.weights["0.weight"])
-    other.swap(model)
-    assert all(torch.equal(a, b) for a, b in zip(live, model.parameters(), strict=True))
 
 
 def _steps(model: Generator, build: Callable[..., Optimizer]) -> dict[str, torch.Tensor]:

@@ -3,17 +3,13 @@
 import base64
 import io
 import json
-import math
 import re
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from PIL import Image
 
 from infra.errors import ConfigError
@@ -21,10 +17,7 @@ from infra.storage import Certificate, write_certificate, write_json
 from pipeline.instruct.tasks import subject_driven, text_to_video, video_prediction
 from pipeline.report import ReportConfig, check, run
 from pipeline.report.album import Album
-from pipeline.report.charts import Series, flow, histogram, line_chart, ticks
-from pipeline.report.read import spread
 from pipeline.report.statistics import _random_similarities, refusals
-from pipeline.report.training import smooth
 from pipeline.schema import CLIPS, PROMPTS, Role, Task, content_id
 from pipeline.shards import shard_name, write_meta, write_shard
 from pipeline.subjects.cutout import Picture
@@ -32,6 +25,8 @@ from pipeline.subjects.entities import find_entities
 from tests.pipeline.memory_tables import documents, make_memory
 
 HOSTILE = "A red dog <script>alert('x')</script> is in the grass \"><img src=x onerror=alert(1)> & so on"
+
+
 VOID = {"meta", "link", "img", "source", "br", "line", "circle", "rect", "path", "polyline"}
 
 
@@ -260,58 +255,6 @@ def test_nothing_or_foreign_folders_are_refused(parts: dict[str, Any], tmp_path:
         check(ReportConfig(out=str(tmp_path / "p.html"), runs=(str(tmp_path),)))
     with pytest.raises(ConfigError, match="can't write"):
         check(ReportConfig(out="/proc/nowhere/p.html", clips=parts["clips"]))
-
-
-NUMBERS = st.lists(st.tuples(st.floats(width=32), st.floats(width=32)), max_size=30)
-
-
-@given(NUMBERS, NUMBERS)
-def test_line_charts_are_valid_for_any_numbers(one: list[tuple[float, float]], two: list[tuple[float, float]]):
-    series = [Series("a", [x for x, _ in p], [y for _, y in p], "raw") for p in (one, two)]
-    chart = line_chart(series, x_label="<x>", y_label='"y"', title="t & <t>")
-    if chart:
-        ElementTree.fromstring(str(chart))
-        assert "nan" not in str(chart) and "inf" not in str(chart)
-    assert bool(chart) == any(math.isfinite(x) and math.isfinite(y) for x, y in one + two)
-
-
-@given(st.lists(st.floats(width=32), max_size=50))
-def test_histograms_are_valid_for_any_numbers(values: list[float]):
-    chart = histogram([Series("a", values, [], "one")], x_label="x", title="t")
-    if chart:
-        ElementTree.fromstring(str(chart))
-        assert "nan" not in str(chart)
-
-
-@given(st.lists(st.integers(0, 10**9), max_size=9))
-def test_ribbons_fill_the_height_and_never_more(counts: list[int]):
-    chart = ElementTree.fromstring(str(flow(sum(counts), [("kept", c) for c in counts], title="t")))
-    bars = [rect for rect in chart if rect.tag == "rect"]
-    heights = [float(rect.get("height", "0")) for rect in bars[1:]]
-    assert len(heights) == sum(c > 0 for c in counts)
-    assert sum(heights) <= 120.5
-    assert all(float(r.get("y", "0")) + float(r.get("height", "0")) <= 120.5 for r in bars)
-
-
-@given(st.floats(-1e12, 1e12), st.floats(1e-6, 1e12))
-def test_ticks_are_few_and_inside(low: float, width: float):
-    high = low + width
-    marks = ticks(low, high)
-    assert len(marks) <= 7
-    slack = 1e-6 * max(abs(low), abs(high), width)
-    assert all(low - slack <= mark <= high + slack for mark in marks)
-
-
-@given(st.integers(0, 1000), st.integers(0, 50))
-def test_a_spread_is_increasing_and_within(total: int, count: int):
-    rows = spread(total, count)
-    assert len(rows) == min(total, count) == len(set(rows))
-    assert rows == sorted(rows) and all(0 <= row < total for row in rows)
-
-
-@given(st.lists(st.floats(-100, 100), min_size=1, max_size=40))
-def test_smoothing_stays_between_the_extremes(values: list[float]):
-    assert all(min(values) <= v <= max(values) for v in smooth(values))
 
 
 def test_targets_move_and_stand_still_for_those_who_ask():
