@@ -2,11 +2,12 @@
 
 After Jordan et al. (2024, "Muon: an optimizer for hidden layers in neural networks"), with Moonlight's scale
 (2502.16982, section 2.2) that gives an update the size of AdamW's, so that one learning rate does for both.
-Not in Snap Video. Orthogonal updates move rare directions as far as common ones: a small FIT learns what its
-prompt means in far fewer steps than with AdamW (`tests/bench/bench_quality.py`).
+Not in Snap Video. Orthogonal updates move rare directions as far as common ones: a small FIT that learns 8
+clips by heart for two minutes gives them back at a PSNR of 12.5 dB, and at 10.7 dB with AdamW, whose steps are
+cheaper (`bench_quality overfit --minutes 2 --sampling-steps 16 --optimizer ...`; AdamW at `--lr 3e-3`).
 
-torch's own Muon rounds to bfloat16, which a CPU multiplies at an eighth of float32's speed, takes matrices
-one by one, and knows nothing of shards; hence this one.
+torch's own Muon rounds to bfloat16, which a CPU without units for it multiplies far more slowly than float32,
+takes matrices one by one, and knows nothing of shards; hence this one.
 """
 
 # pyright: reportPrivateImportUsage=false

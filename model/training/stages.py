@@ -23,7 +23,7 @@ class OptimConfig(Config):
 
     name: Literal["lamb", "adamw", "muon"] = "lamb"
     """Snap Video trains with LAMB (2402.14797, section 4.1). Muon for the blocks' matrices with AdamW for the
-    rest learns small models in far fewer steps; its memory is smaller, its step dearer."""
+    rest learns small models sooner (`model.muon`); its state is smaller, its step dearer."""
     lr: float = Field(default=5e-3, gt=0)
     """Peak learning rate: 5e-3 for LAMB (Snap Video); 1e-4 is its Adam baselines'. Muon's updates have AdamW's
     size."""
