@@ -8,6 +8,7 @@ the door (`infra.storage.absolute`).
 
 import logging
 import os
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -31,7 +32,7 @@ class RayConfig(Config):
     num_cpus: int | None = Field(default=None, ge=1)
     """CPUs of a local session; None = all."""
     dashboard: bool = False
-    """Start Ray's dashboard in a local session."""
+    """Start Ray's dashboard in a local session, and say where it is."""
     object_store_bytes: int = Field(default=400_000_000, ge=80_000_000)
     """Shared memory of a local session, bytes."""
     log_level: Literal["error", "warning", "info"] = "error"
@@ -60,7 +61,7 @@ def ray_session(config: RayConfig, env_vars: Mapping[str, str] | None = None) ->
         if address == "local":
             # No node of this machine is ever drained: a process less to start, and to start again.
             os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-            ray.init(
+            context = ray.init(
                 address="local",
                 num_cpus=config.num_cpus,
                 include_dashboard=config.dashboard,
@@ -69,6 +70,8 @@ def ray_session(config: RayConfig, env_vars: Mapping[str, str] | None = None) ->
                 logging_level=level,
                 log_to_driver=config.log_level == "info",
             )
+            if config.dashboard:
+                print(f"  Ray's dashboard: http://{context.dashboard_url}", file=sys.stderr, flush=True)
         else:
             # On a cluster the image holds the code: PYTHONPATH of this machine would be wrong there.
             there = {**everywhere, "env_vars": dict(env_vars or {})}

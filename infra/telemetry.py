@@ -1,7 +1,13 @@
 """The numbers of the progress line, as Ray metrics: the dashboard and Grafana show what the terminal shows.
 
-Ray exports them as `ray_vimi_units_total` and `ray_vimi_rows_total`; infra/grafana/vimi.json plots them.
+Ray exports them with `ray_` before the name; infra/grafana/vimi.json plots them.
+
+    vimi_units_total{job}  vimi_rows_total{job, status}                         jobs
+    vimi_train_<number>{run}  vimi_train_step_s{run, part}
+    vimi_train_validation_loss{run, of}                                         trainings
 """
+
+from collections.abc import Mapping
 
 
 class JobMetrics:
@@ -22,16 +28,31 @@ class JobMetrics:
 
 
 class RunMetrics:
-    """Gauges of a training run: `ray_vimi_train_loss`, `..._samples`, `..._samples_per_s`, and so on."""
+    """Gauges of one training run, tagged with its folder; call inside a Ray session."""
 
-    NAMES = ("loss", "samples", "samples_per_s", "data_frac", "mfu")
+    NAMES = ("loss", "grad_norm", "lr", "samples", "samples_per_s", "data_frac", "tflops", "mfu")
 
-    def __init__(self) -> None:
+    def __init__(self, run: str) -> None:
         from ray.util.metrics import Gauge
 
-        self.gauges = {name: Gauge(f"vimi_train_{name}", f"training: {name}") for name in self.NAMES}
+        self.run = run
+        self.numbers = {
+            name: Gauge(f"vimi_train_{name}", f"training: {name}", tag_keys=("run",)) for name in self.NAMES
+        }
+        self.step_s = Gauge("vimi_train_step_s", "seconds of a step by part", tag_keys=("run", "part"))
+        self.validation = Gauge(
+            "vimi_train_validation_loss", "validation loss by what it is of", tag_keys=("run", "of")
+        )
 
-    def publish(self, record: dict[str, float]) -> None:
-        for name, gauge in self.gauges.items():
+    def publish(
+        self, record: Mapping[str, float], *, step_s: Mapping[str, float], validation: Mapping[str, float]
+    ) -> None:
+        """Set those gauges of which there is news."""
+        tags = {"run": self.run}
+        for name, gauge in self.numbers.items():
             if name in record:
-                gauge.set(float(record[name]))
+                gauge.set(float(record[name]), tags=tags)
+        for part, seconds in step_s.items():
+            self.step_s.set(seconds, tags={**tags, "part": part})
+        for of, loss in validation.items():
+            self.validation.set(loss, tags={**tags, "of": of})

@@ -2,6 +2,7 @@ import importlib.metadata
 import os
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,17 @@ def test_cluster_file_satisfies_rays_own_schema_and_starts_the_dashboard() -> No
     validate_config(config)
     assert any("--include-dashboard=true" in line for line in config["head_start_ray_commands"])
     assert config["head_node_type"] in config["available_node_types"]
+
+
+def test_image_brings_what_the_cluster_file_asks_for() -> None:
+    """Without its packages `--include-dashboard=true` ends the head node; boto3 is how it asks for workers."""
+    from ray._private.utils import get_dashboard_dependency_error
+
+    assert get_dashboard_dependency_error() is None
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert any(line.startswith("ray[") and "default" in line for line in project["dependencies"])
+    assert project["optional-dependencies"]["cluster"] == ["boto3"]
+    assert "-e '.[offline,cluster]'" in (ROOT / "infra/docker/Dockerfile").read_text()
 
 
 def test_kubernetes_file_names_the_tested_ray() -> None:
