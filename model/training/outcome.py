@@ -31,10 +31,12 @@ def has_arrived(config: StageConfig) -> bool:
 def tidy(config: StageConfig) -> None:
     """When all is seen: results that came after the workers left, checkpoints that waited for them."""
     from model.training.observe import read_results
-    from model.training.report import collect, open_log
+    from model.training.report import collect, open_log, unshown
 
-    known = {record["samples"] for record in read_metrics(config.out) if is_validation(record)}
-    if read_results(config.out, known):
+    records = read_metrics(config.out)
+    known = {record["samples"] for record in records if is_validation(record)}
+    shown = {record["samples"] for record in records if "videos" in record}
+    if read_results(config.out, known) or unshown(config.out, shown):
         log = open_log(config, config.total_samples)
         collect(log, config.out, config.total_samples)
         log.close()

@@ -1,6 +1,4 @@
-"""Videos sampled while training: run/samples/samples-<position>/, laid out as by `vimi-train sample`.
-
-    sample-000.mp4 sample-000.png (contact sheet) ... samples.json
+"""Videos sampled while training, laid out as by `vimi-train sample` (`sampled.py` says where).
 
 Prompts are the first rows that validation reads, and each has a seed of its own: from one checkpoint to the
 next only the weights differ.
@@ -27,11 +25,8 @@ from model.sampling.config import GuidanceConfig
 from model.sampling.film import contact_sheet, encode_mp4, scale_to_look_at, to_frames
 from model.sampling.maker import Asked, Maker
 from model.sampling.restore import Restored
+from model.training.sampled import preview_uri
 from model.training.validate import Observed, choose_rows
-
-
-def preview_uri(run: str, position: int) -> str:
-    return join(run, "samples", f"samples-{position:012d}")
 
 
 class Preview:

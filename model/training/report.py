@@ -1,7 +1,7 @@
 """What is said of a run and when: the loop's memory of time, kept out of the loop."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -11,8 +11,10 @@ from model.cost.flops import sizes, training_flops
 from model.training.due import What, is_due, is_observed
 from model.training.loop import Outcome, Training
 from model.training.observe import read_results
+from model.training.sampled import contact_sheets, sampled_positions
 from model.training.stages import StageConfig
 from model.training.telemetry import MetricsLog
+from model.training.trackers import Tracker
 
 PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "A100": 312.0, "B200": 2250.0}
 """Dense bfloat16 peak of a GPU, TFLOP/s, from NVIDIA's data sheets (SXM)."""
@@ -33,12 +35,12 @@ class Reporter:
         last: the latest record with a loss.
     """
 
-    def __init__(self, training: Training, *, metrics: Callable[[dict[str, Any]], None], aside: bool) -> None:
+    def __init__(self, training: Training, *, aside: bool, trackers: Sequence[Tracker] = ()) -> None:
         """`aside`: checkpoints are looked at beside the loop, so those must be written too."""
-        self.training, self.metrics, self.aside = training, metrics, aside
+        self.training, self.aside = training, aside
         config = training.config
         self.rank_zero = training.rank == 0
-        self.log_to = open_log(config, training.position, enabled=self.rank_zero)
+        self.log_to = open_log(config, training.position, enabled=self.rank_zero, trackers=trackers)
         self.last: dict[str, Any] = {}
         self.losses: list[torch.Tensor] = []
         self.started_s = self.logged_s = time.perf_counter()
@@ -74,9 +76,8 @@ class Reporter:
         self.logged_s, self.logged_at = now_s, training.position
         self.last = record
         self.write(record)
-        if self.aside and self.rank_zero and (not is_remote(training.config.out) or self.is_due("checkpoint")):
-            collect(self.log_to, training.config.out, training.position)
-        self.metrics({"samples": training.position, **record})
+        if not is_remote(training.config.out) or self.is_due("checkpoint"):
+            self._collect()
 
     def _throughput(self, samples_per_s: float) -> dict[str, float]:
         """TFLOP/s of all ranks by the exact table (no credit for recomputation), and MFU on known GPUs."""
@@ -97,12 +98,17 @@ class Reporter:
         parts = training_flops(backbone, condition, counts, prompt_tokens=tokens, self_condition_rate=rate)
         return sum(parts.values())
 
+    def _collect(self) -> None:
+        if self.rank_zero:
+            collect(self.log_to, self.training.config.out, self.training.position)
+
     def write(self, record: dict[str, Any]) -> None:
         if record:
             self.log_to.write(self.training.position, record)
 
     def finish(self) -> None:
-        """final.json: what the certificate quotes; nothing of a run that left early."""
+        """final.json: what the certificate quotes; none of a run that left early."""
+        self._collect()
         if self.training.position < self.training.config.total_samples:
             return
         digest = self.training.weights_sha256()  # a collective where the weights are sharded
@@ -131,7 +137,9 @@ class Reporter:
         self.log_to.close()
 
 
-def open_log(config: StageConfig, position: int, *, enabled: bool = True) -> MetricsLog:
+def open_log(
+    config: StageConfig, position: int, *, enabled: bool = True, trackers: Sequence[Tracker] = ()
+) -> MetricsLog:
     """The run's log, cut back to `position`."""
     return MetricsLog(
         config.out,
@@ -140,11 +148,20 @@ def open_log(config: StageConfig, position: int, *, enabled: bool = True) -> Met
         position=position,
         name=f"{config.stage} {config.out.rpartition('/')[2]}",
         flat_config=config.model_dump(mode="json"),
+        trackers=trackers,
     )
 
 
 def collect(log: MetricsLog, run: str, position: int) -> None:
-    """Write the results that lie in the run's folder and not yet in its log."""
+    """Put into the log what lies in the run's folder and is not yet there: validations and videos."""
     for samples, record in read_results(run, log.validated):
         if samples <= position:
             log.write(samples, record)
+    for samples in unshown(run, log.shown):
+        if samples <= position:
+            log.show(samples, contact_sheets(run, samples))
+
+
+def unshown(run: str, shown: Collection[int]) -> list[int]:
+    """Positions whose sampled videos are there and not among the shown ones."""
+    return [p for p in sampled_positions(run) if p not in shown]

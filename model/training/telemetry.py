@@ -1,17 +1,15 @@
-"""What a run says of itself: metrics.jsonl always, TensorBoard by default, Weights & Biases by option.
+"""What a run says of itself: metrics.jsonl always, and what `trackers` lists beside it.
 
 metrics.jsonl is part of the run's state: a resume cuts it back to the checkpoint's position, so that it
 reads as if nothing had happened. Validation beside the loop arrives late, under its checkpoint's position.
 """
 
-import hashlib
 import json
 import sys
-import tempfile
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,8 @@ from pydantic import Field
 from infra.config import Config
 from infra.progress import span
 from infra.storage import absolute, exists, is_remote, join, read_bytes, write_bytes
+from model.training.sampled import preview_uri
+from model.training.trackers import PARTS, TensorBoard, Tracker, WeightsAndBiases
 
 
 class LogConfig(Config):
@@ -66,41 +66,63 @@ class MetricsLog:
     """Writes records on rank 0; does nothing elsewhere."""
 
     def __init__(
-        self, run: str, config: LogConfig, *, enabled: bool, position: int, name: str, flat_config: Any
+        self,
+        run: str,
+        config: LogConfig,
+        *,
+        enabled: bool,
+        position: int,
+        name: str,
+        flat_config: Any,
+        trackers: Sequence[Tracker] = (),
     ) -> None:
+        """`trackers` are told beside those that `config` names."""
         self.enabled, self.run = enabled, run
-        self.writers: list[Any] = []
+        self.trackers = list(trackers)
         self.lines: list[str] = []
+        self.validated: set[int] = set()
+        """Positions that have a record of validation."""
+        self.shown: set[int] = set()
+        """Positions whose sampled videos were shown."""
         if not enabled:
             return
         self.place = join(run, "metrics.jsonl")
         self.lines = _before(self.place, position)
+        for record in map(json.loads, self.lines):
+            self._remember(record)
         self.flush(whole=True)
         if config.tensorboard and not is_remote(run):
-            from torch.utils.tensorboard import SummaryWriter
-
-            folder = str(Path(absolute(run)) / "tensorboard")
-            self.writers.append(_TensorBoard(SummaryWriter(folder, purge_step=position + 1)))
+            self.trackers.append(TensorBoard(run, position))
         if config.wandb_project:
-            self.writers.append(_Wandb(config.wandb_project, name, run, flat_config))
+            self.trackers.append(WeightsAndBiases(config.wandb_project, name, run, flat_config))
 
     def write(self, position: int, record: dict[str, Any]) -> None:
         """One record at a position: `{"samples": position, ...}`."""
         if not self.enabled:
             return
-        line = json.dumps({"samples": position, **record})
+        record = {"samples": position, **record}
+        line = json.dumps(record)
         self.lines.append(line)
+        self._remember(record)
         if not is_remote(self.run):
             with Path(absolute(self.place)).open("a", encoding="utf-8") as file:
                 file.write(line + "\n")
-        numbers = {k: v for k, v in record.items() if isinstance(v, int | float)}
-        for writer in self.writers:
-            writer.write(position, numbers)
+        unsaid = {"samples", "videos"}
+        numbers = {k: v for k, v in record.items() if isinstance(v, int | float) and k not in unsaid}
+        for tracker in self.trackers:
+            tracker.write(position, numbers)
 
-    @property
-    def validated(self) -> set[int]:
-        """Positions that have a record of validation."""
-        return {record["samples"] for record in map(json.loads, self.lines) if is_validation(record)}
+    def show(self, position: int, pictures: dict[str, bytes]) -> None:
+        """Contact sheets (PNG, by title) of the videos sampled at a position; the record says how many."""
+        self.write(position, {"videos": len(pictures)})
+        for tracker in self.trackers:
+            tracker.show(position, pictures)
+
+    def _remember(self, record: dict[str, Any]) -> None:
+        if is_validation(record):
+            self.validated.add(record["samples"])
+        if "videos" in record:
+            self.shown.add(record["samples"])
 
     def flush(self, *, whole: bool = False) -> None:
         """Object stores can't append: there the file is put whole, at checkpoints."""
@@ -109,37 +131,8 @@ class MetricsLog:
 
     def close(self) -> None:
         self.flush()
-        for writer in self.writers:
-            writer.close()
-
-
-class _TensorBoard:
-    def __init__(self, writer: Any) -> None:
-        self.writer = writer
-
-    def write(self, position: int, numbers: dict[str, float]) -> None:
-        for name, value in numbers.items():
-            self.writer.add_scalar(name, value, position)
-
-    def close(self) -> None:
-        self.writer.close()
-
-
-class _Wandb:
-    def __init__(self, project: str, name: str, run: str, config: Any) -> None:
-        import wandb  # pyright: ignore[reportMissingImports]
-
-        folder = tempfile.gettempdir() if is_remote(run) else absolute(run)
-        # One run of theirs for one folder of ours, however often it is resumed.
-        same = hashlib.sha256(run.encode()).hexdigest()[:16]
-        self.run = wandb.init(project=project, name=name, dir=folder, config=config, id=same, resume="allow")
-        self.run.define_metric("*", step_metric="samples")  # validation may arrive late
-
-    def write(self, position: int, numbers: dict[str, float]) -> None:
-        self.run.log({**numbers, "samples": position})
-
-    def close(self) -> None:
-        self.run.finish()
+        for tracker in self.trackers:
+            tracker.close()
 
 
 def _before(place: str, position: int) -> list[str]:
@@ -162,7 +155,7 @@ def progress_line(record: dict[str, Any], total: int) -> str:
     """1,600 / 8,000 samples · loss 0.412 · 21.3 samples/s · ETA 5 min · data 1 % encode 4 % ..."""
     position = record["samples"]
     rate = record["samples_per_s"]
-    parts = {k.removesuffix("_s"): v for k, v in record.items() if k in PARTS}
+    parts = {k.removesuffix("_s"): v for k, v in record.items() if k in PARTS and k != "checkpoint_s"}
     whole = sum(parts.values()) or 1.0
     shares = " ".join(f"{name} {value / whole:.0%}" for name, value in parts.items())
     words = [
@@ -209,11 +202,21 @@ class Follower:
             return
         for record in records:
             self.shown.add(_kind(record))
-            say(progress_line(record, self.total) if "loss" in record else validation_line(record))
+            say(self._line(record))
+
+    def _line(self, record: dict[str, Any]) -> str:
+        if "loss" in record:
+            return progress_line(record, self.total)
+        if is_validation(record):
+            return validation_line(record)
+        position = record["samples"]
+        return (
+            f"  videos sampled at {position:,} samples ({record['videos']}): {preview_uri(self.run, position)}"
+        )
 
 
-def _kind(record: dict[str, Any]) -> tuple[int, bool]:
-    return record["samples"], "loss" in record
+def _kind(record: dict[str, Any]) -> tuple[int, bool, bool]:
+    return record["samples"], "loss" in record, "videos" in record
 
 
 def is_validation(record: dict[str, Any]) -> bool:
@@ -224,9 +227,6 @@ def validation_line(record: dict[str, Any]) -> str:
     values = {k.removeprefix("val/loss "): v for k, v in record.items() if k.startswith("val/loss ")}
     words = " · ".join(f"{name} {value:.4f}" for name, value in values.items())
     return f"  validation loss at {record['samples']:,} samples: {words}"
-
-
-PARTS = ("data_s", "encode_s", "forward_s", "backward_s", "optimizer_s")
 
 
 def say(text: str) -> None:

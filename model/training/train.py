@@ -20,7 +20,6 @@ from infra.claim import open_job
 from infra.cluster import ray_session
 from infra.spare import spare_after
 from infra.storage import Certificate, filesystem, join, write_json
-from infra.telemetry import RunMetrics
 from model.training.door import inspect, plan_text, prepare_index, read_index, resolve
 from model.training.driver import KEEP_MEMORY, fit
 from model.training.loop import NonFiniteError, Training
@@ -30,6 +29,7 @@ from model.training.outcome import certify, has_arrived, refuse_failed, say_wher
 from model.training.report import Reporter
 from model.training.stages import SPEED_ONLY, Stage1Config, Stage2Config, StageConfig, config_class
 from model.training.telemetry import Follower, draw_curves, say
+from model.training.trackers import RayGauges
 
 SPARE_AFTER_S = 30.0
 """A run that has lasted so long is worth a spare for its workers: shorter ones are cheaper to wait for."""
@@ -83,7 +83,7 @@ def train(words: dict[str, Any], after_step: Callable[[int], None] = lambda posi
     index, held = read_index(config.out), partial(awaited, config) if aside else tuple
     with (
         closing(Training(config, index, held=held)) as training,
-        closing(Reporter(training, metrics=RunMetrics().publish, aside=aside)) as reporter,
+        closing(Reporter(training, aside=aside, trackers=[RayGauges(config.out)])) as reporter,
         closing(Notices(config.out, looks=training.rank == 0)) as notices,
         spare_after(SPARE_AFTER_S if config.spare_workers else None),
     ):

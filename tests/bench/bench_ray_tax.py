@@ -63,7 +63,7 @@ def plain(_rank: int, values: dict[str, Any], port: str) -> None:
     dist.init_process_group("gloo", rank=0, world_size=1)
     config = Stage1Config.model_validate(values)
     training = Training(config, read_index(config.out))
-    reporter = Reporter(training, metrics=lambda _: None, aside=False)
+    reporter = Reporter(training, aside=False)
     times_s = [time.perf_counter()]
     while training.position < config.total_samples:
         reporter.note(outcome := training.step())

@@ -19,7 +19,7 @@ from model.training.observe import (
     read_results,
     result_uri,
 )
-from model.training.preview import preview_uri
+from model.training.sampled import preview_uri
 from model.training.stages import Stage1Config
 from model.training.telemetry import read_metrics
 from model.training.train import run

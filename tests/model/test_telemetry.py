@@ -2,11 +2,14 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from infra.storage import write_json
 from model.training.report import collect
+from model.training.sampled import preview_uri
 from model.training.telemetry import (
     Follower,
     LogConfig,
@@ -45,11 +48,32 @@ def test_resumed_log_reads_as_if_unbroken(tmp_path: Path) -> None:
     assert found == [(8, 0.5), (16, 0.5), (24, 0.4)]
 
 
-def test_tensorboard_is_written(tmp_path: Path) -> None:
-    log = MetricsLog(str(tmp_path), LogConfig(), enabled=True, position=0, name="test", flat_config={})
-    log.write(8, RECORD)
-    log.close()
-    assert any((tmp_path / "tensorboard").iterdir())
+def sampled(run: Path, position: int) -> None:
+    """A run's folder with the videos of one position, as a preview leaves it."""
+    folder = Path(preview_uri(str(run), position))
+    folder.mkdir(parents=True)
+    Image.fromarray(np.full((4, 6, 3), 200, np.uint8)).save(folder / "sample-000.png")
+    entry = {"prompt": "A dog runs.", "sheet": "sample-000.png"}
+    write_json(str(folder / "samples.json"), {"samples": [entry]})
+
+
+def test_tensorboard_shows_numbers_by_group_and_sampled_videos_once(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for position in (0, 16):  # the second life begins where the first one's checkpoint was
+        log = MetricsLog(str(tmp_path), LogConfig(), enabled=True, position=position, name="", flat_config={})
+        log.write(position + 16, RECORD | {"val/loss video retrieval on": 0.7})
+        if position == 0:
+            sampled(tmp_path, 16)
+        collect(log, str(tmp_path), position + 16)
+        collect(log, str(tmp_path), position + 16)
+        log.close()
+    found = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    groups = {tag.partition("/")[0] for tag in found.Tags()["scalars"]}
+    assert groups == {"training", "validation", "speed", "seconds of a step"}
+    assert [event.step for event in found.Scalars("validation/video retrieval on")] == [16, 32]
+    assert [event.step for event in found.Images("samples/0 A dog runs.")] == [16]
+    assert [r["samples"] for r in read_metrics(str(tmp_path)) if "videos" in r] == [16]
 
 
 def test_runs_of_weights_and_biases_go_on_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,10 +108,12 @@ def test_driver_shows_each_record_once(tmp_path: Path, capsys: pytest.CaptureFix
     with Follower(str(tmp_path), 100, position=8, every_s=0.01):
         log.write(16, RECORD)
         log.write(16, {"val/loss video retrieval on": 0.7})
+        log.show(16, {"0 A dog runs.": b""})
     lines = capsys.readouterr().err.splitlines()
     assert [line.split(" samples")[0].strip() for line in lines] == [
         "16 / 100",
         "validation loss at 16",
+        "videos sampled at 16",
     ]
 
 
