@@ -130,7 +130,7 @@ def _image(uri: str, config: EmbedConfig) -> "tuple[Image, bytes]":
         raise PictureError(Status.TOO_LARGE, str(error)) from error
     except PictureError:
         raise
-    except Exception as error:
+    except Exception as error:  # the border of a row: on hostile bytes decoders raise anything
         raise PictureError(Status.UNDECODABLE, f"{type(error).__name__}: {error}") from error
 
 
