@@ -55,6 +55,8 @@ def ray_session(config: RayConfig, env_vars: Mapping[str, str] | None = None) ->
         return
     level = getattr(logging, config.log_level.upper())
     address = os.environ.get("RAY_ADDRESS") or config.address
+    if config.dashboard or address != "local":
+        os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")  # the dashboard's page of trainings
     with tempfile.TemporaryDirectory(prefix="vimi-ray-") as empty:
         everywhere = {"working_dir": empty, "worker_process_setup_hook": HOOK}
         runtime_env = {**everywhere, "env_vars": {**worker_environment(), **(env_vars or {})}}
@@ -71,7 +73,8 @@ def ray_session(config: RayConfig, env_vars: Mapping[str, str] | None = None) ->
                 log_to_driver=config.log_level == "info",
             )
             if config.dashboard:
-                print(f"  Ray's dashboard: http://{context.dashboard_url}", file=sys.stderr, flush=True)
+                where = f"http://{context.dashboard_url}, the token it asks for: `ray get-auth-token`"
+                print(f"  Ray's dashboard: {where}", file=sys.stderr, flush=True)
         else:
             # On a cluster the image holds the code: PYTHONPATH of this machine would be wrong there.
             there = {**everywhere, "env_vars": dict(env_vars or {})}

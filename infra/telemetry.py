@@ -2,9 +2,11 @@
 
 Ray exports them with `ray_` before the name; infra/grafana/vimi.json plots them.
 
-    vimi_units_total{job}  vimi_rows_total{job, status}                         jobs
+    vimi_units_total{vimi_job}  vimi_rows_total{vimi_job, status}               jobs
     vimi_train_<number>{run}  vimi_train_step_s{run, part}
     vimi_train_validation_loss{run, of}                                         trainings
+
+A tag named `job` would be lost: Prometheus puts the name of its own scrape job there.
 """
 
 from collections.abc import Mapping
@@ -17,14 +19,14 @@ class JobMetrics:
         from ray.util.metrics import Counter
 
         self.job = job
-        self.units = Counter("vimi_units_total", "finished units of work", tag_keys=("job",))
-        self.rows = Counter("vimi_rows_total", "rows by what became of them", tag_keys=("job", "status"))
+        self.units = Counter("vimi_units_total", "finished units of work", tag_keys=("vimi_job",))
+        self.rows = Counter("vimi_rows_total", "rows by what became of them", tag_keys=("vimi_job", "status"))
 
     def add(self, units: int, statuses: dict[str, int]) -> None:
-        self.units.inc(units, tags={"job": self.job})
+        self.units.inc(units, tags={"vimi_job": self.job})
         for status, count in statuses.items():
             if count:
-                self.rows.inc(count, tags={"job": self.job, "status": status})
+                self.rows.inc(count, tags={"vimi_job": self.job, "status": status})
 
 
 class RunMetrics:

@@ -37,7 +37,7 @@ def test_grafana_asks_for_what_ray_exports(ray_cluster: None) -> None:
             break
         time.sleep(0.5)
     assert wanted <= {name.partition("{")[0] for name in found}
-    assert value_of(found, "ray_vimi_rows_total", job="crawl", status="ok") >= 7
+    assert value_of(found, "ray_vimi_rows_total", vimi_job="crawl", status="ok") >= 7
     assert value_of(found, "ray_vimi_train_samples", run="/runs/one") == 640
     assert value_of(found, "ray_vimi_train_step_s", run="/runs/one", part="data") == 0.1
     assert value_of(found, "ray_vimi_train_validation_loss", of="video retrieval on") == 0.7
