@@ -35,7 +35,7 @@ def relative_distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tenso
     return float((mine - theirs).norm() / theirs.norm())
 
 
-@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
+@pytest.mark.parametrize("mode", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
 def test_two_ranks_see_the_samples_of_one_and_end_alike(
     stage_values: Values, tmp_path: Path, mode: str
 ) -> None:

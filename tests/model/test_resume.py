@@ -233,15 +233,15 @@ def interrupt(driver: Driver, how: str) -> Driver:
     ],
 )
 def test_interrupted_run_equals_unbroken_run(stage_values: Values, tmp_path: Path, how: str) -> None:
-    values = stage_values(samples=600, ray={"num_cpus": 1}, checkpoint={"every_samples": 100})
+    values = stage_values(samples=400, ray={"num_cpus": 1}, checkpoint={"every_samples": 60})
     config = Stage1Config.model_validate(values)
     driver = Driver(tmp_path, values)
-    driver.wait_for_samples(150)
+    driver.wait_for_samples(100)
     driver = interrupt(driver, how)
     assert driver.finish() == 0, driver.log[-2000:]
     certificate = read_certificate(config.out, job="stage1")
     assert certificate is not None
-    assert trained_positions(config.out) == list(range(4, 601, 4))  # as if nothing had happened
+    assert trained_positions(config.out) == list(range(4, 401, 4))  # as if nothing had happened
     assert certificate.facts["weights_sha256"] == whole_weights_sha256(config, tmp_path / "whole")
     said = {"ctrl-c": "stopping after a last checkpoint", "worker told to leave": "saved before it did"}
     assert said.get(how, "") in driver.log

@@ -124,7 +124,7 @@ def outputs(out: Path) -> dict[str, bytes]:
 @pytest.mark.ray
 @pytest.mark.parametrize(
     ("seed", "kills", "drivers"),
-    [(0, 10, 1), *(pytest.param(s, 20, 2, marks=pytest.mark.slow) for s in range(1, 11))],
+    [(0, 6, 1), *(pytest.param(s, 20, 2, marks=pytest.mark.slow) for s in range(1, 11))],
 )
 def test_killed_crawl_equals_unbroken_crawl(ray_cluster, tmp_path, corpus, seed, kills, drivers):
     sources = (source_from_path(str(corpus)),)
