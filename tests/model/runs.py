@@ -87,7 +87,7 @@ class Driver:
 
     def wait_for_samples(self, samples: int) -> None:
         """Until the run has logged that position."""
-        for _ in range(3000):
+        for _ in range(6000):  # five minutes: a busy machine starts slowly
             assert self.process.poll() is None, self.log[-2000:]
             if any(position >= samples for position in logged(self.run)):
                 return
