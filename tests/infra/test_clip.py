@@ -1,27 +1,22 @@
-"""The CLIP: equal to open_clip's own, loadable from four kinds of place, refused in one line otherwise."""
+"""The CLIP's vectors: equal to open_clip's own, whatever the batch, the text or the picture."""
 
 import io
-import json
-import pickle
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import open_clip
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from open_clip import CoCa, CustomTextCLIP
+from open_clip import CustomTextCLIP
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 
 from infra.clip import Clip, ClipConfig, load_clip
-from infra.clip.load import check_clip
-from infra.clip.offline import minilm_folder
 from infra.clip.preprocess import Preprocessing
-from infra.errors import ConfigError
+from tests.infra.tiny_clips import MODELS, save_tiny
 
 TEXTS = [
     "a white dog on grass",
@@ -31,48 +26,6 @@ TEXTS = [
     "a cat",
     "word " * 300,
 ]
-VIT = {"image_size": 32, "patch_size": 16, "width": 64, "layers": 2, "head_width": 32}
-TEXT = {"context_length": 20, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}
-HF_TEXT = {"hf_model_name": "MINILM_DIR", "hf_tokenizer_name": "MINILM_DIR", "context_length": 24}
-COCA_TEXT = {**TEXT, "embed_cls": True, "output_tokens": True}
-COCA_VIT = {**VIT, "attentional_pool": True, "attn_pooler_heads": 2, "output_tokens": True}
-TIMM = {"image_size": 64, "timm_model_name": "tf_efficientnet_lite0", "timm_proj": "linear"}
-MODELS: dict[str, dict[str, Any]] = {
-    "vit": {"embed_dim": 24, "vision_cfg": VIT, "text_cfg": TEXT},
-    "resnet": {
-        "embed_dim": 24,
-        "vision_cfg": {"image_size": 64, "layers": [1, 1, 1, 1], "width": 8, "head_width": 32},
-        "text_cfg": TEXT,
-    },
-    "custom text": {"embed_dim": 24, "vision_cfg": VIT, "text_cfg": TEXT, "custom_text": True},
-    "pads attended": {
-        "embed_dim": 24,
-        "vision_cfg": {**VIT, "pool_type": "avg", "final_ln_after_pool": True},
-        "text_cfg": {**TEXT, "no_causal_mask": True, "pool_type": "last"},
-        "custom_text": True,
-    },
-    "hugging face text": {
-        "embed_dim": 24,
-        "vision_cfg": {**TIMM, "timm_pool": ""},
-        "text_cfg": {**HF_TEXT, "hf_proj_type": "linear", "hf_pooler_type": "mean_pooler"},
-    },
-    "timm vit": {
-        "embed_dim": 24,
-        "vision_cfg": {
-            "image_size": 224,
-            "timm_model_name": "vit_tiny_patch16_224",
-            "timm_pool": "token",
-            "timm_proj": "linear",
-        },
-        "text_cfg": TEXT,
-    },
-    "coca": {
-        "embed_dim": 24,
-        "vision_cfg": COCA_VIT,
-        "text_cfg": COCA_TEXT,
-        "multimodal_cfg": {"context_length": 20, "width": 32, "heads": 2, "layers": 1},
-    },
-}
 
 
 @pytest.fixture(scope="module")
@@ -85,21 +38,6 @@ def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     """A random model of each kind, through a config file and a checkpoint."""
     name, weights = save_tiny(tmp_path_factory.mktemp("clip"), MODELS[request.param])
     return load_clip(ClipConfig(name=name, pretrained=weights, precision="fp32", batch_size=2))
-
-
-def save_tiny(folder: Path, cfg: dict[str, Any], *, seed: int = 0) -> tuple[str, str]:
-    """Write a model config and random weights of it, as a user would have them."""
-    (folder / "tiny.json").write_text(json.dumps(cfg))
-    torch.manual_seed(seed)
-    built = json.loads(json.dumps(cfg).replace("MINILM_DIR", str(minilm_folder())))
-    built["vision_cfg"].pop("timm_model_pretrained", None)
-    is_hf = "hf_model_name" in built["text_cfg"]
-    is_custom = built.pop("custom_text", False) or is_hf
-    if is_hf:
-        built["text_cfg"]["hf_model_pretrained"] = False
-    kind: Any = CoCa if "multimodal_cfg" in built else CustomTextCLIP if is_custom else open_clip.CLIP
-    torch.save({"state_dict": kind(**built).state_dict()}, folder / "tiny.pt")
-    return str(folder / "tiny.json"), str(folder / "tiny.pt")
 
 
 def pictures(number: int, seed: int = 0) -> list[Image.Image]:
@@ -237,104 +175,6 @@ def test_a_text_of_100_kilobytes_without_a_space_takes_no_time(tmp_path: Path) -
     start = time.monotonic()
     assert clip.encode_texts(["a" * 100_000]).shape == (1, 24)
     assert time.monotonic() - start < 5
-
-
-def test_identity_follows_weights_and_preprocessing(tmp_path: Path) -> None:
-    def load(seed: int, mean: float = 0.5) -> Clip:
-        name, weights = save_tiny(tmp_path, MODELS["vit"], seed=seed)
-        return load_clip(ClipConfig(name=name, pretrained=weights, image_mean=(mean, mean, mean)))
-
-    first = load(0)
-    assert first.model_hash == load(0).model_hash
-    assert first.model_hash != load(1).model_hash
-    assert first.model_hash != load(0, mean=0.4).model_hash
-    assert json.loads(json.dumps(first.identity)) == first.identity
-
-
-def test_class_vectors_are_made_anew_when_the_cache_is_damaged_or_unwritable(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, offline: Clip
-) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    first = load_clip(ClipConfig(name="offline"))
-    file = next((tmp_path / "vimi").glob("conse-*.npy"))
-    file.write_bytes(file.read_bytes()[:500])
-    second = load_clip(ClipConfig(name="offline"))
-    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
-    third = load_clip(ClipConfig(name="offline"))
-    assert first.model_hash == second.model_hash == third.model_hash
-
-
-def test_an_open_clip_config_folder_brings_its_own_preprocessing(tmp_path: Path) -> None:
-    _, weights = save_tiny(tmp_path, MODELS["vit"])
-    config = {"model_cfg": MODELS["vit"], "preprocess_cfg": {"mean": [0.1, 0.2, 0.3]}}
-    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
-    name = str(tmp_path / "open_clip_config.json")
-    clip = load_clip(ClipConfig(name=name, pretrained=weights))
-    assert clip.preprocessing.mean == (0.1, 0.2, 0.3) and clip.preprocessing.size == (32, 32)
-
-
-@pytest.mark.parametrize(
-    ("config", "words"),
-    [
-        (ClipConfig(name="vit-b32"), ["vit-b32", "ViT-B-32", "offline"]),
-        (ClipConfig(pretrained="laion"), ["'laion'", "laion2b_s34b_b79k"]),
-        (ClipConfig(name="nowhere.json"), ["nowhere.json"]),
-    ],
-)
-def test_wrong_names_are_refused_with_legal_ones_before_anything_is_read(
-    config: ClipConfig, words: list[str]
-) -> None:
-    for door in (check_clip, load_clip):
-        with pytest.raises(ConfigError) as caught:
-            door(config)
-        message = str(caught.value)
-        assert "\n" not in message and all(word in message for word in words)
-
-
-def test_wrong_files_are_refused_in_one_line(tmp_path: Path) -> None:
-    name, weights = save_tiny(tmp_path, MODELS["vit"])
-    other = tmp_path / "other"
-    other.mkdir()
-    _, foreign = save_tiny(other, MODELS["resnet"])
-    (tmp_path / "hostile.pt").write_bytes(pickle.dumps(Hostile()))
-    (tmp_path / "empty.pt").write_bytes(b"")
-    (tmp_path / "no.json").write_text("{}")
-    (tmp_path / "torn.json").write_text("{")
-    cases = [
-        (name, str(tmp_path / "absent.pt")),
-        (name, str(tmp_path / "hostile.pt")),
-        (name, str(tmp_path / "empty.pt")),
-        (name, foreign),
-        (str(tmp_path / "no.json"), weights),
-        (str(tmp_path / "torn.json"), weights),
-    ]
-    for config, checkpoint in cases:
-        with pytest.raises(ConfigError) as caught:
-            load_clip(ClipConfig(name=config, pretrained=checkpoint))
-        assert "\n" not in str(caught.value)
-    assert not Hostile.was_run
-
-
-class Hostile:
-    """A checkpoint that runs code when it is unpickled."""
-
-    was_run = False
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return setattr, (Hostile, "was_run", True)
-
-
-@pytest.mark.parametrize("name", ["hf-hub:nobody/has-this-model", "ViT-B-32"])
-def test_an_unreachable_hub_is_refused_at_once_and_names_the_offline_choice(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    start = time.monotonic()
-    for door in (check_clip, load_clip):
-        with pytest.raises(ConfigError, match=r"can't be reached.*offline") as caught:
-            door(ClipConfig(name=name, pretrained="laion400m_e31"))
-        assert "\n" not in str(caught.value)
-    assert time.monotonic() - start < 10
 
 
 def test_the_mini_clip_of_the_assets_finds_pictures_by_their_captions(assets: Path) -> None:
