@@ -4,7 +4,8 @@ After Jordan et al. (2024, "Muon: an optimizer for hidden layers in neural netwo
 (2502.16982, section 2.2) that gives an update the size of AdamW's, so that one learning rate does for both.
 Not in Snap Video. Orthogonal updates move rare directions as far as common ones: a small FIT that learns 8
 clips by heart for two minutes gives them back at a PSNR of 12.5 dB, and at 10.7 dB with AdamW, whose steps are
-cheaper (`bench_quality overfit --minutes 2 --sampling-steps 16 --optimizer ...`; AdamW at `--lr 3e-3`).
+cheaper (`bench_quality overfit --minutes 2 --sampling-steps 16 --sigma-data 1 --log-mean 0.7 --optimizer ...`;
+AdamW at `--lr 3e-3`).
 
 torch's own Muon rounds to bfloat16, which a CPU without units for it multiplies far more slowly than float32,
 takes matrices one by one, and knows nothing of shards; hence this one.

@@ -8,6 +8,7 @@ weights are in `model.ema`.
 # pyright: reportPrivateImportUsage=false
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 
-class GroupOptimizer(Optimizer):
+class GroupOptimizer(Optimizer, ABC):
     """An optimizer that moves a group of parameters at once; the subclass says how, and what it remembers."""
 
     @torch.no_grad()
@@ -34,13 +35,13 @@ class GroupOptimizer(Optimizer):
                 self.update(group, params)
         return loss
 
+    @abstractmethod
     def update(self, group: dict[str, Any], params: list[Tensor]) -> None:
         """Move these parameters of the group, all of which have gradients."""
-        raise NotImplementedError
 
+    @abstractmethod
     def moments(self, param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         """What is remembered of a parameter; zero at first, so that a checkpoint can fill it."""
-        raise NotImplementedError
 
 
 def adam_moments(param: Tensor, step_device: torch.device | str) -> dict[str, Tensor]:

@@ -4,7 +4,7 @@ from infra.errors import TrainingError
 from infra.storage import Certificate, exists, join, read_json, write_certificate
 from model.training.checkpoint import latest_checkpoint, prune, read_facts
 from model.training.stages import SPEED_ONLY, StageConfig
-from model.training.telemetry import is_validation, read_metrics, say
+from model.training.telemetry import is_sampling, is_validation, read_metrics, say
 
 
 def say_where_it_stands(config: StageConfig) -> int:
@@ -35,7 +35,7 @@ def tidy(config: StageConfig) -> None:
 
     records = read_metrics(config.out)
     known = {record["samples"] for record in records if is_validation(record)}
-    shown = {record["samples"] for record in records if "videos" in record}
+    shown = {record["samples"] for record in records if is_sampling(record)}
     if read_results(config.out, known) or unshown(config.out, shown):
         log = open_log(config, config.total_samples)
         collect(log, config.out, config.total_samples)

@@ -5,8 +5,8 @@ run/samples/samples-<position>/sample-000.mp4 sample-000.png (contact sheet) ...
 
 from infra.storage import join, list_files, read_bytes, read_json
 
-WORDS = 60
-"""Letters of a prompt in a title."""
+TITLE_CHARS = 60
+"""Of a prompt, in the title of its sheet."""
 
 
 def preview_uri(run: str, position: int) -> str:
@@ -23,6 +23,6 @@ def contact_sheets(run: str, position: int) -> dict[str, bytes]:
     """The sheets of one position as PNG, by number and prompt."""
     folder = preview_uri(run, position)
     return {
-        f"{number} {' '.join(entry['prompt'].split())[:WORDS]}": read_bytes(join(folder, entry["sheet"]))
+        f"{number} {' '.join(entry['prompt'].split())[:TITLE_CHARS]}": read_bytes(join(folder, entry["sheet"]))
         for number, entry in enumerate(read_json(join(folder, "samples.json"))["samples"])
     }

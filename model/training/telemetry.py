@@ -21,7 +21,7 @@ from infra.config import Config
 from infra.progress import span
 from infra.storage import absolute, exists, is_remote, join, read_bytes, write_bytes
 from model.training.sampled import preview_uri
-from model.training.trackers import PARTS, TensorBoard, Tracker, WeightsAndBiases
+from model.training.trackers import PASSES, TensorBoard, Tracker, WeightsAndBiases
 
 
 class LogConfig(Config):
@@ -121,7 +121,7 @@ class MetricsLog:
     def _remember(self, record: dict[str, Any]) -> None:
         if is_validation(record):
             self.validated.add(record["samples"])
-        if "videos" in record:
+        if is_sampling(record):
             self.shown.add(record["samples"])
 
     def flush(self, *, whole: bool = False) -> None:
@@ -155,7 +155,7 @@ def progress_line(record: dict[str, Any], total: int) -> str:
     """1,600 / 8,000 samples · loss 0.412 · 21.3 samples/s · ETA 5 min · data 1 % encode 4 % ..."""
     position = record["samples"]
     rate = record["samples_per_s"]
-    parts = {k.removesuffix("_s"): v for k, v in record.items() if k in PARTS and k != "checkpoint_s"}
+    parts = {k.removesuffix("_s"): v for k, v in record.items() if k in PASSES}
     whole = sum(parts.values()) or 1.0
     shares = " ".join(f"{name} {value / whole:.0%}" for name, value in parts.items())
     words = [
@@ -216,11 +216,16 @@ class Follower:
 
 
 def _kind(record: dict[str, Any]) -> tuple[int, bool, bool]:
-    return record["samples"], "loss" in record, "videos" in record
+    return record["samples"], "loss" in record, is_sampling(record)
 
 
 def is_validation(record: dict[str, Any]) -> bool:
     return any(name.startswith("val/") for name in record)
+
+
+def is_sampling(record: dict[str, Any]) -> bool:
+    """Whether it says that videos were sampled."""
+    return "videos" in record
 
 
 def validation_line(record: dict[str, Any]) -> str:

@@ -19,8 +19,9 @@ from PIL import Image
 from infra.storage import absolute, is_remote
 from infra.telemetry import RunMetrics
 
-PARTS = ("data_s", "encode_s", "forward_s", "backward_s", "optimizer_s", "checkpoint_s")
-"""Seconds of a step, by what they were spent on."""
+PASSES = ("data_s", "encode_s", "forward_s", "backward_s", "optimizer_s")
+PARTS = (*PASSES, "checkpoint_s")
+"""Seconds of a step: of what every step does, and of what a checkpoint held it up."""
 SPEEDS = ("samples_per_s", "tflops", "mfu", "data_frac")
 
 

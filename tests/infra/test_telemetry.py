@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from infra.telemetry import JobMetrics, RunMetrics
+from model.training.trackers import RayGauges
 
 ROOT = Path(__file__).parents[2]
 
@@ -25,8 +26,9 @@ def test_grafana_asks_for_what_ray_exports(ray_cluster: None) -> None:
     import ray
 
     JobMetrics("crawl").add(2, {"ok": 7, "timeout": 1})
-    record = dict.fromkeys(RunMetrics.NAMES, 0.5) | {"samples": 640}
-    RunMetrics("/runs/one").publish(record, step_s={"data": 0.1}, validation={"video retrieval on": 0.7})
+    gauges = RayGauges("/runs/one")
+    gauges.write(640, dict.fromkeys(RunMetrics.NAMES, 0.5) | {"data_s": 0.1})
+    gauges.write(320, {"val/loss video retrieval on": 0.7})  # a late validation does not turn the run back
     node = ray.nodes()[0]
     endpoint = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
     wanted, found = asked_by_grafana(), {}

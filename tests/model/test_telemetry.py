@@ -83,7 +83,10 @@ def test_runs_of_weights_and_biases_go_on_offline(tmp_path: Path, monkeypatch: p
         config = LogConfig(tensorboard=False, wandb_project="films")
         log = MetricsLog(str(tmp_path), config, enabled=True, position=position, name="test", flat_config={})
         log.write(position + 8, RECORD)
+        sampled(tmp_path, position + 8)
+        collect(log, str(tmp_path), position + 8)
         log.close()
+    assert len(list((tmp_path / "wandb").rglob("*.png"))) == 2
     assert len(list((tmp_path / "wandb").glob("offline-run-*"))) == 2
 
 
