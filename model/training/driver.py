@@ -1,8 +1,10 @@
 """The driver's part of a training: resources, one TorchTrainer, and a way out for whoever presses Ctrl-C."""
 
+import math
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -14,6 +16,7 @@ from model.training.aside import Aside, Place, choose_place
 from model.training.checkpoint import last_line
 from model.training.door import check_workers
 from model.training.notices import STOP, trap_sigterm
+from model.training.restarts import noting
 from model.training.stages import StageConfig
 from model.training.telemetry import say
 
@@ -52,6 +55,7 @@ def fit(config: StageConfig, loop: Loop, *, num_groups: int) -> None:
             name="checkpoints",
             worker_runtime_env={"env_vars": spare_env(modules_of(config))},
             failure_config=FailureConfig(max_failures=config.max_failures),
+            callbacks=[noting(config.out)],
             **storage_of(config.out),  # pyright: ignore[reportArgumentType]
         ),
     )
@@ -113,6 +117,11 @@ def storage_of(run: str) -> dict[str, object]:
     return {"storage_path": path, "storage_filesystem": fs} if is_remote(run) else {"storage_path": path}
 
 
+SAME_PRESS_S = 1.0
+"""Signals so close together are one: what stands between a terminal and us (make, timeout, uv) often passes
+Ctrl-C on to a process that the terminal has told already."""
+
+
 class Interrupts(AbstractContextManager["Interrupts"]):
     """The first Ctrl-C or SIGTERM asks the workers to save and leave, like run/stop; the second leaves at once.
 
@@ -121,7 +130,7 @@ class Interrupts(AbstractContextManager["Interrupts"]):
     """
 
     def __init__(self, run: str) -> None:
-        self.place, self.asked = join(run, STOP), False
+        self.place, self.asked_s = join(run, STOP), math.inf
         self.before: dict[int, Any] = {}
 
     def __enter__(self) -> "Interrupts":
@@ -132,13 +141,16 @@ class Interrupts(AbstractContextManager["Interrupts"]):
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
-        if kind is None and (self.asked or exists(self.place)):
+        if kind is None and (self.asked_s < math.inf or exists(self.place)):
             raise KeyboardInterrupt
 
     def _ask(self, *_: object) -> None:
-        if self.asked:
+        now_s = time.monotonic()
+        if now_s > self.asked_s + SAME_PRESS_S:
             raise KeyboardInterrupt
-        self.asked = True
+        if self.asked_s < math.inf:
+            return
+        self.asked_s = now_s
         say("  stopping after a last checkpoint; once more to leave at once")
         write_bytes(self.place, b"")
 

@@ -20,6 +20,7 @@ from pydantic import Field
 from infra.config import Config
 from infra.progress import span
 from infra.storage import absolute, exists, is_remote, join, read_bytes, write_bytes
+from model.training.restarts import restarts
 from model.training.sampled import preview_uri
 from model.training.trackers import PASSES, TensorBoard, Tracker, WeightsAndBiases
 
@@ -178,6 +179,7 @@ class Follower:
     def __init__(self, run: str, total: int, *, position: int = 0, every_s: float = 1.0) -> None:
         self.run, self.total, self.every_s = run, total, every_s
         self.shown = {_kind(r) for r in read_metrics(run) if r["samples"] <= position}
+        self.told = set(restarts(run))
         self.stop = threading.Event()
         self.thread = threading.Thread(target=self._follow, daemon=True)
 
@@ -195,11 +197,15 @@ class Follower:
             self._show()
 
     def _show(self) -> None:
-        """Records that were not shown before; a torn or vanished file is read again next time."""
+        """What was not shown before; a torn or vanished file is read again next time."""
         try:
+            fresh = restarts(self.run, self.told)
             records = [r for r in read_metrics(self.run) if _kind(r) not in self.shown]
         except (OSError, ValueError):
             return
+        self.told |= set(fresh)
+        for text in fresh.values():
+            say(text)
         for record in records:
             self.shown.add(_kind(record))
             say(self._line(record))
