@@ -59,7 +59,7 @@ class Attention(nn.Module):
         q = self._heads(self.to_q(x))
         k, v = (self._heads(part) for part in self.to_kv(context).chunk(2, dim=-1))
         if self.norm_q is not None and self.norm_k is not None:
-            q, k = self.norm_q(q).to(v.dtype), self.norm_k(k).to(v.dtype)
+            q, k = unit_scale(self.norm_q, q), unit_scale(self.norm_k, k)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.to_out(out.transpose(1, 2).flatten(2))
 
@@ -88,6 +88,11 @@ class FeedForward(nn.Module):
         if keys is None or self.dropout == 0:
             return out
         return out * dropout_scale(keys, self.layer, out.shape, self.dropout).to(out.dtype)
+
+
+def unit_scale(norm: nn.RMSNorm, x: Tensor) -> Tensor:
+    """The norm in x's own type: torch has one kernel for it only where the weight is of that type too."""
+    return F.rms_norm(x, norm.normalized_shape, norm.weight.to(x.dtype), norm.eps)
 
 
 def modulated(x: Tensor, modulation: Tensor | None) -> Tensor:

@@ -19,7 +19,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
@@ -34,6 +33,7 @@ from infra.storage import (
     write_json,
 )
 from model.training.checkpoint_files import SafeReader, files_writer
+from model.training.staging import Staging
 
 COMMITTED = "committed.json"
 FORMAT = 1
@@ -115,7 +115,7 @@ class CheckpointWriter:
         # Collectives of a thread need a group of their own, or they mix with the step's.
         many = dist.is_initialized() and dist.get_world_size() > 1
         self.group: Any = dist.new_group(backend="gloo") if many else None
-        self.stager = DefaultStager(StagingOptions(torch.cuda.is_available(), False, False, False))
+        self.staging = Staging()
         self.pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self.pending: Future[str] | None = None
         self.copied = Event()
@@ -134,13 +134,12 @@ class CheckpointWriter:
     def save(self, state: State, facts: dict[str, Any]) -> None:
         """Copy `state` aside, write and commit it, in the background; until `settle` nobody may change it.
 
-        So the copy runs beside the next forward and backward pass, which only read the weights. From a GPU it
-        is made before this returns, since another thread's copies would not keep the order of its streams.
+        So the copy runs beside the next forward and backward pass, which only read the weights.
         """
         self.wait()
         self.copied.clear()
         uri = checkpoint_uri(self.run, facts["position"])
-        if torch.cuda.is_available():
+        if any(value.is_cuda for value in state.values()):  # begun here, in the order of this thread's work
             self.pending = self.pool.submit(self._write, uri, self._copy(state), facts)
         else:
             self.pending = self.pool.submit(lambda: self._write(uri, self._copy(state), facts))
@@ -148,16 +147,17 @@ class CheckpointWriter:
             self.pending.result()
 
     def settle(self) -> None:
-        """Wait until the state of the save under way is copied; an error comes from `wait`."""
+        """From here on the state may change: it is copied, or the device will do that first. An error comes
+        from `wait`.
+        """
         self.copied.wait()
+        self.staging.let_change()
 
     def _copy(self, state: State) -> State:
         try:
-            staged = self.stager.stage(dict(state))
+            return self.staging.copy(state)
         finally:
             self.copied.set()
-        assert isinstance(staged, dict)
-        return staged
 
     @property
     def is_idle(self) -> bool:
@@ -179,9 +179,9 @@ class CheckpointWriter:
     def close(self) -> None:
         self.wait()
         self.pool.shutdown()
-        self.stager.close()
 
     def _write(self, uri: str, state: State, facts: dict[str, Any]) -> str:
+        self.staging.wait()
         if exists(join(uri, COMMITTED)):
             return uri  # an earlier life of this run came further than its last report
         save(state, storage_writer=files_writer(uri), process_group=self.group, no_dist=self.group is None)

@@ -34,7 +34,7 @@ from model.training.checkpoint import (
     load_state,
     read_facts,
 )
-from model.training.parallel import Replica, pick_device
+from model.training.parallel import Replica, make_deterministic, pick_device
 from model.training.rehearse import heaviest
 from model.training.stages import Stage2Config, StageConfig
 from model.training.state import (
@@ -75,6 +75,8 @@ class Training:
     ) -> None:
         """`held`: positions of checkpoints that may not be deleted yet."""
         self.config, self.device = config, pick_device()
+        if config.parallel.deterministic:
+            make_deterministic(self.device, compiled=config.parallel.compile)
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.world_size = dist.get_world_size() if dist.is_initialized() else 1
         self.encodings = open_encodings(config.encodings)
@@ -226,7 +228,8 @@ class Training:
         return each.detach()
 
     def rehearse(self) -> int:
-        """Try the largest bucket with the longest prompts, so that memory runs out now or never.
+        """Try the largest bucket with the longest prompts, and make room for checkpoints, so that memory runs
+        out now or never.
 
         Returns:
             Peak memory of the device, bytes; 0 on a CPU. Nothing of the run's state is changed.
@@ -242,6 +245,7 @@ class Training:
         with self.replica.accumulating(last=True):
             self._accumulate(batch, condition.to(self.device))
         self.optimizer.zero_grad(set_to_none=True)
+        self.writer.staging.prepare(state_of(self.model, self.optimizer, self.emas))
         self.watch.take()
         self.seen.clear()
         return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else 0

@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils import deterministic
 
 from infra.config import Config
 
@@ -34,6 +35,9 @@ class ParallelConfig(Config):
     """Compile each block (torch.compile); pays on GPUs."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Arithmetic of forward and backward; weights, optimizer and EMA stay float32."""
+    deterministic: bool = True
+    """On a GPU, only kernels that add in the same order each time, so that an interrupted run ends like an
+    unbroken one there too, to the last bit (a CPU's kernels do so anyway). False leaves the choice to torch."""
 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -90,6 +94,24 @@ class Replica:
             dist.all_reduce(value)
             value /= self.world_size
         return value
+
+
+def make_deterministic(device: torch.device, *, compiled: bool) -> None:
+    """Let this process use only such kernels of a GPU as give the same bits for the same input.
+
+    The backward pass of attention adds in whatever order its threads come, a compiled sum is tuned by the
+    clock, and a matrix product may take another workspace: each gives other last bits after a restart.
+    """
+    if device.type != "cuda":
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue] # for hunting bugs
+    torch.backends.cudnn.benchmark = False
+    if compiled:
+        from torch._inductor import config as inductor
+
+        inductor.deterministic = True
 
 
 def shard(model: Any, config: ParallelConfig, device: torch.device, world_size: int) -> None:

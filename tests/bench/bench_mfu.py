@@ -6,7 +6,7 @@ peak of its data sheet (MFU), and its matrix product besides. The FLOPs are the 
 draws, the first pass of self-conditioning, two passes, gradients, clipping, LAMB, a moving average.
 
     python tests/bench/bench_mfu.py [--preset fit-small] [--batch 4] [--accumulation 1] [--steps 8]
-        [--no-compile] [--recompute] [--half-streams] [--profile profile.txt]
+        [--no-compile] [--recompute] [--half-streams] [--no-deterministic] [--profile profile.txt]
 """
 
 import argparse
@@ -29,6 +29,7 @@ from model.ema import Ema, HalfLife
 from model.generator import Generator, preset
 from model.optim import lamb
 from model.step import accumulate, draw
+from model.training.parallel import make_deterministic
 
 PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
 """Dense bf16 FLOP/s by NVIDIA's data sheets."""
@@ -64,6 +65,8 @@ class Trainee:
 
     def __post_init__(self) -> None:
         args, self.condition = self.args, ConditionConfig()
+        if args.deterministic:
+            make_deterministic(self.device, compiled=args.compile)
         self.backbone = preset(args.preset, checkpoint=args.recompute, half_streams=args.half_streams)
         b = self.backbone
         self.size = (b.num_frames, 3, b.height_px, b.width_px)
@@ -174,6 +177,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=cuda)
     parser.add_argument("--recompute", action="store_true")
     parser.add_argument("--half-streams", action="store_true")
+    parser.add_argument("--deterministic", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--profile", help="write torch's table of one more step to this file")
     return parser.parse_args()
 
@@ -183,8 +187,9 @@ def report(
 ) -> None:
     where = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     peak = next((v for k, v in PEAKS.items() if k in where), None)
-    how = f"batch {args.batch} x {args.accumulation}, compile {args.compile}, recompute {args.recompute}"
-    print(f"{args.preset} on {where}: {rate / 1e9:,.1f} GFLOP/s ({how}, half streams {args.half_streams})")
+    how = f"batch {args.batch} x {args.accumulation}, compile {args.compile}, recompute {args.recompute}, "
+    how += f"half streams {args.half_streams}, deterministic {args.deterministic}"
+    print(f"{args.preset} on {where}: {rate / 1e9:,.1f} GFLOP/s ({how})")
     print(f"  matrix product {product / 1e9:,.1f} GFLOP/s: the step reaches {rate / product:.1%}")
     if peak:
         print(f"  data sheet {peak / 1e12:.0f} TFLOP/s: MFU {rate / peak:.1%}")

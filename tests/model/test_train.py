@@ -57,15 +57,15 @@ def test_a_checkpoint_holds_the_moment_it_was_asked_for_while_training_goes_on(s
     """The copy is made beside the next step's passes, and the optimizer waits for it."""
     training = open_training(Stage1Config.model_validate(stage_values()))
     advance(training, 1)
-    copying = training.writer.stager
-    copy, begun = copying.stage, threading.Event()
+    staging = training.writer.staging
+    copy, begun = staging.copy, threading.Event()
 
-    def slow(state_dict: Any, **kwargs: Any) -> Any:
+    def slow(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         begun.set()
         time.sleep(0.5)
-        return copy(state_dict, **kwargs)
+        return copy(state)
 
-    copying.stage = slow
+    staging.copy = slow
     asked = {name: value.clone() for name, value in weights_of(training.model).items()}
     training.save({})
     assert begun.wait(5)
