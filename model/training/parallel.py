@@ -37,7 +37,8 @@ class ParallelConfig(Config):
     """Arithmetic of forward and backward; weights, optimizer and EMA stay float32."""
     deterministic: bool = True
     """On a GPU, only kernels that add in the same order each time, so that an interrupted run ends like an
-    unbroken one there too, to the last bit (a CPU's kernels do so anyway). False leaves the choice to torch."""
+    unbroken one there too, to the last bit (a CPU's kernels do so anyway). False leaves the choice to torch:
+    a step of `fit-500m` on an H200 is then 5 % faster (`bench_mfu`)."""
 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
