@@ -14,6 +14,7 @@ from model.prompt import PromptEncoder, reference_tensors, select
 from model.prompt.encoder import Beforehand
 from model.space import PIXELS, Space
 from model.step import draw_dropped, draw_num_documents
+from model.training.parallel import warning_only
 from model.training.stages import StageConfig
 
 
@@ -67,7 +68,7 @@ class Conditioner:
         references = None
         if self.config.references == "plus":
             references = reference_tensors(prompts, size_px=self.reference_size_px)
-        with torch.no_grad():
+        with torch.no_grad(), warning_only():
             condition = self.encoder.condition(
                 prompts,
                 fps=fps,

@@ -16,7 +16,7 @@ from model.training.aside import Aside, Place, choose_place
 from model.training.checkpoint import last_line
 from model.training.door import check_workers
 from model.training.notices import STOP, trap_sigterm
-from model.training.restarts import noting
+from model.training.restarts import note
 from model.training.stages import StageConfig
 from model.training.telemetry import say
 
@@ -109,6 +109,17 @@ def torch_config(backend: str) -> Any:
             return Backend
 
     return Config(backend=backend, timeout_s=300)
+
+
+def noting(run: str) -> Any:
+    """What Ray's controller calls when workers have failed: it writes down what of."""
+    from ray.train import UserCallback
+
+    class Noting(UserCallback):
+        def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+            note(run, worker_exceptions)
+
+    return Noting()
 
 
 def storage_of(run: str) -> dict[str, object]:

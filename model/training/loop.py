@@ -46,8 +46,8 @@ from model.training.state import (
     state_of,
     weights_of,
 )
+from model.training.stopwatch import Stopwatch
 from model.training.targets import Targets, check_same_space
-from model.training.telemetry import Stopwatch
 from model.training.upsampler import start_from_base
 from model.training.validate import Observed
 
@@ -76,7 +76,7 @@ class Training:
         """`held`: positions of checkpoints that may not be deleted yet."""
         self.config, self.device = config, pick_device()
         if config.parallel.deterministic:
-            make_deterministic(self.device, compiled=config.parallel.compile)
+            make_deterministic(self.device)
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.world_size = dist.get_world_size() if dist.is_initialized() else 1
         self.encodings = open_encodings(config.encodings)

@@ -97,7 +97,7 @@ class Replica:
         return value
 
 
-def make_deterministic(device: torch.device, *, compiled: bool) -> None:
+def make_deterministic(device: torch.device) -> None:
     """Let this process use only such kernels of a GPU as give the same bits for the same input.
 
     The backward pass of attention adds in whatever order its threads come, a compiled sum is tuned by the
@@ -106,13 +106,22 @@ def make_deterministic(device: torch.device, *, compiled: bool) -> None:
     if device.type != "cuda":
         return
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True)
+    torch.use_deterministic_algorithms(True)  # of torch.compile too
     deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue] # for hunting bugs
     torch.backends.cudnn.benchmark = False
-    if compiled:
-        from torch._inductor import config as inductor
 
-        inductor.deterministic = True
+
+@contextmanager
+def warning_only() -> Iterator[None]:
+    """For networks that are not ours: an operation without deterministic kernel warns instead of failing."""
+    if not torch.are_deterministic_algorithms_enabled():
+        yield
+        return
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(True)
 
 
 def shard(model: Any, config: ParallelConfig, device: torch.device, world_size: int) -> None:

@@ -16,17 +16,6 @@ MOST_CHARACTERS = 20_000
 """Of one error: a traceback, not a log."""
 
 
-def noting(run: str) -> Any:
-    """A callback for Ray Train that writes down what workers died of; it runs in Ray's controller."""
-    from ray.train import UserCallback
-
-    class Noting(UserCallback):
-        def after_exception(self, run_context: Any, worker_exceptions: Mapping[int, Exception]) -> None:
-            note(run, worker_exceptions)
-
-    return Noting()
-
-
 def note(run: str, errors: Mapping[int, Exception]) -> None:
     """Write down what happened, and where the run goes on."""
     whole = {str(rank): f"{cause(e)}\n\n{e}"[:MOST_CHARACTERS] for rank, e in sorted(errors.items())}

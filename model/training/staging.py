@@ -38,7 +38,7 @@ class Staging:
             self.stream.wait_stream(torch.cuda.current_stream())  # the optimizer's last step comes first
             with torch.cuda.stream(self.stream):
                 self._enqueue(state)
-                self.finished = torch.cuda.Event()
+                self.finished = torch.cuda.Event(blocking=True)  # a thread waits for it
                 self.finished.record()
         return {name: self.copies[name] for name in state}
 

@@ -6,23 +6,15 @@ reads as if nothing had happened. Validation beside the loop arrives late, under
 
 import json
 import sys
-import threading
-import time
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from pydantic import Field
 
 from infra.config import Config
-from infra.progress import span
 from infra.storage import absolute, exists, is_remote, join, read_bytes, write_bytes
-from model.training.restarts import restarts
-from model.training.sampled import preview_uri
-from model.training.trackers import PASSES, TensorBoard, Tracker, WeightsAndBiases
+from model.training.trackers import TensorBoard, Tracker, WeightsAndBiases
 
 
 class LogConfig(Config):
@@ -34,55 +26,6 @@ class LogConfig(Config):
     """Write run/tensorboard (local run folders only)."""
     wandb_project: str | None = None
     """Also log to this project of Weights & Biases (pip install vimi[wandb]); None = don't."""
-
-
-WAITS = {"data", "checkpoint"}
-"""Parts of a step that the processor waits for; the others are a GPU's, where there is one."""
-
-
-class Stopwatch:
-    """Seconds of a step by part: data, encode, forward, backward, optimizer, checkpoint (what it held up).
-
-    A GPU notes when it came to a part's beginning and end, and is asked when the means are taken: to wait for
-    it after each part would leave it without work.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.seconds: defaultdict[str, float] = defaultdict(float)
-        self.marks: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
-        self.num_steps = 0
-
-    @contextmanager
-    def part(self, name: str) -> Iterator[None]:
-        on_gpu = self.device.type == "cuda" and name not in WAITS
-        start, mark = time.perf_counter(), gpu_mark() if on_gpu else None
-        try:
-            yield
-        finally:
-            if mark is not None:
-                self.marks.append((name, mark, gpu_mark()))
-            else:
-                self.seconds[name] += time.perf_counter() - start
-
-    def take(self) -> dict[str, float]:
-        """Mean seconds a step by part since the last call, `<part>_s`."""
-        for name, begun, ended in self.marks:
-            ended.synchronize()
-            self.seconds[name] += begun.elapsed_time(ended) / 1e3
-        self.marks.clear()
-        steps = max(self.num_steps, 1)
-        means = {f"{name}_s": total / steps for name, total in self.seconds.items()}
-        self.seconds.clear()
-        self.num_steps = 0
-        return means
-
-
-def gpu_mark() -> torch.cuda.Event:
-    """The moment at which the current stream gets here."""
-    mark = torch.cuda.Event(enable_timing=True)
-    mark.record()
-    return mark
 
 
 class MetricsLog:
@@ -174,79 +117,6 @@ def read_metrics(run: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in read_bytes(place).decode().splitlines()]
 
 
-def progress_line(record: dict[str, Any], total: int) -> str:
-    """1,600 / 8,000 samples · loss 0.412 · 21.3 samples/s · ETA 5 min · data 1 % encode 4 % ..."""
-    position = record["samples"]
-    rate = record["samples_per_s"]
-    parts = {k.removesuffix("_s"): v for k, v in record.items() if k in PASSES}
-    whole = sum(parts.values()) or 1.0
-    shares = " ".join(f"{name} {value / whole:.0%}" for name, value in parts.items())
-    words = [
-        f"  {position:,} / {total:,} samples",
-        f"loss {record['loss']:.4f}",
-        f"{rate:,.1f} samples/s",
-        f"ETA {span((total - position) / rate)}" if rate else "",
-        shares,
-        f"MFU {record['mfu']:.1%}" if "mfu" in record else "",
-    ]
-    return " · ".join(word for word in words if word)
-
-
-class Follower:
-    """The driver's window on a run: prints a line for each new record of metrics.jsonl.
-
-    The loop runs in a worker, maybe on another machine; the run's folder is what both can see.
-    """
-
-    def __init__(self, run: str, total: int, *, position: int = 0, every_s: float = 1.0) -> None:
-        self.run, self.total, self.every_s = run, total, every_s
-        self.shown = {_kind(r) for r in read_metrics(run) if r["samples"] <= position}
-        self.told = set(restarts(run))
-        self.stop = threading.Event()
-        self.thread = threading.Thread(target=self._follow, daemon=True)
-
-    def __enter__(self) -> "Follower":
-        self.thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stop.set()
-        self.thread.join()
-        self._show()
-
-    def _follow(self) -> None:
-        while not self.stop.wait(self.every_s if not is_remote(self.run) else 10 * self.every_s):
-            self._show()
-
-    def _show(self) -> None:
-        """What was not shown before; a torn or vanished file is read again next time."""
-        try:
-            fresh = restarts(self.run, self.told)
-            records = [r for r in read_metrics(self.run) if _kind(r) not in self.shown]
-        except (OSError, ValueError):
-            return
-        self.told |= set(fresh)
-        for text in fresh.values():
-            say(text)
-        for record in records:
-            self.shown.add(_kind(record))
-            say(self._line(record))
-
-    def _line(self, record: dict[str, Any]) -> str:
-        if "loss" in record:
-            return progress_line(record, self.total)
-        if is_validation(record):
-            return validation_line(record)
-        position = record["samples"]
-        return (
-            f"  videos sampled at {position:,} samples ({record['videos']}): {preview_uri(self.run, position)}"
-        )
-
-
-def _kind(record: dict[str, Any]) -> tuple[int, bool, bool]:
-    return record["samples"], "loss" in record, is_sampling(record)
-
-
 def is_validation(record: dict[str, Any]) -> bool:
     return any(name.startswith("val/") for name in record)
 
@@ -254,12 +124,6 @@ def is_validation(record: dict[str, Any]) -> bool:
 def is_sampling(record: dict[str, Any]) -> bool:
     """Whether it says that videos were sampled."""
     return "videos" in record
-
-
-def validation_line(record: dict[str, Any]) -> str:
-    values = {k.removeprefix("val/loss "): v for k, v in record.items() if k.startswith("val/loss ")}
-    words = " · ".join(f"{name} {value:.4f}" for name, value in values.items())
-    return f"  validation loss at {record['samples']:,} samples: {words}"
 
 
 def say(text: str) -> None:

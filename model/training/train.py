@@ -22,13 +22,14 @@ from infra.spare import spare_after
 from infra.storage import Certificate, filesystem, join, write_json
 from model.training.door import inspect, plan_text, prepare_index, read_index, resolve
 from model.training.driver import KEEP_MEMORY, fit
+from model.training.follow import Follower
 from model.training.loop import NonFiniteError, Training
 from model.training.notices import Notices
 from model.training.observe import Observer, awaited
 from model.training.outcome import certify, has_arrived, refuse_failed, say_where_it_stands, tidy
 from model.training.report import Reporter
 from model.training.stages import SPEED_ONLY, Stage1Config, Stage2Config, StageConfig, config_class
-from model.training.telemetry import Follower, draw_curves, say
+from model.training.telemetry import draw_curves, say
 from model.training.trackers import RayGauges
 
 SPARE_AFTER_S = 30.0

@@ -66,7 +66,7 @@ class Trainee:
     def __post_init__(self) -> None:
         args, self.condition = self.args, ConditionConfig()
         if args.deterministic:
-            make_deterministic(self.device, compiled=args.compile)
+            make_deterministic(self.device)
         self.backbone = preset(args.preset, checkpoint=args.recompute, half_streams=args.half_streams)
         b = self.backbone
         self.size = (b.num_frames, 3, b.height_px, b.width_px)

@@ -9,9 +9,9 @@ import pytest
 
 from infra.storage import read_json
 from model.training.driver import SAME_PRESS_S, Interrupts
+from model.training.follow import Follower
 from model.training.notices import STOP
 from model.training.restarts import note, restarts
-from model.training.telemetry import Follower
 
 
 def test_what_a_worker_died_of_is_said_once_and_kept(

@@ -8,15 +8,14 @@ import torch
 from PIL import Image
 
 from infra.storage import write_json
+from model.training.follow import Follower, progress_line
 from model.training.report import collect
 from model.training.sampled import preview_uri
+from model.training.stopwatch import Stopwatch
 from model.training.telemetry import (
-    Follower,
     LogConfig,
     MetricsLog,
-    Stopwatch,
     draw_curves,
-    progress_line,
     read_metrics,
 )
 
