@@ -16,7 +16,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
-from infra.errors import TrainingError
 from model.condition import Condition
 from model.data.batch import Batch
 from model.data.groups import RowGroups
@@ -27,33 +26,19 @@ from model.encodings.store import open_encoder, open_encodings
 from model.generator import Generator
 from model.step import losses
 from model.training.build import Conditioner, make_generator, make_plan
-from model.training.checkpoint import (
-    CheckpointWriter,
-    find_checkpoint,
-    latest_checkpoint,
-    load_state,
-    read_facts,
-)
+from model.training.checkpoint import CheckpointWriter, latest_checkpoint
+from model.training.finite import blame
 from model.training.parallel import Replica, make_deterministic, pick_device
 from model.training.rehearse import heaviest
-from model.training.stages import Stage2Config, StageConfig
+from model.training.restore import restore
+from model.training.stages import StageConfig
 from model.training.state import (
-    from_average,
-    hash_tensors,
-    make_emas,
-    make_optimizer,
-    set_learning_rate,
-    state_of,
-    weights_of,
-)
+    hash_tensors, make_emas, make_optimizer, set_learning_rate, state_of, weights_of,
+)  # fmt: skip
 from model.training.stopwatch import Stopwatch
-from model.training.targets import Targets, check_same_space
+from model.training.targets import Targets
 from model.training.upsampler import start_from_base
 from model.training.validate import Observed
-
-
-class NonFiniteError(TrainingError):
-    """A non-finite gradient: known on all ranks at the same step, and the same on every further try."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +81,7 @@ class Training:
         self.prompt_tokens = 0
         self.seen: Counter[tuple[int, int, int]] = Counter()
         """Samples of each shape (t, h, w) since the last record: what their cost is reckoned from."""
-        self.position = self.restore()
+        self.position = restore(self)
         self.loader = self._loader(index)
         self.batches: Iterator[Batch] = iter(self.loader)
 
@@ -125,38 +110,6 @@ class Training:
         if self.config.upsampler is not None and latest_checkpoint(self.config.out) is None:
             start_from_base(generator, self.config.upsampler)
         return generator
-
-    def restore(self) -> int:
-        """Continue from the run's last checkpoint, or start stage 2 from stage 1's; the position."""
-        self.writer.clean()
-        if dist.is_initialized():
-            dist.barrier()
-        found = latest_checkpoint(self.config.out)
-        if found is not None:
-            position = int(self._facts_of(found)["position"])
-            state = state_of(self.model, self.optimizer, self.emas)
-            load_state(found, state)
-            torch.set_rng_state(state["rng"])
-            for ema in self.emas.values():
-                ema.samples = position
-            return position
-        if isinstance(self.config, Stage2Config):
-            start = find_checkpoint(self.config.start_from)
-            self._facts_of(start)
-            load_state(start, from_average(self.model, self.config.start_ema))
-            self.emas = make_emas(self.model, self.config)
-        return 0
-
-    def _facts_of(self, checkpoint: str) -> dict[str, Any]:
-        """Its facts, if our prompt encoder is the one that it was trained with."""
-        facts = read_facts(checkpoint)
-        if facts["encoder"] != self.encoder.identity_hash:
-            raise TrainingError(
-                f"{checkpoint} was trained with another prompt encoder (its weights, limits or arithmetic "
-                f"differ: {facts['encoder'][:12]} there, {self.encoder.identity_hash[:12]} now)"
-            )
-        check_same_space(self.targets.space, facts, checkpoint)
-        return facts
 
     def _loader(self, index: pa.Table) -> Loader:
         config, shards = self.config, open_shards(self.config.prompts)
@@ -198,7 +151,8 @@ class Training:
         with self.watch.part("optimizer"):
             norm = self.replica.clip(self.config.optim.clip_norm)
             values = torch.cat(each)
-            self._refuse_nonfinite(norm, values, positions)
+            if not math.isfinite(norm):  # on all ranks alike, so that all of them stop
+                raise blame(self.loader, norm, values, positions, at=self.position)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
             self.position += self.config.batch_size
@@ -249,23 +203,6 @@ class Training:
         self.watch.take()
         self.seen.clear()
         return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else 0
-
-    def _refuse_nonfinite(self, norm: float, each: Tensor, positions: list[int]) -> None:
-        """Stop before the optimizer moves; the norm is the same on all ranks, so all of them stop."""
-        if math.isfinite(norm):
-            return
-        bad = [p for p, ok in zip(positions, each.isfinite().tolist(), strict=True) if not ok]
-        found: list[Any] = [None] * self.world_size
-        if self.world_size > 1:
-            dist.all_gather_object(found, bad)
-        else:
-            found = [bad]
-        places = sorted(p for part in found for p in part)[:8]
-        names = [self.loader.read(p).prompt_id for p in places]
-        raise NonFiniteError(
-            f"step at {self.position:,} samples: gradient norm is {norm}; "
-            f"samples with a non-finite loss: {', '.join(names) or 'none'}"
-        )
 
     def save(self, record: dict[str, Any]) -> None:
         """Checkpoint this moment; writing goes on in the background."""

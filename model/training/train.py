@@ -22,8 +22,9 @@ from infra.spare import spare_after
 from infra.storage import Certificate, filesystem, join, write_json
 from model.training.door import inspect, plan_text, prepare_index, read_index, resolve
 from model.training.driver import KEEP_MEMORY, fit
+from model.training.finite import NonFiniteError
 from model.training.follow import Follower
-from model.training.loop import NonFiniteError, Training
+from model.training.loop import Training
 from model.training.notices import Notices
 from model.training.observe import Observer, awaited
 from model.training.outcome import certify, has_arrived, refuse_failed, say_where_it_stands, tidy
