@@ -33,7 +33,12 @@ from model.training.rehearse import heaviest
 from model.training.restore import restore
 from model.training.stages import StageConfig
 from model.training.state import (
-    hash_tensors, make_emas, make_optimizer, set_learning_rate, state_of, weights_of,
+    hash_tensors,
+    make_emas,
+    make_optimizer,
+    set_learning_rate,
+    state_of,
+    weights_of,
 )  # fmt: skip
 from model.training.stopwatch import Stopwatch
 from model.training.targets import Targets
