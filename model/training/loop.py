@@ -39,7 +39,7 @@ from model.training.state import (
     set_learning_rate,
     state_of,
     weights_of,
-)  # fmt: skip
+)
 from model.training.stopwatch import Stopwatch
 from model.training.targets import Targets
 from model.training.upsampler import start_from_base
