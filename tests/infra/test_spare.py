@@ -27,22 +27,23 @@ class Work:
         return ask_for_spare()
 
 
-def idle() -> set[int]:
-    """Processes of Ray that wait for work."""
-    found = set()
-    for place in Path("/proc").glob("[0-9]*/cmdline"):
+def spares() -> set[int]:
+    """Processes of Ray that wait for work and were started for our module; a session has others as well."""
+    found, wanted = set(), "=".join(spare_env([MODULE]).popitem()).encode()
+    for place in Path("/proc").glob("[0-9]*"):
         try:
-            if place.read_bytes().startswith(b"ray::IDLE"):
-                found.add(int(place.parent.name))
+            waits = (place / "cmdline").read_bytes().startswith(b"ray::IDLE")
+            if waits and wanted in (place / "environ").read_bytes().split(b"\0"):
+                found.add(int(place.name))
         except OSError:
             continue
     return found
 
 
-def wait_for_another(before: set[int]) -> int:
+def wait_for_a_spare() -> int:
     for _ in range(600):
-        if new := idle() - before:
-            return new.pop()
+        if found := spares():
+            return found.pop()
         time.sleep(0.05)
     raise AssertionError("no spare came up")
 
@@ -52,9 +53,9 @@ def test_a_dead_actor_is_replaced_by_its_spare(ray_cluster: None) -> None:
     import ray
 
     make: Any = ray.remote(Work).options(num_cpus=0, runtime_env={"env_vars": spare_env([MODULE])})
-    first, before = make.remote(), idle()
+    first = make.remote()
     assert ray.get(first.ask.remote())
-    spare = wait_for_another(before)
+    spare = wait_for_a_spare()
     os.kill(ray.get(first.pid.remote()), signal.SIGKILL)
     second = make.remote()
     assert ray.get(second.pid.remote()) == spare
