@@ -7,7 +7,7 @@ lists and `null` mean what they mean in the file.
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -105,15 +105,18 @@ def describe(error: ValidationError, cls: type[BaseModel], path: str | Path | No
     where = f" in {path}" if path else ""
     parts = []
     for item in error.errors()[:4]:
-        name = ".".join(str(part) for part in item["loc"]) or cls.__name__
+        name, says = ".".join(str(part) for part in item["loc"]), item["msg"].removeprefix("Value error, ")
         if item["type"] == "extra_forbidden":
             legal = ", ".join(_fields_at(cls, item["loc"][:-1]))
             parts.append(f"unknown key {name!r}{where}; legal: {legal}")
         elif item["type"] == "missing":
             parts.append(f"{name} is missing{where}; cure: set it in the config or by its option")
+        elif item["type"] == "value_error" and isinstance(
+            item["input"], Mapping
+        ):  # fields that don't go together: the message names them
+            parts.append(": ".join(filter(None, [name, says])) + where)
         else:
-            got = repr(item["input"])
-            parts.append(f"{name} = {got[:80]}{where}: {item['msg'].removeprefix('Value error, ')}")
+            parts.append(f"{name} = {repr(item['input'])[:80]}{where}: {says}")
     return "; ".join(parts)
 
 

@@ -46,17 +46,17 @@ def open_shards(uri: str) -> Shards:
     Raises:
         ConfigError: not certified, of another job or schema, or empty.
     """
-    made_by = "vimi-data augment (or instruct)"
+    made_by = "`vimi-data augment` (or `instruct`)"
     try:
         certificate = read_certificate(uri)
     except DataError as error:
-        raise ConfigError(str(error), cure=f"give the output of `{made_by}`") from None
+        raise ConfigError(str(error), cure=f"give the output of {made_by}") from None
     if certificate is None or certificate.job not in JOBS:
         got = f"no certified prompts at {uri}" if certificate is None else f"{uri} holds {certificate.job}"
-        raise ConfigError(got, legal="a folder of prompt shards", cure=f"run `{made_by}` first")
+        raise ConfigError(got, legal="a folder of prompt shards", cure=f"run {made_by} first")
     meta = join(absolute(uri), "meta.parquet")
     if not exists(meta):
-        raise ConfigError(f"{uri} has no meta.parquet", cure=f"run `{made_by}` again")
+        raise ConfigError(f"{uri} has no meta.parquet", cure=f"run {made_by} again")
     table = open_parquet(meta).read(columns=["file", "row_group", "num_rows"])
     files, indices, rows = (column.to_pylist() for column in table.columns)
     places = {file: join(absolute(uri), file) for file in set(files)}

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from infra.config import Config, read_yaml, set_dotted
 from infra.errors import ConfigError
@@ -11,6 +11,13 @@ from infra.errors import ConfigError
 
 class Inner(Config):
     depth: int = Field(default=2, ge=1)
+    width: int = 100
+
+    @model_validator(mode="after")
+    def _flat(self) -> "Inner":
+        if self.depth > self.width:
+            raise ValueError(f"depth {self.depth} is more than width {self.width}")
+        return self
 
 
 class Outer(Config):
@@ -47,6 +54,8 @@ def test_hash_tells_configs_apart(name: str, depth: int) -> None:
         ("nmae: x", "unknown key 'nmae'"),
         ("inner: {dept: 1}", "unknown key 'inner.dept'"),
         ("inner: {depth: 0}", "inner.depth = 0"),
+        ("inner: {depth: 9, width: 8}", "inner: depth 9 is more than width 8"),
+        ("name: {a: 1}", "name = {'a': 1}"),
         ("- a\n- b", "holds a list"),
         ("name: [", "is not YAML"),
     ],
