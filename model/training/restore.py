@@ -1,21 +1,42 @@
 """What a run starts from: its own last checkpoint, or the other stage's."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
+from torch.optim import Optimizer
 
 from infra.errors import TrainingError
-from model.training.checkpoint import find_checkpoint, latest_checkpoint, load_state, read_facts
-from model.training.stages import Stage2Config
+from model.ema import Ema
+from model.generator import Generator
+from model.prompt import PromptEncoder
+from model.training.checkpoint import (
+    CheckpointWriter,
+    find_checkpoint,
+    latest_checkpoint,
+    load_state,
+    read_facts,
+)
+from model.training.stages import Stage2Config, StageConfig
 from model.training.state import from_average, make_emas, state_of
-from model.training.targets import check_same_space
-
-if TYPE_CHECKING:
-    from model.training.loop import Training
+from model.training.targets import Targets, check_same_space
 
 
-def restore(training: "Training") -> int:
+class Fresh(Protocol):
+    """A training whose parts are there and hold nothing yet."""
+
+    config: StageConfig
+    encoder: PromptEncoder
+    targets: Targets
+    optimizer: Optimizer
+    emas: dict[str, Ema]
+    writer: CheckpointWriter
+
+    @property
+    def model(self) -> Generator: ...
+
+
+def restore(training: Fresh) -> int:
     """Continue from the run's last checkpoint, or start stage 2 from stage 1's; the position."""
     training.writer.clean()
     if dist.is_initialized():
@@ -37,7 +58,7 @@ def restore(training: "Training") -> int:
     return 0
 
 
-def facts_of(training: "Training", checkpoint: str) -> dict[str, Any]:
+def facts_of(training: Fresh, checkpoint: str) -> dict[str, Any]:
     """Its facts, if our prompt encoder is the one that it was trained with.
 
     Raises:
