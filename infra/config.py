@@ -111,9 +111,8 @@ def describe(error: ValidationError, cls: type[BaseModel], path: str | Path | No
             parts.append(f"unknown key {name!r}{where}; legal: {legal}")
         elif item["type"] == "missing":
             parts.append(f"{name} is missing{where}; cure: set it in the config or by its option")
-        elif item["type"] == "value_error" and isinstance(
-            item["input"], Mapping
-        ):  # fields that don't go together: the message names them
+        elif isinstance(item["input"], Mapping) and item["type"] == "value_error":
+            # Fields that don't go together: the message names them, and the whole group would hide it.
             parts.append(": ".join(filter(None, [name, says])) + where)
         else:
             parts.append(f"{name} = {repr(item['input'])[:80]}{where}: {says}")

@@ -37,9 +37,8 @@ def restarts(run: str, known: Collection[str] = ()) -> dict[str, str]:
 
 
 def line(record: Mapping[str, Any]) -> str:
-    rank, error = next(iter(record["errors"].items()))
-    others = f" and {len(record['errors']) - 1} others" if len(record["errors"]) > 1 else ""
+    ranks, errors = ", ".join(record["errors"]), list(record["errors"].values())
     return (
-        f"  worker {rank}{others} died: {error.splitlines()[0]} "
+        f"  worker{'s' if len(errors) > 1 else ''} {ranks} died: {errors[0].splitlines()[0]} "
         f"(a new one goes on from {record['position']:,} samples; more in restarts/)"
     )

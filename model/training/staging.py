@@ -22,7 +22,7 @@ class Staging:
         self.finished: torch.cuda.Event | None = None
 
     def prepare(self, state: dict[str, Tensor]) -> None:
-        """Make the memory: locking pages takes about a second for a gigabyte."""
+        """Make the memory beforehand: to lock its pages would hold the first save up."""
         for name, value in state.items():
             if name not in self.copies:
                 self.copies[name] = room_for(value)

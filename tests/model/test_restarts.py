@@ -23,7 +23,7 @@ def test_what_a_worker_died_of_is_said_once_and_kept(
         note(run, {0: RuntimeError("CUDA error: out of memory\n  in forward"), 3: OSError("gone")})
         time.sleep(0.1)
     said = capsys.readouterr().err
-    assert "worker 0 and 1 others died: RuntimeError: CUDA error: out of memory" in said
+    assert "workers 0, 3 died: RuntimeError: CUDA error: out of memory" in said
     assert said.count("worker") == 1 and "earlier day" not in said and "from 0 samples" in said
     kept = read_json(list(restarts(run))[-1])["errors"]
     assert "in forward" in kept["0"] and kept["3"].startswith("OSError: gone")
