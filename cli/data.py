@@ -35,11 +35,11 @@ def crawl(
     """Find clips and captions; every row leaves with a status and, if it failed, a reason."""
     options: dict[str, object] = {"out": out, "fetch.allow_hosts": allow_host}
     if sources:
-        from pipeline.sources import source_from_path
+        from pipeline.clips.sources import source_from_path
 
         options["sources"] = [source_from_path(source).model_dump() for source in sources]
     execute(
-        "pipeline.crawl.job",
+        "pipeline.clips.crawl",
         "CrawlConfig",
         path=config,
         overrides=overrides,
@@ -59,7 +59,7 @@ def redrive(
 ) -> None:
     """Try again the rows of a crawl that a retry may cure; all others are carried over."""
     execute(
-        "pipeline.crawl.redrive",
+        "pipeline.clips.redrive",
         "RedriveConfig",
         path=config,
         overrides=overrides,
@@ -87,7 +87,7 @@ def build_index(
     """Embed clips and pictures with CLIP into a LanceDB memory with a BM25 and a vector index."""
     if add_clip:
         execute(
-            "pipeline.build_index.add_clip",
+            "pipeline.memory.build_index.add_clip",
             "AddClipConfig",
             path=config,
             overrides=overrides,
@@ -97,7 +97,7 @@ def build_index(
         )
         return
     execute(
-        "pipeline.build_index",
+        "pipeline.memory.build_index",
         "BuildIndexConfig",
         path=config,
         overrides=overrides,
@@ -129,7 +129,7 @@ def search(
     chosen = {"retriever": retriever or "hybrid", "k": k or 12, "against": against}
     if config is None or retriever or k or against:
         options |= {f"retrieve.{name}": value for name, value in chosen.items()}
-    job, loaded = resolve("pipeline.search", "SearchConfig", config, overrides, options)
+    job, loaded = resolve("pipeline.memory.search", "SearchConfig", config, overrides, options)
     job.check(loaded)
     if dry_run:
         print(loaded.to_yaml().rstrip())
@@ -147,7 +147,7 @@ def plan(
 ) -> None:
     """Estimate what a memory costs: hours, disk, memory, wall time; every number with its source."""
     options = {"documents": documents, "nodes": nodes, "gpus_per_node": gpus}
-    job, loaded = resolve("pipeline.estimate", "PlanConfig", config, overrides, options)
+    job, loaded = resolve("pipeline.report.estimate", "PlanConfig", config, overrides, options)
     job.run(loaded)
 
 
@@ -164,7 +164,7 @@ def augment(
 ) -> None:
     """Pair every caption with in-context image-text examples: multimodal prompts as Parquet shards."""
     execute(
-        "pipeline.augment",
+        "pipeline.prompts.augment",
         "AugmentConfig",
         path=config,
         overrides=overrides,
@@ -190,7 +190,7 @@ def validate(
 ) -> None:
     """Prove a set of shards from scratch: hashes, pictures, targets, guard laws. Exit code 1 if not."""
     options = {"prompts": prompts, "memory": memory}
-    job, loaded = resolve("pipeline.validate", "ValidateConfig", config, overrides, options)
+    job, loaded = resolve("pipeline.report.validate", "ValidateConfig", config, overrides, options)
     if dry_run:
         print(loaded.to_yaml().rstrip())
         return
@@ -210,7 +210,7 @@ def instruct(
 ) -> None:
     """Make the three instruction tasks of stage 2: subject-driven, video prediction, text-to-video."""
     execute(
-        "pipeline.instruct",
+        "pipeline.prompts.instruct",
         "InstructConfig",
         path=config,
         overrides=overrides,

@@ -14,9 +14,9 @@ from model.encodings.make import make_row_encoder
 from model.latents import resolve_latents
 from model.training.door import resolve_encoder
 from model.training.targets import open_space
-from pipeline.encode import EncodeJobConfig
-from pipeline.encode import check as check_job
-from pipeline.encode import run as run_job
+from pipeline.prompts.encode import EncodeJobConfig
+from pipeline.prompts.encode import check as check_job
+from pipeline.prompts.encode import run as run_job
 
 
 class EncodeConfig(EncodeJobConfig, InputConfig):

@@ -1,6 +1,6 @@
 """Configs: YAML -> one frozen pydantic model, unknown keys refused, one hash.
 
-A job's config class lives above the job (`pipeline/crawl/job.py: CrawlConfig`); this file only knows how to
+A job's config class lives above the job (`pipeline/clips/crawl.py: CrawlConfig`); this file only knows how to
 load, override, print and hash any of them. `--set a.b=value` parses the value as YAML, so numbers,
 lists and `null` mean what they mean in the file.
 """

@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 
 from infra.storage import absolute
+from pipeline.media.frames import VideoError, clip_times, decode_frames, probe
+from pipeline.media.row_frames import read_frames, target_frames
 from pipeline.report.album import Album
 from pipeline.report.read import read_columns, spread
 from pipeline.schema import Media, Role, Status, TargetKind
 from pipeline.shards import ShardSet
-from pipeline.subjects.frames import read_frames, target_frames
-from pipeline.video.frames import VideoError, clip_times, decode_frames, probe
 
 STRIP_FRAMES, TARGET_FRAMES = 5, 16
 CLIP_COLUMNS = ["clip_id", "media", "caption", "source_uri", "local_uri", "start_s", "end_s"]

@@ -25,11 +25,11 @@ from bench_decode import encode, film, repeat_packets
 from PIL import Image
 
 from infra.cluster import RayConfig
-from pipeline.crawl.config import CrawlConfig
-from pipeline.crawl.job import Worker, run
-from pipeline.crawl.parent import InspectConfig, inspect_parent
-from pipeline.sources import Cut, Item, SourceConfig
-from pipeline.video.frames import probe
+from pipeline.clips.config import CrawlConfig
+from pipeline.clips.crawl import Worker, run
+from pipeline.clips.parent import InspectConfig, inspect_parent
+from pipeline.clips.sources import Cut, Item, SourceConfig
+from pipeline.media.frames import probe
 
 SERVER = """
 import sys, http.server, functools
@@ -222,7 +222,7 @@ def long_video(root: Path) -> None:
         path = root / f"{minutes}.mp4"
         repeat_packets(root / "six.mp4", path, 10 * minutes)
         code = (
-            "import sys; from pipeline.crawl.parent import *; p = sys.argv[1]\n"
+            "import sys; from pipeline.clips.parent import *; p = sys.argv[1]\n"
             "rows = inspect_parent(Item(p, 'video', (Cut('film'),)).to_json(), {'local_uri': p}, '{}')\n"
             "assert rows[0]['num_frames'] % 1500 == 0, rows\n"
             "print(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])"

@@ -20,7 +20,7 @@ from typing import Any
 import av
 import numpy as np
 
-from pipeline.video.frames import clip_times, decode_frames, probe
+from pipeline.media.frames import clip_times, decode_frames, probe
 
 LAYOUTS: dict[str, dict[str, str]] = {
     "GOP 12": {"g": "12", "bf": "0"},

@@ -37,8 +37,8 @@ import numpy as np
 from infra.clip import Clip, ClipConfig, load_clip
 from infra.clip.preprocess import Preprocessing
 from infra.storage import require_certificate
-from pipeline.embed import EmbedConfig, Embedder, clip_units, read_picture, read_slice
-from pipeline.embed.streams import settle_process
+from pipeline.memory.embed import EmbedConfig, Embedder, clip_units, read_picture, read_slice
+from pipeline.memory.embed.streams import settle_process
 
 COLUMNS = ["media", "local_uri", "source_uri", "start_s", "end_s", "caption", "phash"]
 Payload = dict[str, Any]

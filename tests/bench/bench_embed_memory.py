@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from tests.pipeline.clip_tables import clip_row, picture, write_clips
-from tests.pipeline.test_build_index import tiny_clip
+from tests.pipeline.memory.test_build_index import tiny_clip
 
 FILES = 200
 CODE = """
 import json, sys
-from pipeline.build_index import BuildIndexConfig, run
+from pipeline.memory.build_index import BuildIndexConfig, run
 run(BuildIndexConfig.model_validate(json.loads(sys.argv[1])))
 """
 ROOT = Path(__file__).resolve().parents[2]

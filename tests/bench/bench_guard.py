@@ -22,12 +22,19 @@ from bench_retrieval_quality import mini_clip
 from PIL import Image
 
 from infra.clip import Clip, load_clip
-from pipeline.augment.target import GUARD_FRAMES
-from pipeline.embed.worker import frame_mean
-from pipeline.guard.calibrate import similarity_bound
-from pipeline.guard.rules import GuardConfig, GuardedClip, GuardedDocuments, Verdict, frame_hashes, judge
-from pipeline.phash import phash64
-from pipeline.video.frames import clip_times, decode_frames, probe
+from pipeline.media.frames import clip_times, decode_frames, probe
+from pipeline.media.phash import phash64
+from pipeline.memory.embed.worker import frame_mean
+from pipeline.prompts.augment.target import GUARD_FRAMES
+from pipeline.prompts.guard.calibrate import similarity_bound
+from pipeline.prompts.guard.rules import (
+    GuardConfig,
+    GuardedClip,
+    GuardedDocuments,
+    Verdict,
+    frame_hashes,
+    judge,
+)
 
 KEY_FRAMES = 4
 BOUNDS: tuple[tuple[int, float | None], ...]

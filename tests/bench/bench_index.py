@@ -26,15 +26,15 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline.estimate import MEASURED
 from pipeline.memory.config import IndexConfig
 from pipeline.memory.index import build_text_index, make_index
 from pipeline.memory.recall import Exact, exact_neighbours, hits, unit
+from pipeline.memory.retrieve.dense import Dense
+from pipeline.memory.retrieve.partitions import Partitions
 from pipeline.memory.store import stream_vectors, vectors_arrow
 from pipeline.memory.tune import build_vector_index
 from pipeline.memory.vectors import Setting, vector_search
-from pipeline.retrieve.dense import Dense
-from pipeline.retrieve.partitions import Partitions
+from pipeline.report.estimate import MEASURED
 
 COLUMN, CHUNK, NUM_QUERIES, K = "image_embedding", 50_000, 256, 10
 WORDS = ["dog", "runs", "green", "grass", "near", "old", "red", "house", "by", "water", "boat", "hill"]

@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline.retrieve.bm25 import Bm25, Hits, ranked
-from pipeline.retrieve.config import RetrieveConfig
-from pipeline.retrieve.fuse import reciprocal_rank
-from pipeline.retrieve.join import ArraySearch
+from pipeline.memory.retrieve.bm25 import Bm25, Hits, ranked
+from pipeline.memory.retrieve.config import RetrieveConfig
+from pipeline.memory.retrieve.fuse import reciprocal_rank
+from pipeline.memory.retrieve.join import ArraySearch
 
 K, DEPTH = 10, 100
 

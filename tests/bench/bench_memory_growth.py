@@ -17,14 +17,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline.dedup import DedupConfig, find_duplicates
 from pipeline.memory.commit import create_table
 from pipeline.memory.config import IndexConfig
+from pipeline.memory.dedup import DedupConfig, find_duplicates
 from pipeline.memory.finish import Finished, finish
 from pipeline.memory.sample import Growth, load, save
 from pipeline.memory.store import sorted_columns, upsert, vectors_arrow, vectors_numpy, version_tag
 from tests.bench.bench_index import planted
-from tests.pipeline.memory_tables import documents
+from tests.pipeline.memory.memory_tables import documents
 
 CHUNK = 20_000
 

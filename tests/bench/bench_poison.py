@@ -25,11 +25,11 @@ import pyarrow.parquet as pq
 from bench_decode import encode, film
 
 from infra.cluster import RayConfig
-from pipeline.crawl.config import CrawlConfig
-from pipeline.crawl.job import run
-from pipeline.crawl.parent import InspectConfig, inspect_parent
-from pipeline.sources import Item, SourceConfig
-from pipeline.video.isolate import Isolated
+from pipeline.clips.config import CrawlConfig
+from pipeline.clips.crawl import run
+from pipeline.clips.parent import InspectConfig, inspect_parent
+from pipeline.clips.sources import Item, SourceConfig
+from pipeline.media.isolate import Isolated
 
 PLUGIN = """
 import os
@@ -170,14 +170,14 @@ def clean_cost(paths: list[str], what: str) -> None:
     child = Isolated(timeout_s=60, memory_bytes=4 << 30)
     items = [(Item(path, "video").to_json(), {"local_uri": path}, settings) for path in paths]
     inspect_parent(*items[0])
-    child.call("pipeline.crawl.parent:inspect_parent", *items[0])
+    child.call("pipeline.clips.parent:inspect_parent", *items[0])
     here_s, there_s = [], []
     for _ in range(5):  # in turn, video by video: both see the same machine
         for item in items:
             start = time.perf_counter()
             inspect_parent(*item)
             middle = time.perf_counter()
-            child.call("pipeline.crawl.parent:inspect_parent", *item)
+            child.call("pipeline.clips.parent:inspect_parent", *item)
             here_s.append(middle - start)
             there_s.append(time.perf_counter() - middle)
     child.close()

@@ -17,10 +17,10 @@ import numpy as np
 from infra.clip import ClipConfig
 from infra.cluster import RayConfig, ray_session
 from infra.storage import read_certificate
-from pipeline import augment, build_index
-from pipeline.crawl import job as crawl
-from pipeline.memory import open_memory
-from pipeline.retrieve.documents import load_documents
+from pipeline.clips import crawl
+from pipeline.memory import build_index, open_memory
+from pipeline.memory.retrieve.documents import load_documents
+from pipeline.prompts import augment
 from pipeline.shards import ShardSet
 
 PANDA_SOURCE = r"([\w-]{11})\.\d+\.mp4$"

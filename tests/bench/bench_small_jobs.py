@@ -37,7 +37,7 @@ with ray_session(RayConfig()):
 """
 AUGMENT = """
 import sys
-from pipeline.augment import AugmentConfig, run
+from pipeline.prompts.augment import AugmentConfig, run
 print(run(AugmentConfig.load(options={"clips": sys.argv[1], "memory": sys.argv[2], "out": sys.argv[3],
     "target.kind": "reference", "retrieve.retriever": sys.argv[4]})).num_out)
 """

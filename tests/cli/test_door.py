@@ -13,10 +13,10 @@ import yaml
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
 JOBS = {
-    "crawl": ("pipeline.crawl.job", "CrawlConfig"),
-    "build": ("pipeline.build_index", "BuildIndexConfig"),
-    "augment": ("pipeline.augment", "AugmentConfig"),
-    "instruct": ("pipeline.instruct", "InstructConfig"),
+    "crawl": ("pipeline.clips.crawl", "CrawlConfig"),
+    "build": ("pipeline.memory.build_index", "BuildIndexConfig"),
+    "augment": ("pipeline.prompts.augment", "AugmentConfig"),
+    "instruct": ("pipeline.prompts.instruct", "InstructConfig"),
     "encode": ("cli.encode", "EncodeConfig"),
     "report": ("pipeline.report", "ReportConfig"),
     "stage1": ("model.training.stages", "Stage1Config"),

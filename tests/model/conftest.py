@@ -209,7 +209,7 @@ def autoencoders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str
 @pytest.fixture(scope="session")
 def tiny_mllm(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Config of a prompt encoder over a random LLaVA in a folder."""
-    from tests.model.tiny_mllms import made
+    from tests.model.prompt.tiny_mllms import made
 
     folder = tmp_path_factory.mktemp("mllm")
     for part in made("llava"):

@@ -1,7 +1,0 @@
-"""`vimi-data build-index`: clips tables -> the retrieval memory."""
-
-from pipeline.build_index.config import BuildIndexConfig
-from pipeline.build_index.door import check
-from pipeline.build_index.run import run
-
-__all__ = ["BuildIndexConfig", "check", "run"]

@@ -1,0 +1,157 @@
+"""Fetch addresses politely and safely: bytes on disk with their provenance, or a status that says why not.
+
+Partial downloads are resumed where the server allows ranges; what was fetched before is asked for again
+with its validators (ETag, Last-Modified), so that a second crawl transfers only what changed.
+"""
+
+import asyncio
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from pipeline.clips.fetch.answers import (
+    TRANSIENT,
+    FetchError,
+    check_code,
+    check_opt_out,
+    conditions,
+    size_bytes,
+    starts_at,
+    validator,
+)
+from pipeline.clips.fetch.config import FetchConfig
+from pipeline.clips.fetch.store import MediaStore, note_validator, read_validator
+from pipeline.clips.fetch.web import Web
+from pipeline.media.store import looks_like_text
+from pipeline.schema import Status
+
+Found = dict[str, Any]
+
+
+class Fetcher:
+    """Fetches lots of addresses; lives in one worker and keeps its connections and robots.txt files."""
+
+    def __init__(self, config: FetchConfig, media: str, *, workers: int = 1) -> None:
+        self.config, self.store = config, MediaStore(media)
+        self.web = Web(config, workers=workers)
+        self.runner = asyncio.Runner()
+
+    def fetch_all(self, urls: list[str]) -> list[Found]:
+        """What became of each address: local_uri and validators, or status and error."""
+        return self.runner.run(self._fetch_all(urls))
+
+    def page(self, url: str, max_bytes: int = 5 << 20) -> tuple[str, bytes]:
+        """(final address, body) of a web page.
+
+        Raises:
+            FetchError: it can't or must not be had.
+        """
+        return self.runner.run(self._page(url, max_bytes))
+
+    def close(self) -> None:
+        self.runner.run(self.web.client.aclose())
+        self.runner.close()
+
+    async def _fetch_all(self, urls: list[str]) -> list[Found]:
+        limit = asyncio.Semaphore(self.config.concurrency)
+
+        async def one(url: str) -> Found:
+            async with limit:
+                return await self._fetch(url)
+
+        distinct = list(dict.fromkeys(urls))
+        found = dict(zip(distinct, await asyncio.gather(*map(one, distinct)), strict=True))
+        return [found[url] for url in urls]
+
+    async def _fetch(self, url: str) -> Found:
+        try:
+            async with asyncio.timeout(self.config.total_timeout_s):
+                return await self._with_retries(url)
+        except FetchError as error:
+            return {"status": error.status.value, "error": str(error)}
+        except TimeoutError:
+            error = f"not done after {self.config.total_timeout_s:g} s"
+            return {"status": Status.TIMEOUT.value, "error": error}
+
+    async def _with_retries(self, url: str) -> Found:
+        for attempt in range(1, self.config.max_tries + 1):
+            try:
+                return await self._download(url)
+            except FetchError as error:
+                failure = error
+            except TRANSIENT as error:
+                status = Status.TIMEOUT if isinstance(error, httpx.TimeoutException) else Status.UNREACHABLE
+                failure = FetchError(status, f"{type(error).__name__}: {error}")
+            if not failure.status.is_retriable or attempt == self.config.max_tries:
+                raise failure
+            await asyncio.sleep(self._wait_s(url, attempt, failure.retry_after_s))
+        raise AssertionError("unreachable")
+
+    def _wait_s(self, url: str, attempt: int, retry_after_s: float | None) -> float:
+        """Exponential, with a jitter that is a function of the address; Retry-After wins."""
+        jitter = hashlib.sha256(f"{url}{attempt}".encode()).digest()[0] / 255
+        wait_s = self.config.backoff_s * 2 ** (attempt - 1) * (1 + jitter / 2)
+        return min(self.config.max_wait_s, max(wait_s, retry_after_s or 0.0))
+
+    async def _download(self, url: str) -> Found:
+        """One try: conditional if known, a continuation if partly there."""
+        with self.store.partial(url) as part:
+            return await self._download_to(url, part)
+
+    async def _download_to(self, url: str, part: Path) -> Found:
+        known = self.store.known(url)
+        headers = conditions(known, part, read_validator(part))
+        async with self.web.get(url, headers) as response:
+            check_opt_out(response, self.config)
+            if response.status_code == 304 and known:
+                return known.found()
+            if response.status_code == 416:
+                part.unlink(missing_ok=True)
+                raise FetchError(Status.UNREACHABLE, "the part on disk is not a part of it any more")
+            check_code(response)
+            resumed = response.status_code == 206 and starts_at(response) == size_bytes(part)
+            if response.status_code == 206 and not resumed:
+                part.unlink(missing_ok=True)
+                raise FetchError(Status.UNREACHABLE, "the server sent another range than asked for")
+            note_validator(part, validator(response))
+            await self._save(response, part, append=resumed)
+            etag, changed = response.headers.get("etag"), response.headers.get("last-modified")
+        return self.store.commit(url, part, etag=etag, last_modified=changed).found()
+
+    async def _save(self, response: httpx.Response, part: Path, *, append: bool) -> None:
+        size, limit = (size_bytes(part) if append else 0), self.config.max_bytes
+        announced = response.headers.get("content-length", "")
+        if announced.isdigit() and size + int(announced) > limit:
+            raise FetchError(Status.TOO_LARGE, f"{size + int(announced):,} bytes, more than {limit:,}")
+        with part.open("ab" if append else "wb") as file:
+            async for chunk in response.aiter_raw():
+                if size < 512 and looks_like_text(chunk[:512] if size == 0 else b""):
+                    raise FetchError(Status.WRONG_TYPE, f"text, not media: {chunk[:40]!r}")
+                size += len(chunk)
+                if size > limit:
+                    part.unlink()
+                    raise FetchError(Status.TOO_LARGE, f"more than {limit:,} bytes")
+                file.write(chunk)
+        if size == 0:
+            raise FetchError(Status.EMPTY, "0 bytes")
+
+    async def _page(self, url: str, max_bytes: int) -> tuple[str, bytes]:
+        for attempt in range(1, self.config.max_tries + 1):
+            try:
+                async with asyncio.timeout(self.config.total_timeout_s):
+                    async with self.web.get(url, {}) as response:
+                        check_code(response)
+                        check_opt_out(response, self.config)
+                        body = b""
+                        async for chunk in response.aiter_raw():
+                            body += chunk
+                            if len(body) > max_bytes:
+                                break
+                        return str(response.extensions["url"]), body[:max_bytes]
+            except (*TRANSIENT, TimeoutError) as error:
+                if attempt == self.config.max_tries:
+                    raise FetchError(Status.UNREACHABLE, f"{type(error).__name__}: {error}") from None
+                await asyncio.sleep(self._wait_s(url, attempt, None))
+        raise AssertionError("unreachable")

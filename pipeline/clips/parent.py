@@ -1,0 +1,250 @@
+"""One parent (a video or a picture) -> the rows of its clips, good or bad. Runs in a child process.
+
+Pure but for reading the parent's bytes; every way in which a file can be bad ends in a row.
+"""
+
+import hashlib
+import io
+import warnings
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from infra.config import Config
+from infra.errors import DataError
+from infra.storage import filesystem, is_remote
+from pipeline.clips.filters import FilterConfig, judge_by_facts, judge_by_frames, load_plugins
+from pipeline.clips.shots import ShotConfig, find_shots
+from pipeline.clips.sources.base import Cut, Item
+from pipeline.clips.transcode import write_clip
+from pipeline.media.frames import VideoError, VideoInfo, clip_times, decode_frames, probe
+from pipeline.media.phash import phash64
+from pipeline.media.store import image_kind, looks_like_text, open_media
+from pipeline.schema import Status, clip_id
+
+LOOK_PX: tuple[int, int] = (64, 64)
+"""Size of the frames that filters and the perceptual hash look at."""
+END_SLACK_S = 1.0
+"""A range may end this much after the video does (manifests round): it is cut short, not refused."""
+MAX_IMAGE_PIXELS = 8192 * 8192
+Row = dict[str, Any]
+
+
+class InspectConfig(Config):
+    """What is done with a parent once its bytes are at hand."""
+
+    shots: ShotConfig = ShotConfig()
+    filters: FilterConfig = FilterConfig()
+    standalone: str | None = None
+    """Folder for exact standalone clips, named by clip_id; None = none are written."""
+
+
+def inspect_parent(item: dict[str, Any], found: dict[str, Any], config: str) -> list[Row]:
+    """The rows of one parent.
+
+    Args:
+        item: an `Item` as JSON.
+        found: what fetching says: local_uri, and etag, last_modified, attempt, status, error if any.
+        config: an `InspectConfig` as JSON.
+
+    Returns:
+        One row a clip, null columns left out; at least one.
+    """
+    parent = Item.from_json(item)
+    settings = _config(config)
+    if parent.status or found.get("status"):
+        status = parent.status or found["status"]
+        return dead_rows(parent, found, Status(status), parent.error or found.get("error") or "")
+    try:
+        media = open_media(found["local_uri"])
+        head, digest = _head_and_sha256(media)
+        found = {**found, "source_sha256": digest}
+        kind = image_kind(head)
+        if not head:
+            raise VideoError(Status.EMPTY, "0 bytes")
+        if kind is None and looks_like_text(head):
+            raise VideoError(Status.WRONG_TYPE, f"text, not media: {head[:40]!r}")
+        rows = _image_rows if kind else _video_rows
+        return rows(parent, found, media, settings)
+    except VideoError as error:
+        return dead_rows(parent, found, error.status, str(error))
+    except FileNotFoundError as error:
+        return dead_rows(parent, found, Status.NOT_FOUND, _line(error))
+    except MemoryError:
+        return dead_rows(parent, found, Status.TOO_LARGE, "needs more memory than a worker may use")
+    except (OSError, DataError) as error:
+        status = Status.UNREACHABLE if is_remote(found["local_uri"]) else Status.BAD_ROW
+        return dead_rows(parent, found, status, _line(error))
+    except Exception as error:  # noqa: BLE001 - the row boundary: one odd file must cost one row
+        return dead_rows(parent, found, Status.UNDECODABLE, f"{type(error).__name__}: {_line(error)}")
+
+
+@lru_cache(maxsize=4)
+def _config(text: str) -> InspectConfig:
+    return InspectConfig.model_validate_json(text)
+
+
+def dead_rows(parent: Item, found: dict[str, Any], status: Status, error: str) -> list[Row]:
+    """A row for each clip of a parent that can't be used; clips that were bad before keep their fate."""
+    rows = []
+    for cut in parent.cuts:
+        row = _row(parent, found, cut, cut.start_s or 0.0, cut.end_s or 0.0, parent.media)
+        rows.append(_with_fate(row, cut) or {**row, "status": status.value, "error": error})
+    return rows
+
+
+def _video_rows(parent: Item, found: dict[str, Any], media: str | bytes, config: InspectConfig) -> list[Row]:
+    info = probe(media)
+    rows = [_video_row(parent, found, cut, info) for cut in _cuts(parent, media, info, config.shots)]
+    for row in rows:
+        if row["status"] == Status.OK.value:
+            _set_fate(row, judge_by_facts(row, config.filters))
+    look = [row for row in rows if row["status"] == Status.OK.value]
+    count = config.filters.frames_per_clip
+    if look:
+        times_s = [t for row in look for t in clip_times(row["start_s"], row["end_s"], count)]
+        frames = decode_frames(media, times_s, size_px=LOOK_PX).reshape(len(look), count, *LOOK_PX, 3)
+        for row, clip in zip(look, frames, strict=True):
+            _judge(row, clip, config)
+    for row in rows if config.standalone else []:
+        if row["status"] == Status.OK.value:
+            uri = f"{config.standalone}/{row['clip_id']}.mp4"
+            write_clip(media, row["start_s"], row["end_s"], uri)
+    return rows
+
+
+def _cuts(parent: Item, media: str | bytes, info: VideoInfo, config: ShotConfig) -> list[Cut]:
+    """The corpus's own clips; those without times are cut into shots if the config says so."""
+    cuts: list[Cut] = []
+    for cut in parent.cuts:
+        if cut.status or cut.start_s is not None or config.method == "whole":
+            cuts.append(cut)
+        else:
+            shots = find_shots(media, config)
+            cuts += [Cut(cut.caption, start, min(end, info.duration_s)) for start, end in shots]
+    return cuts
+
+
+def _video_row(parent: Item, found: dict[str, Any], cut: Cut, info: VideoInfo) -> Row:
+    start_s = cut.start_s or 0.0
+    end_s = info.duration_s if cut.end_s is None else cut.end_s
+    late = start_s >= info.duration_s or end_s > info.duration_s + END_SLACK_S
+    if not late:
+        end_s = min(end_s, info.duration_s)
+    row = _row(parent, found, cut, start_s, end_s, "video")
+    row |= {"width_px": info.width_px, "height_px": info.height_px, "fps": info.fps}
+    row["num_frames"] = max(1, round((end_s - start_s) * info.fps))
+    if late and not cut.status:
+        error = f"range [{start_s:g}, {end_s:g}] s, but the video lasts {info.duration_s:g} s"
+        return {**row, "status": Status.BAD_RANGE.value, "error": error}
+    return _with_fate(row, cut) or row
+
+
+def _image_rows(parent: Item, found: dict[str, Any], media: str | bytes, config: InspectConfig) -> list[Row]:
+    (width, height), small = look_at_image(media)
+    rows = []
+    for cut in parent.cuts:
+        row = _row(parent, found, cut, 0.0, 0.0, "image")
+        row |= {"width_px": width, "height_px": height, "num_frames": 1}
+        if cut.status:
+            row = _with_fate(row, cut) or row
+        else:
+            _set_fate(row, judge_by_facts(row, config.filters))
+        if row["status"] == Status.OK.value:
+            _judge(row, small[None], config)
+        rows.append(row)
+    return rows
+
+
+def look_at_image(media: str | bytes) -> tuple[tuple[int, int], np.ndarray]:
+    """((width, height) upright, uint8 `64 64 3`) of a picture, decoded no larger than needed.
+
+    Raises:
+        VideoError: not a picture that can be decoded, or too large a one.
+    """
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    Image.MAX_IMAGE_PIXELS = None  # the bound is ours, below, before anything is decoded
+    file = io.BytesIO(media) if isinstance(media, bytes) else _open(media)
+    try:
+        with warnings.catch_warnings(), file, Image.open(file) as image:
+            warnings.simplefilter("ignore")
+            width, height = image.size
+            if width * height > MAX_IMAGE_PIXELS:
+                raise VideoError(Status.TOO_LARGE, f"picture of {width}x{height} pixels")
+            if image.getexif().get(0x0112, 1) >= 5:  # EXIF orientation: lies on its side
+                width, height = height, width
+            image.draft("RGB", (LOOK_PX[1] * 2, LOOK_PX[0] * 2))
+            small = image.convert("RGB").resize((LOOK_PX[1], LOOK_PX[0]), Image.Resampling.BOX)
+            small.info |= {"exif": image.info.get("exif", b"")}
+            return (width, height), np.asarray(ImageOps.exif_transpose(small))
+    except UnidentifiedImageError:
+        raise VideoError(Status.UNDECODABLE, "not a picture") from None
+    except (OSError, ValueError, SyntaxError, EOFError, IndexError) as error:
+        raise VideoError(Status.UNDECODABLE, f"picture: {_line(error)}") from None
+
+
+def _judge(row: Row, frames: np.ndarray, config: InspectConfig) -> None:
+    row["phash"] = phash64(frames[len(frames) // 2])
+    _set_fate(row, judge_by_frames(row, frames, config.filters, _plugins(config.filters.plugins)))
+
+
+@lru_cache(maxsize=4)
+def _plugins(names: tuple[str, ...]) -> list[tuple[str, Callable[..., str | None]]]:
+    return load_plugins(names)
+
+
+def _row(parent: Item, found: dict[str, Any], cut: Cut, start_s: float, end_s: float, media: str) -> Row:
+    source = found.get("source_sha256") or parent.uri
+    row = {
+        "clip_id": clip_id(source, start_s, end_s, cut.caption),
+        "media": "image" if media == "image" else "video",
+        "caption": cut.caption,
+        "source_uri": parent.uri,
+        "source_sha256": found.get("source_sha256"),
+        "start_s": start_s,
+        "end_s": end_s,
+        "source_name": parent.source_name,
+        "licence": parent.licence,
+        "split": parent.split,
+        "local_uri": found.get("local_uri"),
+        "etag": found.get("etag"),
+        "last_modified": found.get("last_modified"),
+        "attempt": found.get("attempt", 1),
+        "status": Status.OK.value,
+    }
+    return {key: value for key, value in row.items() if value is not None}
+
+
+def _with_fate(row: Row, cut: Cut) -> Row | None:
+    return {**row, "status": cut.status, "error": cut.error} if cut.status else None
+
+
+def _set_fate(row: Row, fate: tuple[Status, str] | None) -> None:
+    if fate:
+        row["status"], row["error"] = fate[0].value, fate[1]
+
+
+def _head_and_sha256(media: str | bytes) -> tuple[bytes, str]:
+    if isinstance(media, bytes):
+        return media[:4096], hashlib.sha256(media).hexdigest()
+    with _open(media) as file:
+        digest, head = hashlib.sha256(), b""
+        while chunk := file.read(1 << 20):
+            head = head or chunk[:4096]
+            digest.update(chunk)
+        return head, digest.hexdigest()
+
+
+def _open(uri: str) -> Any:
+    if not is_remote(uri):
+        return Path(uri).open("rb")
+    fs, path = filesystem(uri)
+    return fs.open_input_file(path)
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]

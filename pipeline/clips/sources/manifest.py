@@ -1,0 +1,203 @@
+"""Tables that list clips: CSV, JSONL or Parquet; one row a clip, or lists of clips in a row.
+
+Columns are found by their usual names, or by a mapping {ours: theirs}. A Parquet column of bytes is
+media itself: its cells are referenced, not copied. Neighbouring rows of one parent become one item.
+"""
+
+import csv
+import io
+import json
+from collections.abc import Iterator
+from itertools import chain, groupby, islice
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from infra.errors import ConfigError
+from infra.storage import absolute, filesystem, is_remote, sha256_file
+from pipeline.clips.sources.base import Cut, Item, is_url, media_of
+from pipeline.clips.sources.sidecars import CAPTION_KEYS, cuts_of
+from pipeline.media.store import cell_uri
+from pipeline.schema import Status
+
+COLUMNS: dict[str, tuple[str, ...]] = {
+    "uri": (
+        *("uri", "url", "URL", "video_url", "image_url", "contentUrl", "video", "image", "clip"),
+        *("path", "video_path", "image_path", "file", "file_name", "filename"),
+    ),
+    "caption": (*CAPTION_KEYS, "name", "TEXT", "sentence", "captions"),
+    "start_s": ("start_s", "start", "start_time", "begin"),
+    "end_s": ("end_s", "end", "end_time"),
+    "timestamps": ("timestamps", "timestamp"),
+    "split": ("split",),
+    "licence": ("licence", "license"),
+}
+"""Our name -> names that corpora use, the first one found wins."""
+
+LOOK_AHEAD_ROWS = 1000
+"""JSON lines need not all have the same keys: so many are looked at for the names of columns."""
+
+
+class ManifestReader:
+    """The rows of one table."""
+
+    def __init__(self, path: str, columns: dict[str, str], allow_outside_root: bool) -> None:
+        self.path = absolute(path)
+        self.root = self.path.rpartition("/")[0]
+        self.allow_outside_root = allow_outside_root
+        self.wanted = columns
+        unknown = sorted(set(columns) - set(COLUMNS))
+        if unknown:
+            raise ConfigError(f"columns of {path}: {unknown}", legal=", ".join(COLUMNS))
+        self.bytes_columns = _bytes_columns(self.path)
+        self.columns = self._find_columns()
+
+    def items(self) -> Iterator[Item]:
+        numbered = enumerate(self._rows())
+        parents = (self._item(number, row) for number, row in numbered)
+        for _, group in groupby(parents, key=lambda item: (item.uri, item.status, item.split)):
+            first, *rest = group
+            cuts = first.cuts + tuple(cut for item in rest for cut in item.cuts)
+            yield Item(
+                first.uri,
+                first.media,
+                cuts,
+                first.split,
+                first.licence,
+                None,
+                first.status,
+                first.error,
+            )
+
+    def fingerprint(self) -> str:
+        return sha256_file(self.path)[:16]
+
+    def _find_columns(self) -> dict[str, str]:
+        head = (row for row in islice(self._rows(), LOOK_AHEAD_ROWS) if "" not in row)
+        names = list(dict.fromkeys(chain(*head, self.bytes_columns)))
+        found = {}
+        for ours, theirs in COLUMNS.items():
+            name = self.wanted.get(ours) or next((t for t in theirs if t in names), None)
+            if name is not None:
+                found[ours] = name
+        absent = sorted({name for name in self.wanted.values() if names and name not in names})
+        if absent or (names and "uri" not in found):
+            raise ConfigError(
+                f"{self.path} has no column {absent or 'that names a video or picture'}",
+                legal=f"its columns: {', '.join(names)}",
+                cure="map it: columns: {uri: <name>, caption: <name>}",
+            )
+        return found
+
+    def _item(self, number: int, row: dict[str, Any]) -> Item:
+        place = f"{self.path}#line={number}"
+        if "" in row:  # a line that is no row at all
+            return _bad(place, Status.BAD_ROW, row[""])
+        value = row.get(self.columns.get("uri", ""))
+        ours = {name: row.get(column) for name, column in self.columns.items() if name != "uri"}
+        texts = {name: ours.get(name) for name in ("split", "licence")}
+        extra = {k: str(v) if v is not None else None for k, v in texts.items()}
+        cuts = cuts_of({k: v for k, v in ours.items() if k not in extra})
+        if self.columns.get("uri") in self.bytes_columns:
+            uri = cell_uri(self.path, number, self.columns["uri"])
+            return Item(uri, "auto", cuts, **extra)
+        if not isinstance(value, str) or not value.strip():
+            return _bad(place, Status.BAD_ROW, f"no video or picture named: {value!r}", cuts)
+        if "\0" in value or any("\ud800" <= c <= "\udfff" for c in value):
+            return _bad(place, Status.BAD_ROW, "the name is not UTF-8", cuts)
+        return self._resolve(value.strip(), cuts, extra)
+
+    def _resolve(self, name: str, cuts: tuple[Cut, ...], extra: dict[str, str | None]) -> Item:
+        """A relative path lies below the manifest; climbing out is refused unless allowed."""
+        if is_url(name):
+            return Item(name, media_of(name), cuts, **extra)
+        outside = is_remote(name) or name.startswith(("/", "~", "file:", "\\"))
+        parts = name.replace("\\", "/").split("/")
+        inside = name.startswith(self.root + "/") and ".." not in parts
+        if (outside or ".." in parts) and not inside and not self.allow_outside_root:
+            error = "the path leaves the manifest's folder; allow_outside_root permits it"
+            return _bad(name, Status.REFUSED, error, cuts)
+        uri = absolute(name) if outside else f"{self.root}/{name.removeprefix('./')}"
+        return Item(uri, media_of(uri), cuts, **extra)
+
+    def _rows(self) -> Iterator[dict[str, Any]]:
+        if self.path.endswith(".parquet"):
+            return _parquet_rows(self.path, self.bytes_columns)
+        if self.path.endswith((".jsonl", ".ndjson", ".json")):
+            return _jsonl_rows(self.path)
+        return _csv_rows(self.path)
+
+
+def _bad(uri: str, status: Status, error: str, cuts: tuple[Cut, ...] = (Cut(),)) -> Item:
+    return Item(uri, "auto", cuts, status=status.value, error=error)
+
+
+def text_lines(path: str) -> Iterator[str]:
+    """Lines of a text file, streamed; bytes that are not UTF-8 survive as surrogates."""
+    fs, name = filesystem(path)
+    with fs.open_input_stream(name, compression="detect") as stream:
+        text = io.TextIOWrapper(
+            io.BufferedReader(_Raw(stream), 1 << 20), "utf-8-sig", "surrogateescape", newline=""
+        )
+        yield from text
+
+
+class _Raw(io.RawIOBase):
+    """A pyarrow stream as Python's raw IO."""
+
+    def __init__(self, stream: pa.NativeFile) -> None:
+        self.stream = stream
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = self.stream.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+
+def _csv_rows(path: str) -> Iterator[dict[str, Any]]:
+    csv.field_size_limit(1 << 30)  # Panda-70M's lists of captions are long
+    delimiter = "\t" if path.removesuffix(".gz").endswith(".tsv") else ","
+    lines = (line.replace("\0", "") for line in text_lines(path))
+    reader = csv.DictReader(lines, delimiter=delimiter)
+    for row in reader:
+        if None in row:
+            yield {"": f"{len(row[None])} cells too many"}  # pyright: ignore[reportArgumentType]
+        else:
+            yield {key: value if value != "" else None for key, value in row.items()}
+
+
+def _jsonl_rows(path: str) -> Iterator[dict[str, Any]]:
+    for line in text_lines(path):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            value = {"": f"not JSON: {error}"}
+        yield value if isinstance(value, dict) else {"": f"a {type(value).__name__}, not a mapping"}
+
+
+def _parquet_rows(path: str, skip: set[str]) -> Iterator[dict[str, Any]]:
+    fs, name = filesystem(path)
+    with pq.ParquetFile(name, filesystem=fs) as file:
+        columns = [c for c in file.schema_arrow.names if c not in skip]
+        for batch in file.iter_batches(batch_size=4096, columns=columns):
+            yield from batch.to_pylist()
+
+
+def _bytes_columns(path: str) -> set[str]:
+    """Columns of a Parquet table that hold media: bytes, or the {bytes, path} of HF datasets."""
+    if not path.endswith(".parquet"):
+        return set()
+    fs, name = filesystem(path)
+    return {f.name for f in pq.read_schema(name, filesystem=fs) if _holds_bytes(f.type)}
+
+
+def _holds_bytes(kind: pa.DataType) -> bool:
+    if pa.types.is_struct(kind):
+        return any(f.name == "bytes" and _holds_bytes(f.type) for f in kind)
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)

@@ -1,0 +1,110 @@
+"""Frames of a training clip, from wherever they can still be had: the source file, or the row's target."""
+
+import io
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from infra.errors import DataError
+from pipeline.media.frames import VideoError, decode_frames, probe
+from pipeline.media.store import open_media, read_media
+from pipeline.schema import Media, Status, TargetKind
+
+
+@dataclass(frozen=True)
+class ClipFrames:
+    """Frames at fixed places of one clip, uint8 `n h w 3`."""
+
+    frames: np.ndarray
+    from_target: bool
+    """The source could not be read: these are the target's own frames, often small."""
+
+
+def read_frames(row: dict[str, Any], fracs: tuple[float, ...], *, local_uri: str | None = None) -> ClipFrames:
+    """The frames at `fracs` of the clip (0 = first, 1 = last).
+
+    Args:
+        row: of `schema.PROMPTS`.
+        fracs: places in the clip, shares of its length.
+        local_uri: where the source's bytes lie, if not at `source_uri`.
+
+    Raises:
+        VideoError: neither the source nor the target gives a frame.
+    """
+    try:
+        return ClipFrames(_from_source(row, fracs, local_uri or row["source_uri"]), from_target=False)
+    except (VideoError, OSError, DataError) as error:
+        frames = _from_target(row["target"] or {}, fracs)
+        if frames is None:
+            raise (
+                error if isinstance(error, VideoError) else VideoError(Status.UNREACHABLE, str(error))
+            ) from error
+        return ClipFrames(frames, from_target=True)
+
+
+def first_frame(row: dict[str, Any], *, local_uri: str | None = None) -> ClipFrames:
+    """The target's first frame, from the source and so at its full size, cropped as the target is.
+
+    Raises:
+        VideoError: neither the source nor the target gives a frame.
+    """
+    target = row["target"] or {}
+    found = read_frames(row, (_first_frac(row, target),), local_uri=local_uri)
+    if found.from_target:
+        return ClipFrames(read_frames(row, (0.0,), local_uri=local_uri).frames, from_target=True)
+    if target.get("height_px") and target.get("width_px"):
+        return ClipFrames(_crop(found.frames, target["width_px"] / target["height_px"]), from_target=False)
+    return found
+
+
+def _first_frac(row: dict[str, Any], target: dict[str, Any]) -> float:
+    """Where in the clip the target begins: stored frames are the middles of equal parts of its middle."""
+    span_s = (row["end_s"] or 0.0) - (row["start_s"] or 0.0)
+    frames, fps = target.get("num_frames"), target.get("fps")
+    if target.get("kind") != TargetKind.FRAMES or not frames or not fps or span_s <= 0:
+        return 0.0
+    covered = min(frames / fps / span_s, 1.0)
+    return 0.5 - covered / 2 + 0.5 * covered / frames
+
+
+def _crop(frames: np.ndarray, aspect: float) -> np.ndarray:
+    """The largest middle part of `n h w 3` with `aspect` = width / height."""
+    height, width = frames.shape[1:3]
+    wanted = (min(height, round(width / aspect)), min(width, round(height * aspect)))
+    top, left = (height - wanted[0]) // 2, (width - wanted[1]) // 2
+    return frames[:, top : top + max(wanted[0], 1), left : left + max(wanted[1], 1)]
+
+
+def _from_source(row: dict[str, Any], fracs: tuple[float, ...], uri: str) -> np.ndarray:
+    if row["media"] == Media.IMAGE:
+        return np.stack([_picture(read_media(uri))] * len(fracs))
+    start_s, end_s = row["start_s"] or 0.0, row["end_s"] or 0.0
+    return decode_frames(open_media(uri), [start_s + frac * (end_s - start_s) for frac in fracs])
+
+
+def _picture(data: bytes) -> np.ndarray:
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        raise VideoError(Status.UNDECODABLE, f"picture: {error}") from error
+
+
+def _from_target(target: dict[str, Any], fracs: tuple[float, ...]) -> np.ndarray | None:
+    """Frames of the target that the row carries; None if it carries none."""
+    data = target.get("data")
+    if data is None:
+        return None
+    if target["kind"] == TargetKind.FRAMES:
+        frames = target_frames(target)
+        return frames[[round(frac * (len(frames) - 1)) for frac in fracs]]
+    duration_s = probe(data).duration_s
+    return decode_frames(data, [frac * duration_s for frac in fracs])
+
+
+def target_frames(target: dict[str, Any]) -> np.ndarray:
+    """The frames of a target of kind `frames`: uint8 `t h w 3`."""
+    shape = (target["num_frames"], target["height_px"], target["width_px"], 3)
+    return np.frombuffer(target["data"], np.uint8).reshape(shape)

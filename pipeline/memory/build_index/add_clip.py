@@ -1,0 +1,217 @@
+"""`vimi-data build-index --add-clip NAME`: another CLIP's vectors beside the first, in columns of their own.
+
+The stored pictures and texts are embedded; not one old byte is written again, and older versions stay as
+they were. Killed at any moment, the same command continues.
+"""
+
+import hashlib
+import io
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from pydantic import Field
+
+from infra.clip import ClipConfig
+from infra.clip.load import check_clip
+from infra.cluster import RayConfig, ray_session
+from infra.config import Config
+from infra.errors import ConfigError, DataError
+from infra.storage import Certificate, delete, join, read_bytes, write_bytes, write_certificate
+from pipeline.job import Receipt, Unit, run_units
+from pipeline.memory import Memory, model_column, open_memory, open_table, sample
+from pipeline.memory.build_index.resources import worker_resources
+from pipeline.memory.columns import add_column, fill_columns
+from pipeline.memory.config import IndexConfig
+from pipeline.memory.embed.pictures import Picture, PictureError
+from pipeline.memory.embed.streams import CPU_BATCH, Streams, ahead, batches, settle_process
+from pipeline.memory.embed.vectors import document_vector
+from pipeline.memory.embed.worker import arrow_bytes, image_vectors, start_texts
+from pipeline.memory.store import EMBEDDINGS, tag_table, vectors_arrow, version_tag
+from pipeline.memory.tune import build_vector_index
+from pipeline.schema import Status, content_id
+
+
+class AddClipConfig(Config):
+    """Which CLIP is added to which memory."""
+
+    out: str
+    """Folder of the memory."""
+    clip: ClipConfig
+    """The CLIP that is added."""
+    index: IndexConfig = IndexConfig()
+    """What the new columns' indexes must reach; `columns` names the vectors that get one."""
+    rows_per_unit: int = Field(default=512, ge=1)
+    """Documents of one unit of work. Ours."""
+    seed: int = 0
+    """Of the samples that verify the recall."""
+    ray: RayConfig = RayConfig()
+    num_workers: int | None = Field(default=None, ge=1)
+    """Embedding workers; None = one a GPU, or one for every 8 CPUs."""
+
+
+def check(config: AddClipConfig) -> str:
+    """The door, and the plan in words."""
+    memory = open_memory(config.out)
+    check_clip(config.clip)
+    return f"{memory.num_documents:,} documents of {memory.version}, embedded by {config.clip.name} too"
+
+
+def run(config: AddClipConfig) -> Certificate:
+    """Embed what is stored, add the columns, index, verify, tag, certify.
+
+    Raises:
+        ConfigError: no memory, an unknown CLIP, or the one that the memory has already.
+        DataError: a recall below the declared one.
+    """
+    started_s = time.monotonic()
+    check(config)
+    memory = open_memory(config.out)
+    out, folder = memory.uri, join(memory.uri, "add-clip", content_id(memory.version, config.clip.hash())[:12])
+    ids = memory.columns_arrow(["doc_id"])["doc_id"].to_pylist()
+    starts = range(0, len(ids), config.rows_per_unit)
+    units = [
+        Unit(content_id("add-clip", memory.version, start), {"ids": ids[start : start + config.rows_per_unit]})
+        for start in starts
+    ]
+    with ray_session(config.ray):
+        device, threads, resources = worker_resources(config.num_workers)
+        embedder = Adder(out, memory.version, config.clip, folder, device, threads)
+        receipts = run_units(folder, units, embedder, what="add-clip", total=len(units), **resources)
+    ordered = [receipt for _, receipt in receipts.in_order(units)]
+    model = _one_model(ordered, memory)
+    table = open_table(out)
+    if table is None:
+        raise DataError(f"the table of {out} is gone")
+    for name in EMBEDDINGS:
+        add_column(table, model_column(name, model["model_hash"]), model["dim"])
+    for receipt in ordered:
+        fill_columns(table, _read(folder, receipt))
+    facts, samples = _index(table, config, model["model_hash"])
+    certificate = _certificate(memory, table, config, model, facts)
+    tag = certificate.facts["memory_version"]
+    sample.save(out, tag, (sample.load(out, memory.version) or {}) | samples)
+    tag_table(table, tag)
+    certificate = certificate.model_copy(
+        update={"created_at_s": time.time(), "wall_s": time.monotonic() - started_s}
+    )
+    write_certificate(out, certificate)
+    delete(join(out, "add-clip"))
+    sample.keep_only(out, tag)
+    return certificate
+
+
+@dataclass(frozen=True)
+class Adder:
+    """Makes the worker: stored documents in, a staged file of their new vectors out."""
+
+    uri: str
+    version: str
+    clip: ClipConfig
+    folder: str
+    device: str
+    threads: int
+
+    def __call__(self) -> Callable[[dict[str, Any]], Receipt]:
+        from infra.clip import load_clip
+
+        settle_process(self.device)
+        rows = self.clip.batch_size if self.device != "cpu" else min(self.clip.batch_size, CPU_BATCH)
+        clip = load_clip(self.clip.model_copy(update={"batch_size": rows}), self.device)
+        memory, streams = open_memory(self.uri, version=self.version), Streams.make(self.device, self.threads)
+        return lambda payload: self.run(payload["ids"], memory, clip, streams)
+
+    def run(self, ids: list[str], memory: Memory, clip: Any, streams: Streams) -> Receipt:
+        rows = memory.rows(ids, ["text", "image"])
+        texts = start_texts(clip, rows["text"].to_pylist(), streams)
+        decoded = ahead(
+            streams.decoders,
+            lambda data: stored_picture(data, clip),
+            rows["image"].to_pylist(),
+            depth=2 * streams.num_decoders + clip.batch_size,
+        )
+        groups = batches(enumerate(decoded), clip.batch_size)
+        embedded = ahead(streams.models, lambda g: image_vectors(clip, g), groups, depth=streams.num_models)
+        found = [(n, vector) for group in embedded for n, _, vector in group if vector is not None]
+        kept = [n for n, _ in found]
+        image = np.stack([v for _, v in found]) if found else np.empty((0, clip.dim), np.float32)
+        text = texts()[kept]
+        vectors = {"image": image, "text": text, "document": document_vector(image, text)}
+        names = [model_column(f"{name}_embedding", clip.model_hash) for name in vectors]
+        table = pa.table(
+            {
+                "doc_id": rows["doc_id"].take(pa.array(kept, pa.int64())).combine_chunks(),
+                **dict(zip(names, map(vectors_arrow, vectors.values()), strict=True)),
+            }
+        )
+        data = arrow_bytes(table)
+        digest = hashlib.sha256(data).hexdigest()
+        write_bytes(join(self.folder, "staged", f"{digest[:32]}.arrow"), data)
+        model = {"model": clip.identity, "model_hash": clip.model_hash, "dim": clip.dim}
+        return {"file": f"{digest[:32]}.arrow", "sha256": digest, "notes": {"documents": len(kept)}} | model
+
+
+def stored_picture(data: bytes | None, clip: Any) -> Picture | PictureError:
+    """A document's own picture at the model's size."""
+    from PIL import Image
+
+    try:
+        image = Image.open(io.BytesIO(data or b"")).convert("RGB")
+        pixels = clip.preprocessing.batch([image])
+    except Exception as error:  # noqa: BLE001 - row boundary: decoders raise anything on bad bytes
+        return PictureError(Status.UNDECODABLE, f"{type(error).__name__}: {error}")
+    return Picture(pixels, b"", 0, image.width, image.height)
+
+
+def _one_model(receipts: list[Receipt], memory: Memory) -> dict[str, Any]:
+    hashes = {receipt["model_hash"] for receipt in receipts}
+    if len(hashes) != 1:
+        raise DataError(f"{memory.uri} would mix vectors of {len(hashes)} models: weights changed")
+    if hashes & {memory.model_hash, *memory.certificate.facts.get("clips", {})}:
+        raise ConfigError(f"{memory.uri} has the vectors of this CLIP already", cure="name another one")
+    return {name: receipts[0][name] for name in ("model", "model_hash", "dim")}
+
+
+def _read(folder: str, receipt: Receipt) -> pa.Table:
+    data = read_bytes(join(folder, "staged", receipt["file"]))
+    if hashlib.sha256(data).hexdigest() != receipt["sha256"]:
+        raise DataError(f"staged file {receipt['file']} differs from its receipt: delete {folder}, start again")
+    return pa.ipc.open_file(pa.py_buffer(data)).read_all()
+
+
+def _index(
+    table: Any, config: AddClipConfig, model_hash: str
+) -> tuple[dict[str, Any], dict[str, sample.Sample]]:
+    names = tuple(model_column(name, model_hash) for name in config.index.columns)
+    index = config.index.model_copy(update={"columns": names})
+    facts, samples = {}, {}
+    for name in names:
+        facts[name], _, samples[name] = build_vector_index(table, name, index, seed=config.seed)
+    return facts, samples
+
+
+def _certificate(
+    memory: Memory, table: Any, config: AddClipConfig, model: dict[str, Any], indexes: dict[str, Any]
+) -> Certificate:
+    facts = memory.certificate.facts
+    clips = facts.get("clips", {}) | {
+        model["model_hash"]: model | {"config": config.clip.model_dump(mode="json")}
+    }
+    tag = version_tag(table, "+".join([memory.model_hash, *sorted(clips)]))
+    lows = [v["recall_lower_95"] for index in indexes.values() for v in index["by_query"].values()]
+    return memory.certificate.model_copy(
+        update={
+            "facts": facts
+            | {
+                "clips": clips,
+                "indexes": facts["indexes"] | indexes,
+                "memory_version": tag,
+                "versions": list(dict.fromkeys([*facts["versions"], tag])),
+                "highlights": facts.get("highlights", {})
+                | {"version": tag, "added": config.clip.name, "recall@k at least": f"{min(lows):.3f}"},
+            }
+        }
+    )

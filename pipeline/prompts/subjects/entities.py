@@ -1,0 +1,165 @@
+"""Which words of a caption name things that could be seen and cut out: rules, no download.
+
+VIMI's figure replaces the subject's words and the background's words by pictures and leaves the article
+(`A [dog] is playing in [grass]`). Which tool finds the words is not published. Where others ask a parser
+(VideoBooth: spaCy noun chunks) or a language model (Video Alchemist), captions need less: nearly all
+their noun phrases open with a determiner and end at a function word or a verb. The rules of Video
+Alchemist (2501.06187) hold: the entity's words are a substring of the caption, no plurals, at least one
+subject.
+"""
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from pipeline.prompts.subjects import lexicon
+
+Kind = Literal["subject", "background"]
+TOKEN = re.compile(r"[A-Za-z]+(?:[-'’][A-Za-z]+)*|[0-9]+[A-Za-z]*|[^\sA-Za-z0-9]")
+MAX_WORDS = 4
+"""Words of an entity: longer runs are mostly lists of names without commas."""
+
+
+@dataclass(frozen=True)
+class Entity:
+    """A noun phrase without its determiner: `caption[start:end] == text`."""
+
+    text: str
+    head: str
+    start: int
+    end: int
+    kind: Kind
+    singular: bool
+
+
+@dataclass(frozen=True)
+class _Token:
+    text: str
+    word: str
+    start: int
+    end: int
+
+
+def find_entities(caption: str) -> list[Entity]:
+    """Noun phrases of `caption` in order, each a subject or a background; plurals are marked.
+
+    >>> [(e.text, e.kind) for e in find_entities("A white dog is playing in the tall grass.")]
+    [('white dog', 'subject'), ('tall grass', 'background')]
+    """
+    tokens = [_Token(m[0], m[0].lower(), m.start(), m.end()) for m in TOKEN.finditer(caption)]
+    found: list[Entity] = []
+    place = 0
+    while place < len(tokens):
+        opener = tokens[place].word
+        begin = _begin(tokens, place)
+        if begin is None:
+            place += 1
+            continue
+        end = _end(tokens, begin)
+        if end > begin:
+            entity = _entity(caption, tokens, begin, end, opener)
+            if entity is not None:
+                found.append(entity)
+        place = max(end, place + 1)
+    return found
+
+
+def subjects(entities: list[Entity]) -> list[Entity]:
+    """The entities that a cut-out may replace: one thing each, first named first."""
+    chosen, heads = [], set()
+    for entity in entities:
+        if entity.kind == "subject" and entity.singular and entity.head not in heads:
+            chosen.append(entity)
+            heads.add(entity.head)
+    return chosen
+
+
+def named_together(caption: str, entities: list[Entity]) -> bool:
+    """Does `and` join the first two subjects? One mask then shows both ("a woman and a child")."""
+    first_two = [entity for entity in entities if entity.kind == "subject"][:2]
+    if len(first_two) < 2:
+        return False
+    between = caption[first_two[0].end : first_two[1].start].lower().split()
+    return "and" in between and len(between) <= 2
+
+
+def background(entities: list[Entity]) -> Entity | None:
+    """The first place that the caption names, or None."""
+    return next((entity for entity in entities if entity.kind == "background"), None)
+
+
+def _begin(tokens: list[_Token], place: int) -> int | None:
+    """Index of the first word of the phrase that opens at `place`; None if none opens there."""
+    word = tokens[place].word
+    if word in lexicon.DETERMINERS:
+        return place + 1
+    starts = place == 0 or tokens[place - 1].word in {".", ",", "and", *lexicon.PLACE_PREPOSITIONS}
+    after_preposition = place > 0 and tokens[place - 1].word in lexicon.PLACE_PREPOSITIONS
+    if after_preposition and (word in lexicon.PLACES or word in lexicon.ADJECTIVES):
+        return place  # "in grass", "on snowy ground": places often go without an article
+    if starts and (word in lexicon.BARE_NOUNS or word in lexicon.ADJECTIVES):
+        return place  # "Dog running on the beach"
+    return None
+
+
+def _end(tokens: list[_Token], begin: int) -> int:
+    """Index after the phrase's last word: it stops before a function word, a verb or punctuation."""
+    end = begin
+    while end < len(tokens) and end - begin < MAX_WORDS and _belongs(tokens, begin, end):
+        end += 1
+    # "a brown and white dog": colours joined by `and` are one phrase
+    joined = end + 1 < len(tokens) and tokens[end].word == "and"
+    if joined and all(t.word in lexicon.ADJECTIVES for t in (*tokens[begin:end], tokens[end + 1])):
+        end += 1
+        while end < len(tokens) and end - begin < MAX_WORDS + 2 and _belongs(tokens, begin, end):
+            end += 1
+    return end
+
+
+def _belongs(tokens: list[_Token], begin: int, place: int) -> bool:
+    word = tokens[place].word
+    if not word[0].isalnum() or word in lexicon.STOPS or word in lexicon.PLURAL_COUNTS - {"people"}:
+        return False
+    has_noun = any(not _modifies(t.word) for t in tokens[begin:place] if t.word != "and")
+    if word.endswith(("ing", "ed")) and len(word) > 4 and has_noun:
+        return False  # "a man | riding", "a pot | placed"; but "a framed picture"
+    if has_noun and (word in lexicon.VERBS_S or word in lexicon.VERBS_BASE):
+        return False  # "the man | rides"
+    return not (has_noun and word in lexicon.ADJECTIVES and word not in lexicon.PLACES)
+
+
+def _modifies(word: str) -> bool:
+    """Is this word an adjective or participle: something that a noun must still follow?"""
+    participle = word.endswith(("ing", "ed")) and len(word) > 4
+    return (word in lexicon.ADJECTIVES and word not in lexicon.PLACES) or participle
+
+
+def _entity(caption: str, tokens: list[_Token], begin: int, end: int, opener: str) -> Entity | None:
+    """The phrase as an entity; None when its head names the shot, an action or a measure."""
+    words = [t.word for t in tokens[begin:end]]
+    head = words[-1]
+    if words[0] in {"close", "closeup", "close-up"} or head.endswith(("'s", "’s")):
+        return None
+    if head in lexicon.SHOT_NOUNS or head in lexicon.WORN or len(head) < 2 or head[0].isdigit():
+        return None
+    if head.endswith("ing") and head not in lexicon.PLACES and len(words) == 1:
+        return None  # "the singing": an action
+    if _modifies(head) and head not in lexicon.BARE_NOUNS:
+        return None  # "the red": no noun after all
+    followed_by = tokens[end].word if end < len(tokens) else ""
+    if followed_by == "of" and head in lexicon.PLACES:
+        return None  # "the floor of ...", "a body of water": the place comes after `of`
+    if followed_by == "s":
+        return None  # "a lady s face": the possessor, as transcribed captions spell it
+    kind: Kind = "background" if head in lexicon.PLACES else "subject"
+    start, stop = tokens[begin].start, tokens[end - 1].end
+    one = opener in lexicon.SINGULAR_DETERMINERS and head not in lexicon.PLURAL_COUNTS
+    singular = one or not (opener in {"some", "any"} or _plural(head))
+    return Entity(caption[start:stop], head, start, stop, kind, singular)
+
+
+def _plural(head: str) -> bool:
+    """Does the noun look plural? When in doubt yes: a plural is left in words, which is never wrong."""
+    if head in lexicon.PLURAL_COUNTS or head in {"feet", "mice", "geese", "teeth", "police"}:
+        return True
+    return head.endswith("s") and not head.endswith(("ss", "us", "is"))

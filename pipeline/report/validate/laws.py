@@ -1,0 +1,124 @@
+"""The guard's laws again, written a second time: one document at a time, straight from the memory.
+
+Nothing of `pipeline/prompts/guard/rules.py`'s arrays is used, so that a mistake there can't hide itself here.
+"""
+
+from typing import Any
+
+import numpy as np
+import yaml
+
+from infra.errors import ConfigError
+from infra.storage import Certificate, absolute, join, read_bytes, read_certificate
+from pipeline.media.phash import hamming, mirror_mask
+from pipeline.memory import Memory, open_memory
+from pipeline.memory.embed.worker import row_doc_id
+from pipeline.prompts.guard.exclusion import Exclusion, read_exclusion, source_name
+from pipeline.prompts.guard.rules import RA_CM3, GuardConfig
+from pipeline.report.validate.files import read_rows
+from pipeline.report.validate.findings import Report, ValidateConfig
+from pipeline.schema import clip_id
+
+Row = dict[str, Any]
+FACTS = [
+    "doc_id",
+    "text",
+    "source_uri",
+    "source_sha256",
+    "start_s",
+    "end_s",
+    "split",
+    "phash",
+    "image_embedding",
+]
+
+
+def check_guard(
+    uri: str, names: list[str], config: ValidateConfig, certificate: Certificate, report: Report
+) -> None:
+    """Check every retrieved document of every prompt in the shards `names`."""
+    made_with = yaml.safe_load(read_bytes(join(uri, "config.yaml")))
+    facts = certificate.facts
+    if "memory" not in made_with and made_with.get("prompts"):  # instruct: the laws are augment's
+        prompts = absolute(made_with["prompts"])
+        made_with = yaml.safe_load(read_bytes(join(prompts, "config.yaml")))
+        facts = (read_certificate(prompts) or certificate).facts
+    place = config.memory or made_with.get("memory")
+    if place is None:
+        return
+    try:
+        memory = open_memory(absolute(place), version=facts.get("memory_version"))
+    except ConfigError as error:
+        report.add("guard", f"can't be checked: {error}; give memory if it was moved")
+        return
+    guard = GuardConfig.model_validate(made_with.get("guard") or {})
+    if guard.max_similarity is None:
+        guard = guard.model_copy(update={"max_similarity": facts.get("max_similarity")})
+    listed = Exclusion()
+    if guard.exclude is not None:
+        listed = read_exclusion(guard.exclude, source_pattern=guard.source_pattern)
+    for name in names:
+        rows = list(read_rows(uri, name))
+        facts = _facts(rows, memory)
+        for row in rows:
+            where = f"{name} {row['prompt_id']}"
+            own = facts.get(row_doc_id(row))
+            if (reason := _excluded(row["clip_id"], row, own, guard, listed)) is not None:
+                report.add("guard", f"{where}: the clip itself: {reason}")
+            shown = (s["document"]["doc_id"] for s in row["segments"] if s["document"])
+            for doc_id in dict.fromkeys(shown):
+                report.checked["documents against the guard"] += 1
+                for problem in problems(row, own, facts.get(doc_id), guard, listed):
+                    report.add("guard", f"{where}: document {doc_id}: {problem}")
+
+
+def _facts(rows: list[Row], memory: Memory) -> dict[str, Row]:
+    """What the memory says of the shown documents, and of the prompts' own."""
+    shown = [s["document"]["doc_id"] for row in rows for s in row["segments"] if s["document"]]
+    wanted = list(dict.fromkeys([*shown, *(row_doc_id(row) for row in rows)]))
+    return {row["doc_id"]: row for row in memory.rows(wanted, FACTS).to_pylist()}
+
+
+def problems(
+    row: Row, own: Row | None, document: Row | None, guard: GuardConfig, listed: Exclusion
+) -> list[str]:
+    """Which laws this document breaks beside this clip."""
+    if document is None:
+        return ["not in the memory"]
+    found = []
+    if row["source_sha256"] and row["source_sha256"] == document["source_sha256"]:
+        found.append("from the same file")
+    names = [source_name(r["source_uri"] or "", guard.source_pattern) for r in (row, document)]
+    if names[0] and names[0] == names[1]:
+        found.append("from the same source video")
+    source = document["source_sha256"] or document["source_uri"]
+    clip = clip_id(source, document["start_s"] or 0.0, document["end_s"] or 0.0, document["text"])
+    ids = clip if document["doc_id"] not in listed.ids else document["doc_id"]
+    if (reason := _excluded(ids, document, document, guard, listed)) is not None:
+        found.append(reason)
+    if own is not None:
+        if _copies(own["phash"], document["phash"], guard):
+            found.append("a copy by perceptual hash")
+        pair = [np.asarray(r["image_embedding"], np.float32).astype(float) for r in (own, document)]
+        bound = RA_CM3 if guard.max_similarity is None else guard.max_similarity
+        if bound < 1 and float(pair[0] @ pair[1]) > bound + 1e-6:
+            found.append(f"similarity {float(pair[0] @ pair[1]):.4f}")
+    return found
+
+
+def _copies(one: int | None, other: int | None, guard: GuardConfig) -> bool:
+    if not one or not other or guard.max_hash_bits < 0:
+        return False
+    mirrored = guard.mirrored and hamming(one ^ mirror_mask(), other) <= guard.max_hash_bits
+    return mirrored or hamming(one, other) <= guard.max_hash_bits
+
+
+def _excluded(row_id: str, row: Row, pictured: Row | None, guard: GuardConfig, listed: Exclusion) -> str | None:
+    """Why a clip or document belongs to an evaluation set; None = it doesn't."""
+    if (row["split"] or "").lower() in guard.exclude_splits:
+        return f"of the split {row['split']}"
+    phash = (pictured or {}).get("phash") or 0
+    near = phash and any(hamming(phash, p) <= guard.max_hash_bits for p in listed.phashes)
+    source = source_name(row["source_uri"] or "", guard.source_pattern)
+    is_listed = row_id in listed.ids or row["source_sha256"] in listed.hashes
+    return "in the exclusion file" if is_listed or source in listed.sources or near else None

@@ -1,0 +1,241 @@
+"""Readers of corpora: what each kind lists, and that a hostile or broken list costs rows, not runs."""
+
+import hashlib
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from infra.errors import ConfigError
+from infra.storage import write_bytes
+from pipeline.clips.parent import InspectConfig, inspect_parent
+from pipeline.clips.sources import Item, SourceConfig, open_source, read_items, source_from_path
+from pipeline.clips.sources.base import clean_caption, parse_time
+from pipeline.clips.sources.sidecars import read_sidecar
+from pipeline.media.store import read_media
+
+
+def read(source: SourceConfig | Path | str) -> list[Item]:
+    config = source if isinstance(source, SourceConfig) else source_from_path(str(source))
+    return list(read_items(config, open_source(config)))
+
+
+def test_folder_takes_captions_from_any_sidecar(tmp_path):
+    for name in ("a.mp4", "b.mp4", "c.webm", "d.jpg", "e.mp4", "sub/f.mp4", ".hidden/g.mp4", "notes.md"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    (tmp_path / "a.txt").write_text("  two\n lines ")
+    (tmp_path / "b.json").write_text(json.dumps({"clips": [{"start_s": 1, "end_s": 2, "caption": "one"}]}))
+    (tmp_path / "c.vtt").write_text("WEBVTT\n\n1\n00:01.500 --> 00:02.500 align:start\n<i>hello</i>\nthere\n")
+    (tmp_path / "d.jpg.txt").write_text("a picture")
+    (tmp_path / "sub/f.srt").write_text("1\r\n00:00:01,000 --> 00:00:02,000\r\nhi\r\n\r\n")
+    found = {item.uri.removeprefix(f"{tmp_path}/"): item for item in read(tmp_path)}
+    cuts = {name: [(c.caption, c.start_s, c.end_s) for c in item.cuts] for name, item in found.items()}
+    assert cuts == {
+        "a.mp4": [("two lines", None, None)],
+        "b.mp4": [("one", 1.0, 2.0)],
+        "c.webm": [("hello there", 1.5, 2.5)],
+        "d.jpg": [("a picture", None, None)],
+        "e.mp4": [(None, None, None)],
+        "sub/f.mp4": [("hi", 1.0, 2.0)],
+    }
+    assert found["d.jpg"].media == "image"
+
+
+@given(st.binary(max_size=80), st.sampled_from(["a.txt", "a.json", "a.vtt", "a.srt"]))
+def test_no_sidecar_can_crash_a_reader(data, name):
+    cuts = read_sidecar(name, data)
+    assert cuts
+    assert all(cut.caption or cut.status or cut.caption is None for cut in cuts)
+
+
+def test_panda70m_lists_of_ranges_are_clips_of_one_parent(tmp_path):
+    text = (
+        "videoID,url,timestamp,caption\n"
+        "x,https://example.org/x.mp4,\"[['0:00:01.500', '0:00:04.000'], ['0:01:00.0', '1:00:00']]\","
+        '"[\'A dog.\', \'A ""cat"".\']"\n'
+        "y,https://example.org/y.mp4,\"[['0:00:01', '0:00:04']]\",\"['one', 'too many']\"\n"
+    )
+    (tmp_path / "panda.csv").write_text(text)
+    first, second = read(tmp_path / "panda.csv")
+    assert [(c.caption, c.start_s, c.end_s) for c in first.cuts] == [
+        ("A dog.", 1.5, 4.0),
+        ('A "cat".', 60.0, 3600.0),
+    ]
+    assert [(c.status, c.error) for c in second.cuts] == [("bad_row", "1 ranges but 2 captions")]
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+def test_tables_of_all_kinds_read_alike(tmp_path, kind):
+    rows = [
+        {"film": "a.mp4", "words": "one", "from": 0.0, "to": 1.5, "split": "train"},
+        {"film": "a.mp4", "words": "two", "from": 1.5, "to": 3.0, "split": "train"},
+        {"film": "sub/b.mp4", "words": None, "from": None, "to": None, "split": "val"},
+    ]
+    path = tmp_path / f"t.{kind}"
+    if kind == "parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    elif kind == "jsonl":
+        path.write_text("\n".join(json.dumps(row) for row in rows))
+    else:
+        lines = [",".join("" if v is None else str(v) for v in row.values()) for row in rows]
+        path.write_text("\n".join([",".join(rows[0]), *lines]))
+    columns = {"uri": "film", "caption": "words", "start_s": "from", "end_s": "to"}
+    a, b = read(SourceConfig(kind="manifest", path=str(path), columns=columns, licence="CC0", name="films"))
+    assert (a.uri, a.split, a.licence, a.source_name) == (f"{tmp_path}/a.mp4", "train", "CC0", "films")
+    assert [(c.caption, c.start_s, c.end_s) for c in a.cuts] == [("one", 0.0, 1.5), ("two", 1.5, 3.0)]
+    assert [(c.caption, c.start_s) for c in b.cuts] == [(None, None)]
+
+
+def test_bad_lines_are_rows_and_good_lines_survive(tmp_path):
+    lines = [
+        b'{"video": "a.mp4", "caption": "good"}',
+        b"{ not json",
+        b"[1, 2]",
+        b'{"caption": "no video"}',
+        b'{"video": 7, "caption": "a number"}',
+        b'{"video": "b.mp4", "caption": 7}',
+        b'{"video": "c.mp4", "caption": "caf\xe9"}',
+        b'{"video": "d.mp4", "caption": "x", "start": "soon"}',
+        b'{"video": "e.mp4", "caption": "x", "start": NaN, "end": 2}',
+        b'{"video": "f.mp4", "caption": "last"}',
+    ]
+    (tmp_path / "t.jsonl").write_bytes(b"\n".join(lines))
+    fates = [item.status or item.cuts[0].status or "ok" for item in read(tmp_path / "t.jsonl")]
+    assert fates == [
+        *("ok", "bad_row", "bad_row", "bad_row", "bad_row", "bad_caption", "bad_caption"),
+        *("bad_range", "bad_range", "ok"),
+    ]
+
+
+def test_a_caption_in_brackets_is_a_caption(tmp_path):
+    (tmp_path / "list.jsonl").write_text(json.dumps({"video": "a.mp4", "caption": "[Music] A man sings."}))
+    (item,) = read(tmp_path / "list.jsonl")
+    assert [(cut.caption, cut.status) for cut in item.cuts] == [("[Music] A man sings.", None)]
+
+
+@pytest.mark.parametrize("name", ["../secret.mp4", "/etc/passwd", "a/../../b.mp4", "file:///etc/passwd", "~/x"])
+def test_a_manifest_cannot_climb_out_of_its_folder(tmp_path, name):
+    (tmp_path / "t.jsonl").write_text(json.dumps({"video": name, "caption": "x"}))
+    (item,) = read(tmp_path / "t.jsonl")
+    assert item.status == "refused"
+    (item,) = read(SourceConfig(kind="manifest", path=str(tmp_path / "t.jsonl"), allow_outside_root=True))
+    assert item.status is None
+
+
+def test_an_absolute_path_inside_the_folder_is_fine(tmp_path):
+    (tmp_path / "t.jsonl").write_text(json.dumps({"video": f"{tmp_path}/a.mp4", "caption": "x"}))
+    (item,) = read(tmp_path / "t.jsonl")
+    assert (item.uri, item.status) == (f"{tmp_path}/a.mp4", None)
+
+
+def test_a_table_without_a_media_column_is_refused_with_its_columns(tmp_path):
+    (tmp_path / "t.csv").write_text("name,words\nx,y\n")
+    with pytest.raises(ConfigError, match=r"legal: its columns: name, words; cure: map it"):
+        read(tmp_path / "t.csv")
+    with pytest.raises(ConfigError, match="film"):
+        read(SourceConfig(kind="manifest", path=str(tmp_path / "t.csv"), columns={"uri": "film"}))
+
+
+def test_a_folder_with_a_listing_is_read_through_it(tmp_path):
+    (tmp_path / "captions.jsonl").write_text(json.dumps({"clip": "clips/a.mp4", "caption": "x"}))
+    config = source_from_path(str(tmp_path))
+    assert (config.kind, config.name) == ("manifest", tmp_path.name)
+
+
+@given(st.floats(0, 1e6), st.integers(0, 99), st.integers(0, 59), st.floats(0, 59.99))
+def test_times_parse_as_numbers_and_as_clocks(number, hours, minutes, seconds):
+    assert parse_time(number) == number == parse_time(repr(number))
+    clock = f"{hours}:{minutes:02}:{seconds:06.3f}"
+    assert parse_time(clock) == pytest.approx(hours * 3600 + minutes * 60 + seconds, abs=1e-3)
+    assert parse_time(clock.replace(".", ",")) == parse_time(clock)
+
+
+@pytest.mark.parametrize("value", ["nan", float("nan"), "inf", "-", "1:2:3:4", [1], object()])
+def test_what_is_no_time_is_an_error(value):
+    with pytest.raises(ValueError, match="time"):
+        parse_time(value)
+
+
+@given(st.text())
+def test_captions_are_clean_text_or_say_why_not(text):
+    caption, error = clean_caption(text)
+    assert caption is None or caption == " ".join(caption.split())
+    assert (caption is None) or error is None
+
+
+def write_tar(path: Path, members: dict[str, bytes]) -> Path:
+    with tarfile.open(path, "w") as archive:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    return path
+
+
+def test_webdataset_samples_are_ranges_of_their_archive(tmp_path):
+    members = {
+        "000.jpg": b"\xff\xd8\xff picture",
+        "000.txt": b"a picture",
+        "000.json": b'{"caption": "not this one", "width": 3}',
+        "001.mp4": b"film",
+        "001.json": b'{"clips": [{"start_s": 1, "end_s": 2, "caption": "one"}]}',
+        "../../etc/002.png": b"png",
+        "003.txt": b"no media",
+    }
+    path = write_tar(tmp_path / "000.tar", members)
+    items = read(path)
+    assert [read_media(item.uri) for item in items] == [b"\xff\xd8\xff picture", b"film", b"png"]
+    assert [item.cuts[0].caption for item in items] == ["a picture", "one", None]
+    assert items[1].cuts[0].start_s == 1
+    write_tar(tmp_path / "001.tar", {"a.jpg": b"x"})
+    assert len(read(tmp_path)) == len(read(f"{tmp_path}/{{000..001}}.tar")) == 4
+
+
+def test_a_broken_archive_is_a_row(tmp_path):
+    whole = write_tar(tmp_path / "a.tar", {f"{n}.jpg": b"x" * 2000 for n in range(5)}).read_bytes()
+    (tmp_path / "a.tar").write_bytes(whole[:5000])
+    (tmp_path / "b.tar").write_bytes(b"not a tar at all" * 90)
+    fates = [item.status for item in read(tmp_path)]
+    assert fates[-1] == "bad_row"
+    assert fates.count(None) >= 1
+
+
+def test_url_lists_take_captions_after_a_tab(tmp_path):
+    lines = [
+        "# films",
+        "http://a.org/x.mp4\ta film",
+        "",
+        "https://a.org/y",
+        "not an address",
+        "ftp://a.org/z.jpg",
+    ]
+    (tmp_path / "list.txt").write_text("\n".join(lines))
+    items = read(tmp_path / "list.txt")
+    assert [(i.media, i.cuts[0].caption, i.status) for i in items] == [
+        ("video", "a film", None),
+        ("auto", None, None),
+        ("auto", None, "bad_row"),
+        ("auto", None, "bad_row"),
+    ]
+
+
+def test_corpora_on_an_object_store_read_like_those_on_disk(s3_server, tmp_path, write_video, write_picture):
+    film = write_video(tmp_path / "a.mp4").read_bytes()
+    picture = write_picture(tmp_path / "b.jpg").read_bytes()
+    write_tar(tmp_path / "t.tar", {"000.jpg": picture, "000.txt": b"a picture"})
+    files = {"in/a.mp4": film, "in/a.txt": b"a film", "t.tar": (tmp_path / "t.tar").read_bytes()}
+    for name, data in files.items():
+        write_bytes(f"s3://corpus/{name}", data)
+    items = [*read("s3://corpus/in"), *read("s3://corpus/t.tar")]
+    assert [item.uri.partition("#")[0] for item in items] == ["s3://corpus/in/a.mp4", "s3://corpus/t.tar"]
+    settings = InspectConfig().model_dump_json()
+    rows = [row for i in items for row in inspect_parent(i.to_json(), {"local_uri": i.uri}, settings)]
+    assert [(row["status"], row["caption"]) for row in rows] == [("ok", "a film"), ("ok", "a picture")]
+    assert rows[0]["source_sha256"] == hashlib.sha256(film).hexdigest()

@@ -1,0 +1,75 @@
+"""What the web may ask of us and show us: addresses, robots.txt, opt-out headers, pages."""
+
+import ipaddress
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.clips.fetch.guarded import is_public
+from pipeline.clips.fetch.robots import opted_out, parse_robots
+from pipeline.clips.sources.page import parse_page
+
+
+@given(st.ip_addresses())
+def test_only_global_unicast_is_public(address):
+    if is_public(address):
+        assert address.is_global
+        assert not (address.is_private or address.is_loopback or address.is_link_local or address.is_multicast)
+
+
+@given(st.ip_addresses(v=4))
+def test_wrapping_an_address_in_ipv6_changes_nothing(address):
+    for prefix in ("::ffff:0:0", "64:ff9b::"):
+        wrapped = ipaddress.IPv6Address(int(ipaddress.IPv6Address(prefix)) + int(address))
+        assert is_public(wrapped) == is_public(address)
+
+
+def test_robots_rules_follow_rfc_9309():
+    lines = ["User-agent: a", "User-agent: vimi-crawler", "Disallow: /x", "Allow: /x/y", "Disallow: /*.gif$"]
+    text = "\n".join([*lines, "Crawl-delay: 2", "", "User-agent: *", "Disallow: /"])
+    ours = parse_robots(text, "vimi-crawler/0.1")
+    assert [ours.allows(p) for p in ("/", "/x", "/x/y/z", "/a.gif", "/a.gif?b")] == [
+        True,
+        False,
+        True,
+        False,
+        True,
+    ]
+    assert ours.crawl_delay_s == 2
+    assert not parse_robots(text, "other").allows("/")
+    assert parse_robots("", "other").allows("/")
+
+
+@given(st.text(), st.text())
+def test_no_robots_file_can_crash_the_crawler(text, path):
+    assert parse_robots(text, "x").allows(path) in (True, False)
+
+
+def test_opt_out_headers_name_everyone_or_us():
+    assert opted_out(["noindex, NoAI"], "vimi-crawler/0.1") == "noai"
+    assert opted_out(["vimi-crawler: noimageai"], "vimi-crawler/0.1") == "noimageai"
+    assert opted_out(["otherbot: noai"], "vimi-crawler/0.1") is None
+    assert opted_out(["noindex"], "vimi-crawler/0.1") is None
+
+
+def test_pages_give_their_media_with_the_words_beside_them():
+    html = b"""<html><head><title>Title</title><meta property="og:video" content="/og.mp4">
+    <meta property="og:title" content="The film"></head><body>
+    <video title="a clip"><source src="v.webm"><source src="v.mp4"></video>
+    <figure><img src="/f.jpg" alt="alt"><figcaption>The <b>figure</b>'s words</figcaption></figure>
+    <img src="http://other.org/i.png" alt=" an  icon "><img src="data:image/png;base64,x">
+    <a href="sub/page.html#part">link</a></body></html>"""
+    page = parse_page("http://site.org/a/index.html", html)
+    assert [(item.uri, item.media, item.cuts[0].caption) for item in page.items] == [
+        ("http://site.org/a/v.webm", "video", "a clip"),
+        ("http://site.org/a/v.mp4", "video", "a clip"),
+        ("http://site.org/f.jpg", "image", "The figure's words"),
+        ("http://other.org/i.png", "image", "an icon"),
+        ("http://site.org/og.mp4", "video", "The film"),
+    ]
+    assert page.links == ["http://site.org/a/sub/page.html"]
+
+
+@given(st.binary(max_size=300))
+def test_no_page_can_crash_the_crawler(body):
+    parse_page("http://site.org/", b"<figure><video src=a>" + body)

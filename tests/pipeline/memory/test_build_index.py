@@ -1,0 +1,272 @@
+"""build-index, from the door to the certificate: nothing lost, nothing twice, however often it is stopped."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from infra.clip import ClipConfig
+from infra.errors import ConfigError, DataError, TooManyFailuresError
+from infra.storage import exists, filesystem, read_certificate
+from pipeline.memory import open_memory
+from pipeline.memory.build_index import BuildIndexConfig, add_clip, check, run
+from pipeline.memory.build_index.add_clip import AddClipConfig
+from pipeline.memory.dedup import DedupConfig
+from pipeline.memory.retrieve.config import RetrieveConfig
+from pipeline.memory.search import SearchConfig
+from pipeline.memory.search import run as search
+from pipeline.schema import Status
+from tests.pipeline.clip_tables import clip_row, picture, write_clips
+
+OFFLINE = ClipConfig(name="offline")
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def corpus(folder: Path, numbers: range, *, bad: int = 0) -> str:
+    rows = [clip_row(picture(folder / f"{n}.png", n), f"a wave number {n}") for n in numbers]
+    for n in range(bad):
+        (folder / f"torn-{n}.png").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes([n]))
+        rows.insert(3 * n, clip_row(folder / f"torn-{n}.png", f"torn {n}"))
+    return write_clips(folder / "clips", rows, part_rows=10)
+
+
+def config(out: Path, *clips: str, **values) -> BuildIndexConfig:
+    values = {"clip": OFFLINE, "rows_per_unit": 5, "max_failed_frac": 0.3, **values}
+    return BuildIndexConfig(clips=clips, out=str(out), **values)
+
+
+def tiny_clip(folder: Path) -> ClipConfig:
+    """A real open_clip model, random and small, as a local config and checkpoint."""
+    import open_clip
+    import torch
+
+    folder.mkdir()
+    vision = {"image_size": 32, "layers": 1, "width": 64, "head_width": 32, "patch_size": 16}
+    text = {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
+    torch.manual_seed(0)
+    model = open_clip.CLIP(embed_dim=24, vision_cfg=vision, text_cfg=text)  # pyright: ignore[reportArgumentType]
+    torch.save(model.state_dict(), folder / "tiny.pt")
+    settings = {"embed_dim": 24, "vision_cfg": vision, "text_cfg": text}
+    (folder / "tiny.json").write_text(json.dumps(settings))
+    return ClipConfig(name=str(folder / "tiny.json"), pretrained=str(folder / "tiny.pt"))
+
+
+@pytest.mark.ray
+def test_a_memory_is_built_once_and_grows(ray_cluster: None, tmp_path: Path) -> None:
+    first = corpus(tmp_path / "one", range(14), bad=2)
+    out = tmp_path / "memory"
+    certificate = run(config(out, first))
+    assert (certificate.num_in, certificate.num_out, certificate.dead) == (16, 14, {"undecodable": 2})
+    assert certificate.facts["indexes"]["document_embedding"]["by_query"]
+    rejected = pq.read_table(next(out.glob("rejected-*.parquet")))
+    assert rejected["status"].to_pylist() == ["undecodable"] * 2
+    assert not (out / "build").exists()
+
+    memory = open_memory(str(out))
+    assert memory.num_documents == 14 and memory.model_hash == certificate.facts["model_hash"]
+    kinds = {index.index_type for index in memory.table.list_indices()}
+    assert {"FTS", "IvfFlat"} <= kinds
+    assert memory.table.search("wave number 7", query_type="fts").limit(1).to_list()[0]["text"].endswith(" 7")
+
+    started_s = time.monotonic()
+    assert run(config(out, first)) == certificate
+    assert time.monotonic() - started_s < 5
+
+    second = corpus(tmp_path / "two", range(10, 20))
+    with pytest.raises(ConfigError, match="grow=true"):
+        check(config(out, first, second))
+    grown = run(config(out, first, second, grow=True))
+    assert (grown.num_in, grown.num_out) == (26, 20)
+    assert grown.filtered == {"filtered_duplicate": 4}  # the same bytes and words, found in another folder
+    assert grown.facts["versions"] == [certificate.facts["memory_version"], grown.facts["memory_version"]]
+    assert open_memory(str(out), version=certificate.facts["memory_version"]).num_documents == 14
+    assert open_memory(str(out)).num_documents == 20
+
+    with pytest.raises(ConfigError, match=r"another build-index run.*key_frames|embed.key_frames"):
+        check(config(out, first, embed={"key_frames": 9}))
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_second_clip_is_added_searched_and_outlives_growth(
+    ray_cluster: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, first = tmp_path / "memory", corpus(tmp_path / "one", range(12))
+    before = run(config(out, first))
+    stamps = {f: f.stat().st_mtime_ns for f in (out / "lance").rglob("data/*.lance")}
+    another = AddClipConfig(out=str(out), clip=tiny_clip(tmp_path / "tiny"), rows_per_unit=5)
+    certificate = add_clip.run(another)
+    assert all(f.stat().st_mtime_ns == stamp for f, stamp in stamps.items())
+    assert certificate.num_out == 12 and len(certificate.facts["indexes"]) == 6
+    assert certificate.facts["versions"] == [
+        before.facts["memory_version"],
+        certificate.facts["memory_version"],
+    ]
+    old = open_memory(str(out), version=before.facts["memory_version"])
+    assert not any("_embedding_" in name for name in old.table.schema.names)
+    with pytest.raises(ConfigError, match="has the vectors of this CLIP already"):
+        add_clip.run(another)
+
+    question = SearchConfig(
+        memory=str(out), text="a wave number 7", retrieve=RetrieveConfig(retriever="clip", against="text", k=3)
+    )
+    name = str(another.clip.name)
+    assert search(question.model_copy(update={"clip": name}))[0]["text"] == "a wave number 7"
+    assert search(question)[0]["text"] == "a wave number 7"
+    with pytest.raises(ConfigError, match=r"no CLIP 'ViT-Q'.*legal: offline"):
+        search(question.model_copy(update={"clip": "ViT-Q"}))
+
+    grown = run(config(out, first, corpus(tmp_path / "two", range(12, 14)), grow=True))
+    assert grown.num_out == 14 and set(grown.facts["clips"]) == set(certificate.facts["clips"])
+    assert len(search(question.model_copy(update={"clip": name}))) == 3
+    capsys.readouterr()
+
+
+@pytest.mark.ray
+def test_duplicates_are_dropped_when_asked_and_counted(ray_cluster: None, tmp_path: Path) -> None:
+    rows = [clip_row(picture(tmp_path / f"{n}.png", n), f"wave {n}") for n in range(6)]
+    again = picture(tmp_path / "again.bmp", 2)  # the same picture in another file format
+    rows.append(clip_row(again, "a wave, once more"))
+    clips = write_clips(tmp_path / "clips", rows)
+    dedup = DedupConfig(mode="drop", min_cosine=0.999, max_phash_bits=2)
+    certificate = run(config(tmp_path / "memory", clips, dedup=dedup))
+    assert certificate.num_out == 6
+    assert certificate.filtered == {Status.FILTERED_NEAR_DUPLICATE.value: 1}
+    listed = pq.read_table(tmp_path / "memory" / "duplicates.parquet").to_pylist()
+    assert len(listed) == 1 and listed[0]["reason"] == Status.FILTERED_NEAR_DUPLICATE
+
+
+@pytest.mark.ray
+def test_too_many_failures_and_no_document_at_all_are_errors(ray_cluster: None, tmp_path: Path) -> None:
+    clips = corpus(tmp_path / "bad", range(4), bad=3)
+    with pytest.raises(TooManyFailuresError, match="3 of 7 good clips"):
+        run(config(tmp_path / "memory", clips))
+    empty = write_clips(tmp_path / "none", [clip_row(tmp_path / "x.png", None)])
+    with pytest.raises(DataError, match="no clip became a document"):
+        run(config(tmp_path / "empty", empty))
+    assert read_certificate(tmp_path / "empty") is None
+
+
+def test_bad_inputs_are_refused_before_anything_starts(tmp_path: Path) -> None:
+    out = tmp_path / "memory"
+    with pytest.raises(ConfigError, match="no clips"):
+        check(config(out))
+    with pytest.raises(ConfigError, match="no certified crawl output"):
+        check(config(out, str(tmp_path / "nowhere")))
+    clips = write_clips(tmp_path / "clips", [clip_row(picture(tmp_path / "1.png", 1), "a wave")])
+    with pytest.raises(ConfigError, match="no CLIP named 'ViT-Q'"):
+        check(config(out, clips, clip=ClipConfig(name="ViT-Q")))
+    assert "up to 1 documents" in check(config(out, clips))
+    table = pq.read_table(tmp_path / "clips" / "part-00000.parquet").drop_columns(["caption"])
+    pq.write_table(table, tmp_path / "clips" / "part-00000.parquet")
+    with pytest.raises(ConfigError, match=r"missing columns .*caption"):
+        check(config(out, clips))
+    foreign = tmp_path / "foreign"
+    (foreign / "lance").mkdir(parents=True)
+    with pytest.raises(ConfigError, match="this job didn't make"):
+        check(config(foreign, write_clips(tmp_path / "again", [])))
+
+
+def build_in_process(
+    clips: str, out: Path | str, *, more: str | None = None, limit_bytes: int | None = None
+) -> subprocess.Popen:
+    """The job in a process of its own, with a Ray session of its own."""
+    code = (
+        "from pipeline.memory.build_index import BuildIndexConfig, run\n"
+        "import json, sys\n"
+        "run(BuildIndexConfig.model_validate(json.loads(sys.argv[1])))\n"
+    )
+    tables = [clips, more] if more else [clips]
+    values = {
+        "clips": tables,
+        "grow": more is not None,
+        "out": str(out),
+        "clip": {"name": "offline"},
+        "rows_per_unit": 3,
+    }
+    values |= {"ray": {"num_cpus": 2}, "max_failed_frac": 0.5}
+
+    def limit() -> None:
+        if limit_bytes is not None:
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # the write fails, as on a full disk
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, limit_bytes))
+
+    command = [sys.executable, "-W", "ignore", "-c", code, json.dumps(values)]
+    return subprocess.Popen(
+        command, cwd=ROOT, preexec_fn=limit, stderr=subprocess.PIPE, start_new_session=True, text=True
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_a_killed_build_ends_in_the_same_memory(tmp_path: Path) -> None:
+    clips = corpus(tmp_path / "corpus", range(40), bad=2)
+    whole = build_in_process(clips, tmp_path / "whole")
+    assert whole.wait(240) == 0
+    out = tmp_path / "killed"
+    for wait_s in (7.0, 11.0, 14.0):
+        process = build_in_process(clips, out)
+        time.sleep(wait_s)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    assert build_in_process(clips, out).wait(240) == 0
+    expected, found = read_certificate(tmp_path / "whole"), read_certificate(out)
+    assert expected is not None and found is not None
+    assert found.content_hash() == expected.content_hash()
+    columns = ["doc_id", "text", "image", "phash", "source_uri"]
+    one, other = open_memory(str(tmp_path / "whole")), open_memory(str(out))
+    assert one.columns_arrow(columns).equals(other.columns_arrow(columns))
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_a_full_disk_leaves_the_last_version_readable(tmp_path: Path) -> None:
+    clips = corpus(tmp_path / "corpus", range(6))
+    out = tmp_path / "memory"
+    assert build_in_process(clips, out).wait(240) == 0
+    before = read_certificate(out)
+    assert before is not None
+    code = (
+        "import resource, signal, sys\n"
+        "from pipeline.memory.store import open_table, upsert\n"
+        "from tests.pipeline.memory.memory_tables import documents\n"
+        "table, rows = open_table(sys.argv[1]), documents(3000, dim=384, start=100)\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
+        "upsert(table, rows)\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code, str(out)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert result.returncode == 1 and "the table stays at its last version" in result.stderr
+    assert open_memory(str(out)).num_documents == before.num_out == 6
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_a_memory_in_an_object_store_is_built_grows_and_is_searched(
+    s3_server: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In a process of its own: the workers' environment must name the store before Ray starts."""
+    first, second = corpus(tmp_path / "one", range(9)), corpus(tmp_path / "two", range(6, 12))
+    filesystem("s3://memories/x")[0].create_dir("memories")
+    out = "s3://memories/waves"
+    assert build_in_process(first, out).wait(240) == 0
+    before = read_certificate(out)
+    assert before is not None and before.num_out == 9
+    assert build_in_process(first, out, more=second).wait(240) == 0
+    grown = read_certificate(out)
+    assert grown is not None and (grown.num_out, grown.filtered) == (12, {"filtered_duplicate": 3})
+    assert open_memory(out, version=before.facts["memory_version"]).num_documents == 9
+    retrieve, found = RetrieveConfig(retriever="bm25", k=3), "s3://memories/found"
+    question = SearchConfig(memory=out, text="a wave number 7", out=found, retrieve=retrieve)
+    assert search(question)[0]["text"] == "a wave number 7"
+    assert exists(f"{found}/search.html")
+    capsys.readouterr()

@@ -1,0 +1,272 @@
+"""Retrieval: fast and batched, and still exactly what the slow definition says."""
+
+import math
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.memory.retrieve import join
+from pipeline.memory.retrieve.bm25 import K1, B, Bm25, Hits
+from pipeline.memory.retrieve.config import RetrieveConfig
+from pipeline.memory.retrieve.dense import Dense
+from pipeline.memory.retrieve.fuse import cosines, reciprocal_rank, spread
+from pipeline.memory.retrieve.partitions import Partitions
+from pipeline.memory.retrieve.words import drop_words, words
+
+WORDS = st.sampled_from(
+    ["a", "b", "c", "d", "e", "the", "man", "dog", "rides", "running", "x1", "été", "猫が好き"]
+)
+TEXTS = st.lists(WORDS, max_size=12).map(" ".join)
+
+
+def slow_bm25(texts: list[str], query: str) -> dict[int, float]:
+    """The definition, word by word: document -> score, for documents that share a word."""
+    bags = [Counter(words(text)) for text in texts]
+    mean = sum(sum(bag.values()) for bag in bags) / len(bags)
+    scores: dict[int, float] = {}
+    for word in words(query):
+        df = sum(word in bag for bag in bags)
+        idf = math.log(1 + (len(bags) - df + 0.5) / (df + 0.5))
+        for doc, bag in enumerate(bags):
+            if word in bag:
+                norm = K1 * (1 - B + B * sum(bag.values()) / mean)
+                gain = idf * bag[word] * (K1 + 1) / (bag[word] + norm)
+                scores[doc] = scores.get(doc, 0.0) + gain
+    return scores
+
+
+def same_up_to_ties(hits: Hits, scores: dict[int, float], depth: int) -> None:
+    best = sorted(scores.values(), reverse=True)[:depth]
+    assert len(hits) == len(best)
+    np.testing.assert_allclose(hits.scores, best, rtol=1e-5)
+    np.testing.assert_allclose(hits.scores, [scores[doc] for doc in hits.docs], rtol=1e-5)
+    assert len(set(hits.docs.tolist())) == len(hits)
+
+
+@settings(max_examples=150, deadline=None)
+@given(texts=st.lists(TEXTS, min_size=1, max_size=40), query=TEXTS, depth=st.integers(1, 12))
+def test_bm25_ranks_as_the_definition_does(texts: list[str], query: str, depth: int) -> None:
+    hits = Bm25.build(texts).search([query], depth)[0]
+    same_up_to_ties(hits, slow_bm25(texts, query), depth)
+
+
+def test_pruning_changes_nothing_on_a_large_index() -> None:
+    """Zipf-distributed words: the common ones are kept as full columns and mostly never walked."""
+    random = np.random.default_rng(0)
+    vocabulary = [f"w{i}" for i in range(3000)]
+    weights = 1 / np.arange(1, 3001)
+    weights /= weights.sum()
+    texts = [" ".join(random.choice(vocabulary, 9, p=weights)) for _ in range(6000)]
+    index = Bm25.build(texts)
+    assert len(index.wide_words) > 0
+    queries = [" ".join(random.choice(vocabulary, 8, p=weights)) for _ in range(40)]
+    for query, hits in zip(queries, index.search(queries, 10), strict=True):
+        same_up_to_ties(hits, slow_bm25(texts, query), 10)
+
+
+def test_equal_scores_come_in_order_of_document() -> None:
+    hits = Bm25.build(["red dog"] * 9).search(["dog"], 5)[0]
+    assert hits.docs.tolist() == [0, 1, 2, 3, 4]
+
+
+def test_a_batch_answers_as_its_queries_do_alone() -> None:
+    texts = [f"word{i % 7} other{i % 3} thing" for i in range(50)]
+    index, queries = Bm25.build(texts), ["word1 thing", "other2", "", "nothing known", "word3 word3"]
+    for query, hits in zip(queries, index.search(queries, 6), strict=True):
+        alone = index.search([query], 6)[0]
+        assert (alone.docs == hits.docs).all() and (alone.scores == hits.scores).all()
+
+
+def test_bm25_equals_lancedb_full_text_search(tmp_path: Path) -> None:
+    import lancedb
+    from lancedb.index import FTS
+    from lancedb.query import MatchQuery
+
+    random = np.random.default_rng(1)
+    vocabulary = [f"{a}{b}" for a in "bcdfgh" for b in "aeiou"]
+    texts = [" ".join(random.choice(vocabulary, random.integers(1, 12))) for _ in range(400)]
+    table = lancedb.connect(tmp_path).create_table("t", pa.table({"n": range(400), "text": texts}))
+    table.create_index("text", config=FTS(stem=False, remove_stop_words=False, ascii_folding=False))
+    index = Bm25.build(texts)
+    for _ in range(20):
+        query = " ".join(random.choice(vocabulary, 5))
+        match = MatchQuery(query, "text")  # type: ignore[call-arg]
+        theirs = table.search(match, query_type="fts").limit(10).to_arrow()["_score"].to_numpy()
+        np.testing.assert_allclose(index.search([query], 10)[0].scores, theirs, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ['"unbalanced', "a AND (b OR", "+must -not", "field:value^2", "wild* fuz~2 [a TO b]", "\\", "\0 x", "😀"],
+)
+def test_reserved_characters_are_harmless(text: str) -> None:
+    index = Bm25.build([text, "a b value x", "other"])
+    hits = index.search([text], 3)[0]
+    assert len(hits) == len([t for t in (text, "a b value x") if set(words(t)) & set(words(text))])
+
+
+def test_every_script_gives_words() -> None:
+    assert words("Das Mädchen läuft, ÇA VA?") == ["das", "mädchen", "läuft", "ça", "va"]
+    assert words("猫が走る") == ["猫が", "が走", "走る"]
+    assert words("кот и собака") == ["кот", "и", "собака"]
+    assert words("कुत्ता दौड़ता") == ["कुत्ता", "दौड़ता"]
+    assert len(words("แมวกำลังวิ่ง")) > 3
+    assert words("ﬁre ＡＢＣ") == ["fire", "abc"]  # compatibility forms
+    for script in ("猫が走る", "кот бежит", "कुत्ता दौड़ता", "แมวกำลังวิ่ง", "قطة تجري"):
+        index = Bm25.build(["a cat runs", script, "another"])
+        assert index.search([script], 1)[0].docs.tolist() == [1]
+
+
+def test_a_caption_of_ten_kilobytes_is_answered() -> None:
+    index = Bm25.build([f"word{i} thing" for i in range(100)])
+    query = " ".join(f"word{i % 100} thing" for i in range(900))
+    assert len(query) > 10_000
+    assert len(index.search([query], 10)[0]) == 10
+
+
+def test_an_empty_index_answers_nothing() -> None:
+    for texts in ([], ["", None]):
+        assert len(Bm25.build(texts).search(["a"], 3)[0]) == 0
+    assert len(Dense(np.zeros((0, 8), np.float16)).search(np.ones((1, 8), np.float32), 3)[0]) == 0
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    count=st.integers(1, 300),
+    dim=st.sampled_from([8, 32]),
+    depth=st.integers(1, 40),
+    spread_out=st.sampled_from([0.01, 0.3, 10.0]),
+    seed=st.integers(0, 99),
+)
+def test_dense_search_is_exact(count: int, dim: int, depth: int, spread_out: float, seed: int) -> None:
+    """Also for tight clusters, where the first pass's rounding alone can't tell documents apart."""
+    random = np.random.default_rng(seed)
+    vectors = random.normal(size=dim) + spread_out * random.normal(size=(count, dim))
+    vectors = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float16)
+    queries = random.normal(size=(3, dim)).astype(np.float32)
+    queries /= np.linalg.norm(queries, axis=1, keepdims=True)
+    for query, hits in zip(queries, Dense(vectors).search(queries, depth), strict=True):
+        scores = cosines(vectors, query).astype(np.float32)
+        order = np.lexsort((np.arange(count), -scores))[:depth]
+        assert hits.docs.tolist() == order.tolist()
+        assert (hits.scores == scores[order]).all()
+
+
+def test_dense_answers_do_not_depend_on_the_batch() -> None:
+    random = np.random.default_rng(0)
+    vectors = random.normal(size=(500, 32)).astype(np.float16)
+    queries = random.normal(size=(70, 32)).astype(np.float32)
+    queries /= np.linalg.norm(queries, axis=1, keepdims=True)
+    dense = Dense(vectors / np.linalg.norm(vectors, axis=1, keepdims=True))
+    whole = dense.search(queries, 9)
+    for number in (0, 13, 69):
+        alone = dense.search(queries[number : number + 1], 9)[0]
+        assert (alone.docs == whole[number].docs).all() and (alone.scores == whole[number].scores).all()
+
+
+def clustered(count: int, *, dim: int = 16, seed: int = 0) -> np.ndarray:
+    """Unit vectors around 40 centres, float32."""
+    random = np.random.default_rng(seed)
+    centres = np.random.default_rng(99).normal(size=(40, dim))
+    vectors = centres[random.integers(0, 40, count)] + random.normal(size=(count, dim))
+    return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+
+
+@settings(max_examples=15, deadline=None)
+@given(count=st.integers(1, 300), depth=st.integers(1, 40), seed=st.integers(0, 99))
+def test_all_partitions_together_are_the_exact_search(count: int, depth: int, seed: int) -> None:
+    vectors, queries = clustered(count, seed=seed).astype(np.float16), clustered(3, seed=seed + 1)
+    parts = Partitions.build(vectors)
+    every = replace(parts, probes=len(parts.centres)).search(queries, depth)
+    for one, exact in zip(every, Dense(vectors).search(queries, depth), strict=True):
+        assert one.docs.tolist() == exact.docs.tolist() and (one.scores == exact.scores).all()
+
+
+def test_partitions_meet_the_declared_recall_and_do_not_depend_on_the_batch() -> None:
+    vectors, queries = clustered(4000), clustered(400, seed=1)
+    parts = Partitions.build(vectors.astype(np.float16)).tuned(vectors, recall=0.95)
+    assert 1 < parts.probes < len(parts.centres) // 2  # else this proves nothing
+    found, exact = parts.search(queries, 10), Dense(parts.vectors).search(queries, 10)
+    shares = [np.isin(e.docs, f.docs).mean() for f, e in zip(found, exact, strict=True)]
+    assert np.mean(shares) >= 0.95
+    for number in (0, 17, 399):
+        alone = parts.search(queries[number : number + 1], 10)[0]
+        assert (alone.docs == found[number].docs).all() and (alone.scores == found[number].scores).all()
+
+
+def test_the_join_searches_by_partitions_when_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(join, "MIN_PARTITIONED", 1000)
+    vectors, queries = clustered(2000).astype(np.float16), clustered(50, seed=1)
+    bm25 = Bm25.build(["a"] * len(vectors))
+    one, exact = (
+        join.ArraySearch(RetrieveConfig.model_validate({"retriever": "clip", "engine": engine}), bm25, vectors)
+        for engine in ("partitions", "arrays")
+    )
+    assert isinstance(one.dense, Partitions) and isinstance(exact.dense, Dense)
+    pairs = zip(one([""] * 50, queries, 10), exact([""] * 50, queries, 10), strict=True)
+    assert np.mean([np.isin(e.docs, f.docs).mean() for f, e in pairs]) >= 0.98
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    lists=st.lists(st.lists(st.integers(0, 30), unique=True, max_size=12), min_size=1, max_size=3),
+    depth=st.integers(1, 20),
+)
+def test_fusion_is_the_sum_of_reciprocal_ranks(lists: list[list[int]], depth: int) -> None:
+    hits = [Hits(np.array(docs, np.int32), np.zeros(len(docs))) for docs in lists]
+    expected: dict[int, float] = {}
+    for docs in lists:
+        for rank, doc in enumerate(docs, start=1):
+            expected[doc] = expected.get(doc, 0.0) + 1 / (60 + rank)
+    fused = reciprocal_rank(hits, depth)
+    best = sorted(expected.items(), key=lambda item: (-round(item[1], 12), item[0]))[:depth]
+    np.testing.assert_allclose(fused.scores, [score for _, score in best])
+    assert {d: round(s, 9) for d, s in zip(fused.docs.tolist(), fused.scores, strict=True)} == {
+        d: round(expected[d], 9) for d in fused.docs.tolist()
+    }
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    count=st.integers(0, 25),
+    k=st.integers(0, 6),
+    bound=st.sampled_from([0.3, 0.6, 0.9, 1.0]),
+    mmr=st.sampled_from([1.0, 0.7, 0.2]),
+    seed=st.integers(0, 50),
+)
+def test_chosen_documents_are_apart(count: int, k: int, bound: float, mmr: float, seed: int) -> None:
+    random = np.random.default_rng(seed)
+    vectors = random.normal(size=(count, 3))
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    scores = -np.sort(-random.random(count))
+    chosen, skipped = spread(scores, vectors, k, max_similarity=bound, mmr_lambda=mmr)
+    assert len(chosen) == len(set(chosen)) <= k
+    assert 0 <= skipped <= count - len(chosen)
+    for place, one in enumerate(chosen):
+        for other in chosen[:place]:
+            assert vectors[one] @ vectors[other] <= bound + 1e-6
+    if mmr == 1.0:
+        assert chosen == sorted(chosen)  # by score alone
+    if len(chosen) < k:  # then nothing that was allowed is left over
+        for place in set(range(count)) - set(chosen):
+            assert max(vectors[place] @ vectors[c] for c in chosen) > bound - 1e-6
+
+
+@given(text=TEXTS, frac=st.floats(0, 0.99), seed=st.integers(0, 9))
+def test_query_dropout_is_a_function_of_seed_and_row(text: str, frac: float, seed: int) -> None:
+    dropped = drop_words(text, dropped_frac=frac, seed=seed, row_id="r")
+    assert dropped == drop_words(text, dropped_frac=frac, seed=seed, row_id="r")
+    assert not Counter(dropped.split()) - Counter(text.split())
+    assert bool(dropped.split()) == bool(text.split())
+
+
+def test_query_dropout_drops_its_share() -> None:
+    text = " ".join(f"w{i}" for i in range(50))
+    kept = [len(drop_words(text, dropped_frac=0.2, seed=0, row_id=str(i)).split()) for i in range(200)]
+    assert 0.77 < sum(kept) / (50 * 200) < 0.83

@@ -1,0 +1,222 @@
+"""Augment: every caption gets honest examples, in order, as shards that are the same every time."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from infra.errors import ConfigError
+from infra.storage import Certificate
+from pipeline.memory.embed.worker import row_doc_id
+from pipeline.prompts.augment import AugmentConfig, check, run
+from pipeline.prompts.augment.job import is_small
+from pipeline.report.validate import ValidateConfig, validate
+from pipeline.schema import PROMPTS, check_table
+from tests.pipeline.prompts.augment.jobs import config, contents, read
+
+pytestmark = pytest.mark.ray
+
+
+@pytest.fixture(scope="module")
+def made(world: Any, ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Certificate]:
+    out = tmp_path_factory.mktemp("made")
+    return out, run(config(world, out))
+
+
+def test_every_good_clip_becomes_one_prompt(world: Any, made: tuple[Path, Certificate]) -> None:
+    out, certificate = made
+    rows = read(out)
+    assert certificate.num_in == certificate.num_out == len(world.rows) == len(rows)
+    assert [row["clip_id"] for row in rows] == [row["clip_id"] for row in world.rows]
+    for file in certificate.files:
+        if file.path.startswith("part-"):
+            check_table(pq.read_schema(out / file.path), PROMPTS, file.path)
+
+
+def test_segments_are_text_then_picture_by_rank_and_the_caption_last(made: tuple[Path, Certificate]) -> None:
+    for row in read(made[0]):
+        *retrieved, last = row["segments"]
+        assert (last["type"], last["role"], last["text"]) == ("text", "caption", row["caption"])
+        assert [s["type"] for s in retrieved] == ["text", "image"] * row["num_documents"]
+        assert [s["document"]["rank"] for s in retrieved] == [
+            rank for rank in range(1, row["num_documents"] + 1) for _ in "ti"
+        ]
+        scores = [s["document"]["score"] for s in retrieved]
+        assert scores == sorted(scores, reverse=True)
+        assert all(s["image"][:2] == b"\xff\xd8" for s in retrieved if s["type"] == "image")
+        assert all(s["document"]["clip_similarity"] is not None for s in retrieved)
+
+
+def test_no_prompt_holds_its_own_source_video(made: tuple[Path, Certificate]) -> None:
+    out, certificate = made
+    for row in read(out):
+        for segment in row["segments"][:-1]:
+            assert segment["document"]["source_sha256"] != row["source_sha256"]
+    assert certificate.facts["refused"]["self"] == certificate.num_out
+    assert certificate.facts["refused"]["sibling"] > 0
+
+
+def test_target_frames_have_the_training_size(made: tuple[Path, Certificate]) -> None:
+    for row in read(made[0]):
+        target = row["target"]
+        frames = np.frombuffer(target["data"], np.uint8).reshape(
+            target["num_frames"], target["height_px"], target["width_px"], 3
+        )
+        assert frames.shape == (16, 36, 64, 3)
+        assert frames.std() > 10
+        assert target["fps"] == 16.0  # one second: too short for 16 frames at 6 fps
+        assert (row["fps"], row["height_px"], row["width_px"]) == (10.0, 96, 128)
+
+
+def test_number_of_workers_does_not_change_a_byte(
+    world: Any, made: tuple[Path, Certificate], tmp_path: Path
+) -> None:
+    for workers in (1, 2, 8):
+        out = tmp_path / str(workers)
+        certificate = run(config(world, out, num_workers=workers))
+        assert contents(out) == contents(made[0])
+        assert certificate.content_hash() == made[1].content_hash()
+
+
+def test_a_finished_job_is_recognised_and_another_config_is_refused(
+    world: Any, made: tuple[Path, Certificate]
+) -> None:
+    before = contents(made[0])
+    assert run(config(world, made[0])) == made[1]
+    assert contents(made[0]) == before
+    with pytest.raises(ConfigError, match=r"retrieve\.k: 5 there, 2 now"):
+        run(config(world, made[0], retrieve={"k": 2}))
+
+
+def test_retrievers_agree_on_form_and_the_clip_is_not_loaded_for_clips_of_the_memory(
+    world: Any, ray_cluster: None, tmp_path: Path
+) -> None:
+    """The world's CLIP can't be loaded at all: its vectors are drawn; every vector comes from the table."""
+    shown: dict[str, list[str]] = {}
+    for name in ("bm25", "clip", "hybrid"):
+        out = tmp_path / name
+        run(config(world, out, retrieve={"retriever": name, "k": 3}))
+        documents = [s["document"] for row in read(out) for s in row["segments"][:-1:2]]
+        assert {document["retriever"] for document in documents} == {name}
+        assert validate(ValidateConfig(prompts=str(out))).is_valid
+        shown[name] = [document["doc_id"] for document in documents]
+    assert len({tuple(ids) for ids in shown.values()}) == 3
+
+
+def test_lance_and_arrays_find_the_same_documents_by_vector(
+    world: Any, ray_cluster: None, tmp_path: Path
+) -> None:
+    found = []
+    for engine in ("arrays", "lance"):
+        out = tmp_path / engine
+        retrieve = {"retriever": "bm25", "engine": engine, "k": 2}
+        run(config(world, out, retrieve=retrieve))
+        found.append([row["num_documents"] for row in read(out)])
+        assert validate(ValidateConfig(prompts=str(out))).is_valid
+    assert found[0] == found[1]
+
+
+def test_fewer_survivors_than_k_give_fewer_documents_and_a_flag(
+    world: Any, ray_cluster: None, tmp_path: Path
+) -> None:
+    certificate = run(config(world, tmp_path / "all", retrieve={"k": 50, "depth": 2}))
+    rows = read(tmp_path / "all")
+    assert all(row["flags"] == ["fewer_than_k"] for row in rows)
+    assert certificate.facts["fewer_than_k"] == len(rows)
+    # 24 documents, 3 of them of the clip's own video; candidates were looked for beyond `depth`.
+    assert max(row["num_documents"] for row in rows) == 21
+    assert validate(ValidateConfig(prompts=str(tmp_path / "all"))).is_valid
+
+
+def test_no_documents_are_wanted_with_k_0(world: Any, ray_cluster: None, tmp_path: Path) -> None:
+    run(config(world, tmp_path / "out", retrieve={"k": 0}))
+    assert {len(row["segments"]) for row in read(tmp_path / "out")} == {1}
+
+
+def test_the_exam_is_neither_shown_nor_trained_on(world: Any, ray_cluster: None, tmp_path: Path) -> None:
+    exam = {row["source_uri"] for row in world.rows[:6]}
+    (tmp_path / "exam.txt").write_text("\n".join(exam))
+    guard = {"exclude": str(tmp_path / "exam.txt")}
+    certificate = run(config(world, tmp_path / "out", guard=guard))
+    rows = read(tmp_path / "out")
+    assert certificate.filtered == {"filtered_eval_split": 6}
+    assert not exam & {row["source_uri"] for row in rows}
+    shown = {s["document"]["source_uri"] for row in rows for s in row["segments"][:-1]}
+    assert shown and not exam & shown
+    assert validate(ValidateConfig(prompts=str(tmp_path / "out"))).is_valid
+
+
+def test_copies_under_another_name_are_refused(world: Any, ray_cluster: None, tmp_path: Path) -> None:
+    """The memory holds a re-upload of every video: other file, other caption, the same look."""
+    reuploads = [
+        row
+        | {"source_uri": f"/other/{n}.mp4", "source_sha256": f"{n:064d}", "caption": f"{row['caption']} again"}
+        for n, row in enumerate(world.rows)
+    ]
+    memory = world.write_memory(tmp_path / "memory", [*world.rows, *reuploads])
+    certificate = run(config(world, tmp_path / "out", memory=memory))
+    assert certificate.facts["refused"]["duplicate"] >= len(world.rows)
+    for row in read(tmp_path / "out"):
+        shown = {s["document"]["doc_id"] for s in row["segments"][:-1]}
+        again = next(r for r in reuploads if r["caption"] == f"{row['caption']} again")
+        assert row_doc_id(again) not in shown
+
+
+def test_a_small_job_without_ray_gives_the_same_bytes(world: Any, ray_cluster: None, tmp_path: Path) -> None:
+    more = {"target": {"kind": "reference"}, "retrieve": {"retriever": "hybrid"}}
+    for name, workers in (("here", None), ("ray", 2)):
+        settings = config(world, tmp_path / name, num_workers=workers, **more)
+        assert is_small(settings, check(settings)) == (workers is None)
+        run(settings)
+    assert contents(tmp_path / "here") == contents(tmp_path / "ray")
+
+
+def test_captions_of_every_kind_are_answered(world: Any, ray_cluster: None, tmp_path: Path) -> None:
+    captions = ['"red" AND (dog OR', "猫が走る", "кот", "dog " * 3000, "😀", "a:b^2 ~dog* \\ [x TO y]"]
+    rows = [
+        row | {"caption": text, "clip_id": f"c{n}"}
+        for n, (row, text) in enumerate(zip(world.rows[::3], captions, strict=False))
+    ]
+    clips = world.write_clips(tmp_path / "clips", rows)
+    for engine in ("arrays", "lance"):
+        out = tmp_path / engine
+        retrieve = {"engine": engine, "k": 2}
+        run(config(world, out, clips=clips, vectors="stored", retrieve=retrieve))
+        found = [row["num_documents"] for row in read(out)]
+        assert found[0] == found[3] == found[5] == 2 and found[4] == 0
+
+
+def refused(world: Any, tmp_path: Path, words: str, **more: Any) -> None:
+    with pytest.raises(ConfigError, match=words) as error:
+        check(config(world, tmp_path / "out", **more))
+    assert "\n" not in str(error.value)
+
+
+def test_the_door_refuses_in_one_line(world: Any, tmp_path: Path) -> None:
+    refused(world, tmp_path, "no certified crawl output", clips=str(tmp_path))
+    refused(world, tmp_path, "was made by 'crawl'", memory=world.clips)
+    refused(world, tmp_path, "no certified build-index", memory=str(tmp_path))
+    refused(world, tmp_path, "embedded with 'offline'", clip={"name": "ViT-B-32"})
+    refused(world, tmp_path, "no exclusion file", guard={"exclude": str(tmp_path / "absent.txt")})
+    refused(world, tmp_path, "memory version 'x'", memory_version="x")
+    stranger = world.write_clips(tmp_path / "other", [world.rows[0] | {"caption": "in no memory"}])
+    lost = {"name": str(tmp_path / "lost.json"), "pretrained": "lost.pt"}
+    refused(world, tmp_path, "a CLIP is needed to guard them", clips=stranger, clip=lost)
+    check(config(world, tmp_path / "out", clips=stranger, vectors="stored"))
+    empty = world.write_clips(tmp_path / "empty", [])
+    refused(world, tmp_path, "no usable clip", clips=empty)
+    with pytest.raises(ConfigError, match="retriever"):
+        AugmentConfig.load(options={"clips": "a", "memory": "b", "out": "c", "retrieve.retriever": "bm52"})
+
+
+def test_documents_newer_than_the_index_are_found(world: Any, ray_cluster: None, tmp_path: Path) -> None:
+    """The full-text index covers half of the table; the other half is not hidden by either engine."""
+    memory = world.write_memory(tmp_path / "memory", world.rows[:12], later=world.rows[12:])
+    later = {row_doc_id(row) for row in world.rows[12:]}
+    for engine in ("arrays", "lance"):
+        out = tmp_path / engine
+        run(config(world, out, memory=memory, retrieve={"engine": engine, "k": 20}))
+        shown = {s["document"]["doc_id"] for row in read(out) for s in row["segments"][:-1]}
+        assert later <= shown

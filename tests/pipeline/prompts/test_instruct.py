@@ -1,0 +1,282 @@
+"""Laws of the instructions: every draw accounted for, words replaced in place, the same bytes always."""
+
+import io
+from collections import Counter
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image, ImageDraw
+
+from infra.cluster import RayConfig
+from infra.errors import ConfigError, TooManyFailuresError
+from infra.storage import Certificate, read_certificate, write_certificate
+from pipeline.job import JournalWriter
+from pipeline.prompts.instruct import InstructConfig, check, run
+from pipeline.prompts.instruct.config import TASKS, draw_tasks
+from pipeline.prompts.instruct.job import hash_of, plan_units, with_absolute_paths
+from pipeline.prompts.instruct.tasks import INSTRUCTIONS, subject_driven
+from pipeline.prompts.instruct.worker import make_worker
+from pipeline.prompts.subjects.cutout import Picture
+from pipeline.prompts.subjects.entities import find_entities
+from pipeline.prompts.subjects.extract import SubjectConfig
+from pipeline.schema import PROMPTS, REJECTED, Role, Task, content_id
+from pipeline.shards import ShardSet, shard_name, write_meta, write_shard
+
+
+def draw_frame(number: int, height: int = 180, width: int = 320) -> np.ndarray:
+    """A red ball that rolls over noisy grass."""
+    random = np.random.default_rng(number)
+    grass = random.integers(40, 90, (height, width, 3)) * np.array([0.6, 1.6, 0.5])
+    image = Image.fromarray(grass.astype(np.uint8))
+    left = 60 + 4 * number
+    ImageDraw.Draw(image).ellipse((left, 40, left + 100, 140), fill=(220, 30, 30))
+    return np.asarray(image)
+
+
+def jpeg(frame: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(frame).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="module")
+def ball(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A real mp4 of 16 frames at 8 frames per second."""
+    path = tmp_path_factory.mktemp("video") / "ball.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=8)
+        stream.width, stream.height, stream.pix_fmt = 320, 180, "yuv420p"
+        stream.time_base = Fraction(1, 8)
+        stream.bit_rate = 4_000_000
+        for number in range(16):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(draw_frame(number), format="rgb24")))
+        container.mux(stream.encode(None))
+    return path
+
+
+def prompt(
+    number: int, source: Path, caption: str, *, documents: int = 1, media: str = "video"
+) -> dict[str, Any]:
+    """A row as `augment` makes it."""
+    frames = np.stack([draw_frame(i, 36, 64) for i in range(4)])
+    picture = jpeg(draw_frame(number))
+    origin = {"doc_id": f"d{number}", "retriever": "bm25", "rank": 1, "score": 2.0, "clip_similarity": 0.3}
+    none = dict.fromkeys(["source_uri", "source_sha256", "start_s", "end_s"])
+    retrieved = []
+    for rank in range(1, documents + 1):
+        document = {**origin, **none, "rank": rank}
+        base = {"role": "retrieved", "document": document}
+        retrieved.append({**base, "type": "text", "text": f"text {rank}", "image": None})
+        retrieved.append({**base, "type": "image", "text": None, "image": picture})
+    own = {"type": "text", "role": "caption", "text": caption, "image": None, "document": None}
+    row: dict[str, Any] = dict.fromkeys(PROMPTS.names)
+    target = {"kind": "frames", "data": frames.tobytes(), "num_frames": 4, "height_px": 36, "width_px": 64}
+    return row | {
+        "prompt_id": content_id("p", number),
+        "task": "pretrain",
+        "clip_id": content_id("c", number),
+        "media": media,
+        "caption": caption,
+        "segments": [*retrieved, own],
+        "num_documents": documents,
+        "flags": [],
+        "target": {**target, "fps": 2.0},
+        "source_uri": str(source),
+        "start_s": 0.0,
+        "end_s": 2.0,
+        "width_px": 320,
+        "height_px": 180,
+        "fps": 8.0,
+    }
+
+
+def save_prompts(folder: Path, rows: list[dict[str, Any]], *, row_group_rows: int = 2) -> str:
+    folder.mkdir(parents=True)
+    out = str(folder)
+    entry = write_shard(f"{out}/{shard_name(0)}", rows, PROMPTS, row_group_rows=row_group_rows)
+    meta = write_meta(out, [entry], row_group_rows=row_group_rows)
+    n = len(rows)
+    certificate = Certificate(job="augment", config_hash="x", num_in=n, num_out=n, files=[entry, meta])
+    write_certificate(out, certificate)
+    return out
+
+
+@pytest.fixture(scope="module")
+def prompts(ball: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("prompts")
+    picture = folder / "ball.jpg"
+    picture.write_bytes(jpeg(draw_frame(3)))
+    rows = [
+        prompt(0, ball, "A red ball is rolling over the grass."),
+        prompt(1, ball, "Two balls and some birds"),
+        prompt(2, ball, "a ball lies on grass", documents=2),
+        prompt(3, picture, "A ball in the grass", media="image"),
+        prompt(4, ball, "A ball is rolling", documents=0),
+        prompt(5, folder / "gone.mp4", "A ball whose source is gone"),
+    ]
+    rows.append(prompt(6, folder / "gone.mp4", "A ball that is only referred to"))
+    rows[-1]["target"] = {**rows[-1]["target"], "kind": "reference", "data": None}
+    return save_prompts(folder / "prompts", rows)
+
+
+def config(prompts: str, out: Path, **values: Any) -> InstructConfig:
+    subjects = SubjectConfig(background_prob=1.0)
+    values = {"subjects": subjects, "unit_rows": 2, "num_workers": 2, **values}
+    return InstructConfig(prompts=prompts, out=str(out), ray=RayConfig(num_cpus=2), **values)
+
+
+def read_rows(out: Path) -> list[dict[str, Any]]:
+    shards = ShardSet(str(out))
+    return [row for i in range(len(shards)) for row in shards.read_row_group(i).to_pylist()]
+
+
+def folder_bytes(out: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(out.glob("*.parquet"))}
+
+
+@pytest.fixture(scope="module")
+def made(prompts: str, ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("instruct") / "whole"
+    run(config(prompts, out))
+    return out
+
+
+@pytest.mark.ray
+def test_every_draw_is_an_instruction_or_has_a_reason(made: Path):
+    certificate = read_certificate(made, job="instruct")
+    assert certificate is not None
+    rejected = pq.read_table(made / "rejected.parquet").to_pylist()
+    assert certificate.num_in == 7 * 3 == len(read_rows(made)) + len(rejected)
+    assert certificate.filtered["filtered_no_document"] == 1
+    assert certificate.filtered["filtered_not_video"] == 1
+    assert certificate.dead == {"not_found": 2}
+    assert any("names no single subject" in row["error"] for row in rejected)
+    assert pq.read_schema(made / "rejected.parquet").equals(REJECTED)
+
+
+@pytest.mark.ray
+def test_the_three_tasks_have_the_papers_forms(made: Path):
+    rows = {(row["task"], row["caption"]): row for row in read_rows(made)}
+    caption = "A red ball is rolling over the grass."
+
+    def shape(task: Task) -> list[tuple[str, str | None]]:
+        row = rows[task, caption]
+        assert row["segments"][0]["text"] == INSTRUCTIONS[task]
+        assert row["segments"][0]["role"] == Role.INSTRUCTION
+        return [(s["type"], s["text"]) for s in row["segments"][1:]]
+
+    assert shape(Task.SUBJECT_DRIVEN) == [
+        ("text", "A "),
+        ("image", "red ball"),
+        ("text", " is rolling over the "),
+        ("image", "grass"),
+        ("text", "."),
+    ]
+    assert shape(Task.VIDEO_PREDICTION) == [("text", caption), ("image", None)]
+    assert shape(Task.TEXT_TO_VIDEO) == [("text", "text 1"), ("image", None), ("text", caption)]
+    assert rows[Task.TEXT_TO_VIDEO, "a ball lies on grass"]["num_documents"] == 2
+    assert len({row["prompt_id"] for row in rows.values()}) == len(rows)
+
+
+@pytest.mark.ray
+def test_first_frame_is_the_first_frame_and_pictures_are_pictures(made: Path):
+    for row in read_rows(made):
+        for segment in row["segments"]:
+            if segment["type"] == "image":
+                Image.open(io.BytesIO(segment["image"])).load()
+            if segment["role"] == Role.FIRST_FRAME and not row["flags"]:
+                found = np.asarray(Image.open(io.BytesIO(segment["image"]))).astype(int)
+                assert np.abs(found - draw_frame(2)).mean() < 12
+    lost = [row for row in read_rows(made) if row["caption"] == "A ball whose source is gone"]
+    assert {row["task"]: row["flags"] for row in lost} == {
+        "video_prediction": ["frames_from_target"],
+        "text_to_video": [],
+    }
+
+
+@pytest.mark.ray
+def test_same_bytes_for_any_workers_and_after_a_stop(
+    made: Path, prompts: str, ray_cluster: None, tmp_path: Path
+):
+    stopped = tmp_path / "stopped"
+    wanted = config(prompts, stopped, num_workers=1)
+    units = list(plan_units(wanted, ShardSet(prompts)))
+    inputs = {"prompts": ShardSet(prompts).certificate.content_hash()}
+    worker = make_worker(wanted, hash_of(wanted, inputs), prompts, str(stopped))
+    journal = JournalWriter(f"{stopped}/journal", "before")
+    journal.append(units[1].id, worker(units[1].payload))
+    journal.close()
+    (stopped / shard_name(0)).write_bytes(b"half a shard")
+    run(wanted)
+    assert folder_bytes(stopped) == folder_bytes(made)
+    assert run(wanted) == read_certificate(stopped)
+
+
+@pytest.mark.ray
+def test_too_many_unreadable_sources_fail_the_job(prompts: str, ray_cluster: None, tmp_path: Path):
+    with pytest.raises(TooManyFailuresError, match="not_found"):
+        run(config(prompts, tmp_path / "out", max_failed_frac=0.01, tasks=(Task.VIDEO_PREDICTION,)))
+    assert read_certificate(tmp_path / "out") is None
+
+
+@given(st.integers(0, 1000), st.integers(0, 10**9), st.permutations(TASKS))
+def test_a_draw_depends_on_seed_and_clip_alone(seed: int, number: int, order: list[Task]):
+    one = InstructConfig(prompts="p", out="o", draw="one", seed=seed, tasks=tuple(order))
+    assert draw_tasks(one, str(number)) == draw_tasks(one.model_copy(update={"out": "q"}), str(number))
+    assert draw_tasks(one.model_copy(update={"draw": "all"}), str(number)) == order
+
+
+def test_draws_follow_the_proportions():
+    weights = {Task.SUBJECT_DRIVEN: 2.0, Task.VIDEO_PREDICTION: 2.0, Task.TEXT_TO_VIDEO: 0.0}
+    one = InstructConfig(prompts="p", out="o", draw="one", proportions=weights)
+    drawn = Counter(task for i in range(4000) for task in draw_tasks(one, str(i)))
+    assert drawn[Task.TEXT_TO_VIDEO] == 0
+    assert abs(drawn[Task.SUBJECT_DRIVEN] / 4000 - 0.5) < 0.03
+
+
+@given(st.text(max_size=60), st.integers(0, 3))
+def test_text_and_replaced_words_joined_are_the_caption(tail: str, count: int):
+    caption = f"A red dog is playing in the grass with a ball. {tail}"
+    entities = find_entities(caption)[: max(count, 1)]
+    pictures = [Picture(entity, Role.SUBJECT, b"x") for entity in reversed(entities)]
+    segments = subject_driven(caption, pictures)[1:]
+    assert "".join(segment["text"] for segment in segments) == caption
+    assert sum(segment["type"] == "image" for segment in segments) == len(pictures)
+
+
+def test_relative_paths_are_the_same_place_for_every_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    Path("net.onnx").write_bytes(b"onnx")
+    subjects = SubjectConfig.model_validate({"mask": {"model": "net.onnx"}})
+    found = with_absolute_paths(config("prompts", Path("out"), subjects=subjects))
+    assert found.subjects.mask.model == str(tmp_path / "net.onnx")
+    assert (found.prompts, found.out) == (str(tmp_path / "prompts"), str(tmp_path / "out"))
+
+
+def test_wrong_inputs_are_refused_before_ray_starts(prompts: str, tmp_path: Path):
+    with pytest.raises(ConfigError, match="vimi-data augment"):
+        check(config(str(tmp_path / "nowhere"), tmp_path / "out"))
+    with pytest.raises(ConfigError, match="vimi-data crawl"):
+        check(config(prompts, tmp_path / "out", clips=str(tmp_path)))
+    with pytest.raises(ConfigError, match="u2netp"):
+        InstructConfig.load(overrides=[f"prompts={prompts}", "out=o", "subjects.mask.model=/no/model.onnx"])
+        check(
+            config(prompts, tmp_path / "out", subjects=SubjectConfig.model_validate({"mask": {"model": "/no"}}))
+        )
+    with pytest.raises(ConfigError, match="give each task once"):
+        InstructConfig.load(overrides=["prompts=p", "out=o", "tasks=[pretrain]"])
+    with pytest.raises(ConfigError, match="weight"):
+        check(config(prompts, tmp_path / "out", draw="one", proportions=dict.fromkeys(TASKS, 0.0)))
+
+
+@pytest.mark.ray
+def test_a_folder_of_another_run_is_refused(made: Path, prompts: str):
+    with pytest.raises(ConfigError, match="seed"):
+        run(config(prompts, made, seed=7))

@@ -1,0 +1,66 @@
+"""Laws of the plan: a fitted law gives its own points back, and every number names its source."""
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from infra.errors import ConfigError
+from pipeline.report.estimate import PlanConfig, fit_law, load_profile, plan, run
+
+COSTS = st.sampled_from([0.0, 1.0, 3.0, 10.0])
+
+
+@given(COSTS, COSTS, COSTS)
+def test_a_fitted_law_gives_its_points_back(fixed: float, each: float, crowd: float) -> None:
+    """Parts of like weight in the middle of the runs, of which some are absent."""
+    assume(fixed or each or crowd)
+
+    def cost(n: float) -> float:
+        return fixed + each * n / 3e4 + crowd * (n / 3e4) ** 1.5
+
+    law = fit_law([(n, cost(n)) for n in (1000, 10_000, 100_000, 1_000_000)])
+    for n in (1000, 50_000, 1_000_000, 500_000_000):
+        assert law(n) == pytest.approx(cost(n), rel=1e-2)
+    assert "extrapolated 10x" in law.source(10_000_000) and "extrapolated" not in law.source(50_000)
+
+
+def test_a_law_never_falls_and_a_lone_point_is_shared_out() -> None:
+    noisy = fit_law([(1000, 20.0), (10_000, 15.0), (100_000, 90.0)])
+    assert min(noisy.fixed, noisy.each, noisy.crowd) >= 0
+    assert fit_law([(100, 5.0)])(1000) == pytest.approx(50.0)
+    with pytest.raises(ValueError, match="no measured point"):
+        fit_law([(100, 0.0)])
+
+
+def test_every_line_has_a_source_and_the_plan_is_called_an_estimate(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = run(PlanConfig(nodes=10))
+    printed = capsys.readouterr().out
+    assert printed.startswith("ESTIMATE") and "500,000,000" in printed
+    assert all(line.source for line in lines)
+    assert {"embed, CPU hours", "index in memory", "wall time"} <= {line.what for line in lines}
+
+
+def test_twice_the_nodes_halve_the_embedding_and_not_the_disk() -> None:
+    one, two = plan(PlanConfig(documents=10**8, nodes=2)), plan(PlanConfig(documents=10**8, nodes=4))
+    same = {line.what: line.value for line in one}
+    other = {line.what: line.value for line in two}
+    assert same["vectors on disk"] == other["vectors on disk"]
+    assert same["embed, CPU hours"] == other["embed, CPU hours"]
+    assert same["embed, wall"] != other["embed, wall"]
+    assert any("GPU" in line.what for line in plan(PlanConfig(gpus_per_node=8)))
+
+
+def test_a_profile_of_ones_own_is_used_and_a_bad_one_refused(tmp_path: Path) -> None:
+    stored = load_profile(None)
+    own = {"machine": {"cpus": 8, "processor": "x", "dim": 64}, "index": stored["index"]}
+    (tmp_path / "own.json").write_text(json.dumps(own))
+    assert "8 CPUs" in plan(PlanConfig(profile=str(tmp_path / "own.json")))[0].source
+    with pytest.raises(ConfigError, match=r"no embedding rate of 'ViT-Q'.*legal: ViT-B-32, offline"):
+        plan(PlanConfig(clip="ViT-Q"))
+    (tmp_path / "bad.json").write_text('{"index": 3}')
+    for name in ("bad.json", "absent.json"):
+        with pytest.raises(ConfigError, match="can't be used"):
+            load_profile(str(tmp_path / name))
