@@ -52,7 +52,7 @@ def open_job(
     exclude = {"out", "ray", "num_workers", *(hash_exclude or ())}
     claim = {
         "job": job,
-        "config": config.model_dump(mode="json", exclude=exclude),
+        "config": {name: value for name, value in config.identity().items() if name not in exclude},
         "inputs": inputs,
     }
     place = join(out, JOB_FILE)

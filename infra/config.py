@@ -9,12 +9,17 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from infra.errors import ConfigError
+
+T = TypeVar("T")
+_INCIDENTAL = "incidental"
+Incidental = Annotated[T, _INCIDENTAL]
+"""Marks a config field that says only where or how fast a job runs: another value gives the same output."""
 
 
 class Config(BaseModel):
@@ -57,10 +62,28 @@ class Config(BaseModel):
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
+    def identity(self) -> dict[str, Any]:
+        """The JSON values that decide what the output is: all fields but those marked `Incidental`."""
+        values = self.model_dump(mode="json")
+        return {
+            name: _identity(getattr(self, name), values[name])
+            for name, field in type(self).model_fields.items()
+            if _INCIDENTAL not in field.metadata
+        }
+
     def hash(self, *, exclude: set[str] | None = None) -> str:
-        """16 hex digits of sha256 over the canonical JSON; equal configs hash equal on every machine."""
-        values = self.model_dump(mode="json", exclude=exclude)
+        """16 hex digits of sha256 over the identity; equal configs hash equal on every machine."""
+        values = {name: value for name, value in self.identity().items() if name not in (exclude or ())}
         return hashlib.sha256(canonical_json(values)).hexdigest()[:16]
+
+
+def _identity(value: Any, dumped: Any) -> Any:
+    """`dumped` without what is marked in the configs inside of `value`."""
+    if isinstance(value, Config):
+        return value.identity()
+    if isinstance(value, tuple):
+        return [_identity(item, below) for item, below in zip(value, dumped, strict=True)]
+    return dumped
 
 
 def canonical_json(value: Any) -> bytes:

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import Field, model_validator
 
-from infra.config import Config, read_yaml, set_dotted
+from infra.config import Config, Incidental, read_yaml, set_dotted
 from infra.errors import ConfigError
 
 
@@ -76,3 +76,19 @@ def test_missing_file_and_malformed_override_are_refused(tmp_path: Path) -> None
         Outer.load(overrides=["name"])
     with pytest.raises(ConfigError, match="not a group"):
         set_dotted({"a": 1}, "a.b", 2)
+
+
+def test_what_says_only_where_or_how_fast_is_no_part_of_the_identity() -> None:
+    class Inner(Config):
+        size: int = 1
+        threads: Incidental[int | None] = Field(default=None, ge=1)
+
+    class Outer(Config):
+        out: Incidental[str] = "a"
+        inner: Inner = Inner()
+        parts: tuple[Inner, ...] = (Inner(),)
+
+    one = Outer()
+    other = Outer(out="b", inner=Inner(threads=4), parts=(Inner(threads=2),))
+    assert one.identity() == other.identity() == {"inner": {"size": 1}, "parts": [{"size": 1}]}
+    assert one.hash() == other.hash() != Outer(inner=Inner(size=2)).hash()
