@@ -9,7 +9,7 @@ rank or run it falls into; so training resumes exactly, and on another number of
 """
 
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -191,17 +191,21 @@ def accumulate(
     divisor: float,
     dtype: torch.dtype | None = None,
     small_size: tuple[int, int] | None = None,
+    timed: Callable[[str], AbstractContextManager[object]] = nullcontext,
 ) -> Tensor:
     """Losses of a micro-batch, with the gradients of their sum over `divisor` added to the model's.
 
     With `divisor` the number of samples of the whole step (over the world size where gradients are
     averaged over ranks), any split of the step into micro-batches and ranks gives the same gradient.
+    `timed` is the context of the parts "forward" and "backward", for a stopwatch.
 
     Returns:
         `b` float32 losses, detached.
     """
-    each = losses(model, edm, videos, condition, draws, dtype=dtype, small_size=small_size)
-    (each.sum() / divisor).backward()
+    with timed("forward"):
+        each = losses(model, edm, videos, condition, draws, dtype=dtype, small_size=small_size)
+    with timed("backward"):
+        (each.sum() * (1 / divisor)).backward()
     return each.detach()
 
 

@@ -24,7 +24,7 @@ from model.data.shards import open_shards
 from model.ema import Ema
 from model.encodings.store import open_encoder, open_encodings
 from model.generator import Generator
-from model.step import losses
+from model.step import accumulate
 from model.training.build import Conditioner, make_generator, make_plan
 from model.training.checkpoint import CheckpointWriter, latest_checkpoint
 from model.training.finite import blame
@@ -171,20 +171,17 @@ class Training:
         with self.watch.part("encode"):
             x = self.targets(batch)
         self.seen[x.shape[1], x.shape[3], x.shape[4]] += self.config.micro_batch
-        with self.watch.part("forward"):
-            each = losses(
-                self.replica.forward,
-                self.targets.edm(x),
-                x,
-                condition,
-                self.targets.draw(x, batch.positions),
-                dtype=self.replica.autocast_dtype,
-                small_size=self.targets.small_size,
-            )
-        with self.watch.part("backward"):
-            # Ranks' gradients are averaged, so each one's share is taken world_size times.
-            (each.sum() * (self.world_size / self.config.batch_size)).backward()
-        return each.detach()
+        return accumulate(
+            self.replica.forward,
+            self.targets.edm(x),
+            x,
+            condition,
+            self.targets.draw(x, batch.positions),
+            divisor=self.config.batch_size / self.world_size,  # ranks' gradients are averaged
+            dtype=self.replica.autocast_dtype,
+            small_size=self.targets.small_size,
+            timed=self.watch.part,
+        )
 
     def rehearse(self) -> int:
         """Try the largest bucket with the longest prompts, and make room for checkpoints, so that memory runs
