@@ -67,6 +67,17 @@ class Status(StrEnum):
 RETRIABLE = frozenset({Status.UNREACHABLE, Status.TIMEOUT, Status.RATE_LIMITED, Status.CRASHED})
 
 
+class RowError(Exception):
+    """This row can't be used: `status` is its fate, the message its `error`."""
+
+    def __init__(self, status: Status, reason: str, *, retry_after_s: float | None = None) -> None:
+        super().__init__(status, reason)  # both: it crosses processes
+        self.status, self.reason, self.retry_after_s = status, reason, retry_after_s
+
+    def __str__(self) -> str:
+        return self.reason
+
+
 class Media(StrEnum):
     VIDEO = "video"
     IMAGE = "image"

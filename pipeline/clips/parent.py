@@ -5,7 +5,6 @@ Pure but for reading the parent's bytes; every way in which a file can be bad en
 
 import hashlib
 import io
-import warnings
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
@@ -15,15 +14,16 @@ import numpy as np
 
 from infra.config import Config
 from infra.errors import DataError
+from infra.pictures import decode_picture, open_picture, upright_size
 from infra.storage import filesystem, is_remote
 from pipeline.clips.filters import FilterConfig, judge_by_facts, judge_by_frames, load_plugins
 from pipeline.clips.shots import ShotConfig, find_shots
 from pipeline.clips.sources.base import Cut, Item
 from pipeline.clips.transcode import write_clip
-from pipeline.media.frames import VideoError, VideoInfo, clip_times, decode_frames, probe
+from pipeline.media.frames import VideoInfo, clip_times, decode_frames, probe
 from pipeline.media.phash import phash64
-from pipeline.media.store import image_kind, looks_like_text, open_media
-from pipeline.schema import Status, clip_id
+from pipeline.media.store import image_kind, looks_like_text, open_media, row_errors
+from pipeline.schema import RowError, Status, clip_id
 
 LOOK_PX: tuple[int, int] = (64, 64)
 """Size of the frames that filters and the perceptual hash look at."""
@@ -64,12 +64,12 @@ def inspect_parent(item: dict[str, Any], found: dict[str, Any], config: str) -> 
         found = {**found, "source_sha256": digest}
         kind = image_kind(head)
         if not head:
-            raise VideoError(Status.EMPTY, "0 bytes")
+            raise RowError(Status.EMPTY, "0 bytes")
         if kind is None and looks_like_text(head):
-            raise VideoError(Status.WRONG_TYPE, f"text, not media: {head[:40]!r}")
+            raise RowError(Status.WRONG_TYPE, f"text, not media: {head[:40]!r}")
         rows = _image_rows if kind else _video_rows
         return rows(parent, found, media, settings)
-    except VideoError as error:
+    except RowError as error:
         return dead_rows(parent, found, error.status, str(error))
     except FileNotFoundError as error:
         return dead_rows(parent, found, Status.NOT_FOUND, _line(error))
@@ -163,28 +163,12 @@ def look_at_image(media: str | bytes) -> tuple[tuple[int, int], np.ndarray]:
     """((width, height) upright, uint8 `64 64 3`) of a picture, decoded no larger than needed.
 
     Raises:
-        VideoError: not a picture that can be decoded, or too large a one.
+        RowError: not a picture that can be decoded, or too large a one.
     """
-    from PIL import Image, ImageOps, UnidentifiedImageError
-
-    Image.MAX_IMAGE_PIXELS = None  # the bound is ours, below, before anything is decoded
-    file = io.BytesIO(media) if isinstance(media, bytes) else _open(media)
-    try:
-        with warnings.catch_warnings(), file, Image.open(file) as image:
-            warnings.simplefilter("ignore")
-            width, height = image.size
-            if width * height > MAX_IMAGE_PIXELS:
-                raise VideoError(Status.TOO_LARGE, f"picture of {width}x{height} pixels")
-            if image.getexif().get(0x0112, 1) >= 5:  # EXIF orientation: lies on its side
-                width, height = height, width
-            image.draft("RGB", (LOOK_PX[1] * 2, LOOK_PX[0] * 2))
-            small = image.convert("RGB").resize((LOOK_PX[1], LOOK_PX[0]), Image.Resampling.BOX)
-            small.info |= {"exif": image.info.get("exif", b"")}
-            return (width, height), np.asarray(ImageOps.exif_transpose(small))
-    except UnidentifiedImageError:
-        raise VideoError(Status.UNDECODABLE, "not a picture") from None
-    except (OSError, ValueError, SyntaxError, EOFError, IndexError) as error:
-        raise VideoError(Status.UNDECODABLE, f"picture: {_line(error)}") from None
+    with row_errors(), io.BytesIO(media) if isinstance(media, bytes) else _open(media) as file:
+        image = open_picture(file, max_pixels=MAX_IMAGE_PIXELS)
+        height, width = upright_size(image)
+        return (width, height), np.asarray(decode_picture(image, shrink_to_px=LOOK_PX))
 
 
 def _judge(row: Row, frames: np.ndarray, config: InspectConfig) -> None:

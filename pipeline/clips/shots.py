@@ -10,8 +10,8 @@ from pydantic import Field
 
 from infra.config import Config
 from infra.errors import ConfigError
-from pipeline.media.frames import Source, VideoError, opened, to_rgb
-from pipeline.schema import Status
+from pipeline.media.frames import Source, opened, to_rgb
+from pipeline.schema import RowError, Status
 
 WINDOW, STRIDE, EDGE = 100, 50, 25
 """TransNet V2 sees 100 frames and is trusted on the middle 50 (Soucek & Lokoc 2020, section 3)."""
@@ -35,12 +35,12 @@ def find_shots(source: Source, config: ShotConfig) -> list[tuple[float, float]]:
     """Shots of a video as [start, end] in seconds, long ones cut into equal parts.
 
     Raises:
-        VideoError: the video can't be decoded.
+        RowError: the video can't be decoded.
     """
     times_s: list[float] = []
     probabilities = np.concatenate(list(_probabilities(source, times_s)) or [np.empty(0)])
     if not times_s:
-        raise VideoError(Status.UNDECODABLE, "no frame could be decoded")
+        raise RowError(Status.UNDECODABLE, "no frame could be decoded")
     step_s = (times_s[-1] - times_s[0]) / max(len(times_s) - 1, 1)
     ends_s = [*times_s[1:], times_s[-1] + step_s]
     shots = [(times_s[first], ends_s[last]) for first, last in shot_ranges(probabilities > config.threshold)]

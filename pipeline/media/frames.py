@@ -24,7 +24,7 @@ from av.video.stream import VideoStream
 
 from infra.storage import filesystem, is_remote
 from pipeline.media.plan import PlanError, planned_frames
-from pipeline.schema import Status
+from pipeline.schema import RowError, Status
 
 Source = str | Path | bytes | BinaryIO
 Size = tuple[int, int] | None
@@ -32,14 +32,6 @@ MAX_PIXELS = 8192 * 8192
 """A larger picture is refused before its decoder allocates anything."""
 TOLERANCE_S = 0.0005
 """Slack of a wanted time: containers round presentation times, Matroska's to whole milliseconds."""
-
-
-class VideoError(Exception):
-    """This video can't be used; `status` says which fate its row gets."""
-
-    def __init__(self, status: Status, reason: str) -> None:
-        super().__init__(reason)
-        self.status = status
 
 
 @dataclass(frozen=True)
@@ -69,12 +61,12 @@ def probe(source: Source) -> VideoInfo:
     """Decode the first frame and count the packets: headers are known to lie.
 
     Raises:
-        VideoError: empty, not a video, audio only, not decodable, or too large a picture.
+        RowError: empty, not a video, audio only, not decodable, or too large a picture.
     """
     with opened(source) as (container, stream):
         first = next((f for f in container.decode(stream)), None)
         if first is None:
-            raise VideoError(Status.UNDECODABLE, "no frame could be decoded")
+            raise RowError(Status.UNDECODABLE, "no frame could be decoded")
         height, width = display_size(first, stream)
     with opened(source) as (container, stream):
         num_frames, duration_s = _extent(container, stream)
@@ -103,7 +95,7 @@ def decode_frames(source: Source, times_s: Sequence[float], *, size_px: Size = N
         uint8 RGB `n h w 3`.
 
     Raises:
-        VideoError: nothing to decode, or the decoder refuses it.
+        RowError: nothing to decode, or the decoder refuses it.
         ValueError: no time, or one that is not finite.
     """
     if not times_s or not all(math.isfinite(t) for t in times_s):
@@ -141,7 +133,7 @@ def _stream(
             return found
         previous = frame
     if previous is None:
-        raise VideoError(Status.UNDECODABLE, "no frame could be decoded")
+        raise RowError(Status.UNDECODABLE, "no frame could be decoded")
     found.update((ticks, to_rgb(previous, stream, size_px)) for ticks in todo)
     return found
 
@@ -151,7 +143,7 @@ def opened(source: Source) -> Iterator[tuple[InputContainer, VideoStream]]:
     """The container and its first real video stream, one decoder thread.
 
     Raises:
-        VideoError: empty, not a video, audio only, or too large a picture.
+        RowError: empty, not a video, audio only, or too large a picture.
     """
     file, owned = _file(source)
     try:
@@ -159,7 +151,7 @@ def opened(source: Source) -> Iterator[tuple[InputContainer, VideoStream]]:
             assert isinstance(container, InputContainer)
             yield container, _video_stream(container)
     except FFmpegError as error:
-        raise VideoError(Status.UNDECODABLE, f"container: {error}") from error
+        raise RowError(Status.UNDECODABLE, f"container: {error}") from error
     finally:
         if owned:
             owned.close()  # PyAV keeps a reference to a file object: its memory would leak
@@ -168,7 +160,7 @@ def opened(source: Source) -> Iterator[tuple[InputContainer, VideoStream]]:
 def _file(source: Source) -> tuple[Any, Any]:
     if isinstance(source, bytes):
         if not source:
-            raise VideoError(Status.EMPTY, "0 bytes")
+            raise RowError(Status.EMPTY, "0 bytes")
         owned = io.BytesIO(source)
         return owned, owned
     if isinstance(source, str) and is_remote(source):
@@ -178,9 +170,9 @@ def _file(source: Source) -> tuple[Any, Any]:
     if isinstance(source, str | Path):
         path = Path(str(source).removeprefix("file://"))
         if not path.is_file():
-            raise VideoError(Status.NOT_FOUND, f"no file {path}")
+            raise RowError(Status.NOT_FOUND, f"no file {path}")
         if path.stat().st_size == 0:
-            raise VideoError(Status.EMPTY, "0 bytes")
+            raise RowError(Status.EMPTY, "0 bytes")
         return f"file:{path}", None
     return source, None
 
@@ -189,15 +181,15 @@ def _video_stream(container: InputContainer) -> VideoStream:
     streams = [s for s in container.streams.video if not s.disposition & s.disposition.attached_pic]
     if not streams:
         kinds = sorted({s.type for s in container.streams})
-        raise VideoError(Status.NO_VIDEO, f"no video stream, only {', '.join(kinds) or 'nothing'}")
+        raise RowError(Status.NO_VIDEO, f"no video stream, only {', '.join(kinds) or 'nothing'}")
     stream = streams[0]
     context = stream.codec_context
     if context is None:  # pyright: ignore[reportUnnecessaryComparison] - PyAV: no decoder for it
-        raise VideoError(Status.UNDECODABLE, "no decoder for the video stream")
+        raise RowError(Status.UNDECODABLE, "no decoder for the video stream")
     if not context.width or not context.height:
-        raise VideoError(Status.UNDECODABLE, "the video stream has no size")
+        raise RowError(Status.UNDECODABLE, "the video stream has no size")
     if context.width * context.height > MAX_PIXELS:
-        raise VideoError(Status.TOO_LARGE, f"picture of {context.width}x{context.height} pixels")
+        raise RowError(Status.TOO_LARGE, f"picture of {context.width}x{context.height} pixels")
     context.thread_count = 1  # one worker, one core: threads would only add CPU time
     return stream
 
@@ -214,7 +206,7 @@ def _extent(container: InputContainer, stream: VideoStream) -> tuple[int, float]
         if last is None or time >= last:
             last, step = time, packet.duration or step
     if first is None or last is None:
-        raise VideoError(Status.UNDECODABLE, "the video stream has no packets")
+        raise RowError(Status.UNDECODABLE, "the video stream has no packets")
     base = stream.time_base or Fraction(1, 90000)
     if not step:
         step = round((last - first) / max(count - 1, 1)) or 1

@@ -7,8 +7,8 @@ from fractions import Fraction
 import av
 from av.error import FFmpegError
 
-from pipeline.media.frames import VideoError, decode_frames, probe
-from pipeline.schema import Status
+from pipeline.media.frames import decode_frames, probe
+from pipeline.schema import RowError, Status
 
 WHOLE_S = 0.05  # a clip this close to both ends of its source is the whole source
 
@@ -27,7 +27,7 @@ def cut_mp4(source: str | bytes, start_s: float, end_s: float, *, crf: int) -> t
     """The stretch [start_s, end_s] of a source as mp4 bytes; the same bytes each time.
 
     Raises:
-        VideoError: the source can't be decoded.
+        RowError: the source can't be decoded.
     """
     info = probe(source)
     if info.container == "mp4" and start_s <= WHOLE_S and end_s >= info.duration_s - WHOLE_S:
@@ -50,7 +50,7 @@ def cut_mp4(source: str | bytes, start_s: float, end_s: float, *, crf: int) -> t
                     container.mux(stream.encode(frame))
             container.mux(stream.encode(None))
     except FFmpegError as error:
-        raise VideoError(Status.UNDECODABLE, f"encoding: {error}") from error
+        raise RowError(Status.UNDECODABLE, f"encoding: {error}") from error
     return sink.getvalue(), Mp4(count, *size, float(rate))
 
 

@@ -1,16 +1,14 @@
 """Frames of a training clip, from wherever they can still be had: the source file, or the row's target."""
 
-import io
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
 
-from infra.errors import DataError
-from pipeline.media.frames import VideoError, decode_frames, probe
-from pipeline.media.store import open_media, read_media
-from pipeline.schema import Media, Status, TargetKind
+from infra.pictures import decode_picture
+from pipeline.media.frames import decode_frames, probe
+from pipeline.media.store import open_media, read_media, row_errors
+from pipeline.schema import Media, RowError, TargetKind
 
 
 @dataclass(frozen=True)
@@ -31,16 +29,15 @@ def read_frames(row: dict[str, Any], fracs: tuple[float, ...], *, local_uri: str
         local_uri: where the source's bytes lie, if not at `source_uri`.
 
     Raises:
-        VideoError: neither the source nor the target gives a frame.
+        RowError: neither the source nor the target gives a frame.
     """
     try:
-        return ClipFrames(_from_source(row, fracs, local_uri or row["source_uri"]), from_target=False)
-    except (VideoError, OSError, DataError) as error:
+        with row_errors():
+            return ClipFrames(_from_source(row, fracs, local_uri or row["source_uri"]), from_target=False)
+    except RowError:
         frames = _from_target(row["target"] or {}, fracs)
         if frames is None:
-            raise (
-                error if isinstance(error, VideoError) else VideoError(Status.UNREACHABLE, str(error))
-            ) from error
+            raise
         return ClipFrames(frames, from_target=True)
 
 
@@ -48,7 +45,7 @@ def first_frame(row: dict[str, Any], *, local_uri: str | None = None) -> ClipFra
     """The target's first frame, from the source and so at its full size, cropped as the target is.
 
     Raises:
-        VideoError: neither the source nor the target gives a frame.
+        RowError: neither the source nor the target gives a frame.
     """
     target = row["target"] or {}
     found = read_frames(row, (_first_frac(row, target),), local_uri=local_uri)
@@ -79,17 +76,9 @@ def _crop(frames: np.ndarray, aspect: float) -> np.ndarray:
 
 def _from_source(row: dict[str, Any], fracs: tuple[float, ...], uri: str) -> np.ndarray:
     if row["media"] == Media.IMAGE:
-        return np.stack([_picture(read_media(uri))] * len(fracs))
+        return np.stack([np.asarray(decode_picture(read_media(uri)))] * len(fracs))
     start_s, end_s = row["start_s"] or 0.0, row["end_s"] or 0.0
     return decode_frames(open_media(uri), [start_s + frac * (end_s - start_s) for frac in fracs])
-
-
-def _picture(data: bytes) -> np.ndarray:
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
-        raise VideoError(Status.UNDECODABLE, f"picture: {error}") from error
 
 
 def _from_target(target: dict[str, Any], fracs: tuple[float, ...]) -> np.ndarray | None:

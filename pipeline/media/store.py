@@ -9,6 +9,8 @@ A `local_uri` is a path, an object-store URI, or one of those with a fragment th
 So nothing is copied out of the corpus, and every later job reads it through the two calls here.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from infra.errors import DataError
+from infra.pictures import PictureError
 from infra.storage import filesystem, is_remote, read_bytes
+from pipeline.schema import RowError, Status
 
 IMAGE_SIGNATURES = (
     (b"\xff\xd8\xff", "jpeg"),
@@ -49,6 +53,19 @@ def read_media(local_uri: str) -> bytes:
     if "row" in piece:
         return _read_cell(uri, int(piece["row"]), piece["column"])
     return _read_range(uri, int(piece["offset"]), int(piece["size"]))
+
+
+@contextmanager
+def row_errors() -> Iterator[None]:
+    """Turn what reading and decoding media raise into the `RowError` with the status that the row gets."""
+    try:
+        yield
+    except PictureError as error:
+        raise RowError(Status.TOO_LARGE if error.too_large else Status.UNDECODABLE, str(error)) from error
+    except FileNotFoundError as error:
+        raise RowError(Status.NOT_FOUND, str(error)) from error
+    except (OSError, DataError) as error:
+        raise RowError(Status.UNREACHABLE, str(error)) from error
 
 
 def cell_uri(parquet_uri: str, row: int, column: str) -> str:

@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 
 from infra.storage import absolute
-from pipeline.media.frames import VideoError, clip_times, decode_frames, probe
+from pipeline.media.frames import clip_times, decode_frames, probe
 from pipeline.media.row_frames import read_frames, target_frames
 from pipeline.report.album import Album
 from pipeline.report.read import read_columns, spread
-from pipeline.schema import Media, Role, Status, TargetKind
+from pipeline.schema import Media, Role, RowError, Status, TargetKind
 from pipeline.shards import ShardSet
 
 STRIP_FRAMES, TARGET_FRAMES = 5, 16
@@ -40,7 +40,7 @@ def _clip_card(row: dict[str, Any], album: Album) -> Card:
         times_s = (0.5,) if is_image else tuple(clip_times(0, 1, STRIP_FRAMES))
         frames = read_frames({**row, "target": None}, times_s, local_uri=row["local_uri"]).frames
         strip = album.filmstrip(frames, height_px=96)
-    except VideoError as error:
+    except RowError as error:
         strip, facts = None, [*facts, f"can't be read now: {error}"]
     return {
         "caption": row["caption"],
@@ -102,7 +102,7 @@ def target_card(row: dict[str, Any], album: Album) -> Card:
     target = row["target"] or {}
     try:
         frames, fps = _target_frames(row, target)
-    except (VideoError, ValueError) as error:
+    except (RowError, ValueError) as error:
         return {"moving": None, "still": None, "facts": f"can't be read now: {error}"}
     size = f"{frames[0].shape[1]}×{frames[0].shape[0]}"
     is_picture = len(frames) == 1 or not math.isfinite(fps)

@@ -9,7 +9,7 @@ import httpx
 from pipeline.clips.fetch.config import FetchConfig
 from pipeline.clips.fetch.robots import opted_out
 from pipeline.clips.fetch.store import Record
-from pipeline.schema import Status
+from pipeline.schema import RowError, Status
 
 TRANSIENT = (
     httpx.TimeoutException,
@@ -24,35 +24,27 @@ TRANSIENT_CODES = frozenset({408, 425, 429, 500, 502, 503, 504})
 GONE_CODES = frozenset({404, 410})
 
 
-class FetchError(Exception):
-    """This address gives nothing; `status` says which fate its rows get."""
-
-    def __init__(self, status: Status, reason: str, *, retry_after_s: float | None = None) -> None:
-        super().__init__(reason)
-        self.status, self.retry_after_s = status, retry_after_s
-
-
 def check_opt_out(response: httpx.Response, config: FetchConfig) -> None:
-    """Raise FetchError where the site asks not to be learned from and the config honours that."""
+    """Raise RowError where the site asks not to be learned from and the config honours that."""
     if not config.honour_opt_out:
         return
     directive = opted_out(response.headers.get_list("x-robots-tag"), config.user_agent)
     if directive:
-        raise FetchError(Status.OPTED_OUT, f"X-Robots-Tag: {directive}")
+        raise RowError(Status.OPTED_OUT, f"X-Robots-Tag: {directive}")
 
 
 def check_code(response: httpx.Response) -> None:
-    """Raise FetchError, with the fate that it means, for every status but 200 and 206."""
+    """Raise RowError, with the fate that it means, for every status but 200 and 206."""
     code = response.status_code
     if code in (200, 206):
         return
     reason = f"HTTP {code} {response.reason_phrase}".strip()
     if code in GONE_CODES:
-        raise FetchError(Status.NOT_FOUND, reason)
+        raise RowError(Status.NOT_FOUND, reason)
     if code in TRANSIENT_CODES:
         status = Status.RATE_LIMITED if code == 429 else Status.UNREACHABLE
-        raise FetchError(status, reason, retry_after_s=retry_after_s(response))
-    raise FetchError(Status.REFUSED if 400 <= code < 500 else Status.UNREACHABLE, reason)
+        raise RowError(status, reason, retry_after_s=retry_after_s(response))
+    raise RowError(Status.REFUSED if 400 <= code < 500 else Status.UNREACHABLE, reason)
 
 
 def conditions(known: Record | None, part: Path, validator: str | None) -> dict[str, str]:

@@ -13,7 +13,7 @@ import httpx
 
 from pipeline.clips.fetch.answers import (
     TRANSIENT,
-    FetchError,
+    RowError,
     check_code,
     check_opt_out,
     conditions,
@@ -46,7 +46,7 @@ class Fetcher:
         """(final address, body) of a web page.
 
         Raises:
-            FetchError: it can't or must not be had.
+            RowError: it can't or must not be had.
         """
         return self.runner.run(self._page(url, max_bytes))
 
@@ -69,7 +69,7 @@ class Fetcher:
         try:
             async with asyncio.timeout(self.config.total_timeout_s):
                 return await self._with_retries(url)
-        except FetchError as error:
+        except RowError as error:
             return {"status": error.status.value, "error": str(error)}
         except TimeoutError:
             error = f"not done after {self.config.total_timeout_s:g} s"
@@ -79,11 +79,11 @@ class Fetcher:
         for attempt in range(1, self.config.max_tries + 1):
             try:
                 return await self._download(url)
-            except FetchError as error:
+            except RowError as error:
                 failure = error
             except TRANSIENT as error:
                 status = Status.TIMEOUT if isinstance(error, httpx.TimeoutException) else Status.UNREACHABLE
-                failure = FetchError(status, f"{type(error).__name__}: {error}")
+                failure = RowError(status, f"{type(error).__name__}: {error}")
             if not failure.status.is_retriable or attempt == self.config.max_tries:
                 raise failure
             await asyncio.sleep(self._wait_s(url, attempt, failure.retry_after_s))
@@ -109,12 +109,12 @@ class Fetcher:
                 return known.found()
             if response.status_code == 416:
                 part.unlink(missing_ok=True)
-                raise FetchError(Status.UNREACHABLE, "the part on disk is not a part of it any more")
+                raise RowError(Status.UNREACHABLE, "the part on disk is not a part of it any more")
             check_code(response)
             resumed = response.status_code == 206 and starts_at(response) == size_bytes(part)
             if response.status_code == 206 and not resumed:
                 part.unlink(missing_ok=True)
-                raise FetchError(Status.UNREACHABLE, "the server sent another range than asked for")
+                raise RowError(Status.UNREACHABLE, "the server sent another range than asked for")
             note_validator(part, validator(response))
             await self._save(response, part, append=resumed)
             etag, changed = response.headers.get("etag"), response.headers.get("last-modified")
@@ -124,18 +124,18 @@ class Fetcher:
         size, limit = (size_bytes(part) if append else 0), self.config.max_bytes
         announced = response.headers.get("content-length", "")
         if announced.isdigit() and size + int(announced) > limit:
-            raise FetchError(Status.TOO_LARGE, f"{size + int(announced):,} bytes, more than {limit:,}")
+            raise RowError(Status.TOO_LARGE, f"{size + int(announced):,} bytes, more than {limit:,}")
         with part.open("ab" if append else "wb") as file:
             async for chunk in response.aiter_raw():
                 if size < 512 and looks_like_text(chunk[:512] if size == 0 else b""):
-                    raise FetchError(Status.WRONG_TYPE, f"text, not media: {chunk[:40]!r}")
+                    raise RowError(Status.WRONG_TYPE, f"text, not media: {chunk[:40]!r}")
                 size += len(chunk)
                 if size > limit:
                     part.unlink()
-                    raise FetchError(Status.TOO_LARGE, f"more than {limit:,} bytes")
+                    raise RowError(Status.TOO_LARGE, f"more than {limit:,} bytes")
                 file.write(chunk)
         if size == 0:
-            raise FetchError(Status.EMPTY, "0 bytes")
+            raise RowError(Status.EMPTY, "0 bytes")
 
     async def _page(self, url: str, max_bytes: int) -> tuple[str, bytes]:
         for attempt in range(1, self.config.max_tries + 1):
@@ -152,6 +152,6 @@ class Fetcher:
                         return str(response.extensions["url"]), body[:max_bytes]
             except (*TRANSIENT, TimeoutError) as error:
                 if attempt == self.config.max_tries:
-                    raise FetchError(Status.UNREACHABLE, f"{type(error).__name__}: {error}") from None
+                    raise RowError(Status.UNREACHABLE, f"{type(error).__name__}: {error}") from None
                 await asyncio.sleep(self._wait_s(url, attempt, None))
         raise AssertionError("unreachable")

@@ -6,11 +6,11 @@ from urllib.parse import urljoin, urlsplit
 
 import httpx
 
-from pipeline.clips.fetch.answers import TRANSIENT, FetchError, check_code
+from pipeline.clips.fetch.answers import TRANSIENT, check_code
 from pipeline.clips.fetch.config import FetchConfig
 from pipeline.clips.fetch.guarded import GuardedTransport, RefusedAddressError
 from pipeline.clips.fetch.robots import MAX_BYTES, Robots, parse_robots
-from pipeline.schema import Status
+from pipeline.schema import RowError, Status
 
 
 class Gate:
@@ -62,13 +62,13 @@ class Web:
         """robots.txt of a site, read once by whoever comes first.
 
         Raises:
-            FetchError: it can't be read, so nothing there may be (RFC 9309 section 2.3.1.4).
+            RowError: it can't be read, so nothing there may be (RFC 9309 section 2.3.1.4).
         """
         if origin not in self.robots:
             self.robots[origin] = asyncio.ensure_future(self._read_robots(origin))
         try:
             return await asyncio.shield(self.robots[origin])
-        except FetchError:
+        except RowError:
             self.robots.pop(origin, None)  # the next try asks again
             raise
 
@@ -84,12 +84,12 @@ class Web:
                     if len(body) > MAX_BYTES:
                         break
                 return parse_robots(body.decode("utf-8", "replace"), self.config.user_agent)
-        except FetchError as error:
+        except RowError as error:
             if error.status is Status.REFUSED:
                 return Robots()  # the page itself will be refused, and say why
-            raise FetchError(error.status, f"robots.txt: {error}", retry_after_s=error.retry_after_s) from None
+            raise RowError(error.status, f"robots.txt: {error}", retry_after_s=error.retry_after_s) from None
         except TRANSIENT as error:
-            raise FetchError(Status.UNREACHABLE, f"robots.txt: {type(error).__name__}: {error}") from None
+            raise RowError(Status.UNREACHABLE, f"robots.txt: {type(error).__name__}: {error}") from None
 
 
 class Following:
@@ -103,7 +103,7 @@ class Following:
         for _ in range(web.config.max_redirects + 1):
             parts = urlsplit(self.url)
             if parts.scheme not in ("http", "https") or not parts.hostname:
-                raise FetchError(Status.REFUSED, f"not an http address: {self.url[:200]}")
+                raise RowError(Status.REFUSED, f"not an http address: {self.url[:200]}")
             delay_s = await self._check_robots(f"{parts.scheme}://{parts.netloc}")
             self.gate = web.gate(parts.netloc, delay_s)
             await self.gate.__aenter__()
@@ -118,7 +118,7 @@ class Following:
                 return self.response
             await self.__aexit__()
             self.url = urljoin(self.url, target)
-        raise FetchError(Status.NOT_FOUND, f"more than {web.config.max_redirects} redirects")
+        raise RowError(Status.NOT_FOUND, f"more than {web.config.max_redirects} redirects")
 
     async def __aexit__(self, *_: object) -> None:
         await self.response.aclose()
@@ -129,9 +129,9 @@ class Following:
         try:
             return await client.send(client.build_request("GET", self.url, headers=self.headers), stream=True)
         except RefusedAddressError as error:
-            raise FetchError(Status.REFUSED, str(error)) from None
+            raise RowError(Status.REFUSED, str(error)) from None
         except (httpx.InvalidURL, httpx.UnsupportedProtocol, httpx.LocalProtocolError) as error:
-            raise FetchError(Status.REFUSED, f"not a usable address: {error}") from None
+            raise RowError(Status.REFUSED, f"not a usable address: {error}") from None
 
     async def _check_robots(self, origin: str) -> float | None:
         if not (self.robots and self.web.config.honour_robots):
@@ -139,5 +139,5 @@ class Following:
         rules = await self.web.rules(origin)
         parts = urlsplit(self.url)
         if not rules.allows(parts.path + (f"?{parts.query}" if parts.query else "")):
-            raise FetchError(Status.OPTED_OUT, "robots.txt disallows it")
+            raise RowError(Status.OPTED_OUT, "robots.txt disallows it")
         return rules.crawl_delay_s

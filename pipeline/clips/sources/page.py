@@ -12,7 +12,7 @@ from urllib.parse import urldefrag, urljoin, urlsplit
 
 from infra.storage import exists, join, read_bytes, write_bytes
 from pipeline.clips.sources.base import Cut, Item, clean_caption, is_url, media_of, suffix_of
-from pipeline.schema import content_id
+from pipeline.schema import RowError, content_id
 
 
 class PageFetcher(Protocol):
@@ -44,8 +44,6 @@ class PageReader:
 
     def _crawl(self, fetcher: PageFetcher) -> Iterator[Item]:
         """Breadth first, each page once; a page that can't be had is a row."""
-        from pipeline.clips.fetch.answers import FetchError
-
         site = urlsplit(self.url).netloc
         seen, media, level = {self.url}, set(), [self.url]
         for depth in range(self.depth + 1):
@@ -53,7 +51,7 @@ class PageReader:
             for url in level:
                 try:
                     final, body = fetcher.page(url)
-                except FetchError as error:
+                except RowError as error:
                     yield Item(url, "auto", (Cut(),), status=error.status.value, error=f"page: {error}")
                     continue
                 page = parse_page(final, body)

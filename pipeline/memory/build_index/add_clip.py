@@ -26,13 +26,13 @@ from pipeline.memory import Memory, model_column, open_memory, open_table, sampl
 from pipeline.memory.build_index.resources import worker_resources
 from pipeline.memory.columns import add_column, fill_columns
 from pipeline.memory.config import IndexConfig
-from pipeline.memory.embed.pictures import Picture, PictureError
+from pipeline.memory.embed.pictures import Picture
 from pipeline.memory.embed.streams import CPU_BATCH, Streams, ahead, batches, settle_process
 from pipeline.memory.embed.vectors import document_vector
 from pipeline.memory.embed.worker import arrow_bytes, image_vectors, start_texts
 from pipeline.memory.store import EMBEDDINGS, tag_table, vectors_arrow, version_tag
 from pipeline.memory.tune import build_vector_index
-from pipeline.schema import Status, content_id
+from pipeline.schema import RowError, Status, content_id
 
 
 class AddClipConfig(Config):
@@ -154,7 +154,7 @@ class Adder:
         return {"file": f"{digest[:32]}.arrow", "sha256": digest, "notes": {"documents": len(kept)}} | model
 
 
-def stored_picture(data: bytes | None, clip: Any) -> Picture | PictureError:
+def stored_picture(data: bytes | None, clip: Any) -> Picture | RowError:
     """A document's own picture at the model's size."""
     from PIL import Image
 
@@ -162,7 +162,7 @@ def stored_picture(data: bytes | None, clip: Any) -> Picture | PictureError:
         image = Image.open(io.BytesIO(data or b"")).convert("RGB")
         pixels = clip.preprocessing.batch([image])
     except Exception as error:  # noqa: BLE001 - row boundary: decoders raise anything on bad bytes
-        return PictureError(Status.UNDECODABLE, f"{type(error).__name__}: {error}")
+        return RowError(Status.UNDECODABLE, f"{type(error).__name__}: {error}")
     return Picture(pixels, b"", 0, image.width, image.height)
 
 

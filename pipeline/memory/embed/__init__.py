@@ -1,6 +1,6 @@
 """Clips tables in, staged documents with CLIP vectors out."""
 
-from pipeline.memory.embed.pictures import EmbedConfig, Picture, PictureError, read_picture
+from pipeline.memory.embed.pictures import EmbedConfig, Picture, read_picture
 from pipeline.memory.embed.streams import Streams
 from pipeline.memory.embed.units import clip_units, read_slice
 from pipeline.memory.embed.vectors import document_vector, frame_mean, unit_rows
@@ -10,7 +10,6 @@ __all__ = [
     "EmbedConfig",
     "Embedder",
     "Picture",
-    "PictureError",
     "Streams",
     "clip_units",
     "document_vector",

@@ -1,7 +1,6 @@
 """One row of a clips table -> its pictures: the model's pixels and one JPEG of bounded size."""
 
 import io
-import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -9,12 +8,12 @@ import numpy as np
 from pydantic import Field
 
 from infra.config import Config
-from infra.errors import DataError
+from infra.pictures import decode_picture, open_picture
 from infra.storage import size_bytes
-from pipeline.media.frames import VideoError, clip_times, decode_frames
+from pipeline.media.frames import clip_times, decode_frames
 from pipeline.media.phash import phash64
-from pipeline.media.store import open_media, read_media
-from pipeline.schema import Media, Status
+from pipeline.media.store import open_media, read_media, row_errors
+from pipeline.schema import Media, RowError, Status
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -48,14 +47,6 @@ class EmbedConfig(Config):
     normalisation. Ours."""
 
 
-class PictureError(Exception):
-    """This row has no usable picture; `status` says which fate it gets."""
-
-    def __init__(self, status: Status, reason: str) -> None:
-        super().__init__(reason)
-        self.status = status
-
-
 @dataclass(frozen=True)
 class Picture:
     """What the model and the table need of one row."""
@@ -77,7 +68,7 @@ def read_picture(row: Row, config: EmbedConfig, preprocessing: "Preprocessing") 
         preprocessing: of the CLIP.
 
     Raises:
-        PictureError: with the status that the row gets.
+        RowError: with the status that the row gets.
     """
     if row["media"] == Media.VIDEO:
         images, data = _video_frames(row, config), b""
@@ -99,39 +90,22 @@ def _video_frames(row: Row, config: EmbedConfig) -> "list[Image]":
     from PIL import Image
 
     times_s = clip_times(row["start_s"] or 0.0, row["end_s"] or 0.0, config.key_frames)
-    try:
+    with row_errors():
         frames = decode_frames(open_media(row["local_uri"] or row["source_uri"]), times_s)
         return [Image.fromarray(frame) for frame in frames]
-    except VideoError as error:
-        raise PictureError(error.status, str(error)) from error
-    except FileNotFoundError as error:
-        raise PictureError(Status.NOT_FOUND, str(error)) from error
-    except (OSError, DataError) as error:
-        raise PictureError(Status.UNREACHABLE, str(error)) from error
 
 
 def _image(uri: str, config: EmbedConfig) -> "tuple[Image, bytes]":
     """Decode an image file: RGB, upright; with its bytes if they can be stored as they are, else b""."""
-    from PIL import Image, ImageOps
-
     data = _bytes(uri, config)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns of bombs; our own limit decides, below
-            with Image.open(io.BytesIO(data)) as image:
-                if image.width * image.height > config.max_pixels:
-                    raise PictureError(Status.TOO_LARGE, f"{image.width}x{image.height} pixels")
-                _check_shape(image.width, image.height, config)
-                keep = _is_plain_jpeg(image, data, config)
-                upright = ImageOps.exif_transpose(image).convert("RGB")
-                upright.info = {}  # comments and the like would be written into the document's JPEG
-                return upright, data if keep else b""
-    except Image.DecompressionBombError as error:
-        raise PictureError(Status.TOO_LARGE, str(error)) from error
-    except PictureError:
-        raise
-    except Exception as error:  # the border of a row: on hostile bytes decoders raise anything
-        raise PictureError(Status.UNDECODABLE, f"{type(error).__name__}: {error}") from error
+        with row_errors():
+            image = open_picture(data, max_pixels=config.max_pixels)
+            _check_shape(image.width, image.height, config)
+            keep = _is_plain_jpeg(image, data, config)
+            return decode_picture(image), data if keep else b""
+    except MemoryError as error:
+        raise RowError(Status.UNDECODABLE, "needs more memory than there is") from error
 
 
 def _is_plain_jpeg(image: "Image", data: bytes, config: EmbedConfig) -> bool:
@@ -147,23 +121,19 @@ def _is_plain_jpeg(image: "Image", data: bytes, config: EmbedConfig) -> bool:
 
 
 def _bytes(uri: str, config: EmbedConfig) -> bytes:
-    try:
+    with row_errors():
         if size_bytes(uri) > config.max_picture_bytes:  # 0 for a piece of a file: known once it is read
-            raise PictureError(Status.TOO_LARGE, f"{size_bytes(uri):,} bytes")
+            raise RowError(Status.TOO_LARGE, f"{size_bytes(uri):,} bytes")
         data = read_media(uri)
-    except FileNotFoundError as error:
-        raise PictureError(Status.NOT_FOUND, f"no file {uri}") from error
-    except (OSError, DataError) as error:
-        raise PictureError(Status.UNREACHABLE, str(error)) from error
     if not data:
-        raise PictureError(Status.EMPTY, "0 bytes")
+        raise RowError(Status.EMPTY, "0 bytes")
     return data
 
 
 def _check_shape(width_px: int, height_px: int, config: EmbedConfig) -> None:
     short, long = sorted((width_px, height_px))
     if short < 1 or long / short > config.max_aspect:
-        raise PictureError(Status.FILTERED_ASPECT, f"{width_px}x{height_px} pixels")
+        raise RowError(Status.FILTERED_ASPECT, f"{width_px}x{height_px} pixels")
 
 
 def encode_jpeg(picture: "Image | np.ndarray", *, max_px: int, quality: int) -> bytes:

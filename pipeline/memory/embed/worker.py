@@ -12,12 +12,12 @@ import pyarrow as pa
 from infra.clip.config import ClipConfig
 from infra.storage import join, write_bytes
 from pipeline.job import Receipt
-from pipeline.memory.embed.pictures import EmbedConfig, Picture, PictureError, Row, read_picture
+from pipeline.memory.embed.pictures import EmbedConfig, Picture, Row, read_picture
 from pipeline.memory.embed.streams import CPU_BATCH, Streams, ahead, batches, settle_process
 from pipeline.memory.embed.units import payload_slice
 from pipeline.memory.embed.vectors import document_vector, frame_mean, unit_rows
 from pipeline.memory.store import open_table, vectors_arrow
-from pipeline.schema import CLIPS, Status, doc_id, memory_schema
+from pipeline.schema import CLIPS, RowError, Status, doc_id, memory_schema
 
 if TYPE_CHECKING:
     from infra.clip.model import Clip
@@ -88,7 +88,7 @@ class Embedder:
             streams.models, lambda group: image_vectors(clip, group), groups, depth=streams.num_models
         )
         found = [picture for group in embedded for picture in group]
-        failed = {n: picture for n, picture, _ in found if isinstance(picture, PictureError)}
+        failed = {n: picture for n, picture, _ in found if isinstance(picture, RowError)}
         fates += [(good[n], error.status, str(error)) for n, error in failed.items()]
         documents = [(good[n], picture) for n, picture, _ in found if isinstance(picture, Picture)]
         kept = [n for n in range(len(good)) if n not in failed]
@@ -97,13 +97,13 @@ class Embedder:
         model = {"model": clip.identity, "model_hash": clip.model_hash, "dim": clip.dim}
         return self._stage(table, rows, fates) | model
 
-    def _decode(self, row: Row, clip: "Clip") -> Picture | PictureError:
+    def _decode(self, row: Row, clip: "Clip") -> Picture | RowError:
         try:
             return read_picture(row, self.embed, clip.preprocessing)
-        except PictureError as error:
+        except RowError as error:
             return error
         except Exception as error:  # noqa: BLE001 - row boundary: decoders raise anything on bad bytes
-            return PictureError(Status.CRASHED, f"{type(error).__name__}: {error}")
+            return RowError(Status.CRASHED, f"{type(error).__name__}: {error}")
 
     def _sort(self, rows: list[Row]) -> tuple[list[Row], list[Fate]]:
         """Rows that deserve decoding, and the fates of the others."""
@@ -173,8 +173,8 @@ def row_doc_id(row: Row) -> str:
 
 
 def image_vectors(
-    clip: "Clip", group: list[tuple[int, Picture | PictureError]]
-) -> list[tuple[int, Picture | PictureError, np.ndarray | None]]:
+    clip: "Clip", group: list[tuple[int, Picture | RowError]]
+) -> list[tuple[int, Picture | RowError, np.ndarray | None]]:
     """(number, picture, its unit vector) of each row of a batch; the pixels are let go."""
     pictures = [picture for _, picture in group if isinstance(picture, Picture)]
     if not pictures:

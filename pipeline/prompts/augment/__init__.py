@@ -3,6 +3,6 @@
 from pipeline.prompts.augment.config import AugmentConfig
 from pipeline.prompts.augment.door import check
 from pipeline.prompts.augment.job import run
-from pipeline.prompts.augment.target import TargetConfig, TargetError, make_target
+from pipeline.prompts.augment.target import TargetConfig, make_target
 
-__all__ = ["AugmentConfig", "TargetConfig", "TargetError", "check", "make_target", "run"]
+__all__ = ["AugmentConfig", "TargetConfig", "check", "make_target", "run"]

@@ -1,23 +1,21 @@
 """A clip -> what the generator learns to make: frames at the training size, an mp4, or a reference."""
 
-import io
 import math
-import warnings
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from PIL.Image import Resampling
 from pydantic import Field
 
 from infra.config import Config
-from infra.errors import DataError
-from pipeline.media.frames import VideoError, clip_times, decode_frames
-from pipeline.media.store import open_media, read_media
+from infra.pictures import decode_picture
+from pipeline.media.frames import clip_times, decode_frames
+from pipeline.media.store import open_media, read_media, row_errors
 from pipeline.prompts.guard.rules import frame_hashes
-from pipeline.schema import Media, Status, TargetKind
+from pipeline.schema import Media, RowError, Status, TargetKind
 
 Row = dict[str, Any]
-MAX_PIXELS = 100_000_000
 GUARD_FRAMES = 16
 """Frames over the whole clip that the guard hashes, so that a trimmed or sped-up copy, which shows
 another middle, is still known. Ours."""
@@ -41,14 +39,6 @@ class TargetConfig(Config):
     """x264's constant rate factor where a `video` target has to be cut out of a longer file. Ours."""
 
 
-class TargetError(Exception):
-    """This clip gives no target; `status` says which fate its row gets."""
-
-    def __init__(self, status: Status, reason: str) -> None:
-        super().__init__(reason)
-        self.status = status
-
-
 @dataclass(frozen=True)
 class Target:
     """A target and what the guard can learn from its frames."""
@@ -67,30 +57,24 @@ def make_target(row: Row, config: TargetConfig) -> Target:
         config: kind and size.
 
     Raises:
-        TargetError: the media can't be read or decoded any more.
+        RowError: the media can't be read or decoded any more.
     """
     if config.kind == TargetKind.REFERENCE:
         return Target({"kind": TargetKind.REFERENCE.value})
     place = row["local_uri"] or row["source_uri"]
-    try:
+    with row_errors():
         if row["media"] == Media.IMAGE:
             return _picture(read_media(place), config)
         if config.kind == TargetKind.VIDEO:
             return _video(row, open_media(place), config)
         return _frames(row, open_media(place), config)
-    except VideoError as error:
-        raise TargetError(error.status, str(error)) from error
-    except FileNotFoundError as error:
-        raise TargetError(Status.NOT_FOUND, str(error)) from error
-    except (OSError, DataError) as error:
-        raise TargetError(Status.UNREACHABLE, str(error)) from error
 
 
 def try_target(row: Row, config: TargetConfig) -> Target | tuple[Status, str]:
     """`make_target` with the failure as a value: what travels back from another process."""
     try:
         return make_target(row, config)
-    except TargetError as error:
+    except RowError as error:
         return error.status, str(error)
 
 
@@ -154,21 +138,9 @@ def _target(whole: np.ndarray, looked_at: np.ndarray, rate: float, config: Targe
 
 def _picture(data: bytes, config: TargetConfig) -> Target:
     """A picture is a video of one frame at an infinite frame rate (Snap Video, section 3.2)."""
-    from PIL import Image, ImageOps
-
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns of bombs; our own limit decides
-            with Image.open(io.BytesIO(data)) as image:
-                if image.width * image.height > MAX_PIXELS:
-                    raise TargetError(Status.TOO_LARGE, f"{image.width}x{image.height} pixels")
-                upright = ImageOps.exif_transpose(image).convert("RGB")
-    except TargetError:
-        raise
-    except Exception as error:  # the row boundary: Pillow's decoders raise anything on hostile files
-        raise TargetError(Status.UNDECODABLE, f"{type(error).__name__}: {error}") from error
+    upright = decode_picture(data)
     size = covering_size(upright.height, upright.width, config)
-    scaled = upright.resize((2 * size[1], 2 * size[0]), Image.Resampling.BICUBIC, reducing_gap=3.0)
+    scaled = upright.resize((2 * size[1], 2 * size[0]), Resampling.BICUBIC, reducing_gap=3.0)
     frames = np.asarray(scaled)[None]
     return _target(frames, frames, math.inf, config)
 

@@ -17,7 +17,7 @@ from pipeline.prompts.augment.match import Match, Matcher, excluded, guarded_doc
 from pipeline.prompts.augment.target import Row, Target, try_target
 from pipeline.prompts.guard.calibrate import similarity_bound
 from pipeline.prompts.guard.exclusion import Exclusion, read_exclusion
-from pipeline.schema import Status, TargetKind
+from pipeline.schema import RowError, Status, TargetKind
 
 
 @lru_cache(maxsize=1)
@@ -157,12 +157,12 @@ def clip_config(config: AugmentConfig, memory: Memory) -> ClipConfig:
 
 def clip_picture_vector(row: Row, clip: Clip) -> np.ndarray | None:
     """The unit image vector of a clip as `build-index` would make it; None if it can't be read."""
-    from pipeline.memory.embed.pictures import EmbedConfig, PictureError, read_picture
+    from pipeline.memory.embed.pictures import EmbedConfig, read_picture
     from pipeline.memory.embed.worker import frame_mean
 
     try:
         picture = read_picture(row, EmbedConfig(), clip.preprocessing)
-    except PictureError:
+    except RowError:
         return None
     return frame_mean(clip.encode_pixels(picture.pixels), [len(picture.pixels)])[0]
 

@@ -8,22 +8,13 @@ from PIL import Image
 
 from infra.storage import join
 from pipeline.job import Receipt
-from pipeline.media.frames import VideoError
 from pipeline.media.row_frames import first_frame, read_frames
 from pipeline.prompts.instruct import tasks
 from pipeline.prompts.instruct.config import InstructConfig, draw_tasks, generator
 from pipeline.prompts.subjects.cutout import encode, fit_inside
 from pipeline.prompts.subjects.extract import SubjectFinder
-from pipeline.schema import PROMPTS, Media, Role, Status, Task, prompt_id
+from pipeline.schema import PROMPTS, Media, Role, RowError, Status, Task, prompt_id
 from pipeline.shards import ShardSet, shard_name, write_shard
-
-
-class Unservable(Exception):
-    """This row can't serve this task."""
-
-    def __init__(self, status: Status, reason: str) -> None:
-        super().__init__(reason)
-        self.status = status
 
 
 def make_worker(
@@ -59,9 +50,7 @@ class Instructor:
         """One draw: a row of PROMPTS, or a row of REJECTED."""
         try:
             segments, flags = self._segments(row, task, local_uri)
-        except VideoError as error:
-            return _reject(row, task, error.status, str(error))
-        except Unservable as error:
+        except RowError as error:
             return _reject(row, task, error.status, str(error))
         except Exception as error:  # noqa: BLE001 - the row boundary: one bad row must not stop the job
             return _reject(row, task, Status.BAD_ROW, f"{type(error).__name__}: {error}")
@@ -83,11 +72,11 @@ class Instructor:
         if task is Task.TEXT_TO_VIDEO:
             retrieved = [s for s in row["segments"] or [] if s["role"] == Role.RETRIEVED]
             if not retrieved:
-                raise Unservable(Status.FILTERED_NO_DOCUMENT, "no retrieved document")
+                raise RowError(Status.FILTERED_NO_DOCUMENT, "no retrieved document")
             return tasks.text_to_video(caption, retrieved), []
         if task is Task.VIDEO_PREDICTION:
             if row["media"] == Media.IMAGE:
-                raise Unservable(Status.FILTERED_NOT_VIDEO, "a picture has no next frame")
+                raise RowError(Status.FILTERED_NOT_VIDEO, "a picture has no next frame")
             first = first_frame(row, local_uri=local_uri)
             picture = fit_inside(Image.fromarray(first.frames[0]), self.config.first_frame_px)
             data = encode(picture, self.config.subjects.picture_format)
@@ -97,7 +86,7 @@ class Instructor:
         random = generator(self.config.seed, row["clip_id"], "subject")
         pictures = self.finder.find(caption, list(found.frames), random)
         if isinstance(pictures, str):
-            raise Unservable(Status.FILTERED_NO_SUBJECT, pictures)
+            raise RowError(Status.FILTERED_NO_SUBJECT, pictures)
         return tasks.subject_driven(caption, pictures), _frame_flags(found.from_target)
 
 

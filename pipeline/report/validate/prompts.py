@@ -5,7 +5,7 @@ import warnings
 from typing import Any
 
 from pipeline.report.validate.findings import Report, ValidateConfig
-from pipeline.schema import Role, TargetKind, Task, prompt_id
+from pipeline.schema import Role, RowError, TargetKind, Task, prompt_id
 
 
 def check_prompt(row: dict[str, Any], where: str, config: ValidateConfig, report: Report) -> None:
@@ -53,7 +53,7 @@ def picture_problem(data: bytes | None, max_px: int) -> str | None:
 
 def check_target(row: dict[str, Any], where: str, report: Report) -> None:
     """A target decodes to what its row says."""
-    from pipeline.media.frames import VideoError, probe
+    from pipeline.media.frames import probe
 
     target = row["target"] or {}
     report.checked["targets"] += 1
@@ -69,7 +69,7 @@ def check_target(row: dict[str, Any], where: str, report: Report) -> None:
             info = probe(data or b"")
             if (info.height_px, info.width_px) != (target["height_px"], target["width_px"]):
                 report.add("targets", f"{where}: {info.width_px}x{info.height_px} pixels inside")
-        except VideoError as error:
+        except RowError as error:
             report.add("targets", f"{where}: {error}")
     elif kind != TargetKind.REFERENCE:
         report.add("targets", f"{where}: unknown kind {kind!r}")

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from pipeline.clips.fetch.answers import FetchError
 from pipeline.clips.fetch.config import FetchConfig
 from pipeline.clips.fetch.fetcher import Fetcher
 from pipeline.clips.sources.page import PageReader
+from pipeline.schema import RowError
 from tests.pipeline.clips.hostile_site import BODY, ETAG, Site
 
 
@@ -167,6 +167,6 @@ def test_a_site_is_looked_through_to_the_given_depth_once(site, tmp_path):
 
 def test_a_page_that_cannot_be_had_is_an_error_with_a_status(site, tmp_path):
     fetcher = Fetcher(FetchConfig(allow_hosts=("127.0.0.1",), max_tries=1), str(tmp_path / "m"))
-    with pytest.raises(FetchError, match="404"):
+    with pytest.raises(RowError, match="404"):
         fetcher.page(f"{site.url}/absent")
     fetcher.close()

@@ -12,9 +12,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipeline.media.frames import VideoError, clip_times, decode_frames, decode_from_start, opened, probe
+from pipeline.media.frames import clip_times, decode_frames, decode_from_start, opened, probe
 from pipeline.media.plan import PlanError, planned_frames
-from pipeline.schema import Status
+from pipeline.schema import RowError, Status
 
 LAYOUTS: dict[str, dict] = {
     "gop12": {"options": {"g": "12", "bf": "0"}, "num_frames": 80},
@@ -143,7 +143,7 @@ def test_probe_measures_what_headers_say(layouts):
     [(b"", Status.EMPTY), (b"\0" * 4000, Status.UNDECODABLE), (b"hello" * 99, Status.UNDECODABLE)],
 )
 def test_what_is_no_video_says_so(data, status):
-    with pytest.raises(VideoError) as caught:
+    with pytest.raises(RowError) as caught:
         probe(data)
     assert caught.value.status == status
 
@@ -153,12 +153,12 @@ def test_every_truncation_is_a_video_or_an_error_never_a_crash(layouts):
     for size in range(1, len(data), max(1, len(data) // 60)):
         try:
             assert decode_frames(data[:size], [0.5]).shape == (1, 48, 64, 3)
-        except VideoError as error:
+        except RowError as error:
             assert error.status in (Status.UNDECODABLE, Status.NO_VIDEO)
 
 
 def test_sound_alone_is_no_video(tmp_path, write_sound):
-    with pytest.raises(VideoError, match="no video stream, only audio") as caught:
+    with pytest.raises(RowError, match="no video stream, only audio") as caught:
         probe(write_sound(tmp_path / "a.mp4"))
     assert caught.value.status == Status.NO_VIDEO
 
