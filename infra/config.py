@@ -12,14 +12,25 @@ from pathlib import Path
 from typing import Annotated, Any, Self, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 from infra.errors import ConfigError
+from infra.storage import absolute
 
 T = TypeVar("T")
 _INCIDENTAL = "incidental"
 Incidental = Annotated[T, _INCIDENTAL]
 """Marks a config field that says only where or how fast a job runs: another value gives the same output."""
+Location = Annotated[str, AfterValidator(absolute)]
+"""A local path or a URI, made absolute when the config is read: the same place in every process."""
+
+
+def _absolute_file(text: str) -> str:
+    return absolute(text) if Path(text).expanduser().is_file() else text
+
+
+NameOrFile = Annotated[str, AfterValidator(_absolute_file)]
+"""A known name, or the path of a local file, which is made absolute like a `Location`."""
 
 
 class Config(BaseModel):

@@ -1,7 +1,8 @@
 """A job that may be killed at any moment: units in, receipts out, certificate last.
 
-Ray Data runs the work; this file gives what Ray Data's own checkpoint does not (it loses rows after
-fan-out): a unit of work is done only when its whole receipt stands in a journal.
+`run_job` is the sequence that every command of the data side follows. Ray Data runs the work; this file
+gives what Ray Data's own checkpoint does not (it loses rows after fan-out): a unit of work is done only
+when its whole receipt stands in a journal.
 
     units (a list or a generator, in a fixed order)
       -> windows -> ray.data map over blocks -> worker(payload) -> one receipt a unit,
@@ -15,27 +16,159 @@ that each worker had in hand is done again.
 
 import itertools
 import json
+import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypedDict, cast
 
 import pyarrow as pa
+from pydantic import Field
 
 from infra.claim import open_job
-from infra.cluster import quiet_ray_data
-from infra.config import canonical_json
+from infra.cluster import RayConfig, quiet_ray_data, ray_session
+from infra.config import Config, Incidental, Location, canonical_json
+from infra.errors import TooManyFailuresError
 from infra.progress import Progress
-from infra.storage import absolute, delete, filesystem, is_remote, join, list_files, write_bytes
+from infra.storage import (
+    Certificate,
+    absolute,
+    delete,
+    filesystem,
+    is_remote,
+    join,
+    list_files,
+    write_bytes,
+    write_certificate,
+)
 from infra.telemetry import JobMetrics
-from pipeline.schema import content_id
-
-__all__ = ["JournalWriter", "Receipt", "Receipts", "Unit", "open_job", "run_units"]
+from pipeline.schema import Status, content_id
 
 JOURNAL = "journal"
 Receipt = dict[str, Any]
 MakeWorker = Callable[[], Callable[[dict[str, Any]], Receipt]]
+
+
+class JobConfig(Config):
+    """Base of every job's config: where the output goes and where the work runs."""
+
+    out: Incidental[Location]
+    """Folder or URI of the output."""
+    num_workers: Incidental[int | None] = Field(default=None, ge=1)
+    """Workers at once; None = as many as the CPUs (or GPUs) allow."""
+    ray: Incidental[RayConfig] = RayConfig()
+    """Where the job runs."""
+
+
+def run_job(
+    job: str,
+    config: JobConfig,
+    inputs: dict[str, str],
+    *,
+    work: Callable[[], "Receipts"],
+    finish: Callable[["Receipts"], Certificate],
+) -> Certificate:
+    """Run a job, or continue one that was stopped; a finished one is recognised and left alone.
+
+    Args:
+        job: the job's name, as in its certificate.
+        config: its identity, with `inputs`, claims the folder `out`.
+        inputs: name -> content hash of each input.
+        work: see `carry_out`.
+        finish: see `carry_out`.
+
+    Raises:
+        ConfigError: `out` is not writable, or holds the output of another config or input.
+        TooManyFailuresError: by `finish`, when too many rows failed.
+    """
+    done = open_job(config.out, job=job, config=config, inputs=inputs)
+    return done or carry_out(config, work=work, finish=finish)
+
+
+def carry_out(
+    config: JobConfig, *, work: Callable[[], "Receipts"], finish: Callable[["Receipts"], Certificate]
+) -> Certificate:
+    """Do the work in a Ray session, write the tables, certify last; then the journals may go.
+
+    Args:
+        config: where to write and to run.
+        work: called in the session; runs all units that have no receipt yet (see `run_units`).
+        finish: writes the tables from the receipts and gives the certificate, which is stamped here.
+    """
+    started_s = time.time()
+    with ray_session(config.ray):
+        receipts = work()
+    certificate = finish(receipts)
+    _delete_torn(config.out)
+    now_s = time.time()
+    certificate = certificate.model_copy(update={"created_at_s": now_s, "wall_s": now_s - started_s})
+    write_certificate(config.out, certificate)
+    receipts.clear()
+    return certificate
+
+
+def _delete_torn(out: str) -> None:
+    """Half-written shards that a kill left beside their names."""
+    for file in list_files(out, recursive=False):
+        if file.rpartition("/")[2].startswith(".part-"):
+            delete(file)
+
+
+def output_hash(config: Config, inputs: dict[str, str]) -> str:
+    """16 hex digits: what the output depends on, and not where anything lies."""
+    return content_id(canonical_json([config.identity(), inputs]).decode())[:16]
+
+
+class Fates(TypedDict):
+    """The part of a certificate that says what became of the rows."""
+
+    num_in: int
+    num_out: int
+    filtered: dict[str, int]
+    dead: dict[str, int]
+
+
+def count_fates(counts: Mapping[str, int]) -> Fates:
+    """Rows by status -> the certificate's counts: in = out + filtered + dead."""
+    fates = {Status(name): count for name, count in sorted(counts.items()) if count}
+    return {
+        "num_in": sum(fates.values()),
+        "num_out": fates.get(Status.OK, 0),
+        "filtered": {status.value: count for status, count in fates.items() if status.is_filtered},
+        "dead": {status.value: count for status, count in fates.items() if status.is_dead},
+    }
+
+
+def refuse_failures(
+    counts: Mapping[str, int],
+    max_failed_frac: float,
+    *,
+    what: str,
+    rejected: Iterable[Mapping[str, Any]] = (),
+) -> None:
+    """Stop a job that has gone wrong.
+
+    Args:
+        counts: rows by status, the good ones too.
+        max_failed_frac: greatest share of the rows that may be dead.
+        what: what the rows are and what didn't become of them, e.g. "clips could not become prompts".
+        rejected: rows of `schema.REJECTED`; the message shows the first that is dead.
+
+    Raises:
+        TooManyFailuresError: more rows are dead; names the reasons, by count.
+    """
+    fates = count_fates(counts)
+    failed = sum(fates["dead"].values())
+    if failed <= max_failed_frac * fates["num_in"]:
+        return
+    reasons = ", ".join(f"{name} {count:,}" for name, count in fates["dead"].items())
+    first = next((row for row in rejected if Status(row["status"]).is_dead), None)
+    shown = f"; the first: {first['source_uri']}: {first['status']} ({first['error']})" if first else ""
+    raise TooManyFailuresError(
+        f"{failed:,} of {fates['num_in']:,} {what} ({reasons}), more than max_failed_frac={max_failed_frac:g} "
+        f"allows{shown}"
+    )
 
 
 @dataclass(frozen=True)

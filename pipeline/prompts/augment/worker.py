@@ -12,9 +12,9 @@ from pipeline.memory.embed.units import read_slice
 from pipeline.prompts.augment.config import AugmentConfig
 from pipeline.prompts.augment.match import Match
 from pipeline.prompts.augment.target import Row, Target
-from pipeline.prompts.augment.workbench import Workbench, rejected, workbench
+from pipeline.prompts.augment.workbench import Workbench, workbench
 from pipeline.schema import CLIPS, PROMPTS, Role, Status, Task, prompt_id
-from pipeline.shards import shard_name, write_shard
+from pipeline.shards import rejected_row, shard_name, write_shard
 
 ORIGIN = (
     "source_uri",
@@ -41,7 +41,7 @@ class AugmentWorker:
         rows = [row for piece in payload["pieces"] for row in good_rows(*piece)]
         silent = [row for row in rows if not has_caption(row)]
         rows, left_out = bench.without_excluded([row for row in rows if has_caption(row)])
-        left_out += [rejected(row, Status.FILTERED_NO_CAPTION, "no caption") for row in silent]
+        left_out += [rejected_row(row, Status.FILTERED_NO_CAPTION, "no caption") for row in silent]
         rows, targets, failed = bench.with_targets(rows)
         matches = bench.match(rows, targets)
         pictures = bench.pictures(matches)
@@ -62,7 +62,7 @@ class AugmentWorker:
             "max_similarity": bench.matcher.guard.max_similarity if any(m.docs for m in matches) else None,
             "refused": dict(sum((Counter(match.refused) for match in matches), Counter())),
             "documents": dict(Counter(str(len(match.docs)) for match in matches)),
-            "notes": dict(Counter(reason for _, _, reason, _ in lost)),
+            "notes": dict(Counter(row["status"] for row in lost)),
         }
 
     def _prompt(

@@ -18,7 +18,7 @@ from enum import IntEnum
 import numpy as np
 from pydantic import Field, field_validator
 
-from infra.config import Config
+from infra.config import Config, Incidental, Location
 from pipeline.media.phash import NUM_BITS, mirror_mask, phash64
 
 
@@ -48,7 +48,7 @@ class GuardConfig(Config):
     max_similarity: float | None = Field(default=None, gt=0, le=1)
     """Cosine of the picture embeddings above which a document is refused; 1 = don't compare, None = as
     measured on the memory (`guard/calibrate.py`), or RA-CM3's where it is too small for that."""
-    exclude: str | None = None
+    exclude: Incidental[Location | None] = None
     """Evaluation exclusion file (.txt, .csv, .jsonl, .parquet): ids, hashes, source videos; see
     `pipeline/prompts/guard/exclusion.py`. What it lists is neither retrieved nor made into a prompt."""
     exclude_splits: tuple[str, ...] = ("test", "val")

@@ -6,25 +6,21 @@ from typing import Literal
 import numpy as np
 from pydantic import Field, field_validator
 
-from infra.cluster import RayConfig
-from infra.config import Config
+from infra.config import Incidental, Location
+from pipeline.job import JobConfig
 from pipeline.prompts.subjects.extract import SubjectConfig
 from pipeline.schema import Task
 
 JOB = "instruct"
 TASKS = (Task.SUBJECT_DRIVEN, Task.VIDEO_PREDICTION, Task.TEXT_TO_VIDEO)
-PLACES = {"prompts", "clips"}
-"""Fields that say where the inputs lie: the output depends on what they are."""
 
 
-class InstructConfig(Config):
+class InstructConfig(JobConfig):
     """What `vimi-data instruct` needs."""
 
-    prompts: str
+    prompts: Incidental[Location]
     """Output folder of `vimi-data augment`: captions, retrieved documents, targets."""
-    out: str
-    """Output folder: shards of the same layout, `job` = instruct."""
-    clips: str | None = None
+    clips: Incidental[Location | None] = None
     """Output folder of `vimi-data crawl`; needed only where the sources were fetched from URLs, to find
     the fetched bytes."""
     tasks: tuple[Task, ...] = TASKS
@@ -45,12 +41,8 @@ class InstructConfig(Config):
     """Rows of an output row group: the trainer's unit of reading."""
     seed: int = 0
     """Of all draws; each is a function of (seed, clip id)."""
-    max_failed_frac: float = Field(default=0.5, ge=0, le=1)
+    max_failed_frac: Incidental[float] = Field(default=0.5, ge=0, le=1)
     """Greatest share of draws that may die (unreadable sources) before the job fails."""
-    num_workers: int | None = Field(default=None, ge=1)
-    """Workers at once; None = as many as the CPUs allow."""
-    ray: RayConfig = RayConfig()
-    """Where the job runs."""
 
     @field_validator("tasks")
     @classmethod

@@ -7,36 +7,36 @@ a caption without a subject can't be subject-driven, a picture has no first fram
 without documents can't be retrieval-augmented.
 """
 
-import time
 from collections import Counter
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 
-from infra.claim import open_job
-from infra.cluster import ray_session
-from infra.config import canonical_json
-from infra.errors import ConfigError, TooManyFailuresError
+from infra.errors import ConfigError
 from infra.storage import (
     Certificate,
     FileEntry,
-    absolute,
     filesystem,
-    join,
     list_files,
     require_certificate,
     sha256_file,
-    write_certificate,
 )
-from pipeline.job import Receipts, Unit, run_units
-from pipeline.prompts.instruct.config import JOB, PLACES, InstructConfig, weights
+from pipeline.job import (
+    Receipts,
+    Unit,
+    count_fates,
+    output_hash,
+    refuse_failures,
+    run_job,
+    run_units,
+)
+from pipeline.prompts.instruct.config import JOB, InstructConfig, weights
 from pipeline.prompts.instruct.worker import make_worker
-from pipeline.prompts.subjects.mask import OFFLINE, model_path
-from pipeline.schema import REJECTED, Status, Task, content_id
-from pipeline.shards import REJECTED_FILE, ShardSet, write_meta, write_shard
+from pipeline.prompts.subjects.mask import model_path
+from pipeline.schema import Status, Task
+from pipeline.shards import ShardSet, write_meta, write_rejected
 
 
 def check(config: InstructConfig) -> ShardSet:
@@ -70,50 +70,22 @@ def run(config: InstructConfig) -> Certificate:
         TooManyFailuresError: more draws died than `max_failed_frac` allows.
     """
     shards = check(config)
-    config = with_absolute_paths(config)
-    started_s = time.time()
-    inputs = {"prompts": shards.certificate.content_hash()}
-    done = open_job(config.out, job=JOB, config=config, inputs=inputs, hash_exclude=PLACES)
-    if done is not None:
-        return done
-    config_hash = hash_of(config, inputs)
-    out = config.out
+    inputs = input_hashes(config, shards)
     units = list(plan_units(config, shards))
-    with ray_session(config.ray):
-        receipts = run_units(
-            out,
-            units,
-            partial(make_worker, config, config_hash, shards.uri, out),
-            what=JOB,
-            total=len(units),
-            num_workers=config.num_workers,
-        )
-    certificate = _certify(config, config_hash, out, units, receipts, inputs, started_s)
-    write_certificate(out, certificate)
-    receipts.clear()
-    return certificate
+    worker = partial(make_worker, config, output_hash(config, inputs), shards.uri, config.out)
+    work = partial(
+        run_units, config.out, units, worker, what=JOB, total=len(units), num_workers=config.num_workers
+    )
+    finish = partial(_finish, config, inputs, units)
+    return run_job(JOB, config, inputs, work=work, finish=finish)
 
 
-def with_absolute_paths(config: InstructConfig) -> InstructConfig:
-    """The same config for every process: workers run in a folder of their own."""
-    subjects = config.subjects
-    if subjects.mask.model != OFFLINE:
-        mask = subjects.mask.model_copy(update={"model": str(model_path(subjects.mask.model))})
-        subjects = subjects.model_copy(update={"mask": mask})
-    if subjects.clip is not None:
-        paths = {name: getattr(subjects.clip, name) for name in ("name", "pretrained")}
-        found = {name: absolute(text) for name, text in paths.items() if Path(text).is_file()}
-        subjects = subjects.model_copy(update={"clip": subjects.clip.model_copy(update=found)})
-    places = {"out": absolute(config.out), "prompts": absolute(config.prompts), "subjects": subjects}
-    return config.model_copy(update=places)
-
-
-def hash_of(config: InstructConfig, inputs: dict[str, str]) -> str:
-    """16 hex digits: what the output depends on, and not where anything lies."""
-    values = config.model_dump(mode="json", exclude={"out", "ray", "num_workers", *PLACES})
+def input_hashes(config: InstructConfig, shards: ShardSet) -> dict[str, str]:
+    """What the output is made of, besides the config."""
+    hashes = {"prompts": shards.certificate.content_hash()}
     if Task.SUBJECT_DRIVEN in config.tasks:
-        values["subjects"]["mask"]["model"] = sha256_file(str(model_path(config.subjects.mask.model)))
-    return content_id(canonical_json([values, inputs]).decode())[:16]
+        hashes["mask_model"] = sha256_file(str(model_path(config.subjects.mask.model)))
+    return hashes
 
 
 def plan_units(config: InstructConfig, shards: ShardSet) -> Iterator[Unit]:
@@ -145,46 +117,30 @@ def _moved_sources(clips: str) -> dict[str, str]:
     return moved
 
 
-def _certify(
-    config: InstructConfig,
-    config_hash: str,
-    out: str,
-    units: list[Unit],
-    receipts: Receipts,
-    inputs: dict[str, str],
-    started_s: float,
+def _finish(
+    config: InstructConfig, inputs: dict[str, str], units: list[Unit], receipts: Receipts
 ) -> Certificate:
-    """Write the sidecars and account for every draw."""
+    """Gather the receipts in order; write the tables beside the shards; account for every draw."""
     entries: list[FileEntry] = []
     rejected: list[dict[str, Any]] = []
-    counts: Counter[str] = Counter()
+    facts: Counter[str] = Counter()
     for _, receipt in receipts.in_order(units):
         if receipt["entry"]:
             entries.append(FileEntry.model_validate(receipt["entry"]))
         rejected += receipt["rejected"]
-        counts.update(receipt["counts"])
-    statuses = Counter(Status(row["status"]) for row in rejected)
-    num_out, num_dead = sum(e.rows for e in entries), sum(n for s, n in statuses.items() if s.is_dead)
-    total = num_out + len(rejected)
-    if num_dead > config.max_failed_frac * total:
-        raise TooManyFailuresError(
-            f"{num_dead:,} of {total:,} draws failed, max_failed_frac is {config.max_failed_frac}; "
-            f"by status: {dict(statuses)}"
-        )
-    meta = write_meta(out, entries, row_group_rows=config.row_group_rows)
-    fates = write_shard(join(out, REJECTED_FILE), rejected, REJECTED, row_group_rows=1 << 20)
+        facts.update(receipt["counts"])
+    counts = Counter[str](row["status"] for row in rejected)
+    counts[Status.OK] = sum(e.rows for e in entries)
+    what = "draws could not become instructions"
+    refuse_failures(counts, config.max_failed_frac, what=what, rejected=rejected)
+    meta = write_meta(config.out, entries, row_group_rows=config.row_group_rows)
     return Certificate(
         job=JOB,
-        config_hash=config_hash,
-        num_in=total,
-        num_out=num_out,
-        filtered={s.value: n for s, n in sorted(statuses.items()) if s.is_filtered},
-        dead={s.value: n for s, n in sorted(statuses.items()) if s.is_dead},
-        files=[*entries, meta, fates],
+        config_hash=output_hash(config, inputs),
+        **count_fates(counts),
+        files=[*entries, meta, write_rejected(config.out, rejected)],
         inputs=inputs,
-        facts=_facts(config, counts, rejected),
-        created_at_s=time.time(),
-        wall_s=time.time() - started_s,
+        facts=_facts(config, facts, rejected),
     )
 
 

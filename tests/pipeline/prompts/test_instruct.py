@@ -17,10 +17,10 @@ from PIL import Image, ImageDraw
 from infra.cluster import RayConfig
 from infra.errors import ConfigError, TooManyFailuresError
 from infra.storage import Certificate, read_certificate, write_certificate
-from pipeline.job import JournalWriter
+from pipeline.job import JournalWriter, output_hash
 from pipeline.prompts.instruct import InstructConfig, check, run
 from pipeline.prompts.instruct.config import TASKS, draw_tasks
-from pipeline.prompts.instruct.job import hash_of, plan_units, with_absolute_paths
+from pipeline.prompts.instruct.job import input_hashes, plan_units
 from pipeline.prompts.instruct.tasks import INSTRUCTIONS, subject_driven
 from pipeline.prompts.instruct.worker import make_worker
 from pipeline.prompts.subjects.cutout import Picture
@@ -208,8 +208,8 @@ def test_same_bytes_for_any_workers_and_after_a_stop(
     stopped = tmp_path / "stopped"
     wanted = config(prompts, stopped, num_workers=1)
     units = list(plan_units(wanted, ShardSet(prompts)))
-    inputs = {"prompts": ShardSet(prompts).certificate.content_hash()}
-    worker = make_worker(wanted, hash_of(wanted, inputs), prompts, str(stopped))
+    inputs = input_hashes(wanted, ShardSet(prompts))
+    worker = make_worker(wanted, output_hash(wanted, inputs), prompts, str(stopped))
     journal = JournalWriter(f"{stopped}/journal", "before")
     journal.append(units[1].id, worker(units[1].payload))
     journal.close()
@@ -255,7 +255,7 @@ def test_relative_paths_are_the_same_place_for_every_worker(tmp_path: Path, monk
     monkeypatch.chdir(tmp_path)
     Path("net.onnx").write_bytes(b"onnx")
     subjects = SubjectConfig.model_validate({"mask": {"model": "net.onnx"}})
-    found = with_absolute_paths(config("prompts", Path("out"), subjects=subjects))
+    found = config("prompts", Path("out"), subjects=subjects)
     assert found.subjects.mask.model == str(tmp_path / "net.onnx")
     assert (found.prompts, found.out) == (str(tmp_path / "prompts"), str(tmp_path / "out"))
 

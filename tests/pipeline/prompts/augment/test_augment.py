@@ -11,7 +11,6 @@ from infra.errors import ConfigError
 from infra.storage import Certificate
 from pipeline.memory.embed.worker import row_doc_id
 from pipeline.prompts.augment import AugmentConfig, check, run
-from pipeline.prompts.augment.job import is_small
 from pipeline.report.validate import ValidateConfig, validate
 from pipeline.schema import PROMPTS, check_table
 from tests.pipeline.prompts.augment.jobs import config, contents, read
@@ -162,15 +161,6 @@ def test_copies_under_another_name_are_refused(world: Any, ray_cluster: None, tm
         shown = {s["document"]["doc_id"] for s in row["segments"][:-1]}
         again = next(r for r in reuploads if r["caption"] == f"{row['caption']} again")
         assert row_doc_id(again) not in shown
-
-
-def test_a_small_job_without_ray_gives_the_same_bytes(world: Any, ray_cluster: None, tmp_path: Path) -> None:
-    more = {"target": {"kind": "reference"}, "retrieve": {"retriever": "hybrid"}}
-    for name, workers in (("here", None), ("ray", 2)):
-        settings = config(world, tmp_path / name, num_workers=workers, **more)
-        assert is_small(settings, check(settings)) == (workers is None)
-        run(settings)
-    assert contents(tmp_path / "here") == contents(tmp_path / "ray")
 
 
 def test_captions_of_every_kind_are_answered(world: Any, ray_cluster: None, tmp_path: Path) -> None:

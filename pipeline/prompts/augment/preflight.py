@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from infra.errors import ConfigError
-from infra.storage import Certificate, absolute, join, require_certificate
+from infra.storage import Certificate, join, require_certificate
 from pipeline.memory import Memory, open_memory
 from pipeline.memory.embed.worker import row_doc_id
 from pipeline.memory.retrieve.join import uses_arrays
@@ -18,7 +18,7 @@ LOOKED_AT = 256  # rows of each table that tell whether its clips are documents 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What the door found: certified inputs."""
+    """What preflight found: certified inputs."""
 
     clips: list[tuple[str, Certificate]]
     memory: Memory
@@ -34,7 +34,7 @@ def check(config: AugmentConfig) -> Inputs:
     clips = []
     for uri in config.clips:
         certificate = require_certificate(uri, job="crawl", made_by="vimi-data crawl")
-        clips.append((absolute(uri), certificate))
+        clips.append((uri, certificate))
     if not sum(certificate.num_out for _, certificate in clips):
         raise ConfigError(
             f"no usable clip in {', '.join(config.clips)}",
@@ -51,7 +51,7 @@ def check(config: AugmentConfig) -> Inputs:
     hashes = {f"clips-{n}": certificate.content_hash() for n, (_, certificate) in enumerate(clips)}
     hashes["memory"] = content_id(memory.version, memory.model_hash)
     if config.guard.exclude is not None:
-        listed = read_exclusion(absolute(config.guard.exclude), source_pattern=config.guard.source_pattern)
+        listed = read_exclusion(config.guard.exclude, source_pattern=config.guard.source_pattern)
         groups = (listed.ids, listed.hashes, listed.sources, listed.phashes)
         hashes["exclude"] = content_id(*(str(sorted(group)) for group in groups))
     return Inputs(clips, memory, hashes)
