@@ -1,6 +1,6 @@
-"""One self-contained HTML page: what came in, what became of it, and what was learnt from it."""
+"""`vimi-data report`: one self-contained HTML page of what was made; `validate` and `plan` beside it."""
 
-from pipeline.report.config import ReportConfig
-from pipeline.report.job import check, run
+from pipeline.report.page import check, run
+from pipeline.report.read import ReportConfig
 
 __all__ = ["ReportConfig", "check", "run"]

@@ -1,13 +1,113 @@
-"""The template: everything is escaped, nothing is fetched."""
+"""`vimi-data report`: one HTML file that works offline and can be sent to a colleague.
+
+Every part is optional but one: a page about a crawl alone is as good as one about a whole run. Reads
+only certified outputs, changes nothing, starts no Ray.
+"""
 
 from functools import cache
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 
-FOLDER = Path(__file__).parent
+from infra.errors import ConfigError
+from infra.storage import absolute, check_writable, exists, join, require_certificate, write_bytes
+from pipeline.report.album import Album
+from pipeline.report.galleries import clip_cards, instruction_cards, prompt_cards, sample_cards
+from pipeline.report.provenance import fates, next_steps, provenance, summary
+from pipeline.report.read import Parts, ReportConfig, previews, read_parts
+from pipeline.report.statistics import distributions, loss_charts
+
+FOLDER, PAGE, TITLE = Path(__file__).parent, "report.html", "From corpus to video"
+
+
+def check(config: ReportConfig) -> None:
+    """Refuse what can't be shown.
+
+    Raises:
+        ConfigError: nothing to report, an uncertified folder, a run or sample folder without results, or
+            a page that can't be written.
+    """
+    if not any([config.clips, config.memory, config.prompts, config.instructions, config.runs, config.samples]):
+        raise ConfigError(
+            "nothing to report",
+            legal="at least one of clips, memory, prompts, instructions, runs, samples",
+            cure="--clips FOLDER, or any other output",
+        )
+    for folder, job in [
+        (config.clips, "crawl"),
+        (config.memory, "build-index"),
+        (config.prompts, "augment"),
+        (config.instructions, "instruct"),
+    ]:
+        if folder is not None:
+            require_certificate(folder, job=job, made_by=f"vimi-data {job}")
+    for folder in config.runs:
+        _require_file(folder, "metrics.jsonl", "vimi-train stage1")
+    for folder in config.samples:
+        _require_file(folder, "samples.json", "vimi-train sample")
+    check_writable(str(PurePosixPath(page_path(config)).parent))
+
+
+def _require_file(folder: str, name: str, made_by: str) -> None:
+    if not exists(join(absolute(folder), name)):
+        raise ConfigError(f"no {name} in {folder}", cure=f"give the output of `{made_by}`")
+
+
+def page_path(config: ReportConfig) -> str:
+    out = absolute(config.out)
+    return out if out.endswith((".html", ".htm")) else join(out, PAGE)
+
+
+def run(config: ReportConfig) -> str:
+    """Write the page.
+
+    Returns:
+        Its path.
+
+    Raises:
+        ConfigError: see `check`.
+    """
+    check(config)
+    parts = read_parts(config)
+    album = Album(max_bytes=config.max_bytes - 150_000)  # the rest is for words and charts
+    page = render(gather(config, parts, album))
+    place = page_path(config)
+    write_bytes(place, page.encode())
+    return place
+
+
+def gather(config: ReportConfig, parts: Parts, album: Album) -> dict[str, Any]:
+    """Everything that the template needs; the order is the order of the pictures' claim to space."""
+    shards = [found for found in (parts.instructions, parts.prompts) if found]
+    videos = [sample_cards(folder, shards, album) for folder in config.samples]
+    videos += [
+        sample_cards(folder, shards, album, label=label)
+        for run in parts.runs
+        for label, folder in previews(run)
+    ]
+    return {
+        "title": TITLE,
+        "summary": summary(parts),
+        "fates": fates(parts),
+        "samples": [card for cards in videos for card in cards],
+        "prompts": prompt_cards(parts.prompts, album),
+        "instructions": instruction_cards(parts.instructions, album),
+        "clips": clip_cards(config.clips, album),
+        "losses": loss_charts(parts.runs),
+        "distributions": distributions(parts),
+        "provenance": provenance(parts),
+        "next_steps": next_steps(config, parts),
+        "left_out": album.left_out,
+        "max_bytes": config.max_bytes,
+    }
+
+
+def render(values: dict[str, Any]) -> str:
+    """The page as text: everything is escaped, nothing is fetched; `values` are what `gather` makes."""
+    style = Markup((FOLDER / "style.css").read_text(encoding="utf-8"))
+    return _template().render(style=style, **values)
 
 
 @cache
@@ -20,9 +120,3 @@ def _template() -> Template:
         lstrip_blocks=True,
     )
     return environment.get_template("template.html")
-
-
-def render(values: dict[str, Any]) -> str:
-    """The page as text; `values` are what `pipeline.report.job.gather` makes."""
-    style = Markup((FOLDER / "style.css").read_text(encoding="utf-8"))
-    return _template().render(style=style, **values)

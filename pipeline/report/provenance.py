@@ -2,16 +2,12 @@
 
 import json
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from infra.progress import span
 from infra.storage import Certificate
-from pipeline.report.charts import flow
-from pipeline.report.read import Parts
+from pipeline.report.read import Parts, ReportConfig
 from pipeline.schema import RETRIABLE
-
-if TYPE_CHECKING:
-    from pipeline.report.config import ReportConfig
 
 UNITS = {"crawl": "rows", "build-index": "clips", "augment": "clips", "instruct": "draws"}
 SENTENCES = {
@@ -23,7 +19,7 @@ SENTENCES = {
 
 
 def fates(parts: Parts) -> list[dict[str, Any]]:
-    """For each job: in = out + filtered (by reason) + dead (by reason), as a diagram and a list."""
+    """For each job: in = out + filtered (by reason) + dead (by reason), as a bar and a list."""
     return [_fate(job, certificate) for job, (_, certificate) in parts.certificates.items()]
 
 
@@ -34,15 +30,12 @@ def _fate(job: str, certificate: Certificate) -> dict[str, Any]:
     rows += [("filtered", _words(name), count) for name, count in filtered if count]
     rows += [("dead", _words(name), count) for name, count in dead if count]
     total = max(certificate.num_in, 1)
-    words = ", ".join(f"{count:,} {name}" for _, name, count in rows)
-    title = f"{job}: {certificate.num_in:,} {UNITS[job]} in: {words}"
     return {
         "job": job,
         "unit": UNITS[job],
         "sentence": SENTENCES[job],
         "num_in": certificate.num_in,
         "rows": [{"style": s, "name": n, "count": c, "share": c / total} for s, n, c in rows],
-        "chart": flow(certificate.num_in, [(style, count) for style, _, count in rows], title=title),
     }
 
 
@@ -107,7 +100,7 @@ def _size(num_bytes: float) -> str:
     return f"{num_bytes:.3g} TB"
 
 
-def next_steps(config: "ReportConfig", parts: Parts) -> list[dict[str, str]]:
+def next_steps(config: ReportConfig, parts: Parts) -> list[dict[str, str]]:
     """Commands that make sense now, each with its reason."""
     steps: list[tuple[str, str]] = []
     found = {job: certificate for job, (_, certificate) in parts.certificates.items()}

@@ -1,14 +1,15 @@
-"""What there is to show: certificates, shards, run folders. Missing parts are None or empty."""
+"""Reads what goes on the page: certificates, shards, run folders. Missing parts are None or empty."""
 
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pydantic import Field
 
-from infra.config import read_yaml
+from infra.config import Config, read_yaml
 from infra.storage import (
     Certificate,
     absolute,
@@ -22,8 +23,30 @@ from infra.storage import (
 )
 from pipeline.shards import ShardSet
 
-if TYPE_CHECKING:
-    from pipeline.report.config import ReportConfig
+MAX_ROWS = 200_000
+"""Rows read for the distributions; more are sampled evenly, by row group. Ours."""
+
+
+class ReportConfig(Config):
+    """Which outputs go on the page, and how large it may be."""
+
+    out: str
+    """The HTML file to write, or a folder (then `report.html` in it)."""
+    clips: str | None = None
+    """Output folder of `vimi-data crawl`."""
+    memory: str | None = None
+    """Output folder of `vimi-data build-index`."""
+    prompts: str | None = None
+    """Output folder of `vimi-data augment`."""
+    instructions: str | None = None
+    """Output folder of `vimi-data instruct`."""
+    runs: tuple[str, ...] = ()
+    """Run folders of `vimi-train stage1` and `stage2`, in this order; unfinished ones too."""
+    samples: tuple[str, ...] = ()
+    """Output folders of `vimi-train sample`."""
+    max_bytes: int = Field(default=15_000_000, ge=200_000)
+    """Size of the page, bytes: pictures that would exceed it are left out, and the page says so.
+    15 MB: what most mail servers let through."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +74,8 @@ class Parts:
     """Job -> its folder and certificate, in the order of the flow."""
 
 
-def read_parts(config: "ReportConfig") -> Parts:
+def read_parts(config: ReportConfig) -> Parts:
+    """Open every output that the config names."""
     certificates = {}
     folders = {
         "crawl": config.clips,
@@ -113,12 +137,12 @@ def table_files(folder: str) -> Iterator[pq.ParquetFile]:
             yield pq.ParquetFile(fs.open_input_file(path))
 
 
-def read_columns(folder: str, columns: list[str], *, max_rows: int) -> pa.Table:
-    """The columns of a table's parts; above `max_rows` an even sample of row groups."""
+def read_columns(folder: str, columns: list[str]) -> pa.Table:
+    """The columns of a table's parts; above `MAX_ROWS` an even sample of row groups."""
     files = list(table_files(folder))
     groups = [(file, i) for file in files for i in range(file.num_row_groups)]
     total = sum(file.metadata.num_rows for file in files)
-    step = max(1, -(-total // max_rows))
+    step = max(1, -(-total // MAX_ROWS))
     parts = [file.read_row_group(i, columns=columns) for file, i in groups[::step]]
     if not parts:
         return pa.table({name.partition(".")[0]: pa.nulls(0) for name in columns})

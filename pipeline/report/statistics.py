@@ -1,4 +1,8 @@
-"""Distributions of the corpus and of what retrieval made of it."""
+"""The page's charts: distributions of the corpus and of what retrieval made of it, losses of the trainings.
+
+A record of `metrics.jsonl` is `{"samples": n, "loss": x, ...}`; validation losses are its keys
+`val/loss <what>`, e.g. `val/loss video retrieval on`.
+"""
 
 from collections import Counter
 from typing import Any
@@ -8,33 +12,37 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from markupsafe import Markup
 
-from pipeline.report.charts import Series, histogram
-from pipeline.report.read import Parts, read_columns
+from pipeline.report.charts import Series, histogram, line_chart, short
+from pipeline.report.read import MAX_ROWS, Parts, Run, read_columns
 from pipeline.schema import Media, Status
 from pipeline.shards import ShardSet
 
 Chart = dict[str, Any]
+Curve = list[tuple[float, float]]
 PAIRS = 4000
 """Random pairs: enough for the mean's standard error to be below 0.002."""
+MAX_POINTS = 600
+"""Points of a line: more can't be seen and only make the page heavy."""
+VALIDATION, VALIDATION_STYLES = "val/loss ", ("v0", "v1", "v2", "v3")
 
 
-def distributions(parts: Parts, *, max_rows: int, seed: int) -> list[Chart]:
+def distributions(parts: Parts) -> list[Chart]:
     """The charts that the parts at hand allow."""
     charts: list[Chart] = []
     if parts.clips:
-        charts += _clip_charts(parts.clips, max_rows)
+        charts += _clip_charts(parts.clips)
     if parts.prompts:
-        charts += _prompt_charts(parts, parts.prompts, max_rows, seed)
+        charts += _prompt_charts(parts, parts.prompts)
         if not parts.clips:
-            captions = _read_shards(parts.prompts, ["caption"], max_rows)["caption"]
+            captions = _read_shards(parts.prompts, ["caption"])["caption"]
             charts.append(_caption_lengths(captions))
     charts = [chart for chart in charts if chart["chart"] or chart.get("bars")]
     return sorted(charts, key=lambda chart: "bars" in chart)
 
 
-def _clip_charts(folder: str, max_rows: int) -> list[Chart]:
+def _clip_charts(folder: str) -> list[Chart]:
     columns = ["media", "caption", "start_s", "end_s", "width_px", "height_px", "status"]
-    table = read_columns(folder, columns, max_rows=max_rows)
+    table = read_columns(folder, columns)
     good = table.filter(pc.field("status") == Status.OK.value)
     if not len(good):
         return []
@@ -54,10 +62,10 @@ def _caption_lengths(captions: pa.ChunkedArray) -> Chart:
     return _histogram("Length of the captions", "words", [("captions", words, "one")])
 
 
-def _prompt_charts(parts: Parts, shards: ShardSet, max_rows: int, seed: int) -> list[Chart]:
-    documents = _documents(shards, max_rows)
+def _prompt_charts(parts: Parts, shards: ShardSet) -> list[Chart]:
+    documents = _documents(shards)
     similarities = [d["clip_similarity"] for d in documents if d["clip_similarity"] is not None]
-    random = _random_similarities(parts.memory, seed) if parts.memory else []
+    random = _random_similarities(parts.memory) if parts.memory else []
     compared = [("random pairs", random, "two")] if len(random) else []
     similarity = _histogram(
         "CLIP similarity of caption and retrieved picture",
@@ -74,7 +82,7 @@ def _prompt_charts(parts: Parts, shards: ShardSet, max_rows: int, seed: int) -> 
     for name in sorted({str(d["retriever"]) for d in documents}):
         scores = [d["score"] for d in documents if d["retriever"] == name and d["score"] is not None]
         charts.append(_histogram(f"Score of the documents ({name})", "score", [(name, scores, "one")]))
-    counts = Counter(_read_shards(shards, ["num_documents"], max_rows)["num_documents"].to_pylist())
+    counts = Counter(_read_shards(shards, ["num_documents"])["num_documents"].to_pylist())
     charts.append(_bars("Documents of a prompt", {str(k): counts[k] for k in sorted(counts)}, "prompts"))
     refused = refusals(parts.certificates["augment"][1].facts)
     if refused:
@@ -93,9 +101,9 @@ def refusals(facts: dict[str, Any]) -> dict[str, int]:
     return {}
 
 
-def _documents(shards: ShardSet, max_rows: int) -> list[dict[str, Any]]:
+def _documents(shards: ShardSet) -> list[dict[str, Any]]:
     """One origin for each retrieved document (its text and its picture carry the same)."""
-    column = _read_shards(shards, ["segments.list.element.type", "segments.list.element.document"], max_rows)
+    column = _read_shards(shards, ["segments.list.element.type", "segments.list.element.document"])
     found = []
     for segments in column["segments"].to_pylist():
         seen = set()
@@ -107,14 +115,14 @@ def _documents(shards: ShardSet, max_rows: int) -> list[dict[str, Any]]:
     return found
 
 
-def _read_shards(shards: ShardSet, columns: list[str], max_rows: int) -> pa.Table:
-    step = max(1, -(-shards.num_rows // max_rows))
+def _read_shards(shards: ShardSet, columns: list[str]) -> pa.Table:
+    step = max(1, -(-shards.num_rows // MAX_ROWS))
     parts = [shards.read_row_group(i, columns) for i in range(0, len(shards), step)]
     empty = pa.table({name.partition(".")[0]: pa.nulls(0) for name in columns})
     return pa.concat_tables(parts) if parts else empty
 
 
-def _random_similarities(memory: str, seed: int) -> np.ndarray:
+def _random_similarities(memory: str) -> np.ndarray:
     """Cosines of texts and pictures of different documents of the memory, in its own CLIP space."""
     from pipeline.memory.store import open_memory
 
@@ -122,7 +130,7 @@ def _random_similarities(memory: str, seed: int) -> np.ndarray:
     rows = min(table.count_rows(), PAIRS)
     if rows < 2:
         return np.empty(0)
-    random = np.random.default_rng(seed)
+    random = np.random.default_rng(0)
     places = np.sort(random.choice(table.count_rows(), rows, replace=False))
     columns = ["text_embedding", "image_embedding"]
     found = table.take_offsets(places.tolist()).select(columns).to_arrow()
@@ -163,3 +171,62 @@ def _bars(title: str, counts: dict[str, int], unit: str, most: int = 8) -> Chart
     top, total = max((n for _, n in items), default=1), max(sum(counts.values()), 1)
     bars = [{"name": name, "count": n, "width": 100 * n / max(top, 1), "share": n / total} for name, n in items]
     return {"title": title, "chart": Markup(), "bars": bars, "note": f"{total:,} {unit}."}
+
+
+def loss_charts(runs: list[Run]) -> list[Chart]:
+    """Loss curves of the runs: raw, smoothed, and the validation losses beside them."""
+    return [_loss_chart(run) for run in runs]
+
+
+def _loss_chart(run: Run) -> dict[str, Any]:
+    train = curve(run.records, "loss")
+    names = sorted({k for r in run.records for k in r if k.startswith(VALIDATION)}, key=lambda k: (len(k), k))
+    held_out = all(record.get("val/held_out", 1) for record in run.records)
+    kind = "validation, " if held_out else "training rows, "  # too few rows to hold any out
+    validation = [(kind + name.removeprefix(VALIDATION), curve(run.records, name)) for name in names]
+    series = []
+    if train:
+        x, y = [p[0] for p in train], [p[1] for p in train]
+        series = [Series("", *_thin(x, y), "raw"), Series("training", *_thin(x, smooth(y)), "smooth")]
+    for (name, points), style in zip(validation, VALIDATION_STYLES, strict=False):
+        x, y = [p[0] for p in points], [p[1] for p in points]
+        series.append(Series(name, *_thin(x, y), style))
+    chart = line_chart(series, x_label="samples", y_label="loss", title=f"Loss of {run.name}")
+    legend = [(s.style, s.name) for s in series if s.name] if validation else []
+    return {"name": run.name, "chart": chart, "legend": legend, "facts": _facts(run, train)}
+
+
+def curve(records: list[dict[str, Any]], key: str) -> Curve:
+    """(samples, value) of the records that have both, in order of samples."""
+    found = [(record.get("samples"), record.get(key)) for record in records]
+    return sorted((float(x), float(y)) for x, y in found if _number(x) and _number(y))  # type: ignore[arg-type]
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def smooth(values: list[float], share: float = 0.1) -> list[float]:
+    """Median over a window of `share` of the points: outliers of single batches don't bend it."""
+    half = round(len(values) * share / 2)
+    array = np.asarray(values, float)
+    return [float(np.median(array[max(0, i - half) : i + half + 1])) for i in range(len(array))]
+
+
+def _thin(x: list[float], y: list[float]) -> tuple[list[float], list[float]]:
+    step = max(1, -(-len(x) // MAX_POINTS))
+    keep = [*range(0, len(x), step)]
+    if len(x) and keep[-1] != len(x) - 1:
+        keep.append(len(x) - 1)
+    return [x[i] for i in keep], [y[i] for i in keep]
+
+
+def _facts(run: Run, train: Curve) -> list[str]:
+    facts = [f"{short(train[-1][0])} samples"] if train else []
+    if len(train) > 1:
+        ends = smooth([loss for _, loss in train])
+        facts.append(f"training loss {ends[0]:.4g} → {ends[-1]:.4g}")
+    rates = [rate for _, rate in curve(run.records, "samples_per_s")]
+    if rates:
+        facts.append(f"{float(np.median(rates)):.3g} samples/s")
+    return [*facts, "finished" if run.certificate else "not finished"]

@@ -27,7 +27,7 @@ from tests.pipeline.memory.memory_tables import documents, make_memory
 HOSTILE = "A red dog <script>alert('x')</script> is in the grass \"><img src=x onerror=alert(1)> & so on"
 
 
-VOID = {"meta", "link", "img", "source", "br", "line", "circle", "rect", "path", "polyline"}
+VOID = {"meta", "link", "img", "source", "br", "path", "use"}
 
 
 class Page(HTMLParser):
@@ -273,12 +273,12 @@ def test_targets_move_and_stand_still_for_those_who_ask():
 
 def test_random_pairs_come_from_different_documents(tmp_path: Path):
     make_memory(str(tmp_path / "many"), documents(40))
-    found = _random_similarities(str(tmp_path / "many"), seed=1)
+    found = _random_similarities(str(tmp_path / "many"))
     assert len(found) == 40
     assert found.max() < 0.999  # text and picture of a planted document are one vector
-    assert (found == _random_similarities(str(tmp_path / "many"), seed=1)).all()
+    assert (found == _random_similarities(str(tmp_path / "many"))).all()
     make_memory(str(tmp_path / "one"), documents(1))
-    assert len(_random_similarities(str(tmp_path / "one"), seed=1)) == 0
+    assert len(_random_similarities(str(tmp_path / "one"))) == 0
 
 
 def test_refusals_are_found_by_reason():
