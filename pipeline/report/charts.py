@@ -17,6 +17,7 @@ from markupsafe import Markup
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 SIZE_INCHES, DPI = (4.2, 2.2), 100
 BINS = 28
@@ -65,11 +66,11 @@ def line_chart(series: Sequence[Series], *, x_label: str, y_label: str, title: s
     ys = np.concatenate([y for _, _, y in shown]) if shown else np.empty(0)
     if not len(ys):
         return Markup()
-    axes = _axes(x_label, y_label, logarithmic=bool(ys.min() > 0 and ys.max() / ys.min() > LOG_SPAN))
+    figure, axes = _figure(x_label, y_label, logarithmic=bool(ys.min() > 0 and ys.max() / ys.min() > LOG_SPAN))
     for style, x, y in shown:
         single = {"marker": "o"} if len(x) == 1 else {}
         axes.plot(x, y, markersize=3.5, **{"linewidth": 0.9, **_style(style), **single})
-    return _svg(axes, title)
+    return _svg(figure, title)
 
 
 def _finite(series: Series) -> tuple[np.ndarray, np.ndarray]:
@@ -90,13 +91,13 @@ def histogram(series: Sequence[Series], *, x_label: str, title: str) -> Markup:
     else:
         pad = max(0.5, 1e-3 * abs(low)) if low == high else 0.0
         edges = np.linspace(low - pad, high + pad, BINS + 1)
-    axes = _axes(x_label, "share")
+    figure, axes = _figure(x_label, "share")
     axes.yaxis.set_major_formatter(lambda share, _: f"{100 * share:.3g}%")
     for one, found in zip(series, values, strict=True):
         shares = np.histogram(found, edges)[0] / max(len(found), 1)
         axes.stairs(shares, edges, fill=True, linewidth=0, **_style(one.style))
     axes.set_ylim(bottom=0)
-    return _svg(axes, title)
+    return _svg(figure, title)
 
 
 def short(value: float) -> str:
@@ -112,12 +113,13 @@ def _style(name: str) -> dict[str, Any]:
     return {**STYLES[name], "color": COLOURS[STYLES[name]["color"]]}
 
 
-def _axes(x_label: str, y_label: str, *, logarithmic: bool = False) -> "Axes":
+def _figure(x_label: str, y_label: str, *, logarithmic: bool = False) -> "tuple[Figure, Axes]":
     """Empty axes with a quiet grid; no words but the two labels and the ticks."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import NullLocator
 
-    axes = Figure(SIZE_INCHES, dpi=DPI, layout="constrained").subplots()
+    figure = Figure(SIZE_INCHES, dpi=DPI, layout="constrained")
+    axes = figure.subplots()
     axes.set_axisbelow(True)
     axes.locator_params(nbins=5)
     if logarithmic:
@@ -129,17 +131,17 @@ def _axes(x_label: str, y_label: str, *, logarithmic: bool = False) -> "Axes":
         axis.set_label_text(label, fontsize=8, color=COLOURS["soft"], parse_math=False)
         axis.set_minor_locator(NullLocator())
         axis.set_major_formatter(lambda value, _: short(value))
-    return axes
+    return figure, axes
 
 
-def _svg(axes: "Axes", title: str) -> Markup:
+def _svg(figure: "Figure", title: str) -> Markup:
     """The figure as markup for the body of a page: colours and font by CSS, and a name."""
     from matplotlib import rc_context
 
     buffer = io.StringIO()
     nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": title}):
-        axes.figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
+        figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
     text = buffer.getvalue()
     text = text[text.index("<svg ") + len("<svg ") :]
     text = re.sub("|".join(UNWANTED), "", text, flags=re.DOTALL)
