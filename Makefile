@@ -5,7 +5,7 @@ READY := .venv/.ready
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint bench clean clean-demo
+.PHONY: help demo test test-all lint docs bench clean clean-demo
 
 help: ## list the verbs
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -28,6 +28,9 @@ lint: $(READY) ## ruff, pyright, import floors
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/lint-imports
+
+docs: $(READY) ## write docs/config.md, the reference of all config fields, from their docstrings
+	@$(BIN)/python -m cli.reference
 
 test: lint ## lint, then every test that is not slow
 	$(BIN)/python -m pytest -m "not slow" $(ARGS)

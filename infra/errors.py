@@ -1,7 +1,7 @@
-"""What can go wrong, from the catcher's chair.
+"""Every error that is raised on purpose, and the exit code of each.
 
     VimiError
-    ├── ConfigError      the command or its config is wrong: refused at the door, exit code 2
+    ├── ConfigError      the command or its config is wrong: refused before anything starts, exit code 2
     ├── DataError        a table, shard or index breaks its contract: exit code 1
     │   └── TooManyFailuresError   more bad rows than `max_failed_frac` allows
     └── TrainingError    non-finite loss, unusable checkpoint: exit code 1
@@ -15,15 +15,16 @@ class VimiError(Exception):
 
 
 class ConfigError(VimiError, ValueError):
-    """A wrong command or config; the message says what we got, what is legal and how to cure it."""
+    """A wrong command or config; a line for each fault: what we got, what is legal, how to cure it."""
 
     def __init__(self, got: str, *, legal: str = "", cure: str = "") -> None:
-        parts = [got]
-        if legal:
-            parts.append(f"legal: {legal}")
-        if cure:
-            parts.append(f"cure: {cure}")
-        super().__init__("; ".join(parts))
+        super().__init__(sentence(got, legal=legal, cure=cure))
+
+
+def sentence(got: str, *, legal: str = "", cure: str = "") -> str:
+    """One fault on one line: what we got, what is legal, how to cure it."""
+    parts = [got, f"legal: {legal}" if legal else "", f"cure: {cure}" if cure else ""]
+    return "; ".join(filter(None, parts))
 
 
 class DataError(VimiError):

@@ -1,4 +1,5 @@
 from pathlib import Path
+from typing import Literal
 
 import pytest
 from hypothesis import given
@@ -7,6 +8,7 @@ from pydantic import Field, model_validator
 
 from infra.config import Config, Incidental, read_yaml, set_dotted
 from infra.errors import ConfigError
+from infra.fields import nearest, walk
 
 
 class Inner(Config):
@@ -92,3 +94,58 @@ def test_what_says_only_where_or_how_fast_is_no_part_of_the_identity() -> None:
     other = Outer(out="b", inner=Inner(threads=4), parts=(Inner(threads=2),))
     assert one.identity() == other.identity() == {"inner": {"size": 1}, "parts": [{"size": 1}]}
     assert one.hash() == other.hash() != Outer(inner=Inner(size=2)).hash()
+
+
+def test_each_fault_is_a_line_with_its_cure(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("nmae: x\ninner: {depth: 0, wdth: 3}\n")
+    with pytest.raises(ConfigError) as caught:
+        Outer.load(path)
+    unknown, depth, width = sorted(str(caught.value).splitlines(), key=lambda line: "inner" in line)
+    assert unknown == f"unknown key 'nmae' in {path}; legal: the fields that --help lists; cure: write 'name'"
+    assert depth == f"inner.depth = 0 in {path}; legal: greater than or equal to 1; cure: leave it out for 2"
+    assert "unknown key 'inner.wdth'" in width and width.endswith("cure: write 'inner.width'")
+
+
+def test_an_unknown_key_names_the_nearest_of_its_group_then_of_the_whole_config() -> None:
+    class Part(Config):
+        path: str = ""
+        depth: int = 1
+
+    class Whole(Config):
+        depth: int = 1
+        inner: Inner = Inner()
+        parts: tuple[Part, ...] = ()
+
+    known = {"dpth": "depth", "inner.dept": "inner.depth", "width": "inner.width", "iner.width": "inner.width"}
+    assert {key: nearest(key, Whole) for key in known} == known
+    assert nearest("parts[].pth", Whole) == "parts[].path"
+    assert nearest("zzz", Whole) is None
+
+
+def test_what_the_command_line_said_is_not_blamed_on_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("name: fine\n")
+    with pytest.raises(ConfigError, match=r"^inner.depth = 'x'; legal: .*; cure: leave it out for 2$"):
+        Outer.load(path, overrides=["inner.depth=x"])
+
+
+def test_a_field_set_in_a_group_leaves_the_groups_other_defaults() -> None:
+    class Deep(Config):
+        inner: Inner = Inner(depth=5)
+
+    assert Deep.load(overrides=["inner.width=7"]).inner == Inner(depth=5, width=7)
+    assert [field.default for field in walk(Deep)] == [Inner(depth=5), 5, 100]
+
+
+def test_fields_say_what_is_legal_and_what_they_mean() -> None:
+    class Part(Config):
+        kind: Literal["a", "b"] = "a"
+        """Which."""
+        size: int | None = Field(default=None, ge=1, le=9)
+        """How large;
+        two lines."""
+
+    (kind, size) = walk(Part)
+    assert (kind.legal, kind.meaning, kind.default) == ("a | b", "Which.", "a")
+    assert (size.legal, size.meaning) == ("int ≥ 1, ≤ 9 or null", "How large; two lines.")

@@ -1,0 +1,17 @@
+"""Laws of docs/config.md: it is in step with the config classes, and `--help` prints a command's part of it."""
+
+from cli.reference import PAGE, config_class, jobs, render, section
+from infra.fields import walk
+
+
+def test_the_page_of_all_fields_is_in_step_with_the_config_classes() -> None:
+    written, made = PAGE.read_text(encoding="utf-8").splitlines(), render().splitlines()
+    changed = sorted({*written} ^ {*made})[:10]
+    assert written == made, "run `make docs`; these lines differ:\n" + "\n".join(changed)
+
+
+def test_help_lists_the_fields_of_the_commands_config() -> None:
+    for title, target in jobs():
+        told = section(" ".join(title.split()[:2]))
+        for field in walk(config_class(target)):
+            assert f"\n  {field.name}  {field.legal}" in told, (title, field.name)
