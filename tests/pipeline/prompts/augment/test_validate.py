@@ -12,7 +12,8 @@ import pytest
 from infra.errors import ConfigError
 from infra.storage import read_certificate, write_certificate
 from pipeline.prompts.augment import AugmentConfig, run
-from pipeline.report.validate import Report, ValidateConfig, validate
+from pipeline.report.shard_checks import Report
+from pipeline.report.validate import ValidateConfig, validate
 from pipeline.schema import PROMPTS
 from pipeline.shards import META_FILE, REJECTED_FILE, write_meta, write_shard
 

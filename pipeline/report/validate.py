@@ -1,24 +1,42 @@
-"""The guard's laws again, written a second time: one document at a time, straight from the memory.
+"""`vimi-data validate`: proves a set of prompt shards, trusting nothing that the job said about itself.
 
-Nothing of `pipeline/prompts/guard/rules.py`'s arrays is used, so that a mistake there can't hide itself here.
+certificate    there, complete, in = out + filtered + dead
+files          each with its certified size and sha256; none missing, none that is not listed
+schema         every shard has the columns and types of `schema.PROMPTS`
+rows           row counts, meta.parquet, unique ids, ids recomputed from their content
+segments       order, ranks, scores, flags, every picture decodable and of bounded size
+targets        sizes add up for all; a sample is decoded
+guard          each law again, one document at a time, straight from the memory and the exclusion file
 """
 
+from collections import Counter
 from typing import Any
 
 import numpy as np
 import yaml
 
-from infra.errors import ConfigError
+from infra.config import Config
+from infra.errors import ConfigError, DataError
 from infra.storage import Certificate, absolute, join, read_bytes, read_certificate
 from pipeline.media.phash import hamming, mirror_mask
 from pipeline.memory import Memory, open_memory
 from pipeline.memory.embed.worker import row_doc_id
 from pipeline.prompts.guard.exclusion import Exclusion, read_exclusion, source_name
 from pipeline.prompts.guard.rules import RA_CM3, GuardConfig
-from pipeline.report.validate.files import read_rows
-from pipeline.report.validate.findings import Report, ValidateConfig
+from pipeline.report.shard_checks import (
+    Report,
+    check_files,
+    check_meta,
+    check_prompt,
+    check_rejected,
+    check_target,
+    read_rows,
+)
 from pipeline.schema import clip_id
+from pipeline.shards import META_FILE, SHARD_JOBS
 
+SAMPLED_TARGETS = 64
+"""Targets that are decoded, evenly over the set; all are measured. Ours."""
 Row = dict[str, Any]
 FACTS = [
     "doc_id",
@@ -31,6 +49,66 @@ FACTS = [
     "phash",
     "image_embedding",
 ]
+
+
+class ValidateConfig(Config):
+    """What to prove."""
+
+    prompts: str
+    """Folder made by `vimi-data augment` or `vimi-data instruct`."""
+    memory: str | None = None
+    """Memory to check the guard's laws against; None = where the job says it was."""
+
+
+def validate(config: ValidateConfig) -> Report:
+    """Check everything; problems are collected, not raised.
+
+    Raises:
+        ConfigError: there is nothing certified at that place.
+    """
+    uri, report = absolute(config.prompts), Report()
+    certificate = _certificate(uri, report)
+    whole = check_files(uri, certificate, report)
+    if META_FILE not in whole:
+        return report
+    check_meta(uri, certificate, whole, report)
+    check_rejected(uri, certificate, whole, report)
+    shards = [entry.path for entry in certificate.files if entry.path.startswith("part-")]
+    step = max(1, certificate.num_out // SAMPLED_TARGETS)
+    seen: Counter[str] = Counter()
+    number = 0
+    for name in (name for name in shards if name in whole):
+        for row in read_rows(uri, name):
+            seen[row["prompt_id"]] += 1
+            check_prompt(row, f"{name} {row['prompt_id']}", report)
+            if number % step == 0:
+                check_target(row, f"{name} {row['prompt_id']}", report)
+            number += 1
+    report.checked["prompts"] = number
+    for twice in (key for key, count in seen.items() if count > 1):
+        report.add("ids", f"{twice} stands {seen[twice]} times")
+    check_guard(uri, [name for name in shards if name in whole], config, certificate, report)
+    return report
+
+
+def _certificate(uri: str, report: Report) -> Certificate:
+    try:
+        certificate = read_certificate(uri)
+    except DataError as error:
+        raise ConfigError(str(error), cure="make the shards again") from None
+    if certificate is None or certificate.job not in SHARD_JOBS:
+        made = f"was made by {certificate.job!r}" if certificate else "holds no certificate"
+        raise ConfigError(
+            f"{uri} {made}",
+            legal="the output folder of `vimi-data augment` or `vimi-data instruct`",
+            cure="run that command first, or again if it was stopped",
+        )
+    try:
+        certificate.check()
+    except DataError as error:
+        report.add("certificate", str(error))
+    report.checked["certificate"] = 1
+    return certificate
 
 
 def check_guard(
