@@ -14,10 +14,10 @@ import sys
 import time
 from pathlib import Path
 
+from infra.cluster import CHECKOUT
 from infra.errors import ConfigError
 from infra.progress import span
 
-CHECKOUT = Path(__file__).resolve().parent.parent
 CONFIGS = Path("infra/configs/demo")
 DEMO = Path("demo")
 PAGE = DEMO / "report.html"

@@ -1,11 +1,11 @@
-"""Progress that a person can read: done / total, rate, ETA, and what went wrong so far."""
+"""Prints progress for a person: done / total, rate, ETA, and what went wrong so far."""
 
 import sys
 import time
 from collections import Counter
 
 
-class Progress:
+class ProgressPrinter:
     """Prints one line that renews itself on a terminal, and a line every `every_s` elsewhere."""
 
     def __init__(self, what: str, total: int | None, *, unit: str = "rows", every_s: float = 5.0):

@@ -1,4 +1,4 @@
-"""The numbers of the progress line, as Ray metrics: the dashboard and Grafana show what the terminal shows.
+"""Exports the numbers of jobs and trainings as Ray metrics, for the dashboard and Grafana.
 
 Ray exports them with `ray_` before the name; infra/grafana/vimi.json plots them.
 

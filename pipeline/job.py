@@ -30,7 +30,7 @@ from infra.claim import open_job
 from infra.cluster import RayConfig, quiet_ray_data, ray_session
 from infra.config import Config, Incidental, Location, canonical_json
 from infra.errors import TooManyFailuresError
-from infra.progress import Progress
+from infra.progress import ProgressPrinter
 from infra.storage import (
     Certificate,
     absolute,
@@ -341,7 +341,7 @@ def run_units(
 
     quiet_ray_data()
     receipts = Receipts(out)
-    progress = Progress(what, total, unit="units")
+    progress = ProgressPrinter(what, total, unit="units")
     metrics = JobMetrics(what)
     pickled = cloudpickle.dumps(make_worker)  # pyright: ignore[reportPrivateImportUsage]
     key = content_id(out, pickled.hex())

@@ -13,7 +13,7 @@ import torch
 
 from infra.claim import open_job
 from infra.errors import ConfigError
-from infra.progress import Progress
+from infra.progress import ProgressPrinter
 from infra.storage import (
     Certificate,
     FileEntry,
@@ -153,7 +153,7 @@ def run(config: SampleConfig) -> Certificate:
     started_s = time.monotonic()
     sampler = open_sampler(config, uri, large)
     work = [(request, seed) for request in requests for seed in config.seeds]
-    progress = Progress("sample", len(work), unit="videos")
+    progress = ProgressPrinter("sample", len(work), unit="videos")
     entries, files = [], []
     for number, (request, seed) in enumerate(work):
         entry, written = sampler.make(number, request, seed)

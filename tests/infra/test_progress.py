@@ -2,13 +2,13 @@
 
 import pytest
 
-from infra.progress import Progress
+from infra.progress import ProgressPrinter
 
 
 @pytest.mark.parametrize("total", [None, 3])
 @pytest.mark.parametrize("every_s", [0.0, 60.0])
 def test_the_end_is_printed_once(capsys: pytest.CaptureFixture[str], total: int | None, every_s: float) -> None:
-    progress = Progress("crawl", total, every_s=every_s)
+    progress = ProgressPrinter("crawl", total, every_s=every_s)
     for _ in range(3):
         progress.add(1, {"ok": 1})
     progress.close()
@@ -17,5 +17,5 @@ def test_the_end_is_printed_once(capsys: pytest.CaptureFixture[str], total: int 
 
 
 def test_nothing_done_is_said_too(capsys: pytest.CaptureFixture[str]) -> None:
-    Progress("crawl", None).close()
+    ProgressPrinter("crawl", None).close()
     assert "crawl: 0" in capsys.readouterr().err
