@@ -21,8 +21,8 @@ from infra.storage import Certificate, absolute, join, read_bytes, read_certific
 from pipeline.media.phash import hamming, mirror_mask
 from pipeline.memory import Memory, open_memory
 from pipeline.memory.embed.worker import row_doc_id
-from pipeline.prompts.guard.exclusion import Exclusion, read_exclusion, source_name
-from pipeline.prompts.guard.rules import RA_CM3, GuardConfig
+from pipeline.prompts.exclusion import Exclusion, read_exclusion, source_name
+from pipeline.prompts.guard import EVALUATION_SPLITS, RA_CM3, GuardConfig
 from pipeline.report.shard_checks import (
     Report,
     check_files,
@@ -187,13 +187,13 @@ def problems(
 def _copies(one: int | None, other: int | None, guard: GuardConfig) -> bool:
     if not one or not other or guard.max_hash_bits < 0:
         return False
-    mirrored = guard.mirrored and hamming(one ^ mirror_mask(), other) <= guard.max_hash_bits
+    mirrored = hamming(one ^ mirror_mask(), other) <= guard.max_hash_bits
     return mirrored or hamming(one, other) <= guard.max_hash_bits
 
 
 def _excluded(row_id: str, row: Row, pictured: Row | None, guard: GuardConfig, listed: Exclusion) -> str | None:
     """Why a clip or document belongs to an evaluation set; None = it doesn't."""
-    if (row["split"] or "").lower() in guard.exclude_splits:
+    if (row["split"] or "").lower() in EVALUATION_SPLITS:
         return f"of the split {row['split']}"
     phash = (pictured or {}).get("phash") or 0
     near = phash and any(hamming(phash, p) <= guard.max_hash_bits for p in listed.phashes)

@@ -26,14 +26,14 @@ from pipeline.media.frames import clip_times, decode_frames, probe
 from pipeline.media.phash import phash64
 from pipeline.memory.embed.worker import frame_mean
 from pipeline.prompts.augment.target import GUARD_FRAMES
-from pipeline.prompts.guard.calibrate import similarity_bound
-from pipeline.prompts.guard.rules import (
+from pipeline.prompts.guard import (
     GuardConfig,
     GuardedClip,
     GuardedDocuments,
     Verdict,
     frame_hashes,
     judge,
+    similarity_bound,
 )
 
 KEY_FRAMES = 4

@@ -9,7 +9,7 @@ from infra.config import Incidental, Location
 from pipeline.job import JobConfig
 from pipeline.memory.retrieve.config import RetrieveConfig
 from pipeline.prompts.augment.target import TargetConfig
-from pipeline.prompts.guard.rules import GuardConfig
+from pipeline.prompts.guard import GuardConfig
 
 
 class AugmentConfig(JobConfig):
@@ -38,10 +38,6 @@ class AugmentConfig(JobConfig):
     """Rows of one row group, the trainer's unit of reading and shuffling. Ours: about 6 MB."""
     max_failed_frac: Incidental[float] = Field(default=0.1, ge=0, le=1)
     """The job fails when more than this share of the clips can't become prompts. Ours."""
-    timeout_s: Incidental[float] = Field(default=120.0, gt=0)
-    """Time that decoding one clip may take; then its row is `timeout`. As in crawl. Ours."""
-    memory_bytes: Incidental[int] = Field(default=4 << 30, ge=1 << 28)
-    """Heap of the process that decodes. As in crawl. Ours."""
     seed: int = 0
     """Of the query dropout."""
 

@@ -1,4 +1,4 @@
-"""Clips -> their documents: search, guard, choose. Where a clip's honesty is decided."""
+"""Finds the documents of each clip: search the memory, apply the guard, choose the best."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -14,8 +14,16 @@ from pipeline.memory.retrieve.documents import Documents
 from pipeline.memory.retrieve.fuse import cosines, spread
 from pipeline.memory.retrieve.join import Search
 from pipeline.memory.retrieve.words import drop_words
-from pipeline.prompts.guard.exclusion import Exclusion, key, keys, source_name
-from pipeline.prompts.guard.rules import GuardConfig, GuardedClip, GuardedDocuments, Verdict, count, judge
+from pipeline.prompts.exclusion import Exclusion, key, keys, source_name
+from pipeline.prompts.guard import (
+    EVALUATION_SPLITS,
+    GuardConfig,
+    GuardedClip,
+    GuardedDocuments,
+    Verdict,
+    count,
+    judge,
+)
 from pipeline.schema import clip_id
 
 DEEPER = 8  # how many times deeper the second look goes, where the guard left fewer than k
@@ -44,7 +52,7 @@ def excluded(rows: Sequence[Row], config: GuardConfig, exclusion: Exclusion) -> 
     reasons: list[str | None] = []
     for row in rows:
         hashes = np.array([row["phash"] or 0], np.uint64)
-        if (row["split"] or "").lower() in config.exclude_splits:
+        if (row["split"] or "").lower() in EVALUATION_SPLITS:
             reasons.append(f"split {row['split']}")
         elif row["clip_id"] in exclusion.ids:
             reasons.append("id in the exclusion file")
@@ -66,7 +74,7 @@ def guarded_documents(documents: Documents, config: GuardConfig, exclusion: Excl
     shas = table["source_sha256"].to_pylist()
     names = [source_name(uri, config.source_pattern) for uri in uris]
     phashes = table["phash"].fill_null(0).to_numpy().astype(np.uint64)
-    splits = [(split or "").lower() in config.exclude_splits for split in table["split"].to_pylist()]
+    splits = [(split or "").lower() in EVALUATION_SPLITS for split in table["split"].to_pylist()]
     starts, ends = (table[name].fill_null(0.0).to_numpy() for name in ("start_s", "end_s"))
     evaluation = np.array(splits, bool)
     if exclusion:

@@ -1,4 +1,4 @@
-"""A clip -> what the generator learns to make: frames at the training size, an mp4, or a reference."""
+"""Makes a clip's training target: frames at the training size, an mp4, or a reference to the source."""
 
 import math
 from dataclasses import dataclass
@@ -12,13 +12,15 @@ from infra.config import Config
 from infra.pictures import decode_picture
 from pipeline.media.frames import clip_times, decode_frames
 from pipeline.media.store import open_media, read_media, row_errors
-from pipeline.prompts.guard.rules import frame_hashes
-from pipeline.schema import Media, RowError, Status, TargetKind
+from pipeline.prompts.guard import frame_hashes
+from pipeline.schema import Media, TargetKind
 
 Row = dict[str, Any]
 GUARD_FRAMES = 16
 """Frames over the whole clip that the guard hashes, so that a trimmed or sped-up copy, which shows
 another middle, is still known. Ours."""
+CRF = 18
+"""x264's constant rate factor where a `video` target has to be cut out of a longer file. Ours."""
 
 
 class TargetConfig(Config):
@@ -35,8 +37,6 @@ class TargetConfig(Config):
     fps: float | None = Field(default=6.0, gt=0)
     """Frames per second of the stored frames, taken from the clip's middle (VIMI's samples: 6). A clip
     too short for that is spread over its whole length at a higher rate; None = always the whole clip."""
-    crf: int = Field(default=18, ge=0, le=51)
-    """x264's constant rate factor where a `video` target has to be cut out of a longer file. Ours."""
 
 
 @dataclass(frozen=True)
@@ -68,14 +68,6 @@ def make_target(row: Row, config: TargetConfig) -> Target:
         if config.kind == TargetKind.VIDEO:
             return _video(row, open_media(place), config)
         return _frames(row, open_media(place), config)
-
-
-def try_target(row: Row, config: TargetConfig) -> Target | tuple[Status, str]:
-    """`make_target` with the failure as a value: what travels back from another process."""
-    try:
-        return make_target(row, config)
-    except RowError as error:
-        return error.status, str(error)
 
 
 def frame_times(start_s: float, end_s: float, config: TargetConfig) -> tuple[list[float], float]:
@@ -149,7 +141,7 @@ def _video(row: Row, source: str | bytes, config: TargetConfig) -> Target:
     from pipeline.media.mp4 import cut_mp4
 
     start_s, end_s = row["start_s"] or 0.0, row["end_s"] or 0.0
-    data, frames = cut_mp4(source, start_s, end_s, crf=config.crf)
+    data, frames = cut_mp4(source, start_s, end_s, crf=CRF)
     size = covering_size(row["height_px"] or 1, row["width_px"] or 1, config)
     looked_at = decode_frames(
         source, clip_times(start_s, end_s, GUARD_FRAMES), size_px=(2 * size[0], 2 * size[1])

@@ -1,19 +1,28 @@
-"""One slice of the captions -> one shard and its receipt. Runs in a Ray worker."""
+"""One slice of the captions -> targets, documents, prompts: one shard and its receipt."""
 
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
-from infra.storage import join
+from infra.claim import JOB_FILE
+from infra.clip import Clip, ClipConfig, load_clip
+from infra.storage import join, read_json
 from pipeline.job import Receipt
+from pipeline.media.isolate import Isolated, IsolatedCrashError, IsolatedTimeoutError
+from pipeline.memory import Memory, open_memory, require_model
 from pipeline.memory.embed.units import read_slice
+from pipeline.memory.retrieve.documents import Documents, load_documents
+from pipeline.memory.retrieve.join import open_search
 from pipeline.prompts.augment.config import AugmentConfig
-from pipeline.prompts.augment.match import Match
-from pipeline.prompts.augment.target import Row, Target
-from pipeline.prompts.augment.workbench import Workbench, workbench
-from pipeline.schema import CLIPS, PROMPTS, Role, Status, Task, prompt_id
+from pipeline.prompts.augment.match import Match, Matcher, excluded, guarded_documents, own_documents
+from pipeline.prompts.augment.target import Row, Target, make_target
+from pipeline.prompts.exclusion import Exclusion, read_exclusion
+from pipeline.prompts.guard import similarity_bound
+from pipeline.schema import CLIPS, PROMPTS, Role, RowError, Status, TargetKind, Task, prompt_id
 from pipeline.shards import rejected_row, shard_name, write_shard
 
 ORIGIN = (
@@ -27,26 +36,33 @@ ORIGIN = (
     "licence",
     "split",
 )
+DECODE_TIMEOUT_S = 120.0
+"""Time that decoding one clip may take; then its row is `timeout`. As in crawl. Ours."""
+DECODE_MEMORY_BYTES = 4 << 30
+"""Heap of the process that decodes. As in crawl. Ours."""
 
 
-@dataclass(frozen=True)
 class AugmentWorker:
-    """Picklable: payload -> receipt. `config_hash` names what the output depends on."""
+    """Payload -> receipt; the memory's arrays and the CLIP are loaded when first needed, and kept.
 
-    config: AugmentConfig
-    config_hash: str
+    Args:
+        config: of the job.
+        config_hash: names what the output depends on.
+    """
+
+    def __init__(self, config: AugmentConfig, config_hash: str) -> None:
+        self.config, self.config_hash = config, config_hash
 
     def __call__(self, payload: dict[str, Any]) -> Receipt:
-        bench = workbench(self.config.model_dump_json())
         rows = [row for piece in payload["pieces"] for row in good_rows(*piece)]
         silent = [row for row in rows if not has_caption(row)]
-        rows, left_out = bench.without_excluded([row for row in rows if has_caption(row)])
+        rows, left_out = self.without_excluded([row for row in rows if has_caption(row)])
         left_out += [rejected_row(row, Status.FILTERED_NO_CAPTION, "no caption") for row in silent]
-        rows, targets, failed = bench.with_targets(rows)
-        matches = bench.match(rows, targets)
-        pictures = bench.pictures(matches)
+        rows, targets, failed = self.with_targets(rows)
+        matches = self.match(rows, targets)
+        pictures = self.pictures(matches)
         prompts = [
-            self._prompt(row, target, match, bench, pictures)
+            self._prompt(row, target, match, pictures)
             for row, target, match in zip(rows, targets, matches, strict=True)
         ]
         file = None
@@ -57,17 +73,128 @@ class AugmentWorker:
         lost = [*left_out, *failed]
         return {
             "file": file,
-            "num_in": len(rows) + len(lost),
             "rejected": lost,
-            "max_similarity": bench.matcher.guard.max_similarity if any(m.docs for m in matches) else None,
+            "max_similarity": self.matcher.guard.max_similarity if any(m.docs for m in matches) else None,
             "refused": dict(sum((Counter(match.refused) for match in matches), Counter())),
             "documents": dict(Counter(str(len(match.docs)) for match in matches)),
             "notes": dict(Counter(row["status"] for row in lost)),
         }
 
-    def _prompt(
-        self, row: Row, target: Target, match: Match, bench: Workbench, pictures: dict[str, bytes]
-    ) -> dict[str, Any]:
+    @cached_property
+    def memory(self) -> Memory:
+        return open_memory(self.config.memory, version=self.config.memory_version)
+
+    @cached_property
+    def documents(self) -> Documents:
+        return load_documents(self.memory, k1=self.config.retrieve.k1, b=self.config.retrieve.b)
+
+    @cached_property
+    def exclusion(self) -> Exclusion:
+        guard = self.config.guard
+        if guard.exclude is None:
+            return Exclusion()
+        return read_exclusion(guard.exclude, source_pattern=guard.source_pattern)
+
+    @cached_property
+    def decoder(self) -> Isolated:
+        return Isolated(timeout_s=DECODE_TIMEOUT_S, memory_bytes=DECODE_MEMORY_BYTES)
+
+    @cached_property
+    def clip(self) -> Clip:
+        clip = load_clip(clip_config(self.config, self.memory))
+        require_model(self.memory, clip.model_hash, name=clip.name)
+        return clip
+
+    @cached_property
+    def matcher(self) -> Matcher:
+        guard = self.config.guard
+        guarded = guarded_documents(self.documents, guard, self.exclusion)
+        guard = guard.model_copy(update={"max_similarity": similarity_bound(guard, guarded)})
+        search = open_search(self.config.retrieve, self.documents, self.memory)
+        return Matcher(self.config.retrieve, guard, self.documents, guarded, search, self.config.seed)
+
+    def without_excluded(self, rows: list[Row]) -> tuple[list[Row], list[Row]]:
+        """The rows that may be trained on, and the rejected ones."""
+        reasons = excluded(rows, self.config.guard, self.exclusion)
+        kept = [row for row, reason in zip(rows, reasons, strict=True) if reason is None]
+        left_out = [
+            rejected_row(row, Status.FILTERED_EVAL_SPLIT, reason)
+            for row, reason in zip(rows, reasons, strict=True)
+            if reason is not None
+        ]
+        return kept, left_out
+
+    def with_targets(self, rows: list[Row]) -> tuple[list[Row], list[Target], list[Row]]:
+        """The rows whose target could be made, their targets, and the rejected rows."""
+        kept, targets, failed = [], [], []
+        for row in rows:
+            try:
+                targets.append(self._target(row))
+                kept.append(row)
+            except RowError as error:
+                failed.append(rejected_row(row, error.status, str(error)))
+        return kept, targets, failed
+
+    def _target(self, row: Row) -> Target:
+        """The row's target; a decoder that hangs or crashes costs this row alone."""
+        if self.config.target.kind == TargetKind.REFERENCE:
+            return make_target(row, self.config.target)
+        try:
+            return self.decoder.call("pipeline.prompts.augment.target:make_target", row, self.config.target)
+        except IsolatedTimeoutError as error:
+            raise RowError(Status.TIMEOUT, str(error)) from None
+        except IsolatedCrashError as error:
+            raise RowError(Status.CRASHED, str(error)) from None
+        except MemoryError:
+            raise RowError(Status.TOO_LARGE, f"needs more than {DECODE_MEMORY_BYTES:,} bytes") from None
+
+    def match(self, rows: list[Row], targets: list[Target]) -> list[Match]:
+        if not rows or not self.config.retrieve.k:
+            return [Match() for _ in rows]
+        own = own_documents(rows, self.documents)
+        captions = self._caption_vectors(rows, own)
+        return self.matcher.match(
+            rows,
+            phashes=[target.phashes for target in targets],
+            pictures=self._picture_vectors(rows, own),
+            captions=captions,
+            queries=self._query_vectors(rows, captions),
+        )
+
+    def _caption_vectors(self, rows: list[Row], own: np.ndarray) -> list[np.ndarray | None]:
+        """Text vectors: the memory's where the clip is in it, else computed where that is wanted."""
+        vectors: list[np.ndarray | None] = [self.documents.text[i] if i >= 0 else None for i in own]
+        wanted = self.config.vectors == "all" or self.config.retrieve.retriever != "bm25"
+        missing = [i for i, vector in enumerate(vectors) if vector is None and wanted]
+        if missing:
+            texts = [rows[i]["caption"] or "" for i in missing]
+            for i, vector in zip(missing, self.clip.encode_texts(texts), strict=True):
+                vectors[i] = vector
+        return vectors
+
+    def _query_vectors(self, rows: list[Row], captions: Sequence[np.ndarray | None]) -> np.ndarray | None:
+        if self.config.retrieve.retriever == "bm25":
+            return None
+        if self.config.retrieve.query_dropout_frac:
+            return self.clip.encode_texts(self.matcher.queries(rows))
+        return np.stack([np.asarray(vector, np.float32) for vector in captions if vector is not None])
+
+    def _picture_vectors(self, rows: list[Row], own: np.ndarray) -> list[np.ndarray | None]:
+        """Picture vectors for the guard: the memory's where the clip is in it, else computed."""
+        vectors: list[np.ndarray | None] = [self.documents.image[i] if i >= 0 else None for i in own]
+        missing = [i for i, vector in enumerate(vectors) if vector is None]
+        if missing and self.config.vectors == "all" and self.config.guard.max_similarity != 1:
+            for i in missing:
+                vectors[i] = clip_picture_vector(rows[i], self.clip)
+        return vectors
+
+    def pictures(self, matches: list[Match]) -> dict[str, bytes]:
+        """JPEGs of the chosen documents only."""
+        numbers = sorted({doc for match in matches for doc in match.docs})
+        ids = [self.documents.ids[number].decode() for number in numbers]
+        return self.memory.images(ids) if ids else {}
+
+    def _prompt(self, row: Row, target: Target, match: Match, pictures: dict[str, bytes]) -> Row:
         fewer = len(match.docs) < self.config.retrieve.k
         return {
             "prompt_id": prompt_id(Task.PRETRAIN, row["clip_id"], self.config_hash),
@@ -76,7 +203,7 @@ class AugmentWorker:
             "media": row["media"],
             "caption": row["caption"],
             "segments": [
-                *self._segments(match, bench, pictures),
+                *self._segments(match, pictures),
                 {"type": "text", "role": Role.CAPTION.value, "text": row["caption"]},
             ],
             "num_documents": len(match.docs),
@@ -84,15 +211,15 @@ class AugmentWorker:
             "target": target.value,
             **{name: row[name] for name in ORIGIN},
             "fps": row["fps"],
-            "memory_version": bench.memory.version,
-            "model_hash": bench.memory.model_hash,
+            "memory_version": self.memory.version,
+            "model_hash": self.memory.model_hash,
             "config_hash": self.config_hash,
         }
 
-    def _segments(self, match: Match, bench: Workbench, pictures: dict[str, bytes]) -> list[dict[str, Any]]:
+    def _segments(self, match: Match, pictures: dict[str, bytes]) -> list[dict[str, Any]]:
         """Retrieved text and picture of each document, best first (the order of VIMI's figure)."""
         found: list[dict[str, Any]] = []
-        rows = bench.documents.table.take(pa.array(match.docs, pa.int64())).to_pylist()
+        rows = self.documents.table.take(pa.array(match.docs, pa.int64())).to_pylist()
         places = zip(rows, match.scores, match.similarities, strict=True)
         for rank, (row, score, similarity) in enumerate(places, start=1):
             document = {
@@ -108,6 +235,25 @@ class AugmentWorker:
             if pictures.get(row["doc_id"]):
                 found.append({"type": "image", "image": pictures[row["doc_id"]], **retrieved})
         return found
+
+
+def clip_config(config: AugmentConfig, memory: Memory) -> ClipConfig:
+    """The CLIP to load: the one that was asked for, else the one that the memory was built with."""
+    if config.clip is not None:
+        return config.clip
+    return ClipConfig.model_validate(read_json(join(memory.uri, JOB_FILE))["config"]["clip"])
+
+
+def clip_picture_vector(row: Row, clip: Clip) -> np.ndarray | None:
+    """The unit image vector of a clip as `build-index` would make it; None if it can't be read."""
+    from pipeline.memory.embed.pictures import EmbedConfig, read_picture
+    from pipeline.memory.embed.worker import frame_mean
+
+    try:
+        picture = read_picture(row, EmbedConfig(), clip.preprocessing)
+    except RowError:
+        return None
+    return frame_mean(clip.encode_pixels(picture.pixels), [len(picture.pixels)])[0]
 
 
 def good_rows(uri: str, start: int, rows: int) -> list[Row]:

@@ -1,4 +1,4 @@
-"""Pictures from a mask: the subject on white, and the background without the subject.
+"""Cuts pictures out of a frame by a mask: the subject on white, the background without the subject.
 
 VIMI's own reference files are 336 x 336 cut-outs on white for people and plain crops for scenes (read
 off the project page); the figure shows the background as a crop that the subject is not in.
@@ -6,7 +6,6 @@ off the project page); the figure shows the background as a crop that the subjec
 
 import io
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from PIL import Image
@@ -15,7 +14,6 @@ from pipeline.prompts.subjects.entities import Entity
 from pipeline.prompts.subjects.mask import SubjectMask
 from pipeline.schema import Role
 
-PictureFormat = Literal["jpeg", "png"]
 WHITE, BLACK = 255, 24
 MARGIN_FRAC = 0.04
 """Air around a cut-out, share of its longer side."""
@@ -137,11 +135,8 @@ def fit_inside(picture: Image.Image, side_px: int) -> Image.Image:
     return picture if scale == 1.0 else picture.resize(size, Image.Resampling.LANCZOS)
 
 
-def encode(picture: Image.Image, kind: PictureFormat) -> bytes:
-    """JPEG (quality 92) or PNG bytes, without metadata: equal pictures give equal bytes."""
+def encode(picture: Image.Image) -> bytes:
+    """JPEG bytes (quality 92), without metadata: equal pictures give equal bytes."""
     buffer = io.BytesIO()
-    if kind == "jpeg":
-        picture.convert("RGB").save(buffer, "JPEG", quality=92, subsampling=0)
-    else:
-        picture.convert("RGB").save(buffer, "PNG", compress_level=6)
+    picture.convert("RGB").save(buffer, "JPEG", quality=92, subsampling=0)
     return buffer.getvalue()

@@ -1,4 +1,4 @@
-"""Which words of a caption name things that could be seen and cut out: rules, no download.
+"""Finds the noun phrases of a caption that name things that could be seen: rules, no download.
 
 VIMI's figure replaces the subject's words and the background's words by pictures and leaves the article
 (`A [dog] is playing in [grass]`). Which tool finds the words is not published. Where others ask a parser

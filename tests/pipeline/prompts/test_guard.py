@@ -14,9 +14,9 @@ from pydantic import ValidationError
 
 from infra.errors import ConfigError
 from pipeline.media.phash import mirror_mask, phash64
-from pipeline.prompts.guard.calibrate import MIN_DOCUMENTS, similarity_bound
-from pipeline.prompts.guard.exclusion import Exclusion, key, read_exclusion, source_name
-from pipeline.prompts.guard.rules import (
+from pipeline.prompts.exclusion import Exclusion, key, read_exclusion, source_name
+from pipeline.prompts.guard import (
+    MIN_DOCUMENTS,
     RA_CM3,
     GuardConfig,
     GuardedClip,
@@ -25,6 +25,7 @@ from pipeline.prompts.guard.rules import (
     count,
     frame_hashes,
     judge,
+    similarity_bound,
 )
 
 DIM = 6
@@ -73,7 +74,7 @@ def leaks(config: GuardConfig, clip: GuardedClip, known: GuardedDocuments, doc: 
         return True
     theirs = int(known.phashes[doc])
     for own in (int(h) for h in clip.phashes):
-        for hashed in (own, own ^ mirror_mask()) if config.mirrored else (own,):
+        for hashed in (own, own ^ mirror_mask()):
             if own and theirs and (theirs ^ hashed).bit_count() <= config.max_hash_bits:
                 return True
     assert clip.vector is not None
@@ -87,10 +88,9 @@ def leaks(config: GuardConfig, clip: GuardedClip, known: GuardedDocuments, doc: 
 def test_no_leak_in_a_hundred_thousand_draws(seed: int) -> None:
     """4 x 250 clips x 100 candidates: what is allowed never breaks the law, what is refused does."""
     random = np.random.default_rng(seed)
-    for draw in range(250):
+    for _ in range(250):
         config = GuardConfig(
             max_hash_bits=int(random.integers(-1, 16)),
-            mirrored=bool(draw % 2),
             max_similarity=float(random.choice([0.8, 0.9, 1.0])),
         )
         clip, known = drawn(random, 100)

@@ -18,14 +18,11 @@ from infra.cluster import RayConfig
 from infra.errors import ConfigError, TooManyFailuresError
 from infra.storage import Certificate, read_certificate, write_certificate
 from pipeline.job import JournalWriter, output_hash
-from pipeline.prompts.instruct import InstructConfig, check, run
-from pipeline.prompts.instruct.config import TASKS, draw_tasks
-from pipeline.prompts.instruct.job import input_hashes, plan_units
-from pipeline.prompts.instruct.tasks import INSTRUCTIONS, subject_driven
-from pipeline.prompts.instruct.worker import make_worker
+from pipeline.prompts.instruct import InstructConfig, InstructWorker, check, input_hashes, plan_units, run
 from pipeline.prompts.subjects.cutout import Picture
 from pipeline.prompts.subjects.entities import find_entities
-from pipeline.prompts.subjects.extract import SubjectConfig
+from pipeline.prompts.subjects.finder import SubjectConfig
+from pipeline.prompts.tasks import RECIPES, Draw, Made, Recipe, draw_tasks, replace_words, text
 from pipeline.schema import PROMPTS, REJECTED, Role, Task, content_id
 from pipeline.shards import ShardSet, shard_name, write_meta, write_shard
 
@@ -168,7 +165,7 @@ def test_the_three_tasks_have_the_papers_forms(made: Path):
 
     def shape(task: Task) -> list[tuple[str, str | None]]:
         row = rows[task, caption]
-        assert row["segments"][0]["text"] == INSTRUCTIONS[task]
+        assert row["segments"][0]["text"] == RECIPES[task].instruction
         assert row["segments"][0]["role"] == Role.INSTRUCTION
         return [(s["type"], s["text"]) for s in row["segments"][1:]]
 
@@ -209,7 +206,7 @@ def test_same_bytes_for_any_workers_and_after_a_stop(
     wanted = config(prompts, stopped, num_workers=1)
     units = list(plan_units(wanted, ShardSet(prompts)))
     inputs = input_hashes(wanted, ShardSet(prompts))
-    worker = make_worker(wanted, output_hash(wanted, inputs), prompts, str(stopped))
+    worker = InstructWorker(wanted, output_hash(wanted, inputs), RECIPES)
     journal = JournalWriter(f"{stopped}/journal", "before")
     journal.append(units[1].id, worker(units[1].payload))
     journal.close()
@@ -226,17 +223,17 @@ def test_too_many_unreadable_sources_fail_the_job(prompts: str, ray_cluster: Non
     assert read_certificate(tmp_path / "out") is None
 
 
-@given(st.integers(0, 1000), st.integers(0, 10**9), st.permutations(TASKS))
-def test_a_draw_depends_on_seed_and_clip_alone(seed: int, number: int, order: list[Task]):
-    one = InstructConfig(prompts="p", out="o", draw="one", seed=seed, tasks=tuple(order))
-    assert draw_tasks(one, str(number)) == draw_tasks(one.model_copy(update={"out": "q"}), str(number))
-    assert draw_tasks(one.model_copy(update={"draw": "all"}), str(number)) == order
+@given(st.integers(0, 1000), st.integers(0, 10**9), st.permutations(list(RECIPES)))
+def test_a_draw_depends_on_seed_and_clip_alone(seed: int, number: int, order: list[str]):
+    drawn = [draw_tasks(order, {}, seed=seed, clip_id=str(number)) for _ in range(2)]
+    assert drawn[0] == drawn[1] and len(drawn[0]) == 1 and drawn[0][0] in order
+    assert draw_tasks(order, None, seed=seed, clip_id=str(number)) == order
 
 
 def test_draws_follow_the_proportions():
-    weights = {Task.SUBJECT_DRIVEN: 2.0, Task.VIDEO_PREDICTION: 2.0, Task.TEXT_TO_VIDEO: 0.0}
-    one = InstructConfig(prompts="p", out="o", draw="one", proportions=weights)
-    drawn = Counter(task for i in range(4000) for task in draw_tasks(one, str(i)))
+    weights: dict[str, float] = {Task.SUBJECT_DRIVEN: 2.0, Task.VIDEO_PREDICTION: 2.0, Task.TEXT_TO_VIDEO: 0.0}
+    draws = (draw_tasks(list(RECIPES), weights, seed=0, clip_id=str(i)) for i in range(4000))
+    drawn = Counter(task for tasks in draws for task in tasks)
     assert drawn[Task.TEXT_TO_VIDEO] == 0
     assert abs(drawn[Task.SUBJECT_DRIVEN] / 4000 - 0.5) < 0.03
 
@@ -246,7 +243,7 @@ def test_text_and_replaced_words_joined_are_the_caption(tail: str, count: int):
     caption = f"A red dog is playing in the grass with a ball. {tail}"
     entities = find_entities(caption)[: max(count, 1)]
     pictures = [Picture(entity, Role.SUBJECT, b"x") for entity in reversed(entities)]
-    segments = subject_driven(caption, pictures)[1:]
+    segments = replace_words(caption, pictures)
     assert "".join(segment["text"] for segment in segments) == caption
     assert sum(segment["type"] == "image" for segment in segments) == len(pictures)
 
@@ -254,9 +251,9 @@ def test_text_and_replaced_words_joined_are_the_caption(tail: str, count: int):
 def test_relative_paths_are_the_same_place_for_every_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     Path("net.onnx").write_bytes(b"onnx")
-    subjects = SubjectConfig.model_validate({"mask": {"model": "net.onnx"}})
+    subjects = SubjectConfig.model_validate({"mask_model": "net.onnx"})
     found = config("prompts", Path("out"), subjects=subjects)
-    assert found.subjects.mask.model == str(tmp_path / "net.onnx")
+    assert found.subjects.mask_model == str(tmp_path / "net.onnx")
     assert (found.prompts, found.out) == (str(tmp_path / "prompts"), str(tmp_path / "out"))
 
 
@@ -266,14 +263,27 @@ def test_wrong_inputs_are_refused_before_ray_starts(prompts: str, tmp_path: Path
     with pytest.raises(ConfigError, match="vimi-data crawl"):
         check(config(prompts, tmp_path / "out", clips=str(tmp_path)))
     with pytest.raises(ConfigError, match="u2netp"):
-        InstructConfig.load(overrides=[f"prompts={prompts}", "out=o", "subjects.mask.model=/no/model.onnx"])
-        check(
-            config(prompts, tmp_path / "out", subjects=SubjectConfig.model_validate({"mask": {"model": "/no"}}))
-        )
+        InstructConfig.load(overrides=[f"prompts={prompts}", "out=o", "subjects.mask_model=/no/model.onnx"])
+        check(config(prompts, tmp_path / "out", subjects=SubjectConfig(mask_model="/no")))
     with pytest.raises(ConfigError, match="give each task once"):
         InstructConfig.load(overrides=["prompts=p", "out=o", "tasks=[pretrain]"])
     with pytest.raises(ConfigError, match="weight"):
-        check(config(prompts, tmp_path / "out", draw="one", proportions=dict.fromkeys(TASKS, 0.0)))
+        check(config(prompts, tmp_path / "out", proportions=dict.fromkeys(RECIPES, 0.0)))
+
+
+def count_words(draw: Draw) -> Made:
+    return Made([text(f"{len(draw.caption.split())} words", Role.CAPTION)], [])
+
+
+@pytest.mark.ray
+def test_a_task_from_outside_is_made_like_the_papers(
+    prompts: str, ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setitem(RECIPES, "counting", Recipe("Count.", count_words))
+    certificate = run(config(prompts, tmp_path / "out", tasks=("counting",)))
+    rows = read_rows(tmp_path / "out")
+    assert certificate.num_out == len(rows) == 7 and certificate.facts["tasks"] == {"counting": 7}
+    assert [s["text"] for s in rows[0]["segments"]] == ["Count.", "8 words"]
 
 
 @pytest.mark.ray

@@ -20,18 +20,15 @@ from pipeline.prompts.subjects.cutout import (
     subject_picture,
 )
 from pipeline.prompts.subjects.entities import background, find_entities, named_together, subjects
-from pipeline.prompts.subjects.extract import SubjectConfig, SubjectFinder
-from pipeline.prompts.subjects.mask import (
-    MaskConfig,
-    Segmenter,
-    connected_pieces,
-    find_subjects,
-    model_path,
-)
-from pipeline.prompts.subjects.naming import choose
+from pipeline.prompts.subjects.finder import SubjectConfig, SubjectFinder, choose
+from pipeline.prompts.subjects.mask import Segmenter, connected_pieces, find_subjects, model_path
 from pipeline.schema import Role
 
-LOOSE = MaskConfig(min_side_px=4)
+
+@pytest.fixture
+def small_frames(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Subjects of frames of 90 rows are small too."""
+    monkeypatch.setattr("pipeline.prompts.subjects.mask.MIN_SIDE_PX", 4)
 
 
 def disc(size: tuple[int, int], centre: tuple[int, int], radius: int) -> np.ndarray:
@@ -134,26 +131,29 @@ def test_connected_pieces_equal_a_flood_fill(height: int, width: int, seed: int)
         (disc((90, 160), (45, 80), 20) * 0.6, "mask uncertain"),
     ],
 )
+@pytest.mark.usefixtures("small_frames")
 def test_bad_masks_are_refused_with_their_reason(saliency: np.ndarray, reason: str):
-    assert find_subjects(saliency, LOOSE) == reason
+    assert find_subjects(saliency) == reason
 
 
+@pytest.mark.usefixtures("small_frames")
 def test_a_subject_that_leaves_the_picture_is_cut_off():
     wide = np.zeros((90, 160), np.float32)
-    wide[20:80] = 1
-    assert find_subjects(wide, MaskConfig(min_side_px=4, max_border_frac=0.2)) == "subject cut off"
+    wide[12:80] = 1
+    assert find_subjects(wide) == "subject cut off"
 
 
+@pytest.mark.usefixtures("small_frames")
 def test_two_pieces_are_two_subjects_when_two_may_be():
     saliency = disc((90, 160), (45, 30), 15) + disc((90, 160), (45, 120), 18)
-    found = find_subjects(saliency, LOOSE, at_most=2)
+    found = find_subjects(saliency, at_most=2)
     assert not isinstance(found, str)
     assert [mask.box[0] > 80 for mask in found] == [True, False]
 
 
 def test_cut_out_is_white_outside_the_mask_and_the_subject_inside():
     frame, ball = scene()
-    masks = find_subjects(ball.astype(np.float32), MaskConfig())
+    masks = find_subjects(ball.astype(np.float32))
     assert not isinstance(masks, str)
     picture = np.asarray(subject_picture(frame, masks[0], 128))
     assert picture.shape == (128, 128, 3)
@@ -164,7 +164,7 @@ def test_cut_out_is_white_outside_the_mask_and_the_subject_inside():
 
 def test_background_shows_no_subject():
     frame, ball = scene()
-    masks = find_subjects(ball.astype(np.float32), MaskConfig())
+    masks = find_subjects(ball.astype(np.float32))
     assert not isinstance(masks, str)
     picture = np.asarray(background_picture(frame, masks, 336)).astype(int)
     assert (picture[..., 0] < 120).all()
@@ -175,7 +175,7 @@ def test_black_bars_are_not_background():
     frame = frame.copy()
     frame[:, :50] = frame[:, 270:] = 3
     assert content_box(frame) == (50, 0, 270, 180)
-    masks = find_subjects(ball.astype(np.float32), MaskConfig())
+    masks = find_subjects(ball.astype(np.float32))
     assert not isinstance(masks, str)
     assert (np.asarray(background_picture(frame, masks, 336)).max(-1) > 24).mean() > 0.99
     assert content_box(np.zeros((9, 16, 3), np.uint8)) == (0, 0, 16, 9)
@@ -196,10 +196,9 @@ def test_pictures_never_grow_and_encode_to_the_same_bytes():
     picture = Image.fromarray(scene()[0])
     assert fit_inside(picture, 1000).size == picture.size
     assert max(fit_inside(picture, 100).size) == 100
-    for kind, name in [("jpeg", "JPEG"), ("png", "PNG")]:
-        data = encode(picture, kind)  # type: ignore[arg-type]
-        assert data == encode(picture, kind)  # type: ignore[arg-type]
-        assert Image.open(io.BytesIO(data)).format == name
+    data = encode(picture)
+    assert data == encode(picture)
+    assert Image.open(io.BytesIO(data)).format == "JPEG"
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(1, 4), st.integers(1, 5), st.floats(0, 0.5))
@@ -218,13 +217,13 @@ def test_a_word_names_one_picture_and_wins_clearly(seed: int, pictures: int, wor
 
 
 def test_an_unknown_mask_model_is_refused_with_its_cure(tmp_path: Path):
-    with pytest.raises(ConfigError, match="cure: mask"):
+    with pytest.raises(ConfigError, match=r"cure: subjects\.mask_model"):
         model_path(str(tmp_path / "sam.onnx"))
 
 
 def test_the_network_cuts_out_what_stands_out():
     frame, ball = scene()
-    masks = find_subjects(Segmenter(MaskConfig()).saliency(frame), MaskConfig())
+    masks = find_subjects(Segmenter().saliency(frame))
     assert not isinstance(masks, str)
     found = masks[0].alpha > 0.5
     assert (found & ball).sum() / (found | ball).sum() > 0.85
@@ -234,8 +233,8 @@ def test_any_onnx_network_of_the_same_shape_takes_its_place(tmp_path: Path):
     copy = tmp_path / "mine.onnx"
     copy.write_bytes(model_path("u2netp").read_bytes())
     frame, _ = scene()
-    one = Segmenter(MaskConfig(model=str(copy))).saliency(frame)
-    assert (one == Segmenter(MaskConfig()).saliency(frame)).all()
+    one = Segmenter(str(copy)).saliency(frame)
+    assert (one == Segmenter().saliency(frame)).all()
 
 
 def test_pictures_stand_for_words_and_depend_on_the_clip_alone():

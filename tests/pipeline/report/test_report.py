@@ -14,9 +14,10 @@ from PIL import Image
 
 from infra.errors import ConfigError
 from infra.storage import Certificate, write_certificate, write_json
-from pipeline.prompts.instruct.tasks import subject_driven, text_to_video, video_prediction
 from pipeline.prompts.subjects.cutout import Picture
 from pipeline.prompts.subjects.entities import find_entities
+from pipeline.prompts.tasks import RECIPES, image, replace_words
+from pipeline.prompts.tasks import text as text_segment
 from pipeline.report import ReportConfig, check, run
 from pipeline.report.album import Album
 from pipeline.report.statistics import _random_similarities, refusals
@@ -153,9 +154,12 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     pretrain = [prompt(n, Task.PRETRAIN, [*retrieved(1), *retrieved(2), own]) for n in range(3)]
     cut = Picture(find_entities(HOSTILE)[0], Role.SUBJECT, picture(1))
     instructed = [
-        prompt(0, Task.SUBJECT_DRIVEN, subject_driven(HOSTILE, [cut])),
-        prompt(0, Task.VIDEO_PREDICTION, video_prediction(HOSTILE, picture(2))),
-        prompt(0, Task.TEXT_TO_VIDEO, text_to_video(HOSTILE, [*retrieved(1), *retrieved(2)])),
+        prompt(0, task, [text_segment(RECIPES[task].instruction, Role.INSTRUCTION), *content])
+        for task, content in [
+            (Task.SUBJECT_DRIVEN, replace_words(HOSTILE, [cut])),
+            (Task.VIDEO_PREDICTION, [own, image(picture(2), Role.FIRST_FRAME)]),
+            (Task.TEXT_TO_VIDEO, [*retrieved(1), *retrieved(2), own]),
+        ]
     ]
     trained = root / "stage1"
     trained.mkdir()

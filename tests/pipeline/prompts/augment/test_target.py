@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from infra.errors import TooManyFailuresError
-from pipeline.prompts.augment import TargetConfig, run
-from pipeline.prompts.augment.target import covering_size, frame_times
+from pipeline.prompts.augment import run, worker
+from pipeline.prompts.augment.target import TargetConfig, covering_size, frame_times
 from pipeline.report.validate import ValidateConfig, validate
 from pipeline.schema import CLIPS
 from tests.pipeline.prompts.augment.jobs import config, read
@@ -67,11 +67,15 @@ def test_the_whole_frame_scaled_and_cropped_is_the_target() -> None:
     assert (len(times), rate, times[0] > 2, times[-1] < 4) == (16, 8.0, True, True)
 
 
-def test_a_decoder_that_runs_out_of_time_costs_one_row(world: Any, ray_cluster: None, tmp_path: Path) -> None:
+def test_a_decoder_that_runs_out_of_time_costs_one_row(
+    world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A pipe that nobody writes to: opening it hangs for ever."""
     os.mkfifo(tmp_path / "hang.mp4")
     stuck = world.rows[0] | {"clip_id": "stuck", "local_uri": str(tmp_path / "hang.mp4"), "media": "image"}
-    clips = world.write_clips(tmp_path / "clips", [stuck, *world.rows[:3]])
-    more = {"clips": clips, "timeout_s": 3, "max_failed_frac": 0.5}
-    certificate = run(config(world, tmp_path / "out", **more))
-    assert certificate.dead == {"timeout": 1} and certificate.num_out == 3
+    monkeypatch.setattr(worker, "DECODE_TIMEOUT_S", 3.0)
+    augment = worker.AugmentWorker(config(world, tmp_path / "out"), "hash")
+    kept, targets, failed = augment.with_targets([stuck, *world.rows[:3]])
+    augment.decoder.close()
+    assert [row["clip_id"] for row in kept] == [row["clip_id"] for row in world.rows[:3]]
+    assert len(targets) == 3 and [row["status"] for row in failed] == ["timeout"]

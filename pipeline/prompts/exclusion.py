@@ -1,4 +1,4 @@
-"""The evaluation exclusion file: what may neither be retrieved nor trained on.
+"""Reads the evaluation exclusion file: what may neither be retrieved nor trained on.
 
     .txt       one entry a line (`#` begins a comment): an id, a sha256, or a source video
     .csv .jsonl .parquet   any of the columns in `COLUMNS`; others are ignored

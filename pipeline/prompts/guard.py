@@ -1,10 +1,10 @@
-"""What may never be shown to the generator beside a clip: itself, its siblings, its copies, the exam.
+"""Excludes the clip, its source video, near-duplicates and evaluation items from retrieval.
 
     self         the same stretch of the same source
     sibling      another stretch of the same source video
     evaluation   listed in the exclusion file, or of an evaluation split
     duplicate    a re-encoded, resized, watermarked or mirrored copy: perceptual hashes within a bound
-    similar      picture embeddings above a bound (RA-CM3, section 3.2: 0.9)
+    similar      picture embeddings above a bound, measured on the memory (RA-CM3, section 3.2: 0.9)
 
 The first reason in this order is the one that counts. Everything is arrays: one clip against its
 candidates is a handful of vector operations.
@@ -20,6 +20,7 @@ from pydantic import Field, field_validator
 
 from infra.config import Config, Incidental, Location
 from pipeline.media.phash import NUM_BITS, mirror_mask, phash64
+from pipeline.memory.retrieve.fuse import cosines
 
 
 class Verdict(IntEnum):
@@ -33,26 +34,33 @@ class Verdict(IntEnum):
     SIMILAR = 5
 
 
+EVALUATION_SPLITS = ("test", "val")
+"""Values of the `split` column, in lower case, that are never retrieved nor made into prompts."""
 RA_CM3 = 0.9
 """RA-CM3, section 3.2, and CM3Leon: what is more similar than this is skipped. With their CLIP."""
+NUM_PAIRS = 200_000
+STRANGERS_FRAC = 1e-4
+"""Share of the random pairs that may lie above the bound. Ours, from `tests/bench/bench_guard.py`."""
+MIN_DOCUMENTS = 150
+"""With fewer there are not 1 / STRANGERS_FRAC different pairs to learn from: RA-CM3's bound is taken."""
+LOWEST, HIGHEST = 0.85, 0.98
+"""Whatever the memory says. On real clips and a small CLIP, strangers begin to be refused below the one
+(`tests/bench/bench_guard.py`: precision 0.977 at 0.8, 0.991 at 0.85); copies encoded again stay above the
+other."""
 
 
 class GuardConfig(Config):
     """What counts as a leak."""
 
     max_hash_bits: int = Field(default=10, ge=-1, le=NUM_BITS)
-    """Documents whose perceptual hash is within so many of 64 bits are copies; -1 = don't compare.
-    Ours, from `tests/bench/bench_guard.py`: strangers begin to be refused at 12."""
-    mirrored: bool = True
-    """Compare with the mirrored clip as well."""
+    """Documents whose perceptual hash is within so many of 64 bits of the clip's, or of the mirrored clip's,
+    are copies; -1 = don't compare. Ours (`tests/bench/bench_guard.py`): strangers are refused from 12 on."""
     max_similarity: float | None = Field(default=None, gt=0, le=1)
     """Cosine of the picture embeddings above which a document is refused; 1 = don't compare, None = as
-    measured on the memory (`guard/calibrate.py`), or RA-CM3's where it is too small for that."""
+    measured on the memory (`similarity_bound`), or RA-CM3's where it is too small for that."""
     exclude: Incidental[Location | None] = None
     """Evaluation exclusion file (.txt, .csv, .jsonl, .parquet): ids, hashes, source videos; see
-    `pipeline/prompts/guard/exclusion.py`. What it lists is neither retrieved nor made into a prompt."""
-    exclude_splits: tuple[str, ...] = ("test", "val")
-    """Values of the `split` column that are never retrieved nor made into prompts."""
+    `pipeline/prompts/exclusion.py`. What it lists is neither retrieved nor made into a prompt."""
     source_pattern: str | None = None
     """Regular expression on `source_uri` whose first group names the source video, for corpora of
     ready-cut files: `([\\w-]{11})\\.\\d+\\.mp4$`. None = each file is a source of its own."""
@@ -152,8 +160,7 @@ def _copied(
     own = clip.phashes[clip.phashes != 0]
     if config.max_hash_bits < 0 or not len(own):
         return np.zeros(len(candidates), bool)
-    if config.mirrored:
-        own = np.concatenate([own, own ^ np.uint64(mirror_mask())])
+    own = np.concatenate([own, own ^ np.uint64(mirror_mask())])
     theirs = documents.phashes[candidates]
     bits = np.bitwise_count(theirs[:, None] ^ own[None, :]).min(axis=1)
     return (bits <= config.max_hash_bits) & (theirs != 0)
@@ -165,11 +172,44 @@ def _similar(
     bound = RA_CM3 if config.max_similarity is None else config.max_similarity
     if clip.vector is None or bound >= 1:
         return np.zeros(len(candidates), bool)
-    rows = np.asarray(documents.vectors[candidates], np.float32).astype(np.float64)
-    return (rows * np.asarray(clip.vector, np.float32)).sum(axis=-1) > bound
+    return cosines(documents.vectors[candidates], clip.vector) > bound
 
 
 def count(verdicts: Sequence[int] | np.ndarray) -> dict[str, int]:
     """Reason -> how many candidates it refused."""
     numbers = np.bincount(np.asarray(verdicts, np.int64), minlength=len(Verdict))
     return {v.name.lower(): int(numbers[v]) for v in Verdict if v and numbers[v]}
+
+
+def similarity_bound(config: GuardConfig, documents: GuardedDocuments) -> float:
+    """The cosine above which a document is refused as a copy, measured on the memory.
+
+    A cosine of 0.9 means "nearly the same picture" to the CLIP of RA-CM3, "half of all the pictures of a
+    kitchen" to a weaker encoder, and is hardly ever reached by a copy with a watermark in a third. What does
+    carry over is how rare it is: copies are more alike than all but a few of the pairs of strangers that the
+    memory itself is full of.
+
+    Args:
+        config: its `max_similarity`, if given, is the answer.
+        documents: of the memory; pairs from one source, or from one file, don't count as strangers.
+
+    Returns:
+        A pure function of its arguments, in (0, 1].
+    """
+    if config.max_similarity is not None:
+        return config.max_similarity
+    count = len(documents.sources)
+    if count < MIN_DOCUMENTS:
+        return RA_CM3
+    one, other = np.random.default_rng(0).integers(0, count, (2, NUM_PAIRS))
+    strange = one != other
+    for names in (documents.sources, documents.shas):  # 0 = unknown
+        strange &= (names[one] != names[other]) | (names[one] == 0)
+    one, other = one[strange], other[strange]
+    if len(one) < 1 / STRANGERS_FRAC:
+        return RA_CM3
+    vectors, size = documents.vectors, 8192
+    parts = [slice(start, start + size) for start in range(0, len(one), size)]
+    found = np.concatenate([cosines(vectors[one[part]], vectors[other[part]]) for part in parts])
+    bound = float(np.quantile(found, 1 - STRANGERS_FRAC, method="higher"))
+    return round(min(max(bound, LOWEST), HIGHEST), 4)

@@ -1,0 +1,141 @@
+"""The tasks of VIMI's second stage: what each makes of a clip, as the segments of a prompt.
+
+    subject-driven    Generate a video with the text and image.        A [dog] is playing in [grass].
+    video prediction  Generate a video with the text and first frame.  caption [first frame]
+    text-to-video     Generate a video with the retrieved text-image.  retrieved text [picture] caption
+
+`RECIPES` is the registry: a further task is a function and an entry. The instruction lines are those of the
+paper's second figure; two of them end in an ellipsis there, and what it hides is not published. Words are
+replaced by pictures in place: the text segments and the words behind the pictures, joined, are the caption.
+"""
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from pipeline.media.row_frames import first_frame, read_frames
+from pipeline.prompts.subjects.cutout import Picture, encode, fit_inside
+from pipeline.prompts.subjects.finder import FRAME_FRACS, SIDE_PX, SubjectFinder
+from pipeline.schema import Media, Role, RowError, Status, Task
+
+Row = dict[str, Any]
+Segment = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Draw:
+    """A clip that was drawn for a task, and what its worker has at hand."""
+
+    row: Row
+    """Of `schema.PROMPTS`, as augment made it."""
+    local_uri: str | None
+    """Where the source's bytes lie, if not at `source_uri`."""
+    finder: SubjectFinder
+    """Finds pictures that stand for words; loads its networks at the first use."""
+    seed: int
+
+    @property
+    def caption(self) -> str:
+        return self.row["caption"]
+
+
+@dataclass(frozen=True)
+class Made:
+    """The content of a prompt, which follows the instruction line."""
+
+    segments: list[Segment]
+    flags: list[str]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a task's prompt is made."""
+
+    instruction: str
+    """The line in front."""
+    make: Callable[[Draw], Made]
+    """Makes the rest; raises RowError where the clip can't serve the task."""
+
+
+def subject_driven(draw: Draw) -> Made:
+    """The caption with its subjects, and perhaps its place, shown instead of named."""
+    found = read_frames(draw.row, FRAME_FRACS, local_uri=draw.local_uri)
+    random = generator(draw.seed, draw.row["clip_id"], "subject")
+    pictures = draw.finder.find(draw.caption, list(found.frames), random)
+    if isinstance(pictures, str):
+        raise RowError(Status.FILTERED_NO_SUBJECT, pictures)
+    return Made(replace_words(draw.caption, pictures), _frame_flags(found.from_target))
+
+
+def video_prediction(draw: Draw) -> Made:
+    """The caption and the target's first frame."""
+    if draw.row["media"] == Media.IMAGE:
+        raise RowError(Status.FILTERED_NOT_VIDEO, "a picture has no next frame")
+    first = first_frame(draw.row, local_uri=draw.local_uri)
+    data = encode(fit_inside(Image.fromarray(first.frames[0]), SIDE_PX))
+    segments = [text(draw.caption, Role.CAPTION), image(data, Role.FIRST_FRAME)]
+    return Made(segments, _frame_flags(first.from_target))
+
+
+def text_to_video(draw: Draw) -> Made:
+    """All retrieved documents, best first: how many are used is drawn when training loads the row."""
+    retrieved = [s for s in draw.row["segments"] or [] if s["role"] == Role.RETRIEVED]
+    if not retrieved:
+        raise RowError(Status.FILTERED_NO_DOCUMENT, "no retrieved document")
+    return Made([*retrieved, text(draw.caption, Role.CAPTION)], draw.row["flags"] or [])
+
+
+RECIPES: dict[str, Recipe] = {
+    Task.SUBJECT_DRIVEN: Recipe("Generate a video with the text and image.", subject_driven),
+    Task.VIDEO_PREDICTION: Recipe("Generate a video with the text and first frame.", video_prediction),
+    Task.TEXT_TO_VIDEO: Recipe("Generate a video with the retrieved text-image.", text_to_video),
+}
+"""Every task that `vimi-data instruct` can make, by name."""
+
+
+def replace_words(caption: str, pictures: Sequence[Picture]) -> list[Segment]:
+    """The caption with words replaced by pictures; the pictures' entities don't overlap."""
+    segments = []
+    place = 0
+    for picture in sorted(pictures, key=lambda p: p.entity.start):
+        entity = picture.entity
+        if entity.start > place:
+            segments.append(text(caption[place : entity.start], Role.CAPTION))
+        segments.append(image(picture.image, picture.role, entity.text))
+        place = entity.end
+    if place < len(caption):
+        segments.append(text(caption[place:], Role.CAPTION))
+    return segments
+
+
+def text(words: str, role: Role) -> Segment:
+    return {"type": "text", "role": role.value, "text": words, "image": None, "document": None}
+
+
+def image(data: bytes, role: Role, words: str | None = None) -> Segment:
+    return {"type": "image", "role": role.value, "text": words, "image": data, "document": None}
+
+
+def draw_tasks(
+    tasks: Sequence[str], proportions: Mapping[str, float] | None, *, seed: int, clip_id: str
+) -> list[str]:
+    """The tasks that a clip is drawn for: all, or one of them by its weight (1 where none is given)."""
+    if proportions is None:
+        return list(tasks)
+    steps = np.cumsum([proportions.get(task, 1.0) for task in tasks])
+    place = generator(seed, clip_id, "task").random() * steps[-1]
+    return [tasks[int(np.searchsorted(steps, place, side="right"))]]
+
+
+def generator(seed: int, clip_id: str, stream: str) -> np.random.Generator:
+    """Randomness of one clip: the same on every machine, whatever else the job holds."""
+    digest = hashlib.sha256(f"{seed}/{clip_id}/{stream}".encode()).digest()
+    return np.random.Generator(np.random.PCG64(int.from_bytes(digest[:16], "little")))
+
+
+def _frame_flags(from_target: bool) -> list[str]:
+    return ["frames_from_target"] if from_target else []
