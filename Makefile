@@ -23,23 +23,26 @@ $(READY): pyproject.toml constraints.txt constraints-nodeps.txt
 demo: $(READY) ## corpus -> prompts -> two trainings -> video -> one HTML page; about 7 minutes, resumable
 	@$(BIN)/python -m cli.demo $(ARGS)
 
-lint: $(READY) ## ruff, pyright, import floors
+lint: $(READY) ## ruff, pyright, import floors, links of the docs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/lint-imports
+	$(BIN)/python -m pytest -q --no-header --durations=0 tests/cli/test_docs.py
 
 docs: $(READY) ## write docs/config.md, the reference of all config fields, from their docstrings
 	@$(BIN)/python -m cli.reference
 
 test: lint ## lint, then every test that is not slow
+	@echo "Every test that is not slow; the slow ones too: make test-all"
 	$(BIN)/python -m pytest -m "not slow" $(ARGS)
 
 test-all: lint ## also the slow ones: kill sweeps, learning, long laws
+	@echo "Every test, the slow ones too: this takes long"
 	$(BIN)/python -m pytest $(ARGS)
 
-bench: $(READY) ## the benchmarks of tests/bench, one after the other, as tables
-	@for file in tests/bench/bench_*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
+bench: $(READY) ## the benchmarks of tests/bench, one after the other, as tables; some ask for arguments
+	@for file in tests/bench/bench_*.py; do echo "== $$file"; $(BIN)/python $$file || echo "not run: $$?"; done
 
 clean-demo: ## delete the demo's output
 	rm -rf demo
