@@ -1,6 +1,6 @@
 """A job that may be killed at any moment: units in, receipts out, certificate last.
 
-`run_job` is the sequence that every command of the data side follows. Ray Data runs the work; this file
+`run_job` is the sequence that every command of the data side follows. Ray Data runs the work; `journal.py`
 gives what Ray Data's own checkpoint does not (it loses rows after fan-out): a unit of work is done only
 when its whole receipt stands in a journal.
 
@@ -19,8 +19,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any, TypedDict, cast
 
 import pyarrow as pa
@@ -33,20 +32,16 @@ from infra.errors import TooManyFailuresError
 from infra.progress import ProgressPrinter
 from infra.storage import (
     Certificate,
-    absolute,
     delete,
-    filesystem,
-    is_remote,
-    join,
     list_files,
-    write_bytes,
     write_certificate,
 )
 from infra.telemetry import JobMetrics
+from pipeline.journal import JournalWriter, Receipt, Receipts, Unit
 from pipeline.schema import Status, content_id
 
-JOURNAL = "journal"
-Receipt = dict[str, Any]
+WINDOW_UNITS = 4096
+"""Units in flight: the bound of the driver's memory. Ours."""
 MakeWorker = Callable[[], Callable[[dict[str, Any]], Receipt]]
 
 
@@ -66,8 +61,8 @@ def run_job(
     config: JobConfig,
     inputs: dict[str, str],
     *,
-    work: Callable[[], "Receipts"],
-    finish: Callable[["Receipts"], Certificate],
+    work: Callable[[], Receipts],
+    finish: Callable[[Receipts], Certificate],
 ) -> Certificate:
     """Run a job, or continue one that was stopped; a finished one is recognised and left alone.
 
@@ -87,7 +82,7 @@ def run_job(
 
 
 def carry_out(
-    config: JobConfig, *, work: Callable[[], "Receipts"], finish: Callable[["Receipts"], Certificate]
+    config: JobConfig, *, work: Callable[[], Receipts], finish: Callable[[Receipts], Certificate]
 ) -> Certificate:
     """Do the work in a Ray session, write the tables, certify last; then the journals may go.
 
@@ -171,102 +166,6 @@ def refuse_failures(
     )
 
 
-@dataclass(frozen=True)
-class Unit:
-    """One replayable piece of work: a stable id and what the worker needs, as JSON values."""
-
-    id: str
-    payload: dict[str, Any]
-
-
-class Receipts:
-    """The receipts of finished units, found by unit id; a torn last line counts as never written."""
-
-    def __init__(self, out: str) -> None:
-        self.folder = join(out, JOURNAL)
-        self._files: list[str] = []
-        self._places: dict[str, tuple[int, int, int]] = {}  # unit id -> file, offset, length
-        self.refresh()
-
-    def __contains__(self, unit_id: str) -> bool:
-        return unit_id in self._places
-
-    def __len__(self) -> int:
-        return len(self._places)
-
-    def refresh(self) -> None:
-        """Read the journals again: workers have written since."""
-        self._files = list_files(self.folder, suffix=".jsonl")
-        self._places.clear()
-        for number, file in enumerate(self._files):
-            for unit_id, offset, length in _scan(file):
-                self._places.setdefault(unit_id, (number, offset, length))
-
-    def get(self, unit_id: str) -> Receipt:
-        number, offset, length = self._places[unit_id]
-        fs, path = filesystem(self._files[number])
-        with fs.open_input_file(path) as file:
-            return json.loads(file.read_at(length, offset))
-
-    def in_order(self, units: Iterable[Unit]) -> Iterator[tuple[Unit, Receipt]]:
-        """Each unit with its receipt, in the units' own order; what lets outputs be byte-identical."""
-        for unit in units:
-            yield unit, self.get(unit.id)
-
-    def clear(self) -> None:
-        """Delete the journals: only after the certificate is written."""
-        delete(self.folder)
-
-
-def _scan(file: str) -> Iterator[tuple[str, int, int]]:
-    fs, path = filesystem(file)
-    offset = 0
-    with fs.open_input_stream(path, compression=None) as stream:
-        rest = b""
-        while chunk := stream.read(1 << 22):
-            *lines, rest = (rest + chunk).split(b"\n")
-            for line in lines:
-                unit_id, sep, body = line.partition(b"\t")
-                if sep and body.endswith(b"}"):
-                    yield unit_id.decode(), offset + len(unit_id) + 1, len(body)
-                offset += len(line) + 1
-
-
-class JournalWriter:
-    """Appends whole lines: locally by one write() each, on an object store one object each.
-
-    `{folder}/{name}.jsonl`, or `{folder}/{name}/{unit}.jsonl`: a block's journal is found by its name,
-    however many blocks there are, and what an earlier try wrote is never overwritten.
-    """
-
-    def __init__(self, folder: str, name: str) -> None:
-        self.folder, self.name = folder, name
-        self.file = None
-        if not is_remote(folder):
-            path = Path(absolute(folder))
-            path.mkdir(parents=True, exist_ok=True)
-            self.file = (path / f"{name}.jsonl").open("ab", buffering=0)
-            if self.file.tell():
-                self.file.write(b"\n")  # closes a line that a kill may have torn
-
-    def append(self, unit_id: str, receipt: Receipt) -> None:
-        line = unit_id.encode() + b"\t" + canonical_json(receipt) + b"\n"
-        if self.file is not None:
-            self.file.write(line)
-        else:
-            write_bytes(join(self.folder, self.name, f"{content_id(unit_id)}.jsonl"), line)
-
-    def close(self) -> None:
-        if self.file is not None:
-            self.file.close()
-
-    def finished(self) -> set[str]:
-        """Units of this journal that have a receipt."""
-        here = [join(self.folder, f"{self.name}.jsonl")]
-        files = list_files(join(self.folder, self.name)) if self.file is None else here
-        return {unit_id for file in files for unit_id, _, _ in _scan(file)}
-
-
 class BlockRunner:
     """The Ray Data callable: runs a block of units with one worker and journals each receipt."""
 
@@ -310,7 +209,6 @@ def run_units(
     total: int | None = None,
     num_workers: int | None = None,
     units_per_task: int = 1,
-    window_units: int = 4096,
     num_cpus: float = 1.0,
     num_gpus: float = 0.0,
     actors: bool = False,
@@ -328,7 +226,6 @@ def run_units(
         total: number of units, for the ETA.
         num_workers: workers at once; None = as many as the CPUs allow.
         units_per_task: units of one Ray task; more costs less overhead.
-        window_units: units in flight, the bound of the driver's memory.
         num_cpus: CPUs a worker.
         num_gpus: GPUs a worker.
         actors: keep workers (and the model in them) alive over the whole run; else Ray tasks.
@@ -345,12 +242,13 @@ def run_units(
     metrics = JobMetrics(what)
     pickled = cloudpickle.dumps(make_worker)  # pyright: ignore[reportPrivateImportUsage]
     key = content_id(out, pickled.hex())
-    compute = _Compute(num_workers, num_cpus, num_gpus, actors)
-    for window in _windows(units, window_units):
+    resources = {"num_workers": num_workers, "num_cpus": num_cpus, "num_gpus": num_gpus, "actors": actors}
+    run_blocks = partial(_run_blocks, arguments=(make_worker, receipts.folder, key), **resources)
+    for window in _windows(units, WINDOW_UNITS):
         todo = [unit for unit in window if unit.id not in receipts]
         progress.skip(len(window) - len(todo))
         blocks = [_block(todo[i : i + units_per_task]) for i in range(0, len(todo), units_per_task)]
-        for count, notes in compute.run(blocks, (make_worker, receipts.folder, key)) if blocks else ():
+        for count, notes in run_blocks(blocks) if blocks else ():
             progress.add(count, notes)
             metrics.add(count, notes)
             if watch is not None:
@@ -360,40 +258,41 @@ def run_units(
     return receipts
 
 
-@dataclass(frozen=True)
-class _Compute:
-    """Where blocks run: as Ray tasks, or as actors that keep their worker alive."""
+def _run_blocks(
+    blocks: list[pa.Table],
+    *,
+    arguments: tuple[MakeWorker, str, str],
+    num_workers: int | None,
+    num_cpus: float,
+    num_gpus: float,
+    actors: bool,
+) -> Iterator[tuple[int, dict[str, int]]]:
+    """Run `BlockRunner(*arguments)` on each block, as Ray tasks or in actors that keep their worker alive.
 
-    num_workers: int | None
-    num_cpus: float
-    num_gpus: float
-    actors: bool
+    Yields:
+        (units, notes) of each block as it is done.
+    """
+    import ray.data
 
-    def run(
-        self, blocks: list[pa.Table], arguments: tuple[MakeWorker, str, str]
-    ) -> Iterator[tuple[int, dict[str, int]]]:
-        """Run `BlockRunner(*arguments)` on each block; (units, notes) of each as it is done."""
-        import ray.data
-
-        size = min(self.num_workers, len(blocks)) if self.num_workers else None  # Ray warns of idle workers
-        pool = ray.data.ActorPoolStrategy if self.actors else ray.data.TaskPoolStrategy
-        runner: Any = BlockRunner if self.actors else BlockRunner(*arguments)
-        options: dict[str, Any] = {"fn_constructor_args": arguments} if self.actors else {}
-        results = ray.data.from_arrow(blocks).map_batches(
-            runner,
-            batch_size=None,
-            batch_format="pyarrow",
-            compute=pool(size=size or (1 if self.actors else None)),
-            num_cpus=self.num_cpus,
-            num_gpus=self.num_gpus or None,
-            **options,
-        )
-        batches = results.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
-        for batch in cast("Iterator[pa.Table]", batches):
-            notes = Counter[str]()
-            for text in batch["notes"].to_pylist():
-                notes.update(json.loads(text))
-            yield len(batch), dict(notes)
+    size = min(num_workers, len(blocks)) if num_workers else None  # Ray warns of idle workers
+    pool = ray.data.ActorPoolStrategy if actors else ray.data.TaskPoolStrategy
+    runner: Any = BlockRunner if actors else BlockRunner(*arguments)
+    options: dict[str, Any] = {"fn_constructor_args": arguments} if actors else {}
+    results = ray.data.from_arrow(blocks).map_batches(
+        runner,
+        batch_size=None,
+        batch_format="pyarrow",
+        compute=pool(size=size or (1 if actors else None)),
+        num_cpus=num_cpus,
+        num_gpus=num_gpus or None,
+        **options,
+    )
+    batches = results.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
+    for batch in cast("Iterator[pa.Table]", batches):
+        notes = Counter[str]()
+        for text in batch["notes"].to_pylist():
+            notes.update(json.loads(text))
+        yield len(batch), dict(notes)
 
 
 def _windows(units: Iterable[Unit], size: int) -> Iterator[list[Unit]]:

@@ -26,17 +26,8 @@ from infra.storage import (
     require_certificate,
     sha256_file,
 )
-from pipeline.job import (
-    JobConfig,
-    Receipt,
-    Receipts,
-    Unit,
-    count_fates,
-    output_hash,
-    refuse_failures,
-    run_job,
-    run_units,
-)
+from pipeline.job import JobConfig, count_fates, output_hash, refuse_failures, run_job, run_units
+from pipeline.journal import Receipt, Receipts, Unit
 from pipeline.prompts.subjects.finder import SubjectConfig, SubjectFinder
 from pipeline.prompts.subjects.mask import model_path
 from pipeline.prompts.tasks import RECIPES, Draw, Recipe, Row, draw_tasks, text

@@ -11,25 +11,19 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import ray
 
 from infra.cluster import RayConfig, ray_session
 from infra.errors import ConfigError, DataError, TooManyFailuresError
 from infra.storage import Certificate, read_certificate
-from pipeline.job import (
-    JobConfig,
-    JournalWriter,
-    Receipts,
-    Unit,
-    count_fates,
-    refuse_failures,
-    run_job,
-    run_units,
-)
+from pipeline.job import JobConfig, count_fates, refuse_failures, run_job, run_units
+from pipeline.journal import JournalWriter, Receipts, Unit
 
 SCRIPT = """
 import sys
 from infra.cluster import RayConfig, ray_session
-from pipeline.job import Unit, run_units
+from pipeline.job import run_units
+from pipeline.journal import Unit
 from functools import partial
 
 class Square:
@@ -50,15 +44,18 @@ with ray_session(RayConfig(num_cpus=2)):
 """
 
 
-def start(tmp_path: Path, out: Path, log: Path) -> "subprocess.Popen[str]":
+def start(tmp_path: Path, out: Path, log: Path, address: str = "local") -> "subprocess.Popen[str]":
+    """A driver of its own process group, with a Ray session of its own or on a running cluster."""
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
+    checkout = str(Path(__file__).resolve().parents[2])
     return subprocess.Popen(
         [sys.executable, str(script), str(out), str(log)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        env=os.environ | {"RAY_ADDRESS": address, "PYTHONPATH": checkout},
     )
 
 
@@ -73,15 +70,23 @@ def kill_after_receipts(process: "subprocess.Popen[str]", out: Path, count: int)
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize(
-    "seed", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)]
-)
-def test_job_killed_and_started_again_loses_and_repeats_nothing(tmp_path: Path, seed: int) -> None:
+def test_job_killed_and_started_again_loses_and_repeats_nothing(tmp_path: Path, ray_cluster: None) -> None:
+    survive_a_kill(tmp_path, seed=0, address=ray.get_runtime_context().gcs_address)
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.parametrize("seed", [1, 2])
+def test_job_killed_with_its_whole_session_loses_and_repeats_nothing(tmp_path: Path, seed: int) -> None:
+    survive_a_kill(tmp_path, seed=seed, address="local")
+
+
+def survive_a_kill(tmp_path: Path, seed: int, address: str) -> None:
     out, log = tmp_path / "out", tmp_path / "log"
-    kill_after_receipts(start(tmp_path, out, log), out, random.Random(seed).randrange(5, 45))
+    kill_after_receipts(start(tmp_path, out, log, address), out, random.Random(seed).randrange(5, 45))
     done_before = len(Receipts(str(out)))
     assert 0 < done_before < 60, "the kill must come in the middle for this test to mean something"
-    printed, errors = start(tmp_path, out, log).communicate(timeout=180)
+    printed, errors = start(tmp_path, out, log, address).communicate(timeout=180)
     assert printed.strip() == str([x**2 for x in range(60)]), errors[-2000:]
     tries = Counter(log.read_text().split())
     assert set(tries) == {str(x) for x in range(60)}

@@ -13,15 +13,8 @@ from typing import Any
 
 from infra.errors import ConfigError
 from infra.storage import Certificate, FileEntry, join, require_certificate
-from pipeline.job import (
-    Receipts,
-    Unit,
-    count_fates,
-    output_hash,
-    refuse_failures,
-    run_job,
-    run_units,
-)
+from pipeline.job import count_fates, output_hash, refuse_failures, run_job, run_units
+from pipeline.journal import Receipts, Unit
 from pipeline.memory import Memory, open_memory
 from pipeline.memory.embed.worker import row_doc_id
 from pipeline.memory.retrieve.join import uses_arrays

@@ -11,7 +11,7 @@ import pyarrow as pa
 from infra.claim import JOB_FILE
 from infra.clip import Clip, ClipConfig, load_clip
 from infra.storage import join, read_json
-from pipeline.job import Receipt
+from pipeline.journal import Receipt
 from pipeline.media.isolate import Isolated, IsolatedCrashError, IsolatedTimeoutError
 from pipeline.memory import Memory, open_memory, require_model
 from pipeline.memory.embed.units import read_slice

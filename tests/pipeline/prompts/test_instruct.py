@@ -17,7 +17,8 @@ from PIL import Image, ImageDraw
 from infra.cluster import RayConfig
 from infra.errors import ConfigError, TooManyFailuresError
 from infra.storage import Certificate, read_certificate, write_certificate
-from pipeline.job import JournalWriter, output_hash
+from pipeline.job import output_hash
+from pipeline.journal import JournalWriter
 from pipeline.prompts.instruct import InstructConfig, InstructWorker, check, input_hashes, plan_units, run
 from pipeline.prompts.subjects.cutout import Picture
 from pipeline.prompts.subjects.entities import find_entities
