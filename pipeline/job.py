@@ -220,7 +220,7 @@ def run_units(
         out: the job's folder; journals lie below it.
         units: in a fixed order; ids unique. A generator is consumed window by window.
         make_worker: picklable; makes the function payload -> receipt in the worker process, where it
-            loads its model. The receipt is JSON; its optional `notes` {word: count} go to the progress
+            loads its model. The receipt is JSON; its optional `notes` {status: rows} go to the progress
             line. It must not raise for bad content: that is a row with a status.
         what: name for the progress line.
         total: number of units, for the ETA.

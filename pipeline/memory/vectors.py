@@ -1,9 +1,11 @@
-"""One way to ask LanceDB for the nearest vectors: a batch of queries, an index with its dials, a filter."""
+"""Unit vectors: cosines, means, and LanceDB's nearest ones for a batch of queries."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
+import pyarrow as pa
 
 Kind = Literal["flat", "rq", "hnsw", "pq"]
 QUERIES_PER_CALL = 256  # LanceDB shares one scan among them; more costs memory and gains nothing
@@ -87,3 +89,57 @@ def setting_of(facts: dict[str, Any], column: str) -> Setting | None:
     """The verified setting of a column from a certificate's facts; None when it has no index."""
     found = facts.get("indexes", {}).get(column)
     return Setting(**found["setting"]) if found else None
+
+
+def unit(vectors: np.ndarray) -> np.ndarray:
+    """Float32 rows of length 1; a zero row stays zero."""
+    vectors = vectors.astype(np.float32)
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
+
+
+def rows_or_zeros(column: pa.ChunkedArray) -> np.ndarray:
+    """A column of vectors as float32 `n d`; a missing one is a row of zeros."""
+    dim = column.type.list_size
+    rows = [np.zeros(dim) if row is None else row for row in column.to_pylist()]
+    return np.asarray(rows, np.float32).reshape(len(rows), dim)
+
+
+def cosines(vectors: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Inner products of the rows of `vectors` (`m d`, unit) with `other` (`d` or `m d`, unit), float64.
+
+    Each row by itself: a matrix product's last bits depend on how many rows there are, these don't.
+    """
+    wide = vectors if vectors.dtype == np.float64 else np.asarray(vectors, np.float32).astype(np.float64)
+    return (wide * np.asarray(other, np.float32)).sum(axis=-1)
+
+
+def spread(vectors: np.ndarray, k: int, *, max_similarity: float) -> tuple[list[int], int]:
+    """Choose the first `k` candidates of which none is too similar to one chosen before.
+
+    Args:
+        vectors: unit picture embeddings of the candidates, best first, `m d`; zero rows are similar to nothing.
+        k: how many to choose.
+        max_similarity: a candidate above this cosine with a chosen one is skipped.
+
+    Returns:
+        Places of the chosen; how many before the last of them were skipped.
+    """
+    chosen: list[int] = []
+    for place in range(len(vectors)):
+        if len(chosen) == k:
+            return chosen, place - k
+        if not chosen or cosines(vectors[chosen], vectors[place]).max() <= max_similarity:
+            chosen.append(place)
+    return chosen, len(vectors) - len(chosen)
+
+
+def frame_mean(frames: np.ndarray, counts: Sequence[int]) -> np.ndarray:
+    """Normalise, mean, normalise over each run of `counts` rows (RAGME): `sum(counts) d` -> `n d`."""
+    starts = np.cumsum([0, *counts[:-1]])
+    sums = np.add.reduceat(unit(frames), starts, axis=0)
+    return unit(sums / np.asarray(counts, np.float32)[:, None])
+
+
+def document_vector(image: np.ndarray, text: np.ndarray) -> np.ndarray:
+    """RA-CM3 (arXiv 2211.12561): the normalised mean of the two unit vectors."""
+    return unit((image + text) / 2)

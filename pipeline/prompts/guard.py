@@ -20,7 +20,7 @@ from pydantic import Field, field_validator
 
 from infra.config import Config, Incidental, Location
 from pipeline.media.phash import NUM_BITS, mirror_mask, phash64
-from pipeline.memory.retrieve.fuse import cosines
+from pipeline.memory.vectors import cosines
 
 
 class Verdict(IntEnum):

@@ -23,7 +23,11 @@ from infra.progress import span
 from pipeline.memory.vectors import Setting
 
 STORED = Path(__file__).with_name("estimate_profile.json")
-COLUMNS = 3  # image, text and document vectors
+COLUMNS, DIM = 3, 512  # image, text and document vectors; their width at ViT-B-32
+GPU_DOCUMENTS_PER_S = 1500.0
+"""Documents a second and GPU: clip-retrieval's published rate for ViT-B/32 on an RTX 3080."""
+IMAGE_BYTES = 25_000
+"""Mean size of a document's JPEG (384 px at quality 90: 15 to 40 kB). Ours."""
 MEASURED = {
     "write_s": "write vectors",
     "vector_index_s": "vector indexes (IVF_RQ)",
@@ -48,13 +52,6 @@ class PlanConfig(Config):
     """GPUs of each; 0 = embed on CPUs."""
     clip: str = "ViT-B-32"
     """The CLIP of the profile's embedding rates (stored: ViT-B-32, offline)."""
-    gpu_documents_per_s: float = Field(default=1500.0, gt=0)
-    """Documents a second and GPU. Default: clip-retrieval's published rate for ViT-B/32 on an RTX 3080;
-    measure yours."""
-    dim: int = Field(default=512, ge=1)
-    """Width of the embeddings (ViT-B-32: 512)."""
-    image_bytes: int = Field(default=25_000, ge=0)
-    """Mean size of a document's JPEG, bytes (384 px at quality 90: 15 to 40 kB)."""
     profile: str | None = None
     """JSON of measurements, made by `tests/bench/bench_index.py --profile` and `bench_embed.py --profile`;
     None = the stored one."""
@@ -143,14 +140,14 @@ def plan(config: PlanConfig) -> list[Line]:
         name: fit_law([(r["rows"], r[name]) for r in profile["index"]], crowded=name in CROWDED)
         for name in MEASURED
     }
-    scale = config.dim / machine["dim"]
+    scale = DIM / machine["dim"]
     # Measured with one column of vectors; the memory has three.
     factors = {name: 1.0 if name == "text_index_s" else COLUMNS * scale for name in MEASURED}
     seconds = {name: factors[name] * laws[name](count) for name in MEASURED}
     rq = Setting("rq", num_bits=1)
-    vectors_bytes, index_bytes = COLUMNS * 2 * config.dim * count, COLUMNS * rq.bytes_of(count, config.dim)
+    vectors_bytes, index_bytes = COLUMNS * 2 * DIM * count, COLUMNS * rq.bytes_of(count, DIM)
     on_one = f"on one machine of {machine['cpus']} CPUs, as measured"
-    columns = f"{COLUMNS} columns of {config.dim}: {COLUMNS * scale:.2g}x of "
+    columns = f"{COLUMNS} columns of {DIM}: {COLUMNS * scale:.2g}x of "
     lines += [
         Line(
             what,
@@ -162,10 +159,10 @@ def plan(config: PlanConfig) -> list[Line]:
     lines += [
         Line(
             "pictures on disk",
-            _bytes(config.image_bytes * count),
-            f"{config.image_bytes:,} bytes each (config)",
+            _bytes(IMAGE_BYTES * count),
+            f"{IMAGE_BYTES:,} bytes each (mean of such JPEGs)",
         ),
-        Line("vectors on disk", _bytes(vectors_bytes), f"{COLUMNS} x {config.dim} x float16 (schema)"),
+        Line("vectors on disk", _bytes(vectors_bytes), f"{COLUMNS} x {DIM} x float16 (schema)"),
         Line("index in memory", _bytes(index_bytes), f"{COLUMNS} x (dim/8 + 20) bytes each (1-bit IVF_RQ)"),
         Line(
             "wall time",
@@ -179,8 +176,8 @@ def plan(config: PlanConfig) -> list[Line]:
 def _embedding(config: PlanConfig, profile: dict[str, Any]) -> tuple[list[Line], float]:
     if config.gpus_per_node:
         gpus = config.nodes * config.gpus_per_node
-        gpu_s = config.documents / config.gpu_documents_per_s
-        source = f"{config.gpu_documents_per_s:,.0f} documents/s and GPU (published, not measured)"
+        gpu_s = config.documents / GPU_DOCUMENTS_PER_S
+        source = f"{GPU_DOCUMENTS_PER_S:,.0f} documents/s and GPU (published, not measured)"
         work = Line("embed, GPU hours", f"{gpu_s / 3600:,.0f}", source)
         return [work, Line("embed, wall", span(gpu_s / gpus), f"on {gpus:,} GPUs, evenly spread")], gpu_s / gpus
     rates, machine = profile["embed"], profile["machine"]

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from markupsafe import Markup
 
+from pipeline.memory.vectors import cosines, rows_or_zeros
 from pipeline.report.charts import Series, histogram, line_chart, short
 from pipeline.report.read import MAX_ROWS, Parts, Run, read_columns
 from pipeline.schema import Media, Status
@@ -124,7 +125,7 @@ def _read_shards(shards: ShardSet, columns: list[str]) -> pa.Table:
 
 def _random_similarities(memory: str) -> np.ndarray:
     """Cosines of texts and pictures of different documents of the memory, in its own CLIP space."""
-    from pipeline.memory.store import open_memory
+    from pipeline.memory import open_memory
 
     table = open_memory(memory).table
     rows = min(table.count_rows(), PAIRS)
@@ -134,20 +135,10 @@ def _random_similarities(memory: str) -> np.ndarray:
     places = np.sort(random.choice(table.count_rows(), rows, replace=False))
     columns = ["text_embedding", "image_embedding"]
     found = table.take_offsets(places.tolist()).select(columns).to_arrow()
-    texts, pictures = (_vectors(found[name]) for name in columns)
+    texts, pictures = (rows_or_zeros(found[name]) for name in columns)
     shift = 1 + random.integers(0, rows - 1, size=rows)
     others = (np.arange(rows) + shift) % rows
-    cosines = (texts * pictures[others]).sum(1)
-    has_both = (np.abs(texts).sum(1) > 0) & (np.abs(pictures[others]).sum(1) > 0)
-    return cosines[has_both]
-
-
-def _vectors(column: pa.ChunkedArray) -> np.ndarray:
-    """A fixed-size list column as float32 `n d`; missing vectors are zero."""
-    array = column.combine_chunks()
-    dim = array.type.list_size
-    rows = [np.zeros(dim) if row is None else row for row in array.to_pylist()]
-    return np.asarray(rows, np.float32).reshape(len(rows), dim)
+    return cosines(texts, pictures[others])[texts.any(1) & pictures[others].any(1)]
 
 
 def _histogram(title: str, x_label: str, values: list[tuple[str, Any, str]]) -> Chart:

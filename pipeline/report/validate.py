@@ -6,10 +6,11 @@ schema         every shard has the columns and types of `schema.PROMPTS`
 rows           row counts, meta.parquet, unique ids, ids recomputed from their content
 segments       order, ranks, scores, flags, every picture decodable and of bounded size
 targets        sizes add up for all; a sample is decoded
-guard          each law again, one document at a time, straight from the memory and the exclusion file
+guard          the guard's rules again, on what the memory itself says of the documents that are shown
 """
 
 from collections import Counter
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -18,11 +19,12 @@ import yaml
 from infra.config import Config
 from infra.errors import ConfigError, DataError
 from infra.storage import Certificate, absolute, join, read_bytes, read_certificate
-from pipeline.media.phash import hamming, mirror_mask
 from pipeline.memory import Memory, open_memory
 from pipeline.memory.embed.worker import row_doc_id
-from pipeline.prompts.exclusion import Exclusion, read_exclusion, source_name
-from pipeline.prompts.guard import EVALUATION_SPLITS, RA_CM3, GuardConfig
+from pipeline.memory.vectors import rows_or_zeros
+from pipeline.prompts.augment.match import excluded, guarded_clip, guarded_documents
+from pipeline.prompts.exclusion import Exclusion, read_exclusion
+from pipeline.prompts.guard import GuardConfig, Verdict, judge
 from pipeline.report.shard_checks import (
     Report,
     check_files,
@@ -32,23 +34,21 @@ from pipeline.report.shard_checks import (
     check_target,
     read_rows,
 )
-from pipeline.schema import clip_id
 from pipeline.shards import META_FILE, SHARD_JOBS
 
 SAMPLED_TARGETS = 64
 """Targets that are decoded, evenly over the set; all are measured. Ours."""
 Row = dict[str, Any]
-FACTS = [
-    "doc_id",
-    "text",
-    "source_uri",
-    "source_sha256",
-    "start_s",
-    "end_s",
-    "split",
-    "phash",
-    "image_embedding",
-]
+FACTS = ("doc_id", "text", "source_uri", "source_sha256", "start_s", "end_s", "split", "phash")
+VECTOR = "image_embedding"
+BROKEN = {
+    Verdict.SELF: "the clip itself",
+    Verdict.SIBLING: "from the same source video",
+    Verdict.EVALUATION: "of an evaluation set",
+    Verdict.DUPLICATE: "a copy by perceptual hash",
+    Verdict.SIMILAR: "too similar by its embedding",
+}
+"""What each verdict of the guard says of a document."""
 
 
 class ValidateConfig(Config):
@@ -136,67 +136,32 @@ def check_guard(
     if guard.exclude is not None:
         listed = read_exclusion(guard.exclude, source_pattern=guard.source_pattern)
     for name in names:
-        rows = list(read_rows(uri, name))
-        facts = _facts(rows, memory)
-        for row in rows:
-            where = f"{name} {row['prompt_id']}"
-            own = facts.get(row_doc_id(row))
-            if (reason := _excluded(row["clip_id"], row, own, guard, listed)) is not None:
-                report.add("guard", f"{where}: the clip itself: {reason}")
-            shown = (s["document"]["doc_id"] for s in row["segments"] if s["document"])
-            for doc_id in dict.fromkeys(shown):
-                report.checked["documents against the guard"] += 1
-                for problem in problems(row, own, facts.get(doc_id), guard, listed):
-                    report.add("guard", f"{where}: document {doc_id}: {problem}")
+        _check_documents(name, list(read_rows(uri, name)), memory, guard, listed, report)
 
 
-def _facts(rows: list[Row], memory: Memory) -> dict[str, Row]:
-    """What the memory says of the shown documents, and of the prompts' own."""
-    shown = [s["document"]["doc_id"] for row in rows for s in row["segments"] if s["document"]]
-    wanted = list(dict.fromkeys([*shown, *(row_doc_id(row) for row in rows)]))
-    return {row["doc_id"]: row for row in memory.rows(wanted, FACTS).to_pylist()}
-
-
-def problems(
-    row: Row, own: Row | None, document: Row | None, guard: GuardConfig, listed: Exclusion
-) -> list[str]:
-    """Which laws this document breaks beside this clip."""
-    if document is None:
-        return ["not in the memory"]
-    found = []
-    if row["source_sha256"] and row["source_sha256"] == document["source_sha256"]:
-        found.append("from the same file")
-    names = [source_name(r["source_uri"] or "", guard.source_pattern) for r in (row, document)]
-    if names[0] and names[0] == names[1]:
-        found.append("from the same source video")
-    source = document["source_sha256"] or document["source_uri"]
-    clip = clip_id(source, document["start_s"] or 0.0, document["end_s"] or 0.0, document["text"])
-    ids = clip if document["doc_id"] not in listed.ids else document["doc_id"]
-    if (reason := _excluded(ids, document, document, guard, listed)) is not None:
-        found.append(reason)
-    if own is not None:
-        if _copies(own["phash"], document["phash"], guard):
-            found.append("a copy by perceptual hash")
-        pair = [np.asarray(r["image_embedding"], np.float32).astype(float) for r in (own, document)]
-        bound = RA_CM3 if guard.max_similarity is None else guard.max_similarity
-        if bound < 1 and float(pair[0] @ pair[1]) > bound + 1e-6:
-            found.append(f"similarity {float(pair[0] @ pair[1]):.4f}")
-    return found
-
-
-def _copies(one: int | None, other: int | None, guard: GuardConfig) -> bool:
-    if not one or not other or guard.max_hash_bits < 0:
-        return False
-    mirrored = hamming(one ^ mirror_mask(), other) <= guard.max_hash_bits
-    return mirrored or hamming(one, other) <= guard.max_hash_bits
-
-
-def _excluded(row_id: str, row: Row, pictured: Row | None, guard: GuardConfig, listed: Exclusion) -> str | None:
-    """Why a clip or document belongs to an evaluation set; None = it doesn't."""
-    if (row["split"] or "").lower() in EVALUATION_SPLITS:
-        return f"of the split {row['split']}"
-    phash = (pictured or {}).get("phash") or 0
-    near = phash and any(hamming(phash, p) <= guard.max_hash_bits for p in listed.phashes)
-    source = source_name(row["source_uri"] or "", guard.source_pattern)
-    is_listed = row_id in listed.ids or row["source_sha256"] in listed.hashes
-    return "in the exclusion file" if is_listed or source in listed.sources or near else None
+def _check_documents(
+    name: str, rows: list[Row], memory: Memory, guard: GuardConfig, listed: Exclusion, report: Report
+) -> None:
+    """The guard's own rules on each shown document of a shard, with what the memory itself says of it."""
+    shown = [list(dict.fromkeys(s["document"]["doc_id"] for s in r["segments"] if s["document"])) for r in rows]
+    wanted = list(dict.fromkeys([*chain(*shown), *map(row_doc_id, rows)]))
+    table = memory.rows(wanted, [*FACTS, VECTOR])
+    place = {doc_id: number for number, doc_id in enumerate(table["doc_id"].to_pylist())}
+    vectors, phashes = rows_or_zeros(table[VECTOR]), table["phash"].to_pylist()
+    documents = guarded_documents(table, vectors, guard, listed)
+    own = [place.get(row_doc_id(row)) for row in rows]
+    clips = [{**row, "phash": None if n is None else phashes[n]} for row, n in zip(rows, own, strict=True)]
+    reasons = excluded(clips, guard, listed)
+    for row, clip, n, doc_ids, reason in zip(rows, clips, own, shown, reasons, strict=True):
+        where = f"{name} {row['prompt_id']}"
+        report.checked["documents against the guard"] += len(doc_ids)
+        if reason is not None:
+            report.add("guard", f"{where}: the clip itself: {reason}")
+        for doc_id in (doc_id for doc_id in doc_ids if doc_id not in place):
+            report.add("guard", f"{where}: document {doc_id}: not in the memory")
+        known = [doc_id for doc_id in doc_ids if doc_id in place]
+        facts = guarded_clip(clip, (), None if n is None else vectors[n], guard)
+        verdicts = judge(guard, facts, documents, np.array([place[doc_id] for doc_id in known], np.int64))
+        for doc_id, verdict in zip(known, verdicts.tolist(), strict=True):
+            if verdict != Verdict.ALLOWED:
+                report.add("guard", f"{where}: document {doc_id}: {BROKEN[verdict]}")

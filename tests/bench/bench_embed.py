@@ -37,8 +37,9 @@ import numpy as np
 from infra.clip import Clip, ClipConfig, load_clip
 from infra.clip.preprocess import Preprocessing
 from infra.storage import require_certificate
-from pipeline.memory.embed import EmbedConfig, Embedder, clip_units, read_picture, read_slice
+from pipeline.memory.embed.pictures import read_picture
 from pipeline.memory.embed.streams import settle_process
+from pipeline.memory.embed.worker import Embedder, clip_units, read_slice
 
 COLUMNS = ["media", "local_uri", "source_uri", "start_s", "end_s", "caption", "phash"]
 Payload = dict[str, Any]
@@ -46,18 +47,18 @@ Round = Callable[[Any], Any]
 Made = tuple[Round, Callable[[Payload], Any]]
 
 
-def ours(config: ClipConfig, embed: EmbedConfig) -> Made:
+def ours(config: ClipConfig) -> Made:
     folder = tempfile.mkdtemp()
-    worker = Embedder(clip=config, embed=embed, staged=folder, threads=os.cpu_count() or 2)()
+    worker = Embedder(clip=config, staged=folder, threads=os.cpu_count() or 2)()
     return worker, lambda payload: payload
 
 
-def bare(config: ClipConfig, embed: EmbedConfig) -> Made:
+def bare(config: ClipConfig) -> Made:
     clip = load_clip(config)
 
     def ready(payload: Payload) -> Any:
         rows = rows_of(payload)
-        pixels = np.concatenate([read_picture(row, embed, clip.preprocessing).pixels for row in rows])
+        pixels = np.concatenate([read_picture(row, clip.preprocessing).pixels for row in rows])
         return pixels, [row["caption"].strip() for row in rows]
 
     def once(given: Any) -> None:
@@ -67,16 +68,16 @@ def bare(config: ClipConfig, embed: EmbedConfig) -> Made:
     return once, ready
 
 
-def bare_kept(config: ClipConfig, embed: EmbedConfig) -> Made:
+def bare_kept(config: ClipConfig) -> Made:
     import torch
 
     threads = torch.get_num_threads()
     settle_process("cpu")
     torch.set_num_threads(threads)
-    return bare(config, embed)
+    return bare(config)
 
 
-def plain_loop(config: ClipConfig, embed: EmbedConfig) -> Made:
+def plain_loop(config: ClipConfig) -> Made:
     import pandas
     import torch
 
@@ -128,8 +129,8 @@ def rows_of(payload: Payload) -> list[dict[str, Any]]:
 MADE: list[Made] = []
 
 
-def start(make: Callable[[ClipConfig, EmbedConfig], Made], config: ClipConfig, payload: Payload) -> None:
-    MADE.append(make(config, EmbedConfig(key_frames=1)))
+def start(make: Callable[[ClipConfig], Made], config: ClipConfig, payload: Payload) -> None:
+    MADE.append(make(config))
     run, ready = MADE[0]
     run(ready({**payload, "rows": 32}))
 
@@ -155,13 +156,13 @@ def shares(config: ClipConfig, payload: Payload) -> dict[str, float]:
 
     settle_process("cpu")
     clip: Clip = load_clip(config.model_copy(update={"batch_size": 16}))
-    rows, embed = rows_of(payload), EmbedConfig(key_frames=1)
+    rows = rows_of(payload)
     texts = [row["caption"].strip() for row in rows]
-    pictures = [read_picture(row, embed, clip.preprocessing) for row in rows]
+    pictures = [read_picture(row, clip.preprocessing) for row in rows]
     pixels = np.concatenate([picture.pixels for picture in pictures])
     decoded = [Image.open(io.BytesIO(picture.jpeg)).convert("RGB") for picture in pictures]
     steps: dict[str, Callable[[], Any]] = {
-        "read, decode and resize": lambda: [read_picture(row, embed, clip.preprocessing) for row in rows],
+        "read, decode and resize": lambda: [read_picture(row, clip.preprocessing) for row in rows],
         "  of it open_clip's resize": lambda: clip.preprocess(decoded),
         "image tower": lambda: clip.encode_pixels(pixels),
         "text tower": lambda: clip.encode_texts(texts),
@@ -184,7 +185,7 @@ def whole_job(config: ClipConfig, payload: Payload, rounds: int) -> None:
     units = [Unit(f"u{n}", {**payload, "start": n * size}) for n in range(rounds)]
     started_s = time.perf_counter()
     with ray_session(RayConfig()), tempfile.TemporaryDirectory() as folder:
-        worker = Embedder(clip=config, embed=EmbedConfig(key_frames=1), staged=folder, threads=cpus)
+        worker = Embedder(clip=config, staged=folder, threads=cpus)
         options: dict[str, Any] = {"what": "embed", "num_workers": 1, "num_cpus": cpus}
         run_units(folder, units[:1], worker, **options)
         first_s = time.perf_counter() - started_s

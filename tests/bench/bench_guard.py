@@ -24,7 +24,7 @@ from PIL import Image
 from infra.clip import Clip, load_clip
 from pipeline.media.frames import clip_times, decode_frames, probe
 from pipeline.media.phash import phash64
-from pipeline.memory.embed.worker import frame_mean
+from pipeline.memory.vectors import frame_mean
 from pipeline.prompts.augment.target import GUARD_FRAMES
 from pipeline.prompts.guard import (
     GuardConfig,

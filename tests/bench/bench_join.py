@@ -13,15 +13,16 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from pipeline.memory.retrieve.bm25 import Bm25, Hits, ranked
-from pipeline.memory.retrieve.config import RetrieveConfig
-from pipeline.memory.retrieve.fuse import reciprocal_rank
-from pipeline.memory.retrieve.join import ArraySearch
+from pipeline.memory.retrieve.documents import Documents
+from pipeline.memory.retrieve.indexes import ArrayIndex
+from pipeline.memory.retrieve.retrievers import RETRIEVERS, reciprocal_rank
 
 K, DEPTH = 10, 100
 
@@ -125,10 +126,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         table = make_table(texts, vectors, folder)
         bm25 = Bm25.build(texts)
-        searches = {
-            name: ArraySearch(RetrieveConfig.model_validate({"retriever": name}), bm25, vectors)
-            for name in ("bm25", "clip", "hybrid")
-        }
+        documents = Documents(pa.table({}), np.zeros(0), vectors, vectors, vectors, bm25)
+        index = ArrayIndex(documents, "document")
+        searches = {name: partial(RETRIEVERS[name].search, index) for name in ("bm25", "clip", "hybrid")}
         pool = ThreadPoolExecutor(4)
         count = len(asked)
         rates = {

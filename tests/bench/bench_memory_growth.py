@@ -18,9 +18,10 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.memory.commit import create_table
-from pipeline.memory.config import IndexConfig
-from pipeline.memory.dedup import DedupConfig, find_duplicates
-from pipeline.memory.finish import Finished, finish
+from pipeline.memory.duplicates import find_duplicates
+from pipeline.memory.index import Finished, finish
+from pipeline.memory.near_duplicates import DedupConfig
+from pipeline.memory.recall import IndexConfig
 from pipeline.memory.sample import Growth, load, save
 from pipeline.memory.store import sorted_columns, upsert, vectors_arrow, vectors_numpy, version_tag
 from tests.bench.bench_index import planted
@@ -77,7 +78,7 @@ def main() -> None:
         whole, grown = Steps(), Steps()
         for rows in blocks(options.rows, options.dim):
             whole.time(f"write to {table.count_rows() + len(rows):,}", lambda rows=rows: upsert(table, rows))
-        done: Finished = whole.time("index and verify", lambda: finish(table, config, seed=0))
+        done: Finished = whole.time("index and verify", lambda: finish(table, config))
         facts = {"indexes": done.facts}
         whole.time("duplicates", lambda: find_duplicates(table, DedupConfig(), facts=facts))
         whole.time("tag", lambda: (save(folder, "first", done.samples), version_tag(table, "m")))
@@ -85,9 +86,7 @@ def main() -> None:
         ids = batch["doc_id"].to_pylist()
         grown.time("duplicates", lambda: find_duplicates(table, DedupConfig(), new=ids, facts=facts))
         growth = Growth(load(folder, "first") or {}, lambda: new)
-        after: Finished = grown.time(
-            "verify", lambda: finish(table, config, seed=0, before=facts, growth=growth)
-        )
+        after: Finished = grown.time("verify", lambda: finish(table, config, before=facts, growth=growth))
         grown.time("tag", lambda: (save(folder, "second", after.samples), version_tag(table, "m")))
         every = np.array(sorted_columns(table, ["doc_id"])["doc_id"].to_pylist())
     lows = [v["recall_lower_95"] for f in after.facts.values() for v in f["by_query"].values()]

@@ -76,7 +76,7 @@ def similarities(out: Path) -> tuple[list[float], list[float]]:
 
 
 def at_random(memory: Path, captions: int) -> np.ndarray:
-    documents = load_documents(open_memory(str(memory)), k1=1.2, b=0.75)
+    documents = load_documents(open_memory(str(memory)))
     draw = np.random.default_rng(0)
     texts = draw.integers(0, len(documents), captions * 20)
     pictures = draw.integers(0, len(documents), captions * 20)

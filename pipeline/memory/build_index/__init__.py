@@ -1,7 +1,6 @@
 """`vimi-data build-index`: clips tables -> the retrieval memory."""
 
-from pipeline.memory.build_index.config import BuildIndexConfig
-from pipeline.memory.build_index.door import check
-from pipeline.memory.build_index.run import run
+from pipeline.memory.build_index.job import run
+from pipeline.memory.build_index.preflight import BuildIndexConfig, check
 
 __all__ = ["BuildIndexConfig", "check", "run"]

@@ -9,9 +9,8 @@ import pyarrow.parquet as pq
 from infra.errors import DataError, TooManyFailuresError
 from infra.storage import Certificate, join, write_bytes
 from pipeline.job import Receipt
-from pipeline.memory.build_index.config import FREE, JOB, BuildIndexConfig
-from pipeline.memory.build_index.door import Tables
-from pipeline.memory.dedup import Duplicates
+from pipeline.memory.build_index.preflight import JOB, BuildIndexConfig, Tables
+from pipeline.memory.duplicates import Duplicates
 from pipeline.memory.store import version_tag
 from pipeline.schema import REJECTED, Status
 
@@ -41,7 +40,7 @@ def account(
     versions = [*(base.facts["versions"] if base else []), tag]
     return Certificate(
         job=JOB,
-        config_hash=config.hash(exclude={"out", "ray", "num_workers", *FREE}),
+        config_hash=config.hash(),
         num_in=sum(receipt["rows"] for receipt in receipts) + (base.num_in if base else 0),
         num_out=rows,
         filtered={n: c for n, c in counts.items() if Status(n).is_filtered},

@@ -5,9 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from pydantic import Field
 
-from infra.config import Config
 from infra.pictures import decode_picture, open_picture
 from infra.storage import size_bytes
 from pipeline.media.frames import clip_times, decode_frames
@@ -21,30 +19,18 @@ if TYPE_CHECKING:
     from infra.clip.preprocess import Preprocessing
 
 Row = dict[str, Any]
-
-
-class EmbedConfig(Config):
-    """How a clip or picture becomes a document."""
-
-    key_frames: int = Field(default=4, ge=1, le=64)
-    """Frames of a video whose image vectors are averaged (normalise, mean, normalise: RAGME, which
-    takes every 25th frame). The document's picture is the middle one. 4 is ours."""
-    image_max_px: int = Field(default=384, ge=32, le=4096)
-    """Longest side of the document's JPEG, pixels; smaller pictures keep their size. Ours: enough for
-    every common CLIP and for a report page."""
-    jpeg_quality: int = Field(default=90, ge=1, le=100)
-    """Quality of that JPEG. A plain JPEG that is small enough is stored as it is, without a second loss.
-    Ours."""
-    max_pixels: int = Field(default=100_000_000, ge=1)
-    """Pictures with more pixels than this are refused before they are decoded (a 40,000-pixel square
-    PNG of a few kB would take 4.8 GB). Ours."""
-    max_picture_bytes: int = Field(default=64_000_000, ge=1)
-    """Picture files longer than this are refused unread. Ours."""
-    max_aspect: float = Field(default=8.0, ge=1.0)
-    """Longest over shortest side; beyond, a picture is left out: its middle crop says little. Ours."""
-    max_caption_chars: int = Field(default=4096, ge=1)
-    """Captions longer than this are refused: CLIP reads 77 tokens, and such a text upsets BM25's length
-    normalisation. Ours."""
+KEY_FRAMES = 4
+"""Frames of a video whose image vectors are averaged (normalise, mean, normalise: RAGME, which takes every
+25th frame). The document's picture is the middle one. 4 is ours."""
+IMAGE_MAX_PX = 384
+"""Longest side of the document's JPEG, pixels; smaller pictures keep their size. Ours: enough for every common
+CLIP and for a report page."""
+JPEG_QUALITY = 90
+"""A plain JPEG that is small enough is stored as it is, without a second loss. Ours."""
+MAX_PICTURE_BYTES = 64_000_000
+"""Picture files longer than this are refused unread. Ours."""
+MAX_ASPECT = 8.0
+"""Longest over shortest side; beyond, a picture is left out: its middle crop says little. Ours."""
 
 
 @dataclass(frozen=True)
@@ -59,70 +45,70 @@ class Picture:
     height_px: int
 
 
-def read_picture(row: Row, config: EmbedConfig, preprocessing: "Preprocessing") -> Picture:
+def read_picture(row: Row, preprocessing: "Preprocessing", *, key_frames: int = KEY_FRAMES) -> Picture:
     """Decode a row's picture, or key frames of its clip.
 
     Args:
         row: of a clips table: media, local_uri, start_s, end_s, phash.
-        config: limits and sizes.
         preprocessing: of the CLIP.
+        key_frames: decoded of a video.
 
     Raises:
         RowError: with the status that the row gets.
     """
     if row["media"] == Media.VIDEO:
-        images, data = _video_frames(row, config), b""
+        images, data = _video_frames(row, key_frames), b""
     else:
-        image, data = _image(row["local_uri"] or row["source_uri"], config)
+        image, data = _image(row["local_uri"] or row["source_uri"])
         images = [image]
     middle = images[len(images) // 2]
-    _check_shape(middle.width, middle.height, config)
+    _check_shape(middle.width, middle.height)
     return Picture(
         pixels=preprocessing.batch(list(images)),
-        jpeg=data or encode_jpeg(middle, max_px=config.image_max_px, quality=config.jpeg_quality),
+        jpeg=data or encode_jpeg(middle, max_px=IMAGE_MAX_PX, quality=JPEG_QUALITY),
         phash=phash64(np.asarray(middle)) if row.get("phash") is None else int(row["phash"]),
         width_px=middle.width,
         height_px=middle.height,
     )
 
 
-def _video_frames(row: Row, config: EmbedConfig) -> "list[Image]":
+def _video_frames(row: Row, key_frames: int) -> "list[Image]":
     from PIL import Image
 
-    times_s = clip_times(row["start_s"] or 0.0, row["end_s"] or 0.0, config.key_frames)
+    times_s = clip_times(row["start_s"] or 0.0, row["end_s"] or 0.0, key_frames)
     with row_errors():
         frames = decode_frames(open_media(row["local_uri"] or row["source_uri"]), times_s)
         return [Image.fromarray(frame) for frame in frames]
 
 
-def _image(uri: str, config: EmbedConfig) -> "tuple[Image, bytes]":
+def _image(uri: str) -> "tuple[Image, bytes]":
     """Decode an image file: RGB, upright; with its bytes if they can be stored as they are, else b""."""
-    data = _bytes(uri, config)
+    data = _bytes(uri)
     try:
         with row_errors():
-            image = open_picture(data, max_pixels=config.max_pixels)
-            _check_shape(image.width, image.height, config)
-            keep = _is_plain_jpeg(image, data, config)
+            image = open_picture(data)
+            _check_shape(image.width, image.height)
+            keep = _is_plain_jpeg(image, data)
             return decode_picture(image), data if keep else b""
     except MemoryError as error:
         raise RowError(Status.UNDECODABLE, "needs more memory than there is") from error
 
 
-def _is_plain_jpeg(image: "Image", data: bytes, config: EmbedConfig) -> bool:
+def _is_plain_jpeg(image: "Image", data: bytes) -> bool:
     """Whether a file can be a document's picture unchanged: small, and nothing in it but the picture."""
     extra = {"exif", "icc_profile", "comment", "photoshop", "xmp", "adobe"} & set(image.info)
     return (
         image.format == "JPEG"
         and image.mode == "RGB"
         and not extra
-        and max(image.size) <= config.image_max_px
+        and max(image.size) <= IMAGE_MAX_PX
         and len(data) <= image.width * image.height  # 8 bits a pixel: more is not the picture
     )
 
 
-def _bytes(uri: str, config: EmbedConfig) -> bytes:
+def _bytes(uri: str) -> bytes:
     with row_errors():
-        if size_bytes(uri) > config.max_picture_bytes:  # 0 for a piece of a file: known once it is read
+        if size_bytes(uri) > MAX_PICTURE_BYTES:  # 0 for a piece of a file: known once it is read
             raise RowError(Status.TOO_LARGE, f"{size_bytes(uri):,} bytes")
         data = read_media(uri)
     if not data:
@@ -130,9 +116,9 @@ def _bytes(uri: str, config: EmbedConfig) -> bytes:
     return data
 
 
-def _check_shape(width_px: int, height_px: int, config: EmbedConfig) -> None:
+def _check_shape(width_px: int, height_px: int) -> None:
     short, long = sorted((width_px, height_px))
-    if short < 1 or long / short > config.max_aspect:
+    if short < 1 or long / short > MAX_ASPECT:
         raise RowError(Status.FILTERED_ASPECT, f"{width_px}x{height_px} pixels")
 
 

@@ -2,22 +2,22 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from infra.clip.config import ClipConfig
-from infra.storage import join, write_bytes
-from pipeline.job import Receipt
-from pipeline.memory.embed.pictures import EmbedConfig, Picture, Row, read_picture
+from infra.storage import Certificate, filesystem, join, write_bytes
+from pipeline.job import Receipt, Unit
+from pipeline.memory.embed.pictures import KEY_FRAMES, Picture, Row, read_picture
 from pipeline.memory.embed.streams import CPU_BATCH, Streams, ahead, batches, settle_process
-from pipeline.memory.embed.units import payload_slice
-from pipeline.memory.embed.vectors import document_vector, frame_mean, unit_rows
-from pipeline.memory.store import open_table, vectors_arrow
-from pipeline.schema import CLIPS, RowError, Status, doc_id, memory_schema
+from pipeline.memory.store import id_filter, open_table, vectors_arrow
+from pipeline.memory.vectors import document_vector, frame_mean, unit
+from pipeline.schema import CLIPS, RowError, Status, content_id, doc_id, memory_schema
 
 if TYPE_CHECKING:
     from infra.clip.model import Clip
@@ -41,6 +41,9 @@ COLUMNS = [
     "error",
 ]
 COPIED = ["media", "source_uri", "source_sha256", "start_s", "end_s", "source_name", "licence", "split"]
+MAX_CAPTION_CHARS = 4096
+"""Captions longer than this are refused: CLIP reads 77 tokens, and such a text upsets BM25's length
+normalisation. Ours."""
 Fate = tuple[Row, Status, str]
 
 
@@ -49,9 +52,9 @@ class Embedder:
     """Makes the worker of `run_units`: loads the CLIP once, in the worker's own process."""
 
     clip: ClipConfig
-    embed: EmbedConfig
     staged: str
     """Folder of the staged files."""
+    key_frames: int = KEY_FRAMES
     base: str | None = None
     """A memory that grows: documents that it holds already are not embedded again."""
     base_version: str | None = None
@@ -74,7 +77,7 @@ class Embedder:
 
     def run(self, payload: dict[str, Any], clip: "Clip", streams: Streams) -> Receipt:
         """Embed one slice; bad rows get a fate, never raise."""
-        rows = payload_slice(payload, COLUMNS).to_pylist()
+        rows = read_slice(payload["uri"], payload["start"], payload["rows"], COLUMNS).to_pylist()
         good, fates = self._sort(rows)
         texts = start_texts(clip, [row["caption"].strip() for row in good], streams)
         decoded = ahead(
@@ -99,7 +102,7 @@ class Embedder:
 
     def _decode(self, row: Row, clip: "Clip") -> Picture | RowError:
         try:
-            return read_picture(row, self.embed, clip.preprocessing)
+            return read_picture(row, clip.preprocessing, key_frames=self.key_frames)
         except RowError as error:
             return error
         except Exception as error:  # noqa: BLE001 - row boundary: decoders raise anything on bad bytes
@@ -127,7 +130,7 @@ class Embedder:
         caption = (row["caption"] or "").strip()
         if not caption:
             return Status.FILTERED_NO_CAPTION, "no caption"
-        if len(caption) > self.embed.max_caption_chars:
+        if len(caption) > MAX_CAPTION_CHARS:
             return Status.BAD_CAPTION, f"caption of {len(caption):,} characters"
         return Status.OK, ""
 
@@ -138,8 +141,7 @@ class Embedder:
         if table is None:
             return set()
         table.checkout(self.base_version)
-        quoted = ", ".join(f"'{d}'" for d in doc_ids)
-        found = table.search().where(f"doc_id IN ({quoted})").select(["doc_id"]).limit(len(doc_ids))
+        found = table.search().where(id_filter(doc_ids)).select(["doc_id"]).limit(len(doc_ids))
         return set(found.to_arrow()["doc_id"].to_pylist())
 
     def _stage(self, table: pa.Table, rows: list[Row], fates: list[Fate]) -> Receipt:
@@ -163,8 +165,41 @@ class Embedder:
                 for r, s, e in ours
                 if s is not Status.FILTERED_DUPLICATE
             ],
-            "notes": {"documents": len(table), **counts},
+            "notes": {Status.OK.value: len(table), **counts},
         }
+
+
+def clip_units(tables: Sequence[tuple[str, Certificate]], *, rows_per_unit: int, key: str) -> Iterator[Unit]:
+    """Slices of `rows_per_unit` rows of the certified parts, in the order of tables and parts.
+
+    Args:
+        tables: (folder, its certificate).
+        rows_per_unit: the most rows of a unit.
+        key: hash of what else decides the result (model, sizes); part of the unit's id.
+    """
+    for uri, certificate in tables:
+        for part in (f for f in certificate.files if f.path.endswith(".parquet")):
+            for start in range(0, part.rows, rows_per_unit):
+                rows = min(rows_per_unit, part.rows - start)
+                yield Unit(
+                    id=content_id("embed", key, part.sha256, start, rows),
+                    payload={"uri": join(uri, part.path), "start": start, "rows": rows},
+                )
+
+
+def read_slice(uri: str, start: int, rows: int, columns: Sequence[str]) -> pa.Table:
+    """Rows [start, start + rows) of a Parquet file; reads only the row groups that hold them."""
+    fs, path = filesystem(uri)
+    with pq.ParquetFile(fs.open_input_file(path)) as file:
+        groups, first, offset = [], None, 0
+        for index in range(file.num_row_groups):
+            size = file.metadata.row_group(index).num_rows
+            if offset < start + rows and offset + size > start:
+                first = offset if first is None else first
+                groups.append(index)
+            offset += size
+        table = file.read_row_groups(groups, columns=list(columns), use_threads=False)
+    return table.slice(start - (first or 0), rows)
 
 
 def row_doc_id(row: Row) -> str:
@@ -202,7 +237,7 @@ def start_texts(clip: "Clip", texts: list[str], streams: Streams) -> Callable[[]
         out = np.empty((len(texts), clip.dim), np.float32)
         for part, future in zip(parts, running, strict=True):
             out[part] = future.result()
-        return unit_rows(out)
+        return unit(out)
 
     return wait
 

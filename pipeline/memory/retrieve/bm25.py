@@ -1,4 +1,4 @@
-"""BM25 over a memory's texts, exact, for whole batches of captions; numpy alone.
+r"""BM25 over a memory's texts, exact, for whole batches of captions; numpy alone.
 
     score(q, d) = sum over words w of q:  idf(w) * tf (k1 + 1) / (tf + k1 (1 - b + b |d| / avgdl))
     idf(w)      = ln(1 + (N - df(w) + 0.5) / (df(w) + 0.5))
@@ -9,29 +9,40 @@ that stands twice in the query counts twice. Equal scores are ordered by documen
 Speed comes from MaxScore (Turtle & Flood, 1995): words are taken from the most to the least
 promising; once the k-th best score is beyond what the remaining common words could still give, they
 are only looked up for the few documents that are still in play. Nothing is approximated.
+
+Words are found by one rule for every script: letters, marks and digits make words; everything else separates
+them, so characters that a query language reserves (`" + - ( ) : * ^ ~ \`) are harmless by construction. Text is
+NFKC-normalised and case-folded. Scripts written without spaces (Chinese, Japanese, Thai, ...) give overlapping
+pairs of characters, as Lucene's CJKAnalyzer does.
 """
 
+import hashlib
 import math
+import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Self
 
 import numpy as np
-
-from pipeline.memory.retrieve.words import word_hash, words
+import regex
 
 K1, B = 1.2, 0.75
 """Saturation and length normalisation: the defaults of Lucene, Tantivy and Lance."""
 MAX_WIDE, WIDE_FRAC = 64, 1 / 32
 """At most so many words, each in so large a share of the documents, are kept as full columns."""
+_ASCII = re.compile(r"[a-z0-9]+")
+_UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}ー"
+_ANY = regex.compile(rf"(?P<run>[{_UNSPACED}]+)|(?P<word>[[\p{{L}}\p{{M}}\p{{N}}]--[{_UNSPACED}]]+)", regex.V1)
 
 
 @dataclass(frozen=True)
 class Hits:
     """Ranked documents of one query, best first."""
 
-    docs: np.ndarray  # int32 [n] document numbers
+    docs: np.ndarray  # int32 [n] document numbers, or bytes [n] document ids
     scores: np.ndarray  # float64 [n]
 
     def __len__(self) -> int:
@@ -39,13 +50,13 @@ class Hits:
 
 
 def ranked(docs: np.ndarray, scores: np.ndarray, depth: int) -> Hits:
-    """The `depth` best, equal scores in order of document number."""
+    """The `depth` best, equal scores in order of document."""
     if len(docs) > depth:
         bound = np.partition(scores, len(scores) - depth)[len(scores) - depth]
         inside = scores >= bound
         docs, scores = docs[inside], scores[inside]
     order = np.lexsort((docs, -scores))[:depth]
-    return Hits(docs[order].astype(np.int32), scores[order].astype(np.float64))
+    return Hits(docs[order], scores[order].astype(np.float64))
 
 
 @dataclass(frozen=True)
@@ -62,7 +73,7 @@ class Bm25:
     num_documents: int
 
     @classmethod
-    def build(cls, texts: Iterable[str | None], *, k1: float = K1, b: float = B) -> Self:
+    def build(cls, texts: Iterable[str | None]) -> Self:
         """Index `texts`; the number of a document is its place in the list."""
         vocabulary: dict[str, int] = {}
         stream: list[int] = []
@@ -83,8 +94,8 @@ class Bm25:
         df = np.bincount(term, minlength=len(hashes))
         idf = np.log1p((count - df + 0.5) / (df + 0.5))
         mean = max(np.mean(lengths) if lengths else 0.0, 1e-9)
-        norm = k1 * (1 - b + b * np.array(lengths, np.float64) / mean)
-        impacts = (idf[term] * tf * (k1 + 1) / (tf + norm[doc])).astype(np.float32)
+        norm = K1 * (1 - B + B * np.array(lengths, np.float64) / mean)
+        impacts = (idf[term] * tf * (K1 + 1) / (tf + norm[doc])).astype(np.float32)
         starts = np.concatenate([[0], np.cumsum(df)]).astype(np.int64)
         bounds = np.maximum.reduceat(impacts, starts[:-1]) if len(hashes) else impacts
         common = np.argsort(-df, kind="stable")[:MAX_WIDE]
@@ -157,6 +168,8 @@ class Bm25:
         if row < len(self.wide_words) and self.wide_words[row] == term:
             return self.wide[row][docs]
         having, impacts = self._postings(term)
+        if not len(having):
+            return np.zeros(len(docs), np.float32)
         places = np.minimum(np.searchsorted(having, docs), len(having) - 1)
         return np.where(having[places] == docs, impacts[places], np.float32(0))
 
@@ -164,3 +177,28 @@ class Bm25:
 def _kth(scores: np.ndarray, depth: int) -> float:
     """The `depth`-th largest score."""
     return float(np.partition(scores, len(scores) - depth)[len(scores) - depth])
+
+
+def words(text: str) -> list[str]:
+    """The words of `text` in order; [] when it has none."""
+    if text.isascii():
+        return _ASCII.findall(text.lower())
+    found: list[str] = []
+    for match in _ANY.finditer(unicodedata.normalize("NFKC", text).casefold()):
+        run = match["run"]
+        if run is None:
+            found.append(match["word"])
+        elif len(run) == 1:
+            found.append(run)
+        else:
+            found += [run[i : i + 2] for i in range(len(run) - 1)]
+    return found
+
+
+@lru_cache(maxsize=1 << 16)
+def word_hash(word: str) -> int:
+    """64 bits that stand for a word, so that an index is made of arrays alone.
+
+    Among a million words the chance of any collision is 3e-8.
+    """
+    return int.from_bytes(hashlib.blake2b(word.encode(), digest_size=8).digest(), "little")

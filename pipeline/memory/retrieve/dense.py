@@ -14,6 +14,7 @@ import itertools
 import numpy as np
 
 from pipeline.memory.retrieve.bm25 import Hits
+from pipeline.memory.vectors import cosines
 
 BLOCK = 64
 """Documents whose largest product stands for them when the short list is looked for."""
@@ -111,14 +112,11 @@ def rank(vectors: np.ndarray, queries: np.ndarray, row: np.ndarray, docs: np.nda
 
 
 def dots(rows: np.ndarray, query: np.ndarray) -> np.ndarray:
-    """Inner products of `rows` (`m d`) with `query` (`d`, or `m d`), float64, then rounded to float32.
-
-    Each row by itself: a matrix product's last bits depend on its shape, these don't.
-    """
+    """Inner products of `rows` (`m d`) with `query` (`d`, or `m d`), float64, then rounded to float32."""
     import torch
 
     wide = torch.from_numpy(np.ascontiguousarray(rows)).double().numpy()  # numpy is slow on float16
-    return (wide * query).sum(axis=-1).astype(np.float32).astype(np.float64)
+    return cosines(wide, query).astype(np.float32).astype(np.float64)
 
 
 def _multiplies_bfloat16() -> bool:

@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,11 +21,11 @@ import pyarrow.ipc as ipc
 from infra.errors import DataError
 from pipeline.memory import Memory
 from pipeline.memory.retrieve.bm25 import Bm25
+from pipeline.memory.store import EMBEDDINGS
 from pipeline.schema import content_id
 
 LIGHT = ("doc_id", "text", "media", "source_uri", "source_sha256", "start_s", "end_s", "split", "phash")
-VECTORS = ("image_embedding", "text_embedding", "document_embedding")
-LAYOUT = 1  # change it when the files below change
+LAYOUT = 2  # change it when the files below change
 KEPT = 8  # memory versions whose arrays stay on this machine
 
 
@@ -45,7 +46,7 @@ class Documents:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def find(self, doc_ids: list[str]) -> np.ndarray:
+    def find(self, doc_ids: Sequence[str] | np.ndarray) -> np.ndarray:
         """int64 place of each id, -1 where the memory has no such document."""
         wanted = np.array(doc_ids, dtype="S24")
         if not len(self.ids):
@@ -54,29 +55,29 @@ class Documents:
         return np.where(self.ids[places] == wanted, places, -1)
 
 
-def cache_folder(memory: Memory, *, k1: float, b: float) -> Path:
+def cache_folder(memory: Memory) -> Path:
     """Where this machine keeps the arrays of this memory version."""
     base = Path(tempfile.gettempdir()) / f"vimi-{os.getuid()}"
-    name = content_id("documents", LAYOUT, memory.uri, memory.version, memory.model_hash, k1, b)
+    name = content_id("documents", LAYOUT, memory.uri, memory.version, memory.model_hash)
     return base / name
 
 
-def load_documents(memory: Memory, *, k1: float, b: float) -> Documents:
+def load_documents(memory: Memory) -> Documents:
     """The memory's arrays, from this machine's cache; made when they are not there."""
-    folder = cache_folder(memory, k1=k1, b=b)
+    folder = cache_folder(memory)
     if not (folder / "done.json").exists():
-        _make(memory, folder, k1=k1, b=b)
+        _make(memory, folder)
     arrays = {path.stem: np.load(path, mmap_mode="r") for path in folder.glob("*.npy")}
     with pa.memory_map(str(folder / "light.arrow")) as source:
         table = ipc.open_file(source).read_all()
-    names = ("ids", *VECTORS)
-    image, text, document = (arrays[name] for name in VECTORS)
+    names = ("ids", *EMBEDDINGS)
+    image, text, document = (arrays[name] for name in EMBEDDINGS)
     index = {name: array for name, array in arrays.items() if name not in names}
     bm25 = Bm25(**index, num_documents=len(arrays["ids"]))
     return Documents(table, np.asarray(arrays["ids"]), image, text, document, bm25)
 
 
-def _make(memory: Memory, folder: Path, *, k1: float, b: float) -> None:
+def _make(memory: Memory, folder: Path) -> None:
     """Write the arrays beside `folder` and rename: two processes may race, either result is whole."""
     folder.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     if folder.parent.stat().st_uid != os.getuid():
@@ -88,9 +89,9 @@ def _make(memory: Memory, folder: Path, *, k1: float, b: float) -> None:
             file.write_table(table)
         ids = np.array(table["doc_id"].to_pylist(), dtype="S24")
         np.save(staged / "ids.npy", ids)
-        for column in VECTORS:
+        for column in EMBEDDINGS:
             _save_vectors(memory, column, ids, staged / f"{column}.npy")
-        bm25 = Bm25.build(pc.fill_null(table["text"], "").to_pylist(), k1=k1, b=b)
+        bm25 = Bm25.build(pc.fill_null(table["text"], "").to_pylist())
         for name, array in bm25.arrays().items():
             np.save(staged / f"{name}.npy", array)
         (staged / "done.json").write_text(json.dumps({"memory": memory.uri, "version": memory.version}))

@@ -7,7 +7,7 @@ from pydantic import Field, field_validator
 from infra.clip import ClipConfig
 from infra.config import Incidental, Location
 from pipeline.job import JobConfig
-from pipeline.memory.retrieve.config import RetrieveConfig
+from pipeline.memory.retrieve.retrievers import RetrieveConfig
 from pipeline.prompts.augment.target import TargetConfig
 from pipeline.prompts.guard import GuardConfig
 
@@ -38,8 +38,6 @@ class AugmentConfig(JobConfig):
     """Rows of one row group, the trainer's unit of reading and shuffling. Ours: about 6 MB."""
     max_failed_frac: Incidental[float] = Field(default=0.1, ge=0, le=1)
     """The job fails when more than this share of the clips can't become prompts. Ours."""
-    seed: int = 0
-    """Of the query dropout."""
 
     @field_validator("clips", mode="before")
     @classmethod

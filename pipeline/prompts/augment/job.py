@@ -17,7 +17,7 @@ from pipeline.job import count_fates, output_hash, refuse_failures, run_job, run
 from pipeline.journal import Receipts, Unit
 from pipeline.memory import Memory, open_memory
 from pipeline.memory.embed.worker import row_doc_id
-from pipeline.memory.retrieve.join import uses_arrays
+from pipeline.memory.retrieve.indexes import check_indexes, uses_arrays
 from pipeline.prompts.augment.config import AugmentConfig
 from pipeline.prompts.augment.worker import AugmentWorker, clip_config, good_rows, has_caption
 from pipeline.prompts.exclusion import read_exclusion
@@ -74,8 +74,6 @@ def check(config: AugmentConfig) -> Inputs:
         raise ConfigError(f"the memory {config.memory} is empty", cure="build it from a corpus")
     _check_clip(config, clips, memory)
     if not uses_arrays(config.retrieve, memory.num_documents):
-        from pipeline.memory.retrieve.lance import check_indexes
-
         check_indexes(memory, config.retrieve)
     hashes = {f"clips-{n}": certificate.content_hash() for n, (_, certificate) in enumerate(clips)}
     hashes["memory"] = content_id(memory.version, memory.model_hash)
@@ -110,10 +108,8 @@ def _check_clip(config: AugmentConfig, clips: list[tuple[str, Certificate]], mem
 
 def needs_clip(config: AugmentConfig, clips: list[tuple[str, Certificate]], memory: Memory) -> bool:
     """Will a worker have to load the CLIP? Judged by the first rows of each table."""
-    if not config.retrieve.k or (config.vectors == "stored" and config.retrieve.retriever == "bm25"):
+    if not config.retrieve.k or (config.vectors == "stored" and not config.retrieve.method.needs_vectors):
         return False
-    if config.retrieve.retriever != "bm25" and config.retrieve.query_dropout_frac:
-        return True
     for uri, certificate in clips:
         part = next((f for f in certificate.files if f.path.startswith("part-") and f.rows), None)
         if part is None:

@@ -6,14 +6,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from pipeline.memory.embed.worker import row_doc_id
 from pipeline.memory.retrieve.bm25 import Hits
-from pipeline.memory.retrieve.config import RetrieveConfig
 from pipeline.memory.retrieve.documents import Documents
-from pipeline.memory.retrieve.fuse import cosines, spread
-from pipeline.memory.retrieve.join import Search
-from pipeline.memory.retrieve.words import drop_words
+from pipeline.memory.retrieve.indexes import Search
+from pipeline.memory.retrieve.retrievers import MAX_CHOSEN_SIMILARITY, RetrieveConfig
+from pipeline.memory.vectors import cosines, spread
 from pipeline.prompts.exclusion import Exclusion, key, keys, source_name
 from pipeline.prompts.guard import (
     EVALUATION_SPLITS,
@@ -67,9 +67,17 @@ def excluded(rows: Sequence[Row], config: GuardConfig, exclusion: Exclusion) -> 
     return reasons
 
 
-def guarded_documents(documents: Documents, config: GuardConfig, exclusion: Exclusion) -> GuardedDocuments:
-    """What the guard knows of the memory."""
-    table = documents.table
+def guarded_documents(
+    table: pa.Table, vectors: np.ndarray, config: GuardConfig, exclusion: Exclusion
+) -> GuardedDocuments:
+    """What the guard knows of documents of the memory.
+
+    Args:
+        table: with the columns doc_id, text, source_uri, source_sha256, start_s, end_s, split, phash.
+        vectors: float `n d`, their unit picture embeddings; zero rows = none.
+        config: the guard's.
+        exclusion: what may not be shown.
+    """
     uris = [uri or "" for uri in table["source_uri"].to_pylist()]
     shas = table["source_sha256"].to_pylist()
     names = [source_name(uri, config.source_pattern) for uri in uris]
@@ -82,23 +90,23 @@ def guarded_documents(documents: Documents, config: GuardConfig, exclusion: Excl
         evaluation |= np.array([name in exclusion.sources for name in names], bool)
         evaluation |= _near(phashes, exclusion.phashes, config.max_hash_bits)
     if exclusion.ids:
-        evaluation |= _listed(documents, exclusion)
+        evaluation |= _listed(table, exclusion)
     return GuardedDocuments(
         shas=keys(shas),
         sources=keys(names),
         start_s=starts,
         end_s=ends,
         phashes=phashes,
-        vectors=documents.image,
+        vectors=vectors,
         evaluation=evaluation,
     )
 
 
-def _listed(documents: Documents, exclusion: Exclusion) -> np.ndarray:
+def _listed(table: pa.Table, exclusion: Exclusion) -> np.ndarray:
     """Documents listed by their own id, or by the id of the clip that they were made from."""
     columns = ("doc_id", "text", "source_uri", "source_sha256", "start_s", "end_s")
     found = []
-    for row in documents.table.select(columns).to_pylist():
+    for row in table.select(columns).to_pylist():
         source = row["source_sha256"] or row["source_uri"]
         clip = clip_id(source, row["start_s"] or 0.0, row["end_s"] or 0.0, row["text"])
         found.append(row["doc_id"] in exclusion.ids or clip in exclusion.ids)
@@ -121,18 +129,6 @@ class Matcher:
     documents: Documents
     guarded: GuardedDocuments
     search: Search
-    seed: int = 0
-
-    def queries(self, rows: Sequence[Row]) -> list[str]:
-        return [
-            drop_words(
-                row["caption"] or "",
-                dropped_frac=self.retrieve.query_dropout_frac,
-                seed=self.seed,
-                row_id=row["clip_id"],
-            )
-            for row in rows
-        ]
 
     def match(
         self,
@@ -150,12 +146,12 @@ class Matcher:
             phashes: hashes of each clip's frames, besides the one in its row.
             pictures: float [d] unit image vector of each clip, where there is one.
             captions: float [d] unit text vector of each caption, where there is one.
-            queries: float32 [n d] unit text vectors of the queries; None for bm25.
+            queries: float32 [n d] unit text vectors of the queries; None where the retriever needs none.
 
         Returns:
             One match a row, in order.
         """
-        texts = self.queries(rows)
+        texts = [row["caption"] or "" for row in rows]
         clips = [
             guarded_clip(row, hashes, picture, self.guard)
             for row, hashes, picture in zip(rows, phashes, pictures, strict=True)
@@ -179,13 +175,7 @@ class Matcher:
         allowed = np.flatnonzero(verdicts == Verdict.ALLOWED)
         docs, scores = hits.docs[allowed], hits.scores[allowed]
         vectors = self.documents.image[docs]
-        chosen, repeated = spread(
-            scores,
-            vectors,
-            self.retrieve.k,
-            max_similarity=self.retrieve.max_chosen_similarity,
-            mmr_lambda=self.retrieve.mmr_lambda,
-        )
+        chosen, repeated = spread(vectors, self.retrieve.k, max_similarity=MAX_CHOSEN_SIMILARITY)
         last = int(allowed[max(chosen)]) if len(chosen) == self.retrieve.k else len(hits)
         refused = Counter(count(verdicts[:last])) + Counter({"repeated": repeated})
         similarities: list[float | None] = [None] * len(chosen)

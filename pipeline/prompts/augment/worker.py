@@ -14,9 +14,11 @@ from infra.storage import join, read_json
 from pipeline.journal import Receipt
 from pipeline.media.isolate import Isolated, IsolatedCrashError, IsolatedTimeoutError
 from pipeline.memory import Memory, open_memory, require_model
-from pipeline.memory.embed.units import read_slice
+from pipeline.memory.embed.pictures import read_picture
+from pipeline.memory.embed.worker import read_slice
 from pipeline.memory.retrieve.documents import Documents, load_documents
-from pipeline.memory.retrieve.join import open_search
+from pipeline.memory.retrieve.indexes import open_search
+from pipeline.memory.vectors import frame_mean
 from pipeline.prompts.augment.config import AugmentConfig
 from pipeline.prompts.augment.match import Match, Matcher, excluded, guarded_documents, own_documents
 from pipeline.prompts.augment.target import Row, Target, make_target
@@ -86,7 +88,7 @@ class AugmentWorker:
 
     @cached_property
     def documents(self) -> Documents:
-        return load_documents(self.memory, k1=self.config.retrieve.k1, b=self.config.retrieve.b)
+        return load_documents(self.memory)
 
     @cached_property
     def exclusion(self) -> Exclusion:
@@ -108,10 +110,10 @@ class AugmentWorker:
     @cached_property
     def matcher(self) -> Matcher:
         guard = self.config.guard
-        guarded = guarded_documents(self.documents, guard, self.exclusion)
+        guarded = guarded_documents(self.documents.table, self.documents.image, guard, self.exclusion)
         guard = guard.model_copy(update={"max_similarity": similarity_bound(guard, guarded)})
         search = open_search(self.config.retrieve, self.documents, self.memory)
-        return Matcher(self.config.retrieve, guard, self.documents, guarded, search, self.config.seed)
+        return Matcher(self.config.retrieve, guard, self.documents, guarded, search)
 
     def without_excluded(self, rows: list[Row]) -> tuple[list[Row], list[Row]]:
         """The rows that may be trained on, and the rejected ones."""
@@ -164,7 +166,7 @@ class AugmentWorker:
     def _caption_vectors(self, rows: list[Row], own: np.ndarray) -> list[np.ndarray | None]:
         """Text vectors: the memory's where the clip is in it, else computed where that is wanted."""
         vectors: list[np.ndarray | None] = [self.documents.text[i] if i >= 0 else None for i in own]
-        wanted = self.config.vectors == "all" or self.config.retrieve.retriever != "bm25"
+        wanted = self.config.vectors == "all" or self.config.retrieve.method.needs_vectors
         missing = [i for i, vector in enumerate(vectors) if vector is None and wanted]
         if missing:
             texts = [rows[i]["caption"] or "" for i in missing]
@@ -173,10 +175,8 @@ class AugmentWorker:
         return vectors
 
     def _query_vectors(self, rows: list[Row], captions: Sequence[np.ndarray | None]) -> np.ndarray | None:
-        if self.config.retrieve.retriever == "bm25":
+        if not self.config.retrieve.method.needs_vectors:
             return None
-        if self.config.retrieve.query_dropout_frac:
-            return self.clip.encode_texts(self.matcher.queries(rows))
         return np.stack([np.asarray(vector, np.float32) for vector in captions if vector is not None])
 
     def _picture_vectors(self, rows: list[Row], own: np.ndarray) -> list[np.ndarray | None]:
@@ -246,11 +246,8 @@ def clip_config(config: AugmentConfig, memory: Memory) -> ClipConfig:
 
 def clip_picture_vector(row: Row, clip: Clip) -> np.ndarray | None:
     """The unit image vector of a clip as `build-index` would make it; None if it can't be read."""
-    from pipeline.memory.embed.pictures import EmbedConfig, read_picture
-    from pipeline.memory.embed.worker import frame_mean
-
     try:
-        picture = read_picture(row, EmbedConfig(), clip.preprocessing)
+        picture = read_picture(row, clip.preprocessing)
     except RowError:
         return None
     return frame_mean(clip.encode_pixels(picture.pixels), [len(picture.pixels)])[0]

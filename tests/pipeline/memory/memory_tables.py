@@ -5,8 +5,8 @@ import pyarrow as pa
 
 from infra.storage import Certificate, write_certificate
 from pipeline.memory.commit import create_table
-from pipeline.memory.recall import unit
 from pipeline.memory.store import upsert, vectors_arrow, version_tag
+from pipeline.memory.vectors import unit
 from pipeline.schema import doc_id, memory_schema
 
 MODEL_HASH = "planted"

@@ -18,8 +18,8 @@ from infra.storage import exists, filesystem, read_certificate
 from pipeline.memory import open_memory
 from pipeline.memory.build_index import BuildIndexConfig, add_clip, check, run
 from pipeline.memory.build_index.add_clip import AddClipConfig
-from pipeline.memory.dedup import DedupConfig
-from pipeline.memory.retrieve.config import RetrieveConfig
+from pipeline.memory.near_duplicates import DedupConfig
+from pipeline.memory.retrieve.retrievers import RetrieveConfig
 from pipeline.memory.search import SearchConfig
 from pipeline.memory.search import run as search
 from pipeline.schema import Status
@@ -58,11 +58,16 @@ def tiny_clip(folder: Path) -> ClipConfig:
     return ClipConfig(name=str(folder / "tiny.json"), pretrained=str(folder / "tiny.pt"))
 
 
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> ClipConfig:
+    return tiny_clip(tmp_path_factory.mktemp("clip") / "tiny")
+
+
 @pytest.mark.ray
-def test_a_memory_is_built_once_and_grows(ray_cluster: None, tmp_path: Path) -> None:
+def test_a_memory_is_built_once_and_grows(ray_cluster: None, tiny: ClipConfig, tmp_path: Path) -> None:
     first = corpus(tmp_path / "one", range(14), bad=2)
     out = tmp_path / "memory"
-    certificate = run(config(out, first))
+    certificate = run(config(out, first, clip=tiny))
     assert (certificate.num_in, certificate.num_out, certificate.dead) == (16, 14, {"undecodable": 2})
     assert certificate.facts["indexes"]["document_embedding"]["by_query"]
     rejected = pq.read_table(next(out.glob("rejected-*.parquet")))
@@ -76,32 +81,33 @@ def test_a_memory_is_built_once_and_grows(ray_cluster: None, tmp_path: Path) -> 
     assert memory.table.search("wave number 7", query_type="fts").limit(1).to_list()[0]["text"].endswith(" 7")
 
     started_s = time.monotonic()
-    assert run(config(out, first)) == certificate
+    assert run(config(out, first, clip=tiny)) == certificate
     assert time.monotonic() - started_s < 5
 
     second = corpus(tmp_path / "two", range(10, 20))
     with pytest.raises(ConfigError, match="grow=true"):
-        check(config(out, first, second))
-    grown = run(config(out, first, second, grow=True))
+        check(config(out, first, second, clip=tiny))
+    grown = run(config(out, first, second, grow=True, clip=tiny))
     assert (grown.num_in, grown.num_out) == (26, 20)
     assert grown.filtered == {"filtered_duplicate": 4}  # the same bytes and words, found in another folder
     assert grown.facts["versions"] == [certificate.facts["memory_version"], grown.facts["memory_version"]]
     assert open_memory(str(out), version=certificate.facts["memory_version"]).num_documents == 14
     assert open_memory(str(out)).num_documents == 20
 
-    with pytest.raises(ConfigError, match=r"another build-index run.*key_frames|embed.key_frames"):
-        check(config(out, first, embed={"key_frames": 9}))
+    with pytest.raises(ConfigError, match=r"another build-index run.*key_frames"):
+        check(config(out, first, key_frames=9, clip=tiny))
 
 
 @pytest.mark.ray
 @pytest.mark.slow
 def test_a_second_clip_is_added_searched_and_outlives_growth(
-    ray_cluster: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ray_cluster: None, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(add_clip, "ROWS_PER_UNIT", 5)
     out, first = tmp_path / "memory", corpus(tmp_path / "one", range(12))
     before = run(config(out, first))
     stamps = {f: f.stat().st_mtime_ns for f in (out / "lance").rglob("data/*.lance")}
-    another = AddClipConfig(out=str(out), clip=tiny_clip(tmp_path / "tiny"), rows_per_unit=5)
+    another = AddClipConfig(out=str(out), clip=tiny_clip(tmp_path / "tiny"))
     certificate = add_clip.run(another)
     assert all(f.stat().st_mtime_ns == stamp for f, stamp in stamps.items())
     assert certificate.num_out == 12 and len(certificate.facts["indexes"]) == 6
@@ -130,13 +136,15 @@ def test_a_second_clip_is_added_searched_and_outlives_growth(
 
 
 @pytest.mark.ray
-def test_duplicates_are_dropped_when_asked_and_counted(ray_cluster: None, tmp_path: Path) -> None:
+def test_duplicates_are_dropped_when_asked_and_counted(
+    ray_cluster: None, tiny: ClipConfig, tmp_path: Path
+) -> None:
     rows = [clip_row(picture(tmp_path / f"{n}.png", n), f"wave {n}") for n in range(6)]
     again = picture(tmp_path / "again.bmp", 2)  # the same picture in another file format
     rows.append(clip_row(again, "a wave, once more"))
     clips = write_clips(tmp_path / "clips", rows)
     dedup = DedupConfig(mode="drop", min_cosine=0.999, max_phash_bits=2)
-    certificate = run(config(tmp_path / "memory", clips, dedup=dedup))
+    certificate = run(config(tmp_path / "memory", clips, dedup=dedup, clip=tiny))
     assert certificate.num_out == 6
     assert certificate.filtered == {Status.FILTERED_NEAR_DUPLICATE.value: 1}
     listed = pq.read_table(tmp_path / "memory" / "duplicates.parquet").to_pylist()
@@ -144,13 +152,15 @@ def test_duplicates_are_dropped_when_asked_and_counted(ray_cluster: None, tmp_pa
 
 
 @pytest.mark.ray
-def test_too_many_failures_and_no_document_at_all_are_errors(ray_cluster: None, tmp_path: Path) -> None:
+def test_too_many_failures_and_no_document_at_all_are_errors(
+    ray_cluster: None, tiny: ClipConfig, tmp_path: Path
+) -> None:
     clips = corpus(tmp_path / "bad", range(4), bad=3)
     with pytest.raises(TooManyFailuresError, match="3 of 7 good clips"):
-        run(config(tmp_path / "memory", clips))
+        run(config(tmp_path / "memory", clips, clip=tiny))
     empty = write_clips(tmp_path / "none", [clip_row(tmp_path / "x.png", None)])
     with pytest.raises(DataError, match="no clip became a document"):
-        run(config(tmp_path / "empty", empty))
+        run(config(tmp_path / "empty", empty, clip=tiny))
     assert read_certificate(tmp_path / "empty") is None
 
 

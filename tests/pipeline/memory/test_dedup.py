@@ -5,15 +5,18 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 from pipeline.media.phash import phash64
+from pipeline.memory import duplicates, near_duplicates
 from pipeline.memory.commit import create_table
-from pipeline.memory.dedup import DedupConfig, drop, find_duplicates
-from pipeline.memory.recall import unit
+from pipeline.memory.duplicates import drop, find_duplicates
+from pipeline.memory.near_duplicates import DedupConfig
 from pipeline.memory.store import sorted_columns, upsert, vectors_arrow
+from pipeline.memory.vectors import unit
 from pipeline.schema import Status
 from tests.pipeline.clip_tables import picture
 from tests.pipeline.memory.memory_tables import documents
@@ -88,7 +91,7 @@ def test_a_grown_memory_finds_the_pairs_of_its_new_documents(tmp_path: Path, see
         assert (ids[i] in touched) != alone
 
 
-def test_a_large_table_is_compared_through_an_index(tmp_path: Path) -> None:
+def test_a_large_table_is_compared_through_an_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = documents(600)
     place = rows.schema.get_field_index("image_embedding")
     vectors = np.stack(rows.column(place).to_pylist())
@@ -96,7 +99,8 @@ def test_a_large_table_is_compared_through_an_index(tmp_path: Path) -> None:
     table = create_table(str(tmp_path), 16)
     upsert(table, with_images(rows, unit(vectors)))
     exact = find_duplicates(table, DedupConfig(min_cosine=0.995))
-    indexed = find_duplicates(table, DedupConfig(min_cosine=0.995, exact_rows=0))
+    monkeypatch.setattr(duplicates, "EXACT_ROWS", 0)
+    indexed = find_duplicates(table, DedupConfig(min_cosine=0.995))
     assert len(exact.table) >= 10
     assert indexed.table["doc_id"].equals(exact.table["doc_id"])
 
@@ -109,7 +113,9 @@ def re_encoded(path: Path, *, quality: int, scale: float) -> bytes:
     return buffer.getvalue()
 
 
-def test_distinct_pictures_stay_and_re_encoded_ones_are_found_at_a_weak_encoder(tmp_path: Path) -> None:
+def test_distinct_pictures_stay_and_re_encoded_ones_are_found_at_a_weak_encoder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Pictures of random waves, whose vectors are all alike (cosines above 0.94), as a weak encoder's."""
     files = [picture(tmp_path / f"{n}.png", n, size_px=(120, 160)) for n in range(150)]
     data = [file.read_bytes() for file in files]
@@ -125,8 +131,10 @@ def test_distinct_pictures_stay_and_re_encoded_ones_are_found_at_a_weak_encoder(
     upsert(table, rows)
     strangers = unit(vectors[:150]) @ unit(vectors[:150]).T
     assert np.mean(strangers > 0.94) > 0.5
-    for config in (DedupConfig(), DedupConfig(exact_rows=0, neighbours=170)):
-        found = find_duplicates(table, config).table
+    monkeypatch.setattr(near_duplicates, "NEIGHBOURS", 170)
+    for exact_rows in (duplicates.EXACT_ROWS, 0):
+        monkeypatch.setattr(duplicates, "EXACT_ROWS", exact_rows)
+        found = find_duplicates(table, DedupConfig()).table
         pairs = {
             frozenset(pair) for pair in zip(*(found[c].to_pylist() for c in ("doc_id", "kept")), strict=True)
         }

@@ -15,16 +15,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from infra.clip import Clip, ClipConfig, load_clip
-from pipeline.memory.embed import (
-    EmbedConfig,
-    Embedder,
-    Streams,
-    document_vector,
-    frame_mean,
-    read_slice,
-    unit_rows,
-)
-from pipeline.memory.embed.streams import ahead, batches
+from pipeline.memory.embed import pictures
+from pipeline.memory.embed.streams import Streams, ahead, batches
+from pipeline.memory.embed.worker import Embedder, read_slice
+from pipeline.memory.vectors import document_vector, frame_mean, unit
 from pipeline.schema import Status
 from tests.pipeline.clip_tables import clip_row, picture, write_clips
 
@@ -36,9 +30,7 @@ def clip() -> Clip:
 
 def run(folder: Path, rows: list[dict], clip: Clip, **embed: int) -> tuple[dict, pa.Table]:
     uri = write_clips(folder / "clips", rows)
-    embedder = Embedder(
-        clip=ClipConfig(name="offline"), embed=EmbedConfig(**embed), staged=str(folder / "staged")
-    )
+    embedder = Embedder(clip=ClipConfig(name="offline"), staged=str(folder / "staged"), **embed)
     payload = {"uri": f"{uri}/part-00000.parquet", "start": 0, "rows": len(rows)}
     receipt = embedder.run(payload, clip, Streams.make("cpu", 2))
     if receipt["file"] is None:
@@ -101,13 +93,17 @@ def test_every_bad_row_keeps_its_fate_and_no_good_row_is_lost(tmp_path: Path, cl
         "too_large": 1,
         "undecodable": 3,
     }
+    assert receipt["notes"] == {"ok": 3, **receipt["fates"]}  # statuses: labels of the metric of rows
     reasons = {rejected[1].rsplit("/")[-1]: rejected[2] for rejected in receipt["rejected"]}
     assert reasons["bomb.png"] == "too_large" and reasons["torn.mp4"] == "undecodable"
 
 
-def test_vectors_are_unit_and_pictures_are_bounded(tmp_path: Path, clip: Clip) -> None:
+def test_vectors_are_unit_and_pictures_are_bounded(
+    tmp_path: Path, clip: Clip, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pictures, "IMAGE_MAX_PX", 128)
     rows = [clip_row(picture(tmp_path / f"{n}.png", n, size_px=(600, 800)), f"wave {n}") for n in range(6)]
-    _, documents = run(tmp_path, rows, clip, image_max_px=128)
+    _, documents = run(tmp_path, rows, clip)
     for name in ("image_embedding", "text_embedding", "document_embedding"):
         vectors = np.stack(documents[name].to_pylist())
         assert np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=2e-3)
@@ -169,7 +165,7 @@ def test_frame_mean_is_normalise_mean_normalise(counts: list[int], seed: int) ->
     frames = np.random.default_rng(seed).normal(size=(sum(counts), 6)).astype(np.float32)
     found, start = frame_mean(frames, counts), 0
     for row, count in zip(found, counts, strict=True):
-        expected = unit_rows(unit_rows(frames[start : start + count]).mean(axis=0, keepdims=True))[0]
+        expected = unit(unit(frames[start : start + count]).mean(axis=0, keepdims=True))[0]
         assert np.allclose(row, expected, atol=1e-5)
         start += count
 

@@ -15,7 +15,7 @@ from infra.storage import join, write_bytes, write_json
 from pipeline.memory import open_memory, require_model
 from pipeline.memory.commit import LEDGER, STAGED, commit_staged, create_table
 from pipeline.memory.embed.worker import arrow_bytes
-from pipeline.memory.finish import compact
+from pipeline.memory.index import compact
 from pipeline.memory.store import sorted_columns, upsert, vectors_arrow, version_tag
 from pipeline.memory.vectors import vector_search
 from tests.pipeline.memory.memory_tables import documents, make_memory, planted
@@ -137,7 +137,7 @@ def test_rows_come_in_the_order_asked_for(tmp_path: Path) -> None:
 
 
 def test_a_second_embedding_column_rewrites_no_old_byte(tmp_path: Path) -> None:
-    from pipeline.memory.columns import add_column, fill_column
+    from pipeline.memory.build_index.add_clip import add_column, fill_columns
 
     make_memory(str(tmp_path), documents(200))
     table = create_table(str(tmp_path), 16)
@@ -145,8 +145,9 @@ def test_a_second_embedding_column_rewrites_no_old_byte(tmp_path: Path) -> None:
     ids = sorted_columns(table, ["doc_id"])["doc_id"].to_pylist()
     vectors = planted(200, dim=32, seed=5)
     add_column(table, "image_embedding_0123abcd", 32)
-    fill_column(table, "image_embedding_0123abcd", ids[:120], vectors[:120])
-    fill_column(table, "image_embedding_0123abcd", ids[120:], vectors[120:])
+    for part in (slice(0, 120), slice(120, 200)):
+        new = {"doc_id": ids[part], "image_embedding_0123abcd": vectors_arrow(vectors[part])}
+        fill_columns(table, pa.table(new))
     files = {f for f in (tmp_path / "lance").rglob("*.lance") if f.is_file()}
     assert all(f.stat().st_mtime_ns == stamp for f, stamp in before.items())
     written = sum(f.stat().st_size for f in files - set(before))

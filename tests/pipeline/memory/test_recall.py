@@ -9,15 +9,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from infra.errors import DataError
+from pipeline.memory import sample
 from pipeline.memory.commit import create_table
-from pipeline.memory.config import IndexConfig
-from pipeline.memory.finish import finish
-from pipeline.memory.recall import exact_neighbours, hits, lower_bound, merge, queries_for, without
+from pipeline.memory.index import build_vector_index, finish
+from pipeline.memory.recall import IndexConfig, exact_neighbours, hits, lower_bound, merge, queries_for, without
 from pipeline.memory.sample import Growth, answered, load, save
 from pipeline.memory.store import upsert, vectors_arrow, vectors_numpy
-from pipeline.memory.tune import build_vector_index
 from pipeline.memory.vectors import Setting, vector_search
 from tests.pipeline.memory.memory_tables import documents, planted
+
+
+@pytest.fixture(autouse=True)
+def few_queries(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sample, "NUM_QUERIES", 300)
+    monkeypatch.setattr(sample, "NUM_TUNING_QUERIES", 60)
 
 
 @settings(max_examples=20, deadline=None)
@@ -46,7 +51,7 @@ def test_a_picture_with_many_captions_does_not_spoil_the_recall(tmp_path: Path, 
     rows = rows.set_column(place, rows.schema.field(place), vectors_arrow(few))
     table = create_table(str(tmp_path), 16)
     upsert(table, rows)
-    config = IndexConfig.model_validate({"kind": kind, "columns": ("image_embedding",), "num_queries": 300})
+    config = IndexConfig.model_validate({"kind": kind, "columns": ("image_embedding",)})
     facts, _, _ = build_vector_index(table, "image_embedding", config)
     assert facts["by_query"]["image_embedding"]["recall"] == 1.0
 
@@ -77,7 +82,7 @@ def test_full_recall_on_enough_queries_proves_the_declared_one() -> None:
 def test_a_quantised_index_meets_the_declared_recall(tmp_path: Path) -> None:
     table = create_table(str(tmp_path), 32)
     upsert(table, documents(6000, dim=32))
-    config = IndexConfig(kind="rq", columns=("image_embedding",), num_queries=300, num_tuning_queries=60)
+    config = IndexConfig(kind="rq", columns=("image_embedding",))
     facts, measured, _ = build_vector_index(table, "image_embedding", config)
     lowest = facts["by_query"]["image_embedding"]["recall_lower_95"]
     assert lowest >= 0.98 and facts["by_query"]["image_embedding"]["queries"] == 300
@@ -92,9 +97,9 @@ def test_a_quantised_index_meets_the_declared_recall(tmp_path: Path) -> None:
 
 def test_a_recall_that_is_not_met_fails_the_build_and_says_what_would(tmp_path: Path) -> None:
     table = create_table(str(tmp_path), 32)
-    upsert(table, documents(3000, dim=32))
-    strict = IndexConfig(kind="rq", columns=("image_embedding",), num_queries=40, recall=0.99)
-    with pytest.raises(DataError, match=r"would meet it: .*num_queries of at least 449"):
+    upsert(table, documents(1000, dim=32))
+    strict = IndexConfig(kind="rq", columns=("image_embedding",), recall=0.999)  # asks for 4,524 queries
+    with pytest.raises(DataError, match=r"declared 0.999; would meet it: kind=flat"):
         build_vector_index(table, "image_embedding", strict)
     tight = IndexConfig(kind="hnsw", columns=("image_embedding",), max_index_bytes=1000)
     with pytest.raises(DataError, match="max_index_bytes of at least"):
@@ -111,14 +116,14 @@ def new_rows(rows: pa.Table):
 def test_small_additions_keep_the_indexes_and_are_found(tmp_path: Path) -> None:
     table = create_table(str(tmp_path), 16)
     upsert(table, documents(100))
-    config = IndexConfig(num_queries=40)
-    done = finish(table, config, seed=0)
+    config = IndexConfig()
+    done = finish(table, config)
     kept = {i.index_uuid for i in table.list_indices()}
     extra = documents(5, start=100, texts=[f"a zebra {i}" for i in range(5)])
     upsert(table, extra)
     save(str(tmp_path), "first", done.samples)
     growth = Growth(load(str(tmp_path), "first") or {}, lambda: new_rows(extra))
-    done = finish(table, config, seed=0, before={"indexes": done.facts}, growth=growth)
+    done = finish(table, config, before={"indexes": done.facts}, growth=growth)
     assert {i.index_uuid for i in table.list_indices()} == kept
     assert set(done.facts) == set(config.columns)
     found = table.search("zebra", query_type="fts").limit(9).select(["text", "_score"]).to_arrow()
@@ -126,7 +131,7 @@ def test_small_additions_keep_the_indexes_and_are_found(tmp_path: Path) -> None:
     many = documents(60, start=105)
     upsert(table, many)
     growth = Growth(done.samples, lambda: new_rows(many))
-    finish(table, config, seed=0, before={"indexes": done.facts}, growth=growth)
+    finish(table, config, before={"indexes": done.facts}, growth=growth)
     assert not {i.index_uuid for i in table.list_indices()} & kept
 
 
@@ -154,21 +159,19 @@ def test_a_sample_that_grew_is_as_exact_as_a_new_one(old: int, new: int, gone: i
 def test_growth_is_verified_and_a_spoilt_index_is_built_anew(tmp_path: Path) -> None:
     table = create_table(str(tmp_path), 32)
     upsert(table, documents(3000, dim=32))
-    config = IndexConfig(
-        kind="rq", columns=("image_embedding",), num_queries=400, num_tuning_queries=60, recall=0.95
-    )
-    done = finish(table, config, seed=0)
+    config = IndexConfig(kind="rq", columns=("image_embedding",), recall=0.95)
+    done = finish(table, config)
     extra = documents(30, dim=32, start=3000)
     upsert(table, extra)
     growth = Growth(done.samples, lambda: new_rows(extra))
-    again = finish(table, config, seed=0, before={"indexes": done.facts}, growth=growth)
+    again = finish(table, config, before={"indexes": done.facts}, growth=growth)
     assert "verify_s" in again.measured and "text_index_s" not in again.measured
     asked = again.facts["image_embedding"]["by_query"]["image_embedding"]
-    assert asked["recall_lower_95"] >= 0.95 and asked["queries"] == 400
+    assert asked["recall_lower_95"] >= 0.95 and asked["queries"] == 300
     assert set(again.samples["image_embedding"]["image_embedding"].own_ids) & set(extra["doc_id"].to_pylist())
     for exact in again.samples["image_embedding"].values():  # merged, not asked for; and yet the same
         setting = Setting(**again.facts["image_embedding"]["setting"])
-        fresh = answered(table, "image_embedding", exact, setting, k=config.k)
+        fresh = answered(table, "image_embedding", exact, setting)
         assert exact.answers is not None and fresh.answers is not None
         assert np.allclose(np.sort(exact.answers.scores), np.sort(fresh.answers.scores), atol=1e-3)
     save(str(tmp_path), "grown", again.samples)
@@ -179,5 +182,5 @@ def test_growth_is_verified_and_a_spoilt_index_is_built_anew(tmp_path: Path) -> 
         "image_embedding": done.facts["image_embedding"]
         | {"setting": {"kind": "rq", "num_bits": 1, "nprobes": 1}}
     }
-    rebuilt = finish(table, config, seed=0, before={"indexes": weak}, growth=growth)
+    rebuilt = finish(table, config, before={"indexes": weak}, growth=growth)
     assert "text_index_s" in rebuilt.measured

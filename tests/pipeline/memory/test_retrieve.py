@@ -11,13 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.memory.retrieve import join
-from pipeline.memory.retrieve.bm25 import K1, B, Bm25, Hits
-from pipeline.memory.retrieve.config import RetrieveConfig
+from pipeline.memory.retrieve.bm25 import K1, B, Bm25, Hits, word_hash, words
 from pipeline.memory.retrieve.dense import Dense
-from pipeline.memory.retrieve.fuse import cosines, reciprocal_rank, spread
-from pipeline.memory.retrieve.partitions import Partitions
-from pipeline.memory.retrieve.words import drop_words, words
+from pipeline.memory.retrieve.retrievers import reciprocal_rank
+from pipeline.memory.vectors import cosines, spread
 
 WORDS = st.sampled_from(
     ["a", "b", "c", "d", "e", "the", "man", "dog", "rides", "running", "x1", "été", "猫が好き"]
@@ -68,6 +65,23 @@ def test_pruning_changes_nothing_on_a_large_index() -> None:
     queries = [" ".join(random.choice(vocabulary, 8, p=weights)) for _ in range(40)]
     for query, hits in zip(queries, index.search(queries, 10), strict=True):
         same_up_to_ties(hits, slow_bm25(texts, query), 10)
+
+
+def test_a_word_without_postings_changes_nothing() -> None:
+    """A vocabulary may know words that none of its documents has (one shared by several indexes)."""
+    index = Bm25.build(["red dog", "dog", "red cat cat", "cat dog", "red"])
+    gone = int(np.searchsorted(index.hashes, word_hash("cat")))
+    span = slice(index.starts[gone], index.starts[gone + 1])
+    starts = index.starts.copy()
+    starts[gone + 1 :] -= span.stop - span.start
+    docs, impacts = (np.delete(array, np.r_[span]) for array in (index.docs, index.impacts))
+    bare = replace(index, docs=docs, impacts=impacts, starts=starts, bounds=index.bounds * 0 + 1e-6)
+    for depth in (1, 2, 5):
+        with_it, without = bare.search(["red red dog cat", "red red dog"], depth)
+        assert with_it.docs.tolist() == without.docs.tolist()
+        assert with_it.scores.tolist() == without.scores.tolist()
+    assert len(bare.search(["cat"], 3)[0]) == 0
+    assert bare._impacts_on(gone, np.array([0, 2])).tolist() == [0.0, 0.0]
 
 
 def test_equal_scores_come_in_order_of_document() -> None:
@@ -170,49 +184,6 @@ def test_dense_answers_do_not_depend_on_the_batch() -> None:
         assert (alone.docs == whole[number].docs).all() and (alone.scores == whole[number].scores).all()
 
 
-def clustered(count: int, *, dim: int = 16, seed: int = 0) -> np.ndarray:
-    """Unit vectors around 40 centres, float32."""
-    random = np.random.default_rng(seed)
-    centres = np.random.default_rng(99).normal(size=(40, dim))
-    vectors = centres[random.integers(0, 40, count)] + random.normal(size=(count, dim))
-    return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
-
-
-@settings(max_examples=15, deadline=None)
-@given(count=st.integers(1, 300), depth=st.integers(1, 40), seed=st.integers(0, 99))
-def test_all_partitions_together_are_the_exact_search(count: int, depth: int, seed: int) -> None:
-    vectors, queries = clustered(count, seed=seed).astype(np.float16), clustered(3, seed=seed + 1)
-    parts = Partitions.build(vectors)
-    every = replace(parts, probes=len(parts.centres)).search(queries, depth)
-    for one, exact in zip(every, Dense(vectors).search(queries, depth), strict=True):
-        assert one.docs.tolist() == exact.docs.tolist() and (one.scores == exact.scores).all()
-
-
-def test_partitions_meet_the_declared_recall_and_do_not_depend_on_the_batch() -> None:
-    vectors, queries = clustered(4000), clustered(400, seed=1)
-    parts = Partitions.build(vectors.astype(np.float16)).tuned(vectors, recall=0.95)
-    assert 1 < parts.probes < len(parts.centres) // 2  # else this proves nothing
-    found, exact = parts.search(queries, 10), Dense(parts.vectors).search(queries, 10)
-    shares = [np.isin(e.docs, f.docs).mean() for f, e in zip(found, exact, strict=True)]
-    assert np.mean(shares) >= 0.95
-    for number in (0, 17, 399):
-        alone = parts.search(queries[number : number + 1], 10)[0]
-        assert (alone.docs == found[number].docs).all() and (alone.scores == found[number].scores).all()
-
-
-def test_the_join_searches_by_partitions_when_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(join, "MIN_PARTITIONED", 1000)
-    vectors, queries = clustered(2000).astype(np.float16), clustered(50, seed=1)
-    bm25 = Bm25.build(["a"] * len(vectors))
-    one, exact = (
-        join.ArraySearch(RetrieveConfig.model_validate({"retriever": "clip", "engine": engine}), bm25, vectors)
-        for engine in ("partitions", "arrays")
-    )
-    assert isinstance(one.dense, Partitions) and isinstance(exact.dense, Dense)
-    pairs = zip(one([""] * 50, queries, 10), exact([""] * 50, queries, 10), strict=True)
-    assert np.mean([np.isin(e.docs, f.docs).mean() for f, e in pairs]) >= 0.98
-
-
 @settings(max_examples=60, deadline=None)
 @given(
     lists=st.lists(st.lists(st.integers(0, 30), unique=True, max_size=12), min_size=1, max_size=3),
@@ -237,36 +208,17 @@ def test_fusion_is_the_sum_of_reciprocal_ranks(lists: list[list[int]], depth: in
     count=st.integers(0, 25),
     k=st.integers(0, 6),
     bound=st.sampled_from([0.3, 0.6, 0.9, 1.0]),
-    mmr=st.sampled_from([1.0, 0.7, 0.2]),
     seed=st.integers(0, 50),
 )
-def test_chosen_documents_are_apart(count: int, k: int, bound: float, mmr: float, seed: int) -> None:
-    random = np.random.default_rng(seed)
-    vectors = random.normal(size=(count, 3))
+def test_chosen_documents_are_apart_and_the_best_there_are(count: int, k: int, bound: float, seed: int) -> None:
+    vectors = np.random.default_rng(seed).normal(size=(count, 3))
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    scores = -np.sort(-random.random(count))
-    chosen, skipped = spread(scores, vectors, k, max_similarity=bound, mmr_lambda=mmr)
-    assert len(chosen) == len(set(chosen)) <= k
+    chosen, skipped = spread(vectors, k, max_similarity=bound)
+    assert len(chosen) == len(set(chosen)) <= k and chosen == sorted(chosen)
     assert 0 <= skipped <= count - len(chosen)
     for place, one in enumerate(chosen):
         for other in chosen[:place]:
             assert vectors[one] @ vectors[other] <= bound + 1e-6
-    if mmr == 1.0:
-        assert chosen == sorted(chosen)  # by score alone
     if len(chosen) < k:  # then nothing that was allowed is left over
         for place in set(range(count)) - set(chosen):
             assert max(vectors[place] @ vectors[c] for c in chosen) > bound - 1e-6
-
-
-@given(text=TEXTS, frac=st.floats(0, 0.99), seed=st.integers(0, 9))
-def test_query_dropout_is_a_function_of_seed_and_row(text: str, frac: float, seed: int) -> None:
-    dropped = drop_words(text, dropped_frac=frac, seed=seed, row_id="r")
-    assert dropped == drop_words(text, dropped_frac=frac, seed=seed, row_id="r")
-    assert not Counter(dropped.split()) - Counter(text.split())
-    assert bool(dropped.split()) == bool(text.split())
-
-
-def test_query_dropout_drops_its_share() -> None:
-    text = " ".join(f"w{i}" for i in range(50))
-    kept = [len(drop_words(text, dropped_frac=0.2, seed=0, row_id=str(i)).split()) for i in range(200)]
-    assert 0.77 < sum(kept) / (50 * 200) < 0.83

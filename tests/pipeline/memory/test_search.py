@@ -2,6 +2,7 @@
 
 import io
 import itertools
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +15,15 @@ from infra.errors import ConfigError
 from infra.storage import write_json
 from pipeline.memory import Memory, open_memory
 from pipeline.memory.commit import create_table
-from pipeline.memory.config import IndexConfig
-from pipeline.memory.embed import document_vector
-from pipeline.memory.finish import finish
-from pipeline.memory.retrieve.config import RetrieveConfig
+from pipeline.memory.index import finish
+from pipeline.memory.recall import IndexConfig
+from pipeline.memory.retrieve.bm25 import Hits
+from pipeline.memory.retrieve.documents import load_documents
+from pipeline.memory.retrieve.indexes import open_search
+from pipeline.memory.retrieve.retrievers import RETRIEVERS, Index, RetrieveConfig, Retriever
 from pipeline.memory.search import Filters, Query, SearchConfig, Searcher, check, run
 from pipeline.memory.store import upsert, vectors_arrow
+from pipeline.memory.vectors import document_vector
 from tests.pipeline.clip_tables import picture
 from tests.pipeline.memory import memory_tables
 from tests.pipeline.memory.memory_tables import documents, make_memory
@@ -50,7 +54,7 @@ def memory(clip: Clip, tmp_path_factory: pytest.TempPathFactory) -> Memory:
     memory_tables.MODEL_HASH = clip.model_hash
     table = create_table(uri, clip.dim)
     upsert(table, rows)
-    facts = finish(table, IndexConfig(num_queries=20), seed=0).facts
+    facts = finish(table, IndexConfig()).facts
     make_memory(uri, rows, dim=clip.dim, indexes=facts)
     write_json(f"{uri}/job.json", {"config": {"clip": {"name": "offline"}}})
     return open_memory(uri)
@@ -104,20 +108,34 @@ def test_a_picture_finds_itself_and_words_find_themselves(memory: Memory, clip: 
 @pytest.mark.parametrize("retriever", ["bm25", "clip", "hybrid"])
 def test_filters_come_before_ranks(memory: Memory, clip: Clip, retriever: str, engine: str) -> None:
     ask = searcher(memory, clip, retriever=retriever, engine=engine)
-    filters = Filters(sources=("films",), min_width_px=65, splits=("train",))
+    filters = Filters(sources=("films",), splits=("train",))
     hits = ask([Query("a ball")], filters)[0]
-    rows = memory.rows([hit.doc_id for hit in hits], ["source_name", "width_px"]).to_pylist()
+    rows = memory.rows([hit.doc_id for hit in hits], ["source_name", "split"]).to_pylist()
     assert len(hits) == 5
-    assert all(row["source_name"] == "films" and row["width_px"] >= 65 for row in rows)
+    assert all(row["source_name"] == "films" and row["split"] == "train" for row in rows)
     assert ask([Query("a ball")], Filters(sources=("o'nowhere",))) == [[]]
 
 
-def test_weights_turn_hybrid_into_either_list(memory: Memory, clip: Clip) -> None:
+def test_a_retriever_from_elsewhere_is_one_entry(
+    memory: Memory, clip: Clip, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second best by words, registered from outside: config, search and the join know it by its name."""
+
+    def runner_up(index: Index, texts: Sequence[str], _: np.ndarray, depth: int) -> list[Hits]:
+        found = index.by_words(texts, depth + 1)
+        return [Hits(hits.docs[1:], hits.scores[1:]) for hits in found]
+
+    with pytest.raises(ValueError, match="no such retriever; legal: bm25, clip, hybrid"):
+        RetrieveConfig(retriever="runner-up")
+    monkeypatch.setitem(RETRIEVERS, "runner-up", Retriever(runner_up, needs_words=True))
     query = [Query("a white ball number 13")]
-    only = {name: searcher(memory, clip, retriever=name)(query)[0] for name in ("bm25", "clip")}
-    for name, weights in (("bm25", (1.0, 0.0)), ("clip", (0.0, 1.0))):
-        fused = searcher(memory, clip, bm25_weight=weights[0], clip_weight=weights[1])(query)[0]
-        assert [h.doc_id for h in fused[:3]] == [h.doc_id for h in only[name][:3]]
+    for engine in ("arrays", "lance"):
+        words = searcher(memory, clip, retriever="bm25", engine=engine)(query)[0]
+        found = searcher(memory, clip, retriever="runner-up", engine=engine, k=4)(query)[0]
+        assert [hit.doc_id for hit in found] == [hit.doc_id for hit in words[1:]]
+    config = RetrieveConfig(retriever="runner-up")
+    documents = load_documents(memory)
+    assert open_search(config, documents, memory)(["a ball"], None, 3)[0].docs.shape == (3,)
 
 
 def test_the_command_prints_a_table_and_writes_pictures(

@@ -8,7 +8,9 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-CELL_PX, TEXT_PX, GAP_PX = 256, 44, 8
+from infra.pictures import PictureError, decode_picture
+
+CELL_PX, TEXT_PX, GAP_PX, COLUMNS = 256, 44, 8, 4
 
 STYLE = """
 body { font: 15px/1.4 system-ui, sans-serif; margin: 2rem; background: #fafafa; color: #222; }
@@ -20,16 +22,14 @@ header img { height: 8rem; border-radius: 6px; }
 """
 
 
-def picture_page(
-    title: str, rows: Sequence[dict[str, Any]], query_image: bytes | None, *, columns: int
-) -> bytes:
+def picture_page(title: str, rows: Sequence[dict[str, Any]], query_image: bytes | None) -> bytes:
     """One self-contained HTML file; all text of the documents is escaped."""
     asked = f'<p><img alt="the query" src="{_data_uri(query_image)}"></p>' if query_image else ""
     figures = "\n".join(_figure(row) for row in rows) or "<p>Nothing was found.</p>"
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
         f"<style>{STYLE}</style><body><header><h1>{html.escape(title)}</h1>{asked}</header>"
-        f'<main style="--columns: {columns}">\n{figures}\n</main></body></html>\n'
+        f'<main style="--columns: {COLUMNS}">\n{figures}\n</main></body></html>\n'
     ).encode()
 
 
@@ -46,15 +46,15 @@ def _data_uri(image: bytes | None) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(image or b"").decode()
 
 
-def picture_grid(rows: Sequence[dict[str, Any]], *, columns: int) -> bytes:
+def picture_grid(rows: Sequence[dict[str, Any]]) -> bytes:
     """The pictures in reading order with their rank and words, as PNG."""
-    lines = max(1, -(-len(rows) // columns))
-    width = columns * (CELL_PX + GAP_PX) + GAP_PX
+    lines = max(1, -(-len(rows) // COLUMNS))
+    width = COLUMNS * (CELL_PX + GAP_PX) + GAP_PX
     sheet = Image.new("RGB", (width, lines * (CELL_PX + TEXT_PX + GAP_PX) + GAP_PX), "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
     for place, row in enumerate(rows):
-        left = GAP_PX + place % columns * (CELL_PX + GAP_PX)
-        top = GAP_PX + place // columns * (CELL_PX + TEXT_PX + GAP_PX)
+        left = GAP_PX + place % COLUMNS * (CELL_PX + GAP_PX)
+        top = GAP_PX + place // COLUMNS * (CELL_PX + TEXT_PX + GAP_PX)
         sheet.paste(_cell(row["image"]), (left, top))
         for line, text in enumerate(_two_lines(f"{row['rank']}  {row['text'] or ''}", font)):
             pen.text((left, top + CELL_PX + 4 + 18 * line), text, fill="black", font=font)
@@ -66,8 +66,8 @@ def picture_grid(rows: Sequence[dict[str, Any]], *, columns: int) -> bytes:
 def _cell(image: bytes | None) -> Image.Image:
     cell = Image.new("RGB", (CELL_PX, CELL_PX), "#eee")
     try:
-        picture = Image.open(io.BytesIO(image or b"")).convert("RGB")
-    except OSError:
+        picture = decode_picture(image or b"")
+    except PictureError:
         return cell
     picture.thumbnail((CELL_PX, CELL_PX))
     cell.paste(picture, ((CELL_PX - picture.width) // 2, (CELL_PX - picture.height) // 2))

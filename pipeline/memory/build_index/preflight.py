@@ -1,14 +1,16 @@
-"""What is refused before Ray starts, and where a build begins."""
+"""Build-index's config, what is refused before Ray starts, and where a build begins."""
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pydantic import Field
 
 from infra.claim import JOB_FILE, open_job
+from infra.clip import ClipConfig
 from infra.clip.load import check_clip
+from infra.config import Incidental, Location
 from infra.errors import ConfigError
 from infra.storage import (
     Certificate,
-    absolute,
     delete,
     exists,
     filesystem,
@@ -17,25 +19,53 @@ from infra.storage import (
     require_certificate,
     write_json,
 )
-from pipeline.memory.build_index.config import BUILD, FREE, JOB, BuildIndexConfig
+from pipeline.job import JobConfig
+from pipeline.memory.embed.pictures import KEY_FRAMES
+from pipeline.memory.near_duplicates import DedupConfig
+from pipeline.memory.recall import IndexConfig, K
 from pipeline.memory.store import LANCE_FOLDER, open_table
 from pipeline.schema import CLIPS, check_table
+
+JOB, BUILD = "build-index", "build"
+
+
+class BuildIndexConfig(JobConfig):
+    """Which tables become which memory."""
+
+    clips: Incidental[tuple[Location, ...]]
+    """Folders made by `vimi-data crawl`: videos and pictures with captions."""
+    grow: Incidental[bool] = False
+    """Add to the memory that is in `out`: what it holds already is neither read nor embedded again."""
+    clip: ClipConfig = ClipConfig()
+    """The CLIP that embeds pictures and texts."""
+    key_frames: int = Field(default=KEY_FRAMES, ge=1, le=64)
+    """Frames of a video whose image vectors are averaged (normalise, mean, normalise: RAGME, which
+    takes every 25th frame). The document's picture is the middle one. 4 is ours."""
+    dedup: DedupConfig = DedupConfig()
+    """Duplicates among the documents."""
+    index: IndexConfig = IndexConfig()
+    """From vectors to a search with a declared recall."""
+    rows_per_unit: int = Field(default=256, ge=1, le=65536)
+    """Clips of one unit of work: what a kill loses at most, for each worker. Ours."""
+    max_failed_frac: Incidental[float] = Field(default=0.1, ge=0, le=1)
+    """The job fails when more than this share of the good clips can't become documents. Ours."""
+
 
 Tables = list[tuple[str, Certificate]]
 
 
 def check(config: BuildIndexConfig) -> str:
-    """The door, and the plan in words (what `--dry-run` prints)."""
-    tables, base = door(config)
+    """Refuse what can be refused; the plan in words (what `--dry-run` prints)."""
+    tables, base = preflight(config)
     rows = sum(table.num_out for uri, table in tables if not is_in(base, table))
     there = f", beside {base.num_out:,} documents that are there" if base else ""
     return (
         f"up to {rows:,} documents{there}, embedded by {config.clip.name} in units of {config.rows_per_unit}; "
-        f"recall@{config.index.k} of at least {config.index.recall} for {', '.join(config.index.columns)}"
+        f"recall@{K} of at least {config.index.recall} for {', '.join(config.index.columns)}"
     )
 
 
-def door(config: BuildIndexConfig) -> tuple[Tables, Certificate | None]:
+def preflight(config: BuildIndexConfig) -> tuple[Tables, Certificate | None]:
     """Refuse what can be refused before Ray starts.
 
     Returns:
@@ -47,14 +77,14 @@ def door(config: BuildIndexConfig) -> tuple[Tables, Certificate | None]:
     """
     if not config.clips:
         raise ConfigError("no clips to build a memory of", cure="set clips to folders made by crawl")
-    tables = [(absolute(uri), _input(absolute(uri))) for uri in config.clips]
+    tables = [(uri, _input(uri)) for uri in config.clips]
     check_clip(config.clip)
-    out = absolute(config.out)
+    out = config.out
     if not exists(join(out, JOB_FILE)) and exists(join(out, LANCE_FOLDER)):
         raise ConfigError(
             f"{out} holds a LanceDB directory that this job didn't make", cure="choose another out"
         )
-    base = open_job(out, job=JOB, config=config, inputs={}, hash_exclude=FREE)
+    base = open_job(out, job=JOB, config=config, inputs={})
     if base is not None:
         _check_table_is_there(out)
         fresh = [uri for uri, table in tables if not is_in(base, table)]

@@ -6,19 +6,53 @@ vector says what a picture is about, not whether it is the same picture.
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from pipeline.memory.dedup.config import SCHEMA, DedupConfig, Duplicates
-from pipeline.memory.dedup.pairs import Edge, by_cosine, by_hash, by_index, calibrate, is_in
+from pipeline.memory.near_duplicates import (
+    COLUMN,
+    EXACT_ROWS,
+    DedupConfig,
+    Edge,
+    by_cosine,
+    by_hash,
+    by_index,
+    calibrate,
+    is_in,
+)
 from pipeline.memory.store import id_filter, sorted_columns
 from pipeline.memory.vectors import setting_of
 from pipeline.schema import Status
 
 HASHES_PER_COSINE = 16
 """Pairs of hashes that are compared in the time of one product of 512 dimensions (2.2 ns and 34 ns)."""
+
+
+SCHEMA = pa.schema(
+    [("doc_id", pa.string()), ("kept", pa.string()), ("reason", pa.string()), ("cosine", pa.float32())]
+)
+
+
+@dataclass(frozen=True)
+class Duplicates:
+    """The documents that repeat another one."""
+
+    table: pa.Table
+    """doc_id, kept (the document that stands for the group), reason (a Status), cosine."""
+    min_cosine: float | None = None
+    """The bound that was used."""
+
+    @classmethod
+    def none(cls) -> "Duplicates":
+        return cls(SCHEMA.empty_table())
+
+    @property
+    def counts(self) -> dict[str, int]:
+        reasons = self.table["reason"].to_pylist()
+        return {reason: reasons.count(reason) for reason in sorted(set(reasons))}
 
 
 def find_duplicates(
@@ -40,14 +74,14 @@ def find_duplicates(
     ids = rows["doc_id"].to_pylist()
     wanted = np.arange(len(ids)) if new is None else _places(rows["doc_id"], new)
     bound = config.min_cosine or calibrate(table, config, ids)
-    pairs, few = len(ids) * len(wanted), config.exact_rows**2
+    pairs, few = len(ids) * len(wanted), EXACT_ROWS**2
     small = pairs <= few
     if config.max_phash_bits is not None and pairs <= HASHES_PER_COSINE * few:
         edges = by_hash(table, rows, config, wanted, bound)
-    elif small or table.schema.field(config.column).type.list_size % 8:
+    elif small or table.schema.field(COLUMN).type.list_size % 8:
         edges = by_cosine(table, ids, config, wanted, bound)
     else:
-        setting = setting_of(facts, config.column) if facts else None
+        setting = setting_of(facts, COLUMN) if facts else None
         edges = by_index(table, rows, config, wanted, bound, setting)
     near = list(edges)
     return Duplicates(_group(table, rows, wanted, near), bound)
