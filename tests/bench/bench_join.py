@@ -136,8 +136,8 @@ def main() -> None:
             "LanceDB full text, 4 threads": rate(
                 lambda: list(pool.map(lambda t: lance_text(table, t), asked)), count
             ),
-            "ours, bm25, top 10": rate(lambda: searches["bm25"](asked, None, K), count),
-            "ours, bm25, top 100": rate(lambda: searches["bm25"](asked, None, DEPTH), count),
+            "ours, bm25, top 10": rate(lambda: searches["bm25"](asked, asked_vectors, K), count),
+            "ours, bm25, top 100": rate(lambda: searches["bm25"](asked, asked_vectors, DEPTH), count),
             "ours, clip, top 100": rate(lambda: searches["clip"](asked, asked_vectors, DEPTH), count),
             "LanceDB hybrid, loop": rate(lambda: [lance_hybrid(table, t, v) for t, v in pairs], count),
             "LanceDB hybrid, 4 threads": rate(

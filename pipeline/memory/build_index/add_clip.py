@@ -19,6 +19,7 @@ import pyarrow as pa
 from infra.clip import ClipConfig
 from infra.clip.load import check_clip
 from infra.errors import ConfigError, DataError
+from infra.pictures import PictureError, decode_picture
 from infra.storage import Certificate, delete, join, read_bytes, write_bytes
 from pipeline.job import JobConfig, Receipt, Receipts, Unit, carry_out, run_units
 from pipeline.memory import Memory, model_column, open_memory, open_table, sample

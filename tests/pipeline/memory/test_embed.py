@@ -28,9 +28,9 @@ def clip() -> Clip:
     return load_clip(ClipConfig(name="offline", batch_size=4))
 
 
-def run(folder: Path, rows: list[dict], clip: Clip, **embed: int) -> tuple[dict, pa.Table]:
+def run(folder: Path, rows: list[dict], clip: Clip, *, key_frames: int = 4) -> tuple[dict, pa.Table]:
     uri = write_clips(folder / "clips", rows)
-    embedder = Embedder(clip=ClipConfig(name="offline"), staged=str(folder / "staged"), **embed)
+    embedder = Embedder(clip=ClipConfig(name="offline"), staged=str(folder / "staged"), key_frames=key_frames)
     payload = {"uri": f"{uri}/part-00000.parquet", "start": 0, "rows": len(rows)}
     receipt = embedder.run(payload, clip, Streams.make("cpu", 2))
     if receipt["file"] is None:
