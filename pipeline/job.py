@@ -39,6 +39,7 @@ from infra.storage import (
 from infra.telemetry import JobMetrics
 from pipeline.journal import JournalWriter, Receipt, Receipts, Unit
 from pipeline.schema import Status, content_id
+from pipeline.shards import PREFIX
 
 WINDOW_UNITS = 4096
 """Units in flight: the bound of the driver's memory. Ours."""
@@ -106,7 +107,7 @@ def carry_out(
 def _delete_torn(out: str) -> None:
     """Half-written shards that a kill left beside their names."""
     for file in list_files(out, recursive=False):
-        if file.rpartition("/")[2].startswith(".part-"):
+        if file.rpartition("/")[2].startswith(f".{PREFIX}"):
             delete(file)
 
 

@@ -33,6 +33,7 @@ from infra.storage import (
 )
 from pipeline.schema import REJECTED, Status
 
+PREFIX = "part-"
 META_FILE, REJECTED_FILE = "meta.parquet", "rejected.parquet"
 SHARD_JOBS = ("augment", "instruct")
 
@@ -49,7 +50,12 @@ META = pa.schema(
 
 
 def shard_name(number: int) -> str:
-    return f"part-{number:05d}.parquet"
+    return f"{PREFIX}{number:05d}.parquet"
+
+
+def is_shard(uri: str) -> bool:
+    """Is this path or URI one of the files that `shard_name` names?"""
+    return uri.rpartition("/")[2].startswith(PREFIX)
 
 
 def shard_bytes(rows: pa.Table | Iterable[dict[str, Any]], schema: pa.Schema, *, row_group_rows: int) -> bytes:

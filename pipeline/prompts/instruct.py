@@ -32,7 +32,15 @@ from pipeline.prompts.subjects.finder import SubjectConfig, SubjectFinder
 from pipeline.prompts.subjects.mask import model_path
 from pipeline.prompts.tasks import RECIPES, Draw, Recipe, Row, draw_tasks, text
 from pipeline.schema import PROMPTS, Role, RowError, Status, Task, prompt_id
-from pipeline.shards import ShardSet, rejected_row, shard_name, write_meta, write_rejected, write_shard
+from pipeline.shards import (
+    ShardSet,
+    is_shard,
+    rejected_row,
+    shard_name,
+    write_meta,
+    write_rejected,
+    write_shard,
+)
 
 JOB = "instruct"
 
@@ -148,7 +156,7 @@ def _moved_sources(clips: str) -> dict[str, str]:
     """clip_id -> where its bytes lie, for the clips whose bytes don't lie at `source_uri`."""
     moved = {}
     for file in list_files(clips, suffix=".parquet", recursive=False):
-        if not file.rpartition("/")[2].startswith("part-"):
+        if not is_shard(file):
             continue
         fs, path = filesystem(file)
         columns = ["clip_id", "source_uri", "local_uri"]

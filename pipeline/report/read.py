@@ -21,7 +21,7 @@ from infra.storage import (
     read_bytes,
     read_certificate,
 )
-from pipeline.shards import ShardSet
+from pipeline.shards import ShardSet, is_shard
 
 MAX_ROWS = 200_000
 """Rows read for the distributions; more are sampled evenly, by row group. Ours."""
@@ -132,7 +132,7 @@ def previews(run: Run) -> list[tuple[str, str]]:
 def table_files(folder: str) -> Iterator[pq.ParquetFile]:
     """The part files of a table."""
     for file in list_files(folder, suffix=".parquet", recursive=False):
-        if file.rpartition("/")[2].startswith("part-"):
+        if is_shard(file):
             fs, path = filesystem(file)
             yield pq.ParquetFile(fs.open_input_file(path))
 

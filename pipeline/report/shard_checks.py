@@ -12,7 +12,7 @@ from infra.pictures import PictureError, decode_picture, open_picture
 from infra.storage import Certificate, exists, join, list_files, read_bytes, sha256_file, size_bytes
 from pipeline.media.frames import probe
 from pipeline.schema import PROMPTS, REJECTED, Role, RowError, TargetKind, Task, check_table, prompt_id
-from pipeline.shards import REJECTED_FILE, ShardSet, group_sizes
+from pipeline.shards import REJECTED_FILE, ShardSet, group_sizes, is_shard
 
 MAX_PICTURE_PX = 4096
 """A picture with a longer side breaks the bound. Ours."""
@@ -81,7 +81,7 @@ def check_meta(uri: str, certificate: Certificate, whole: set[str], report: Repo
     if first_row != certificate.num_out:
         report.add("rows", f"meta.parquet lists {first_row} rows, the certificate {certificate.num_out}")
     for entry in certificate.files:
-        if not entry.path.startswith("part-") or entry.path not in whole:
+        if not is_shard(entry.path) or entry.path not in whole:
             continue
         with pq.ParquetFile(pa.BufferReader(read_bytes(join(uri, entry.path)))) as file:
             sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]

@@ -34,7 +34,7 @@ from pipeline.report.shard_checks import (
     check_target,
     read_rows,
 )
-from pipeline.shards import META_FILE, SHARD_JOBS
+from pipeline.shards import META_FILE, SHARD_JOBS, is_shard
 
 SAMPLED_TARGETS = 64
 """Targets that are decoded, evenly over the set; all are measured. Ours."""
@@ -73,7 +73,7 @@ def validate(config: ValidateConfig) -> Report:
         return report
     check_meta(uri, certificate, whole, report)
     check_rejected(uri, certificate, whole, report)
-    shards = [entry.path for entry in certificate.files if entry.path.startswith("part-")]
+    shards = [entry.path for entry in certificate.files if is_shard(entry.path)]
     step = max(1, certificate.num_out // SAMPLED_TARGETS)
     seen: Counter[str] = Counter()
     number = 0

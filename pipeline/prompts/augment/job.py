@@ -22,7 +22,7 @@ from pipeline.prompts.augment.config import AugmentConfig
 from pipeline.prompts.augment.worker import AugmentWorker, clip_config, good_rows, has_caption
 from pipeline.prompts.exclusion import read_exclusion
 from pipeline.schema import Status, content_id
-from pipeline.shards import write_meta, write_rejected
+from pipeline.shards import is_shard, write_meta, write_rejected
 
 JOB = "augment"
 LOOKED_AT = 256  # rows of each table that tell whether its clips are documents of the memory
@@ -111,7 +111,7 @@ def needs_clip(config: AugmentConfig, clips: list[tuple[str, Certificate]], memo
     if not config.retrieve.k or (config.vectors == "stored" and not config.retrieve.method.needs_vectors):
         return False
     for uri, certificate in clips:
-        part = next((f for f in certificate.files if f.path.startswith("part-") and f.rows), None)
+        part = next((f for f in certificate.files if is_shard(f.path) and f.rows), None)
         if part is None:
             continue
         rows = good_rows(join(uri, part.path), 0, min(part.rows, LOOKED_AT))
@@ -126,7 +126,7 @@ def make_units(config: AugmentConfig, inputs: Inputs) -> Iterator[Unit]:
     pieces: list[list[Any]] = []
     size = number = 0
     for uri, certificate in inputs.clips:
-        for part in (f for f in certificate.files if f.path.startswith("part-")):
+        for part in (f for f in certificate.files if is_shard(f.path)):
             start = 0
             while start < part.rows:
                 rows = min(config.shard_rows - size, part.rows - start)
