@@ -3,6 +3,9 @@
 The process is a fresh interpreter (never a fork of a Ray worker, whose threads would not survive one),
 kept for the next call. It arms a timer of the kernel's before each call: a decoder that hangs in C is
 killed by the alarm, even when nobody is left to watch it. Its heap is bounded by the kernel too.
+
+Not a pool of `pebble` or `multiprocessing`: their children run the parent's main module again (in a Ray
+worker, Ray: 1.9 s to start against 0.7 s, measured), and look for code where the parent's path leads.
 """
 
 import ctypes

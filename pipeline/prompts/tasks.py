@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from pipeline.media.row_frames import first_frame, read_frames
+from pipeline.media.clip import first_frame, read_frames
 from pipeline.prompts.subjects.cutout import Picture, encode, fit_inside
 from pipeline.prompts.subjects.finder import FRAME_FRACS, SIDE_PX, SubjectFinder
 from pipeline.schema import Media, Role, RowError, Status, Task

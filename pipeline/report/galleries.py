@@ -9,8 +9,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from infra.storage import absolute, exists, join, read_bytes, read_json
+from pipeline.media.clip import read_frames, target_frames
 from pipeline.media.frames import clip_times, decode_frames, probe
-from pipeline.media.row_frames import read_frames, target_frames
 from pipeline.report.album import Album
 from pipeline.report.read import read_columns, spread
 from pipeline.schema import Media, Role, RowError, Status, TargetKind, Task

@@ -10,6 +10,7 @@ from pydantic import Field
 
 from infra.config import Config
 from infra.pictures import decode_picture
+from pipeline.media.clip import cut_mp4
 from pipeline.media.frames import clip_times, decode_frames
 from pipeline.media.store import open_media, read_media, row_errors
 from pipeline.prompts.guard import frame_hashes
@@ -138,8 +139,6 @@ def _picture(data: bytes, config: TargetConfig) -> Target:
 
 
 def _video(row: Row, source: str | bytes, config: TargetConfig) -> Target:
-    from pipeline.media.mp4 import cut_mp4
-
     start_s, end_s = row["start_s"] or 0.0, row["end_s"] or 0.0
     data, frames = cut_mp4(source, start_s, end_s, crf=CRF)
     size = covering_size(row["height_px"] or 1, row["width_px"] or 1, config)
