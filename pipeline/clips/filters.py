@@ -1,6 +1,7 @@
 """Why a clip that works is left out all the same: too short, too small, static, no caption, ..."""
 
 from collections.abc import Callable
+from functools import lru_cache
 from importlib import import_module
 from typing import Any
 
@@ -11,6 +12,8 @@ from infra.config import Config
 from infra.errors import ConfigError
 from pipeline.schema import Status
 
+FRAMES_PER_CLIP = 3
+"""Frames looked at (and handed to plug-ins), evenly spaced; odd, so that one is the middle. Ours."""
 Plugin = Callable[[np.ndarray, dict[str, Any]], str | None]
 
 
@@ -28,8 +31,6 @@ class FilterConfig(Config):
     static_below: float | None = Field(default=1.0, ge=0, le=255)
     """A clip is static if no 8x8 block of its 64x64 grey frames changes by more than this many of
     the 256 levels between any two of the frames that were looked at: a frozen picture."""
-    frames_per_clip: int = Field(default=3, ge=1, le=64)
-    """Frames looked at (and handed to plug-ins), evenly spaced; odd, so that one is the middle."""
     near_duplicate_bits: int | None = Field(default=None, ge=0, le=8)
     """Leave out a clip whose middle frame differs from an earlier parent's clip of the same length
     in at most so many of the 64 bits of the perceptual hash. Off by default: a fixed camera sees
@@ -39,6 +40,7 @@ class FilterConfig(Config):
     leave the clip out, or None. For NSFW, text overlays, aesthetics, ..."""
 
 
+@lru_cache(maxsize=4)
 def load_plugins(names: tuple[str, ...]) -> list[tuple[str, Plugin]]:
     """The functions behind `package.module:function` names.
 
@@ -76,14 +78,13 @@ def judge_by_frames(
     row: dict[str, Any],
     frames: np.ndarray,
     config: FilterConfig,
-    plugins: list[tuple[str, Plugin]],
 ) -> tuple[Status, str] | None:
     """The first filter that the frames (uint8 `n 64 64 3`) fail."""
     if config.static_below is not None and len(frames) > 1:
         change = largest_change(frames)
         if change <= config.static_below:
             return Status.FILTERED_STATIC, f"largest change {change:.2f} of 255"
-    for name, plugin in plugins:
+    for name, plugin in load_plugins(config.plugins):
         reason = plugin(frames, row)
         if reason:
             return Status.FILTERED_PLUGIN, f"{name}: {reason}"

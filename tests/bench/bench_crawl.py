@@ -25,9 +25,9 @@ from bench_decode import encode, film, repeat_packets
 from PIL import Image
 
 from infra.cluster import RayConfig
-from pipeline.clips.config import CrawlConfig
-from pipeline.clips.crawl import Worker, run
-from pipeline.clips.parent import InspectConfig, inspect_parent
+from pipeline.clips.crawl import CrawlConfig, Worker, run
+from pipeline.clips.filters import FilterConfig
+from pipeline.clips.parent import inspect_parent
 from pipeline.clips.sources import Cut, Item, SourceConfig
 from pipeline.media.frames import probe
 
@@ -89,7 +89,7 @@ def ours(root: Path, urls: list[str]) -> None:
         {
             "sources": [SourceConfig(kind="urls", path="-")],
             "out": str(root / "out"),
-            "fetch": {"allow_hosts": ["127.0.0.1"], "per_host_per_s": 1e6, "per_host_concurrency": 16},
+            "fetch": {"allow_hosts": ["127.0.0.1"], "per_host_per_s": 1e6},
         }
     )
     worker = Worker(config)
@@ -129,9 +129,9 @@ def clips(root: Path) -> None:
     height, width = probe(path).height_px, probe(path).width_px
     cuts = tuple(Cut(f"clip {n}", n * CLIP_S, (n + 1) * CLIP_S) for n in range(4))
     item, found = Item(str(path), "video", cuts).to_json(), {"local_uri": str(path)}
-    inspect_parent(item, found, InspectConfig().model_dump_json())  # imports are not clipping
+    inspect_parent(item, found, "whole", FilterConfig())  # imports are not clipping
     start = time.process_time()
-    rows = inspect_parent(item, found, InspectConfig().model_dump_json())
+    rows = inspect_parent(item, found, "whole", FilterConfig())
     range_s = time.process_time() - start
     start = time.process_time()
     for cut in cuts:

@@ -25,9 +25,9 @@ import pyarrow.parquet as pq
 from bench_decode import encode, film
 
 from infra.cluster import RayConfig
-from pipeline.clips.config import CrawlConfig
-from pipeline.clips.crawl import run
-from pipeline.clips.parent import InspectConfig, inspect_parent
+from pipeline.clips.crawl import CrawlConfig, run
+from pipeline.clips.filters import FilterConfig
+from pipeline.clips.parent import inspect_parent
 from pipeline.clips.sources import Item, SourceConfig
 from pipeline.media.isolate import Isolated
 
@@ -166,9 +166,9 @@ def report(rows: list[dict[str, Any]], found: dict[str, str], wall_s: float) -> 
 
 def clean_cost(paths: list[str], what: str) -> None:
     """The price of isolation when nothing is bad: wall time in the child against in this process."""
-    settings = InspectConfig().model_dump_json()
+    settings = ("whole", FilterConfig())
     child = Isolated(timeout_s=60, memory_bytes=4 << 30)
-    items = [(Item(path, "video").to_json(), {"local_uri": path}, settings) for path in paths]
+    items = [(Item(path, "video").to_json(), {"local_uri": path}, *settings) for path in paths]
     inspect_parent(*items[0])
     child.call("pipeline.clips.parent:inspect_parent", *items[0])
     here_s, there_s = [], []

@@ -1,14 +1,14 @@
-"""What a server's answer means: the fate of the address, and what to ask for next time."""
+"""What servers say: status codes, validators and ranges, robots.txt (RFC 9309), opt-outs from training."""
 
+import re
 import time
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 
 import httpx
+from protego import Protego
 
-from pipeline.clips.fetch.config import FetchConfig
-from pipeline.clips.fetch.robots import opted_out
-from pipeline.clips.fetch.store import Record
+from pipeline.clips.fetch.store import Record, size_bytes
 from pipeline.schema import RowError, Status
 
 TRANSIENT = (
@@ -22,15 +22,10 @@ TRANSIENT = (
 """Faults that a retry may cure: time-outs, refused and reset connections, bodies cut short."""
 TRANSIENT_CODES = frozenset({408, 425, 429, 500, 502, 503, 504})
 GONE_CODES = frozenset({404, 410})
-
-
-def check_opt_out(response: httpx.Response, config: FetchConfig) -> None:
-    """Raise RowError where the site asks not to be learned from and the config honours that."""
-    if not config.honour_opt_out:
-        return
-    directive = opted_out(response.headers.get_list("x-robots-tag"), config.user_agent)
-    if directive:
-        raise RowError(Status.OPTED_OUT, f"X-Robots-Tag: {directive}")
+OPT_OUTS = frozenset({"noai", "noimageai"})
+"""Directives of X-Robots-Tag by which a site declines machine learning; img2dataset honours them too."""
+MAX_CRAWL_DELAY_S = 60.0
+AGENT_LINE = re.compile(r"\s*user[- ]?agent[\s:]+([^#]*)", re.IGNORECASE)
 
 
 def check_code(response: httpx.Response) -> None:
@@ -45,6 +40,25 @@ def check_code(response: httpx.Response) -> None:
         status = Status.RATE_LIMITED if code == 429 else Status.UNREACHABLE
         raise RowError(status, reason, retry_after_s=retry_after_s(response))
     raise RowError(Status.REFUSED if 400 <= code < 500 else Status.UNREACHABLE, reason)
+
+
+def check_opt_out(response: httpx.Response, agent: str) -> None:
+    """Raise RowError where X-Robots-Tag asks crawlers not to learn from what it stands before."""
+    directive = opted_out(response.headers.get_list("x-robots-tag"), agent)
+    if directive:
+        raise RowError(Status.OPTED_OUT, f"X-Robots-Tag: {directive}")
+
+
+def opted_out(headers: list[str], agent: str) -> str | None:
+    """The directive by which X-Robots-Tag headers decline, for everyone or for us by name; else None."""
+    for header in headers:
+        name, sep, rest = header.partition(":")
+        if sep and name.strip().lower() not in (product_token(agent), "*", "unavailable_after"):
+            continue  # meant for another crawler
+        for directive in (rest if sep else header).lower().split(","):
+            if directive.strip() in OPT_OUTS:
+                return directive.strip()
+    return None
 
 
 def conditions(known: Record | None, part: Path, validator: str | None) -> dict[str, str]:
@@ -67,20 +81,63 @@ def validator(response: httpx.Response) -> str | None:
 
 def starts_at(response: httpx.Response) -> int | None:
     """First byte of a partial answer."""
-    start = response.headers.get("content-range", "").removeprefix("bytes ").partition("-")[0]
-    return int(start) if start.isdigit() else None
+    return _whole(response.headers.get("content-range", "").removeprefix("bytes ").partition("-")[0])
 
 
-def size_bytes(path: Path) -> int:
-    return path.stat().st_size if path.exists() else 0
+def announced_bytes(response: httpx.Response) -> int:
+    """Content-Length; 0 when the server doesn't say."""
+    return _whole(response.headers.get("content-length", "")) or 0
 
 
 def retry_after_s(response: httpx.Response) -> float | None:
     """Retry-After in seconds, given as such or as a date."""
     value = response.headers.get("retry-after", "").strip()
-    if value.isdigit():
-        return float(value)
+    seconds = _whole(value)
+    if seconds is not None:
+        return float(seconds)
     try:
         return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, OverflowError):
         return None
+
+
+def _whole(text: str) -> int | None:
+    """A whole number in ASCII digits of sane length (`int` alone takes other scripts, `isdigit` even "²")."""
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 20 else None
+
+
+class Robots:
+    """robots.txt of one site, read for one crawler; matching takes linear time whatever the patterns are.
+
+    Args:
+        text: the file; "" allows everything.
+        agent: our User-Agent header, whose product token selects the group.
+    """
+
+    def __init__(self, text: str, agent: str) -> None:
+        self.token = product_token(agent)
+        self.rules = Protego.parse(_without_other_agents(text, self.token))
+
+    def allows(self, path: str) -> bool:
+        """May this path (with its query) be fetched?"""
+        return self.rules.can_fetch("http://site/" + path.removeprefix("/"), self.token)
+
+    @property
+    def crawl_delay_s(self) -> float | None:
+        delay_s = self.rules.crawl_delay(self.token)
+        return None if delay_s is None else min(delay_s, MAX_CRAWL_DELAY_S)
+
+
+def _without_other_agents(text: str, token: str) -> str:
+    """Give all other crawlers one name: thousands of names would each get a copy of each rule."""
+    lines = []
+    for line in text.splitlines():
+        agent = AGENT_LINE.match(line)
+        other = agent is not None and agent[1].strip().lower() not in (token, "*")
+        lines.append("User-agent: somebody-else" if other else line)
+    return "\n".join(lines)
+
+
+def product_token(agent: str) -> str:
+    """`vimi-crawler` of `vimi-crawler/0.1`: what robots.txt and X-Robots-Tag call us by."""
+    return agent.split("/")[0].strip().lower()

@@ -6,28 +6,31 @@ with its validators (ETag, Last-Modified), so that a second crawl transfers only
 
 import asyncio
 import hashlib
+from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 
 from pipeline.clips.fetch.answers import (
     TRANSIENT,
-    RowError,
+    announced_bytes,
     check_code,
     check_opt_out,
     conditions,
-    size_bytes,
     starts_at,
     validator,
 )
-from pipeline.clips.fetch.config import FetchConfig
-from pipeline.clips.fetch.store import MediaStore, note_validator, read_validator
-from pipeline.clips.fetch.web import Web
+from pipeline.clips.fetch.store import MediaStore, note_validator, read_validator, size_bytes
+from pipeline.clips.fetch.web import FetchConfig, Web, read_at_most
 from pipeline.media.store import looks_like_text
-from pipeline.schema import Status
+from pipeline.schema import RowError, Status
 
+BACKOFF_S, MAX_WAIT_S = 0.5, 60.0
+"""First wait before a retry, doubled each time; longest one, Retry-After included. Ours."""
+MAX_PAGE_BYTES = 5 << 20
 Found = dict[str, Any]
+T = TypeVar("T")
 
 
 class Fetcher:
@@ -42,13 +45,13 @@ class Fetcher:
         """What became of each address: local_uri and validators, or status and error."""
         return self.runner.run(self._fetch_all(urls))
 
-    def page(self, url: str, max_bytes: int = 5 << 20) -> tuple[str, bytes]:
+    def page(self, url: str) -> tuple[str, bytes]:
         """(final address, body) of a web page.
 
         Raises:
             RowError: it can't or must not be had.
         """
-        return self.runner.run(self._page(url, max_bytes))
+        return self.runner.run(self._with_retries(url, self._page))
 
     def close(self) -> None:
         self.runner.run(self.web.client.aclose())
@@ -59,41 +62,43 @@ class Fetcher:
 
         async def one(url: str) -> Found:
             async with limit:
-                return await self._fetch(url)
+                try:
+                    return await self._with_retries(url, self._download)
+                except RowError as error:
+                    return {"status": error.status.value, "error": str(error)}
 
         distinct = list(dict.fromkeys(urls))
         found = dict(zip(distinct, await asyncio.gather(*map(one, distinct)), strict=True))
         return [found[url] for url in urls]
 
-    async def _fetch(self, url: str) -> Found:
+    async def _with_retries(self, url: str, get: Callable[[str], Awaitable[T]]) -> T:
+        """What `get(url)` gives, tried again after faults that may pass; the boundary of one address.
+
+        Raises:
+            RowError: whatever went wrong: one odd address or server costs one row.
+        """
         try:
             async with asyncio.timeout(self.config.total_timeout_s):
-                return await self._with_retries(url)
-        except RowError as error:
-            return {"status": error.status.value, "error": str(error)}
+                for attempt in range(1, self.config.max_tries + 1):
+                    try:
+                        return await get(url)
+                    except RowError as error:
+                        failure = error
+                    except TRANSIENT as error:
+                        late = isinstance(error, httpx.TimeoutException)
+                        status = Status.TIMEOUT if late else Status.UNREACHABLE
+                        failure = RowError(status, f"{type(error).__name__}: {error}")
+                    if not failure.status.is_retriable or attempt == self.config.max_tries:
+                        raise failure
+                    await asyncio.sleep(_wait_s(url, attempt, failure.retry_after_s))
         except TimeoutError:
-            error = f"not done after {self.config.total_timeout_s:g} s"
-            return {"status": Status.TIMEOUT.value, "error": error}
-
-    async def _with_retries(self, url: str) -> Found:
-        for attempt in range(1, self.config.max_tries + 1):
-            try:
-                return await self._download(url)
-            except RowError as error:
-                failure = error
-            except TRANSIENT as error:
-                status = Status.TIMEOUT if isinstance(error, httpx.TimeoutException) else Status.UNREACHABLE
-                failure = RowError(status, f"{type(error).__name__}: {error}")
-            if not failure.status.is_retriable or attempt == self.config.max_tries:
-                raise failure
-            await asyncio.sleep(self._wait_s(url, attempt, failure.retry_after_s))
+            reason = f"not done after {self.config.total_timeout_s:g} s"
+            raise RowError(Status.TIMEOUT, reason) from None
+        except (RowError, OSError, MemoryError):  # a full disk is not the address's fault
+            raise
+        except Exception as error:
+            raise RowError(Status.REFUSED, f"{type(error).__name__}: {error}") from error
         raise AssertionError("unreachable")
-
-    def _wait_s(self, url: str, attempt: int, retry_after_s: float | None) -> float:
-        """Exponential, with a jitter that is a function of the address; Retry-After wins."""
-        jitter = hashlib.sha256(f"{url}{attempt}".encode()).digest()[0] / 255
-        wait_s = self.config.backoff_s * 2 ** (attempt - 1) * (1 + jitter / 2)
-        return min(self.config.max_wait_s, max(wait_s, retry_after_s or 0.0))
 
     async def _download(self, url: str) -> Found:
         """One try: conditional if known, a continuation if partly there."""
@@ -104,7 +109,8 @@ class Fetcher:
         known = self.store.known(url)
         headers = conditions(known, part, read_validator(part))
         async with self.web.get(url, headers) as response:
-            check_opt_out(response, self.config)
+            if self.config.honour_opt_out:
+                check_opt_out(response, self.config.user_agent)
             if response.status_code == 304 and known:
                 return known.found()
             if response.status_code == 416:
@@ -122,9 +128,9 @@ class Fetcher:
 
     async def _save(self, response: httpx.Response, part: Path, *, append: bool) -> None:
         size, limit = (size_bytes(part) if append else 0), self.config.max_bytes
-        announced = response.headers.get("content-length", "")
-        if announced.isdigit() and size + int(announced) > limit:
-            raise RowError(Status.TOO_LARGE, f"{size + int(announced):,} bytes, more than {limit:,}")
+        announced = size + announced_bytes(response)
+        if announced > limit:
+            raise RowError(Status.TOO_LARGE, f"{announced:,} bytes, more than {limit:,}")
         with part.open("ab" if append else "wb") as file:
             async for chunk in response.aiter_raw():
                 if size < 512 and looks_like_text(chunk[:512] if size == 0 else b""):
@@ -137,21 +143,16 @@ class Fetcher:
         if size == 0:
             raise RowError(Status.EMPTY, "0 bytes")
 
-    async def _page(self, url: str, max_bytes: int) -> tuple[str, bytes]:
-        for attempt in range(1, self.config.max_tries + 1):
-            try:
-                async with asyncio.timeout(self.config.total_timeout_s):
-                    async with self.web.get(url, {}) as response:
-                        check_code(response)
-                        check_opt_out(response, self.config)
-                        body = b""
-                        async for chunk in response.aiter_raw():
-                            body += chunk
-                            if len(body) > max_bytes:
-                                break
-                        return str(response.extensions["url"]), body[:max_bytes]
-            except (*TRANSIENT, TimeoutError) as error:
-                if attempt == self.config.max_tries:
-                    raise RowError(Status.UNREACHABLE, f"{type(error).__name__}: {error}") from None
-                await asyncio.sleep(self._wait_s(url, attempt, None))
-        raise AssertionError("unreachable")
+    async def _page(self, url: str) -> tuple[str, bytes]:
+        async with self.web.get(url, {}) as response:
+            check_code(response)
+            if self.config.honour_opt_out:
+                check_opt_out(response, self.config.user_agent)
+            return str(response.extensions["url"]), await read_at_most(response, MAX_PAGE_BYTES)
+
+
+def _wait_s(url: str, attempt: int, retry_after_s: float | None) -> float:
+    """Exponential, with a jitter that is a function of the address; Retry-After wins."""
+    jitter = hashlib.sha256(f"{url}{attempt}".encode("utf-8", "surrogatepass")).digest()[0] / 255
+    wait_s = BACKOFF_S * 2 ** (attempt - 1) * (1 + jitter / 2)
+    return min(MAX_WAIT_S, max(wait_s, retry_after_s or 0.0))

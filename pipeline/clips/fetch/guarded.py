@@ -14,6 +14,11 @@ import httpx
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 NAT64 = ipaddress.ip_network("64:ff9b::/96")
+NOT_PUBLIC = [
+    ipaddress.ip_network(text) for text in ("::/96", "::ffff:0:0:0/96", "fec0::/10", "64:ff9b:1::/48")
+]
+"""Ranges that Python calls global though they lead inward: IPv4-compatible and translated addresses, old
+site-local ones, NAT64 of a local network (RFC 4291, 6145, 3879, 8215)."""
 MAX_HOSTS = 256
 """Hosts whose connections are kept open."""
 
@@ -88,4 +93,6 @@ def is_public(address: Address) -> bool:
         inner = address.ipv4_mapped or address.sixtofour or (address.teredo or (None, None))[1]
         if inner is not None:
             return is_public(inner)
+        if any(address in network for network in NOT_PUBLIC):
+            return False
     return address.is_global and not address.is_multicast

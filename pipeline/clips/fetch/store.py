@@ -114,6 +114,10 @@ class MediaStore:
         return join(self.folder, "urls", key[:2], f"{key}.json")
 
 
+def size_bytes(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
 def read_validator(part: Path) -> str | None:
     """The validator of the part that is there already."""
     note = part.with_suffix(".validator")

@@ -1,20 +1,56 @@
-"""The web, politely: one turnstile a host, robots.txt read once a site, every hop of a redirect checked."""
+"""The web, politely: a rate limit for each host, robots.txt read once a site, every hop of a redirect checked.
+
+Reached are public addresses only (pipeline/clips/fetch/guarded.py).
+"""
 
 import asyncio
 import time
-from urllib.parse import urljoin, urlsplit
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from urllib.parse import SplitResult, urljoin, urlsplit
 
 import httpx
+from pydantic import Field
 
-from pipeline.clips.fetch.answers import TRANSIENT, check_code
-from pipeline.clips.fetch.config import FetchConfig
+from infra.config import Config, Incidental
+from pipeline.clips.fetch.answers import TRANSIENT, Robots, check_code
 from pipeline.clips.fetch.guarded import GuardedTransport, RefusedAddressError
-from pipeline.clips.fetch.robots import MAX_BYTES, Robots, parse_robots
 from pipeline.schema import RowError, Status
 
+CONNECT_TIMEOUT_S, READ_TIMEOUT_S = 10.0, 30.0
+"""Longest wait for a connection, and longest silence of a server. Ours."""
+MAX_REDIRECTS = 5
+PER_HOST_CONCURRENCY = 8
+"""Connections to one host, over all workers; at least one a worker. Ours."""
+MAX_ROBOTS_BYTES = 500 << 10
+"""RFC 9309 section 2.5: a crawler reads at least this much."""
 
-class Gate:
-    """One host's turnstile: so many at once, so many a second."""
+
+class FetchConfig(Config):
+    """Manners and bounds of the crawler. All numbers are ours."""
+
+    user_agent: str = "vimi-crawler/0.1"
+    """Named in every request; robots.txt rules are looked up for the part before the slash."""
+    per_host_per_s: Incidental[float] = Field(default=20.0, gt=0)
+    """Requests a second to one host, over all workers (each gets its share)."""
+    concurrency: Incidental[int] = Field(default=64, ge=1)
+    """Downloads at once in one worker."""
+    total_timeout_s: Incidental[float] = Field(default=900.0, gt=0)
+    """Longest download, retries included."""
+    max_tries: Incidental[int] = Field(default=4, ge=1)
+    """Tries for transient faults: 429, 5xx, time-outs, resets, bodies cut short."""
+    max_bytes: int = Field(default=4 << 30, ge=1)
+    """Largest download."""
+    honour_robots: bool = True
+    """Obey robots.txt and its Crawl-delay."""
+    honour_opt_out: bool = True
+    """Leave out what X-Robots-Tag marks noai or noimageai."""
+    allow_hosts: tuple[str, ...] = ()
+    """Hosts (or host:port) that may be fetched from though their addresses are private."""
+
+
+class RateLimit:
+    """Requests to one host: so many at once, so many a second; `async with` waits for its turn."""
 
     def __init__(self, concurrency: int, per_s: float) -> None:
         self.slots, self.interval_s, self.next_s = asyncio.Semaphore(concurrency), 1 / per_s, 0.0
@@ -31,34 +67,70 @@ class Gate:
 
 
 class Web:
-    """Connections, turnstiles and robots.txt files of one worker, which gets its share of a host's rate."""
+    """Connections, rate limits and robots.txt files of one worker, which gets its share of a host's rate."""
 
     def __init__(self, config: FetchConfig, *, workers: int = 1) -> None:
         self.config = config
-        self.share = max(1, config.per_host_concurrency // workers), config.per_host_per_s / workers
-        self.gates: dict[str, Gate] = {}
+        self.share = max(1, PER_HOST_CONCURRENCY // workers), config.per_host_per_s / workers
+        self.limits: dict[str, RateLimit] = {}
         self.robots: dict[str, asyncio.Task[Robots]] = {}
+        timeout = httpx.Timeout(READ_TIMEOUT_S, connect=CONNECT_TIMEOUT_S, pool=config.total_timeout_s)
         self.client = httpx.AsyncClient(
             transport=GuardedTransport(config.allow_hosts),
-            timeout=httpx.Timeout(
-                config.read_timeout_s, connect=config.connect_timeout_s, pool=config.total_timeout_s
-            ),
+            timeout=timeout,
             headers={"User-Agent": config.user_agent, "Accept-Encoding": "identity"},
             follow_redirects=False,
             trust_env=False,
         )
 
-    def get(self, url: str, headers: dict[str, str], *, robots: bool = True) -> "Following":
-        """`async with` gives the response, its body unread."""
-        return Following(self, url, headers, robots=robots)
+    @asynccontextmanager
+    async def get(
+        self, url: str, headers: dict[str, str], *, robots: bool = True
+    ) -> AsyncIterator[httpx.Response]:
+        """The response at the end of the redirects, its body unread; its address is `extensions["url"]`.
 
-    def gate(self, host: str, delay_s: float | None = None) -> Gate:
+        Raises:
+            RowError: robots.txt forbids it, the address is not public, or it is none at all.
+        """
+        for _ in range(MAX_REDIRECTS + 1):
+            parts = split_address(url)
+            delay_s = await self._ask_robots(parts) if robots and self.config.honour_robots else None
+            async with self._limit(parts.netloc, delay_s):
+                response = await self._send(url, headers)
+                try:
+                    target = response.headers.get("location")
+                    if not (response.status_code in (301, 302, 303, 307, 308) and target):
+                        response.extensions["url"] = url
+                        yield response
+                        return
+                finally:
+                    await response.aclose()
+            url = _joined(url, target)
+        raise RowError(Status.NOT_FOUND, f"more than {MAX_REDIRECTS} redirects")
+
+    async def _send(self, url: str, headers: dict[str, str]) -> httpx.Response:
+        try:
+            return await self.client.send(self.client.build_request("GET", url, headers=headers), stream=True)
+        except RefusedAddressError as error:
+            raise RowError(Status.REFUSED, str(error)) from None
+        except (httpx.InvalidURL, httpx.UnsupportedProtocol, httpx.LocalProtocolError) as error:
+            raise RowError(Status.REFUSED, f"not a usable address: {error}") from None
+
+    def _limit(self, host: str, delay_s: float | None) -> RateLimit:
         concurrency, per_s = self.share
-        if host not in self.gates:
-            self.gates[host] = Gate(concurrency, min(per_s, 1 / delay_s) if delay_s else per_s)
-        return self.gates[host]
+        if host not in self.limits:
+            self.limits[host] = RateLimit(concurrency, min(per_s, 1 / delay_s) if delay_s else per_s)
+        return self.limits[host]
 
-    async def rules(self, origin: str) -> Robots:
+    async def _ask_robots(self, parts: SplitResult) -> float | None:
+        """The site's crawl delay; matching runs in a thread, so that no rules can stop the event loop."""
+        rules = await self._rules(f"{parts.scheme}://{parts.netloc}")
+        path = parts.path + (f"?{parts.query}" if parts.query else "")
+        if not await asyncio.to_thread(rules.allows, path):
+            raise RowError(Status.OPTED_OUT, "robots.txt disallows it")
+        return rules.crawl_delay_s
+
+    async def _rules(self, origin: str) -> Robots:
         """robots.txt of a site, read once by whoever comes first.
 
         Raises:
@@ -73,71 +145,50 @@ class Web:
             raise
 
     async def _read_robots(self, origin: str) -> Robots:
+        agent = self.config.user_agent
         try:
             async with self.get(f"{origin}/robots.txt", {}, robots=False) as response:
                 if 400 <= response.status_code < 500 and response.status_code != 429:
-                    return Robots()  # none there: all may be read
+                    return Robots("", agent)  # none there: all may be read
                 check_code(response)
-                body = b""
-                async for chunk in response.aiter_raw():
-                    body += chunk
-                    if len(body) > MAX_BYTES:
-                        break
-                return parse_robots(body.decode("utf-8", "replace"), self.config.user_agent)
+                body = await read_at_most(response, MAX_ROBOTS_BYTES)
+                return await asyncio.to_thread(Robots, body.decode("utf-8", "replace"), agent)
         except RowError as error:
             if error.status is Status.REFUSED:
-                return Robots()  # the page itself will be refused, and say why
+                return Robots("", agent)  # the page itself will be refused, and say why
             raise RowError(error.status, f"robots.txt: {error}", retry_after_s=error.retry_after_s) from None
         except TRANSIENT as error:
             raise RowError(Status.UNREACHABLE, f"robots.txt: {type(error).__name__}: {error}") from None
 
 
-class Following:
-    """`async with` over the response at the end of the redirects; every hop is checked like the first."""
+def split_address(url: str) -> SplitResult:
+    """The parts of an http address.
 
-    def __init__(self, web: "Web", url: str, headers: dict[str, str], *, robots: bool) -> None:
-        self.web, self.url, self.headers, self.robots = web, url, headers, robots
+    Raises:
+        RowError: it is none, or names a host or port that can't exist.
+    """
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError as error:
+        raise RowError(Status.REFUSED, f"not a usable address: {url[:200]}: {error}") from None
+    if parts.scheme not in ("http", "https") or not parts.hostname or port == 0:
+        raise RowError(Status.REFUSED, f"not an http address: {url[:200]}")
+    return parts
 
-    async def __aenter__(self) -> httpx.Response:
-        web = self.web
-        for _ in range(web.config.max_redirects + 1):
-            parts = urlsplit(self.url)
-            if parts.scheme not in ("http", "https") or not parts.hostname:
-                raise RowError(Status.REFUSED, f"not an http address: {self.url[:200]}")
-            delay_s = await self._check_robots(f"{parts.scheme}://{parts.netloc}")
-            self.gate = web.gate(parts.netloc, delay_s)
-            await self.gate.__aenter__()
-            try:
-                self.response = await self._send()
-            except BaseException:
-                await self.gate.__aexit__()
-                raise
-            target = self.response.headers.get("location")
-            if not (self.response.status_code in (301, 302, 303, 307, 308) and target):
-                self.response.extensions["url"] = self.url
-                return self.response
-            await self.__aexit__()
-            self.url = urljoin(self.url, target)
-        raise RowError(Status.NOT_FOUND, f"more than {web.config.max_redirects} redirects")
 
-    async def __aexit__(self, *_: object) -> None:
-        await self.response.aclose()
-        await self.gate.__aexit__()
+def _joined(url: str, target: str) -> str:
+    try:
+        return urljoin(url, target)
+    except ValueError as error:
+        raise RowError(Status.REFUSED, f"redirected to {target[:200]}: {error}") from None
 
-    async def _send(self) -> httpx.Response:
-        client = self.web.client
-        try:
-            return await client.send(client.build_request("GET", self.url, headers=self.headers), stream=True)
-        except RefusedAddressError as error:
-            raise RowError(Status.REFUSED, str(error)) from None
-        except (httpx.InvalidURL, httpx.UnsupportedProtocol, httpx.LocalProtocolError) as error:
-            raise RowError(Status.REFUSED, f"not a usable address: {error}") from None
 
-    async def _check_robots(self, origin: str) -> float | None:
-        if not (self.robots and self.web.config.honour_robots):
-            return None
-        rules = await self.web.rules(origin)
-        parts = urlsplit(self.url)
-        if not rules.allows(parts.path + (f"?{parts.query}" if parts.query else "")):
-            raise RowError(Status.OPTED_OUT, "robots.txt disallows it")
-        return rules.crawl_delay_s
+async def read_at_most(response: httpx.Response, max_bytes: int) -> bytes:
+    """The first bytes of a body."""
+    body = b""
+    async for chunk in response.aiter_raw():
+        body += chunk
+        if len(body) >= max_bytes:
+            break
+    return body[:max_bytes]

@@ -1,21 +1,22 @@
 """What every reader of a corpus yields: parents, each with the clips that the corpus lists in it."""
 
-import ast
-import json
-import math
-import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
-from pipeline.schema import Status
+import pyarrow.fs as pafs
+from pydantic import Field, field_validator
+
+from infra.config import Config
+from infra.errors import ConfigError
+from infra.storage import absolute, exists, filesystem, list_files
 
 VIDEO_SUFFIXES = frozenset(
     {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".m2ts", ".mts", ".flv"}
     | {".wmv", ".3gp", ".ogv", ".y4m", ".vob"}
 )
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"})
-CLOCK = re.compile(r"^(?:(\d+):)?(\d{1,2}):(\d{1,2}(?:[.,]\d+)?)$")
 
 
 @dataclass(frozen=True)
@@ -53,14 +54,103 @@ class Item:
         return Item(**{**values, "cuts": tuple(Cut(**cut) for cut in values["cuts"])})
 
 
-class Reader(Protocol):
-    """The one interface of all corpora. `items` gives the same list each time that it is called."""
+class SourceConfig(Config):
+    """One corpus, and what it says about its rows."""
 
-    def items(self) -> Iterator[Item]: ...
+    kind: str
+    """folder: files with sidecars; manifest: a table; urls: a list of addresses, one a line;
+    tar: WebDataset archives; page: web pages to look through."""
+    path: str
+    """Path, URI or (page) address. A tar source takes a file, a folder or `{000..012}` braces."""
+    name: str | None = None
+    """Name of the corpus in its rows (`source_name`); None = the last part of the path."""
+    licence: str | None = None
+    """Licence of rows that state none themselves."""
+    split: str | None = None
+    """Split of rows that state none themselves."""
+    columns: dict[str, str] = Field(default_factory=dict)
+    """For manifests: our column -> theirs, for uri, caption, start_s, end_s, timestamps, split,
+    licence. What is not mapped is looked for under its usual names."""
+    media: Literal["auto", "video", "image"] = "auto"
+    """What the entries are; auto = by name, then by the bytes."""
+    allow_outside_root: bool = False
+    """May a manifest name files outside its own folder?"""
+    depth: int = Field(default=1, ge=0, le=10)
+    """For pages: how many links away from the first page, on the same site."""
+    max_pages: int = Field(default=1000, ge=1)
+    """For pages: stop looking after so many."""
 
+    @field_validator("kind")
+    @classmethod
+    def _is_known(cls, kind: str) -> str:
+        if kind not in READERS:
+            raise ValueError(f"no reader of this kind; legal: {', '.join(READERS)}")
+        return kind
+
+
+class Web(Protocol):
+    """What a reader may ask of the web."""
+
+    def page(self, url: str) -> tuple[str, bytes]: ...
+
+
+class Reader(ABC):
+    """The one interface of all corpora; a new kind is a subclass that is registered by its name."""
+
+    needs_web = False
+    """Must `prepare` be called before `items`?"""
+
+    @abstractmethod
+    def __init__(self, config: SourceConfig) -> None:
+        """Raise ConfigError unless there is such a corpus."""
+
+    @classmethod
+    def recognise(cls, path: str) -> SourceConfig | None:
+        """The source at a path or address that a user named, if it is one of this kind."""
+        return None
+
+    def prepare(self, web: Web, folder: str) -> None:
+        """Fetch what `items` needs, into `folder`, once for a job."""
+        raise NotImplementedError
+
+    @abstractmethod
+    def items(self) -> Iterator[Item]:
+        """The parents in a fixed order: the same list each time."""
+
+    @abstractmethod
     def fingerprint(self) -> str:
         """Changes when the list changes: a finished crawl of an unchanged corpus is not redone."""
-        ...
+
+
+READERS: dict[str, type[Reader]] = {}
+"""Kind -> reader. What a path is, is asked of the one registered last first."""
+
+
+def register(kind: str, reader: type[Reader]) -> None:
+    """Make a reader known by the name that configs use."""
+    READERS[kind] = reader
+
+
+def require_path(path: str) -> str:
+    """The absolute path of a corpus.
+
+    Raises:
+        ConfigError: nothing there.
+    """
+    if not exists(path):
+        raise ConfigError(f"no corpus at {path}", cure="give a folder, a table or an http address")
+    return absolute(path)
+
+
+def names_in(folder: str) -> list[str]:
+    """Names of the files at the top of a folder; [] for a file, or for nothing."""
+    files = list_files(folder, recursive=False) if is_folder(folder) else []
+    return [file.rpartition("/")[2] for file in files]
+
+
+def is_folder(path: str) -> bool:
+    fs, place = filesystem(path)
+    return fs.get_file_info(place).type == pafs.FileType.Directory
 
 
 def is_url(uri: str) -> bool:
@@ -69,7 +159,9 @@ def is_url(uri: str) -> bool:
 
 def suffix_of(uri: str) -> str:
     """Lower-case file name extension, of a URL's path too; "" if there is none."""
-    name = uri.split("?")[0].split("#")[0].rpartition("/")[2]
+    if is_url(uri):  # a file may well be called "What is this? #2.mp4"
+        uri = uri.split("?")[0].split("#")[0]
+    name = uri.rpartition("/")[2]
     return "." + name.rpartition(".")[2].lower() if "." in name else ""
 
 
@@ -80,73 +172,5 @@ def media_of(uri: str) -> str:
     return "image" if suffix in IMAGE_SUFFIXES else "auto"
 
 
-def make_cut(caption: Any, start: Any = None, end: Any = None) -> Cut:
-    """A cut from whatever a manifest holds; a value that can't be used becomes its fate."""
-    text, error = clean_caption(caption)
-    if error:
-        return Cut(None, None, None, Status.BAD_CAPTION.value, error)
-    try:
-        start_s, end_s = parse_time(start), parse_time(end)
-    except ValueError as problem:
-        return Cut(text, None, None, Status.BAD_RANGE.value, str(problem))
-    if start_s is None and end_s is None:
-        return Cut(text)
-    start_s = start_s or 0.0
-    if start_s < 0 or (end_s is not None and end_s <= start_s):
-        return Cut(text, None, None, Status.BAD_RANGE.value, f"range [{start_s}, {end_s}] s")
-    return Cut(text, start_s, end_s)
-
-
-def clean_caption(value: Any) -> tuple[str | None, str | None]:
-    """(caption, error): white space collapsed, None for none; bytes and text must be UTF-8."""
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return None, None
-    if isinstance(value, bytes):
-        try:
-            value = value.decode("utf-8-sig")
-        except UnicodeDecodeError as error:
-            return None, f"caption is not UTF-8: {error.reason} at byte {error.start}"
-    if isinstance(value, list) and value and all(isinstance(v, str) for v in value):
-        value = value[0]
-    if not isinstance(value, str):
-        return None, f"caption is a {type(value).__name__}, not text"
-    if any("\ud800" <= c <= "\udfff" for c in value):
-        return None, "caption is not UTF-8"
-    text = " ".join(value.replace("\0", " ").split())
-    return text or None, None
-
-
-def parse_time(value: Any) -> float | None:
-    """Seconds of a number, "12.5", "1:02:03.4" or "02:03,4"; None for none.
-
-    Raises:
-        ValueError: not a time, or not finite.
-    """
-    if value is None or value == "":
-        return None
-    if isinstance(value, str):
-        clock = CLOCK.match(value.strip())
-        if clock:
-            hours, minutes, seconds = clock.groups()
-            return int(hours or 0) * 3600 + int(minutes) * 60 + float(seconds.replace(",", "."))
-    try:
-        seconds = float(value)
-    except (TypeError, ValueError):
-        raise ValueError(f"time {value!r} is not a number of seconds") from None
-    if not math.isfinite(seconds):
-        raise ValueError(f"time {value!r} is not finite")
-    return seconds
-
-
-def parse_list(value: Any) -> Any:
-    """A list that a table holds as such, as JSON, or as a Python literal (Panda-70M's CSV)."""
-    if not isinstance(value, str) or not value.lstrip().startswith("["):
-        return value
-    try:
-        return json.loads(value)
-    except ValueError:
-        pass
-    try:
-        return ast.literal_eval(value)
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
-        raise ValueError(f"not a list: {value[:60]!r}") from None
+def is_media(name: str) -> bool:
+    return suffix_of(name) in VIDEO_SUFFIXES | IMAGE_SUFFIXES

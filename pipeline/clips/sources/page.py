@@ -5,35 +5,52 @@ site, to a given depth. What was found is written down once, so that a stopped c
 """
 
 import json
+from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from html.parser import HTMLParser
-from typing import Protocol
 from urllib.parse import urldefrag, urljoin, urlsplit
 
 from infra.storage import exists, join, read_bytes, write_bytes
-from pipeline.clips.sources.base import Cut, Item, clean_caption, is_url, media_of, suffix_of
+from pipeline.clips.sources.base import (
+    Cut,
+    Item,
+    Reader,
+    SourceConfig,
+    Web,
+    is_url,
+    media_of,
+    suffix_of,
+)
+from pipeline.clips.sources.captions import clean_caption
 from pipeline.schema import RowError, content_id
 
+PAGE_SUFFIXES = frozenset({"", ".html", ".htm", ".php", ".asp", ".aspx", ".xhtml"})
+MAX_TITLE_CHARS = 10_000
+"""What of a page's title serves as a caption: it is cleaned once for each film. Ours."""
 
-class PageFetcher(Protocol):
-    def page(self, url: str) -> tuple[str, bytes]: ...
 
-
-class PageReader:
+class PageReader(Reader):
     """Items of a site, once `prepare` has looked through it."""
 
-    def __init__(self, url: str, depth: int, max_pages: int) -> None:
-        self.url, self.depth, self.max_pages = url, depth, max_pages
+    needs_web = True
+
+    def __init__(self, config: SourceConfig) -> None:
+        self.url, self.depth, self.max_pages = config.path, config.depth, config.max_pages
         self.found: list[Item] = []
 
-    def prepare(self, fetcher: PageFetcher, folder: str) -> None:
+    @classmethod
+    def recognise(cls, path: str) -> SourceConfig | None:
+        return SourceConfig(kind="page", path=path) if is_url(path) else None
+
+    def prepare(self, web: Web, folder: str) -> None:
         """Look through the site, or take what an earlier run of this job found."""
         place = join(folder, f"{self.fingerprint()}.jsonl")
         if not exists(place):
-            items = list(self._crawl(fetcher))
+            items = list(self._look_through(web))
             lines = [json.dumps(item.to_json(), ensure_ascii=False) for item in items]
             write_bytes(place, "\n".join(lines).encode())
-        lines = read_bytes(place).decode().splitlines()
+        lines = read_bytes(place).decode().split("\n")
         self.found = [Item.from_json(json.loads(line)) for line in lines if line]
 
     def items(self) -> Iterator[Item]:
@@ -42,7 +59,7 @@ class PageReader:
     def fingerprint(self) -> str:
         return content_id("page", self.url, self.depth, self.max_pages)[:16]
 
-    def _crawl(self, fetcher: PageFetcher) -> Iterator[Item]:
+    def _look_through(self, web: Web) -> Iterator[Item]:
         """Breadth first, each page once; a page that can't be had is a row."""
         site = urlsplit(self.url).netloc
         seen, media, level = {self.url}, set(), [self.url]
@@ -50,7 +67,7 @@ class PageReader:
             following: list[str] = []
             for url in level:
                 try:
-                    final, body = fetcher.page(url)
+                    final, body = web.page(url)
                 except RowError as error:
                     yield Item(url, "auto", (Cut(),), status=error.status.value, error=f"page: {error}")
                     continue
@@ -67,13 +84,12 @@ class PageReader:
             level = following
 
 
-PAGE_SUFFIXES = frozenset({"", ".html", ".htm", ".php", ".asp", ".aspx", ".xhtml"})
-
-
 def parse_page(url: str, body: bytes) -> "Page":
+    """The media and links of a page; HTML that Python's parser gives up on is read up to there."""
     page = Page(url)
-    page.feed(body.decode("utf-8", "replace"))
-    page.close()
+    with suppress(AssertionError):  # html.parser's answer to `<![<![`
+        page.feed(body.decode("utf-8", "replace"))
+        page.close()
     page.finish()
     return page
 
@@ -88,7 +104,8 @@ class Page(HTMLParser):
         self.links: list[str] = []
         self.title = ""
         self.meta: dict[str, str] = {}
-        self.inside: list[str] = []
+        self.stack: list[str] = []
+        self.inside: Counter[str] = Counter()  # the same, counted: a page may never close its tags
         self.pending: list[tuple[str, str, str | None]] = []  # url, media, caption; of one figure
         self.figcaption = ""
         self.video_title: str | None = None
@@ -96,34 +113,38 @@ class Page(HTMLParser):
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         values = {key: value or "" for key, value in attrs}
         if tag in ("figure", "figcaption", "title", "video", "picture"):
-            self.inside.append(tag)
+            self.stack.append(tag)
+            self.inside[tag] += 1
         if tag == "figure":
             self._flush()
         if tag == "base" and values.get("href"):
-            self.base = urljoin(self.base, values["href"])
+            self.base = self._absolute(values["href"]) or self.base
         elif tag == "a" and values.get("href"):
-            self.links.append(urldefrag(urljoin(self.base, values["href"]))[0])
+            link = self._absolute(values["href"])
+            self.links += [urldefrag(link)[0]] if link else []
         elif tag == "meta":
             self.meta.setdefault(values.get("property") or values.get("name", ""), values.get("content", ""))
         elif tag == "video":
             self.video_title = values.get("title") or values.get("aria-label")
             self._add(values.get("src"), "video", self.video_title)
-        elif tag == "source" and "video" in self.inside:
+        elif tag == "source" and self.inside["video"]:
             self._add(values.get("src"), "video", self.video_title)
         elif tag == "img":
             self._add(values.get("src"), "image", values.get("alt") or values.get("title"))
 
     def handle_endtag(self, tag: str) -> None:
-        if tag in self.inside:
-            while self.inside.pop() != tag:
-                pass
+        while self.inside[tag]:
+            closed = self.stack.pop()
+            self.inside[closed] -= 1
+            if closed == tag:
+                break
         if tag == "figure":
             self._flush()
 
     def handle_data(self, data: str) -> None:
-        if "figcaption" in self.inside:
+        if self.inside["figcaption"]:
             self.figcaption += data
-        elif "title" in self.inside:
+        elif self.inside["title"]:
             self.title += data
 
     def finish(self) -> None:
@@ -136,10 +157,20 @@ class Page(HTMLParser):
         self._flush()
 
     def _add(self, address: str | None, media: str, caption: str | None) -> None:
-        if address and not address.startswith("data:"):
-            self.pending.append((urljoin(self.base, address.strip()), media, caption))
-        if "figure" not in self.inside:
+        url = None if not address or address.startswith("data:") else self._absolute(address.strip())
+        if url:
+            self.pending.append((url, media, caption))
+        if not self.inside["figure"]:
             self._flush()
+
+    def _absolute(self, address: str) -> str | None:
+        """The address below the page's base; None for one that is none, such as `http://[x`."""
+        try:
+            url = urljoin(self.base, address)
+            urlsplit(url)
+        except ValueError:
+            return None
+        return url
 
     def _flush(self) -> None:
         """A figure's caption describes what it shows; without one the alt text or title does."""
@@ -152,4 +183,4 @@ class Page(HTMLParser):
         self.pending, self.figcaption = [], ""
 
     def _title(self) -> str | None:
-        return clean_caption(self.meta.get("og:title") or self.title)[0]
+        return clean_caption((self.meta.get("og:title") or self.title)[:MAX_TITLE_CHARS])[0]

@@ -142,6 +142,15 @@ class Handler(BaseHTTPRequestHandler):
     def on_always429(self) -> None:
         self.reply(429, b"", Retry_After="0")
 
+    def on_badredirect(self) -> None:
+        self.reply(302, b"", Location="http://host:99999/")
+
+    def on_superscript(self) -> None:
+        self.reply(429, b"", Retry_After="\u00b2")
+
+    def on_badrange(self) -> None:
+        self.reply(206, BODY[2:], Content_Range="bytes \u00b2-5/10")
+
     def on_html(self) -> None:
         self.reply(body=b"<!DOCTYPE html><html>not a film</html>" + b" " * 600, Content_Type="video/mp4")
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from infra.storage import read_certificate
-from pipeline.clips.config import CrawlConfig
-from pipeline.clips.crawl import run
+from pipeline.clips import table
+from pipeline.clips.crawl import CrawlConfig, run
 from pipeline.clips.sources import source_from_path
 from pipeline.job import Receipts
 
@@ -21,14 +21,14 @@ NUM_VIDEOS, UNITS_IN_HAND = 48, 2  # two workers, one unit each
 SCRIPT = """
 import sys
 from infra.cluster import RayConfig
-from pipeline.clips.config import CrawlConfig
-from pipeline.clips.crawl import run
+from pipeline.clips.crawl import CrawlConfig, run
+from pipeline.clips import table
 from pipeline.clips.sources import source_from_path
+table.ROWS_PER_PART = 17
 run(CrawlConfig(
     sources=(source_from_path(sys.argv[1]),),
     out=sys.argv[2],
     filters={"plugins": ["slowly:slowly"]},
-    rows_per_part=17,
     ray=RayConfig(num_cpus=2),
 ))
 """
@@ -124,11 +124,12 @@ def outputs(out: Path) -> dict[str, bytes]:
 @pytest.mark.ray
 @pytest.mark.parametrize(
     ("seed", "kills", "drivers"),
-    [(0, 6, 1), *(pytest.param(s, 20, 2, marks=pytest.mark.slow) for s in range(1, 11))],
+    [(0, 3, 1), *(pytest.param(s, 20, 2, marks=pytest.mark.slow) for s in range(1, 11))],
 )
-def test_killed_crawl_equals_unbroken_crawl(ray_cluster, tmp_path, corpus, seed, kills, drivers):
+def test_killed_crawl_equals_unbroken_crawl(ray_cluster, tmp_path, corpus, seed, kills, drivers, monkeypatch):
+    monkeypatch.setattr(table, "ROWS_PER_PART", 17)
     sources = (source_from_path(str(corpus)),)
-    second = run(CrawlConfig(sources=sources, out=str(tmp_path / "unbroken"), rows_per_part=17))
+    second = run(CrawlConfig(sources=sources, out=str(tmp_path / "unbroken")))
     visits = tmp_path / "visits"
     done = crawl_under_fire(corpus, tmp_path / "clips", visits, seed, kills, drivers)
     assert done.total() >= kills // 2, f"too few kills to mean something: {done}"

@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 
-from pipeline.clips.fetch.config import FetchConfig
+from pipeline.clips.fetch import fetcher as fetching
+from pipeline.clips.fetch import web
 from pipeline.clips.fetch.fetcher import Fetcher
-from pipeline.clips.sources.page import PageReader
+from pipeline.clips.fetch.web import FetchConfig
+from pipeline.clips.sources import SourceConfig, open_source
 from pipeline.schema import RowError
 from tests.pipeline.clips.hostile_site import BODY, ETAG, Site
 
@@ -26,17 +28,17 @@ def site() -> Iterator[Site]:
 
 
 @pytest.fixture
-def fetch(site, tmp_path):
+def fetch(site, tmp_path, monkeypatch):
     """Fetches paths of the site; settings override the quick ones of the tests."""
     made: list[Fetcher] = []
+    monkeypatch.setattr(fetching, "BACKOFF_S", 0.01)
+    monkeypatch.setattr(web, "READ_TIMEOUT_S", 1.0)
 
     def run(*paths: str, media: str = "media", **settings: Any) -> list[dict[str, Any]]:
         config = {
             "allow_hosts": ("127.0.0.1",),
-            "backoff_s": 0.01,
             "per_host_per_s": 1000.0,
             "max_bytes": 1_000_000,
-            "read_timeout_s": 1.0,
             "max_tries": 3,
             **settings,
         }
@@ -74,6 +76,9 @@ def test_bytes_arrive_whole_and_are_named_by_their_content(fetch):
         ("/noai", "opted_out", "noai"),
         ("/private/x", "opted_out", "robots.txt"),
         ("/forbidden", "refused", "HTTP 403"),
+        ("/badredirect", "refused", "not a usable address"),
+        ("/superscript", "rate_limited", "HTTP 429"),
+        ("/badrange", "unreachable", "another range"),
         ("/inward", "refused", "localhost is 127.0.0.1, not a public address"),
     ],
 )
@@ -112,8 +117,9 @@ def test_retry_after_is_waited_for(fetch):
     assert time.monotonic() - started >= 1
 
 
-def test_a_host_is_not_asked_faster_or_wider_than_agreed(fetch, site):
-    fetch(*[f"/good/{n}" for n in range(12)], per_host_per_s=40.0, per_host_concurrency=2)
+def test_a_host_is_not_asked_faster_or_wider_than_agreed(fetch, site, monkeypatch):
+    monkeypatch.setattr(web, "PER_HOST_CONCURRENCY", 2)
+    fetch(*[f"/good/{n}" for n in range(12)], per_host_per_s=40.0)
     assert site.most_active <= 2
     assert site.times[-1] - site.times[0] >= 11 / 40 * 0.9
 
@@ -156,7 +162,7 @@ def test_a_site_is_looked_through_to_the_given_depth_once(site, tmp_path):
         FetchConfig(allow_hosts=("127.0.0.1",), per_host_per_s=1000, max_tries=1), str(tmp_path / "m")
     )
     for depth, pages in ((0, 1), (1, 3), (2, 7)):
-        reader = PageReader(f"{site.url}/pages", depth, 100)
+        reader = open_source(SourceConfig(kind="page", path=f"{site.url}/pages", depth=depth))
         reader.prepare(fetcher, str(tmp_path / "pages"))
         assert len(list(reader.items())) == pages
         hits = site.hits.total()
@@ -169,4 +175,23 @@ def test_a_page_that_cannot_be_had_is_an_error_with_a_status(site, tmp_path):
     fetcher = Fetcher(FetchConfig(allow_hosts=("127.0.0.1",), max_tries=1), str(tmp_path / "m"))
     with pytest.raises(RowError, match="404"):
         fetcher.page(f"{site.url}/absent")
+    fetcher.close()
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["http://[::1", "http://ex\u2100mple.com", "http://host:99999/", "http://xn--/a.jpg", "http://h\x00/"],
+)
+def test_what_is_no_usable_address_costs_its_row_alone(tmp_path, url):
+    fetcher = Fetcher(FetchConfig(max_tries=1), str(tmp_path / "m"))
+    (found,) = fetcher.fetch_all([url])
+    fetcher.close()
+    assert found["status"] in ("refused", "unreachable")
+
+
+def test_a_full_disk_is_not_a_row(tmp_path, monkeypatch):
+    fetcher = Fetcher(FetchConfig(max_tries=1), str(tmp_path / "m"))
+    monkeypatch.setattr(fetcher.store, "partial", lambda url: (_ for _ in ()).throw(OSError(28, "No space")))
+    with pytest.raises(OSError, match="No space"):
+        fetcher.fetch_all(["http://a.invalid/"])
     fetcher.close()

@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
@@ -14,10 +15,11 @@ from hypothesis import strategies as st
 
 from infra.errors import ConfigError
 from infra.storage import write_bytes
-from pipeline.clips.parent import InspectConfig, inspect_parent
-from pipeline.clips.sources import Item, SourceConfig, open_source, read_items, source_from_path
-from pipeline.clips.sources.base import clean_caption, parse_time
-from pipeline.clips.sources.sidecars import read_sidecar
+from pipeline.clips import crawl, sources
+from pipeline.clips.filters import FilterConfig
+from pipeline.clips.parent import inspect_parent
+from pipeline.clips.sources import Item, Reader, SourceConfig, base, open_source, read_items, source_from_path
+from pipeline.clips.sources.captions import clean_caption, parse_time, read_sidecar
 from pipeline.media.store import read_media
 
 
@@ -235,7 +237,42 @@ def test_corpora_on_an_object_store_read_like_those_on_disk(s3_server, tmp_path,
         write_bytes(f"s3://corpus/{name}", data)
     items = [*read("s3://corpus/in"), *read("s3://corpus/t.tar")]
     assert [item.uri.partition("#")[0] for item in items] == ["s3://corpus/in/a.mp4", "s3://corpus/t.tar"]
-    settings = InspectConfig().model_dump_json()
-    rows = [row for i in items for row in inspect_parent(i.to_json(), {"local_uri": i.uri}, settings)]
+    settings = ("whole", FilterConfig())
+    rows = [row for i in items for row in inspect_parent(i.to_json(), {"local_uri": i.uri}, *settings)]
     assert [(row["status"], row["caption"]) for row in rows] == [("ok", "a film"), ("ok", "a picture")]
     assert rows[0]["source_sha256"] == hashlib.sha256(film).hexdigest()
+
+
+def test_a_local_name_with_signs_of_an_address_is_a_name(tmp_path):
+    names = ["Dr. Who #2.mp4", "Funny cat #shorts.mp4", "What is this? part 1.mp4"]
+    for name in names:
+        (tmp_path / name).write_bytes(b"x")
+    assert [item.uri.removeprefix(f"{tmp_path}/") for item in read(tmp_path)] == names
+
+
+class NumberReader(Reader):
+    """A toy corpus: `numbers:3` is three pictures."""
+
+    def __init__(self, config: SourceConfig) -> None:
+        self.count = int(config.path.removeprefix("numbers:"))
+
+    @classmethod
+    def recognise(cls, path: str) -> SourceConfig | None:
+        return SourceConfig(kind="numbers", path=path) if path.startswith("numbers:") else None
+
+    def items(self) -> Iterator[Item]:
+        return (Item(f"/{number}.jpg", "image") for number in range(self.count))
+
+    def fingerprint(self) -> str:
+        return str(self.count)
+
+
+def test_a_reader_is_added_from_outside(monkeypatch):
+    monkeypatch.setattr(base, "READERS", dict(base.READERS))
+    monkeypatch.setattr(sources, "READERS", base.READERS)
+    with pytest.raises(ValueError, match="legal: folder, tar, manifest, urls, page"):
+        SourceConfig(kind="numbers", path="numbers:3")
+    sources.register("numbers", NumberReader)
+    assert [item.uri for item in read("numbers:3")] == ["/0.jpg", "/1.jpg", "/2.jpg"]
+    assert len(crawl.check(crawl.CrawlConfig(sources=(source_from_path("numbers:2"),), out="out"))) == 1
+    assert source_from_path("http://a.org/list.csv").kind == "page"

@@ -1,12 +1,14 @@
 """What the web may ask of us and show us: addresses, robots.txt, opt-out headers, pages."""
 
 import ipaddress
+import time
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipeline.clips.fetch.answers import Robots, opted_out
 from pipeline.clips.fetch.guarded import is_public
-from pipeline.clips.fetch.robots import opted_out, parse_robots
 from pipeline.clips.sources.page import parse_page
 
 
@@ -24,10 +26,17 @@ def test_wrapping_an_address_in_ipv6_changes_nothing(address):
         assert is_public(wrapped) == is_public(address)
 
 
+@pytest.mark.parametrize(
+    "text", ["::127.0.0.1", "::ffff:0:127.0.0.1", "fec0::1", "64:ff9b:1::a00:1", "::1", "::"]
+)
+def test_addresses_that_lead_inward_are_not_public(text):
+    assert not is_public(ipaddress.ip_address(text))
+
+
 def test_robots_rules_follow_rfc_9309():
     lines = ["User-agent: a", "User-agent: vimi-crawler", "Disallow: /x", "Allow: /x/y", "Disallow: /*.gif$"]
     text = "\n".join([*lines, "Crawl-delay: 2", "", "User-agent: *", "Disallow: /"])
-    ours = parse_robots(text, "vimi-crawler/0.1")
+    ours = Robots(text, "vimi-crawler/0.1")
     assert [ours.allows(p) for p in ("/", "/x", "/x/y/z", "/a.gif", "/a.gif?b")] == [
         True,
         False,
@@ -36,13 +45,28 @@ def test_robots_rules_follow_rfc_9309():
         True,
     ]
     assert ours.crawl_delay_s == 2
-    assert not parse_robots(text, "other").allows("/")
-    assert parse_robots("", "other").allows("/")
+    assert not Robots(text, "other").allows("/")
+    assert Robots("", "other").allows("/")
 
 
 @given(st.text(), st.text())
 def test_no_robots_file_can_crash_the_crawler(text, path):
-    assert parse_robots(text, "x").allows(path) in (True, False)
+    assert Robots(text, "x").allows(path) in (True, False)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "User-agent: *\nDisallow: /*a*a*a*a*a*a*a*ab$",
+        "User-agent: *\n" + "Disallow: /*a*a*a*ab$\n" * 20_000,
+        "".join(f"User-agent: bot{n}\n" for n in range(16_000)) + "Disallow: /x\n" * 16_000,
+    ],
+    ids=["wildcards", "many rules", "many agents"],
+)
+def test_no_robots_file_costs_more_than_linear_time(text):
+    started_s = time.process_time()
+    assert Robots(text, "vimi-crawler/0.1").allows("/" + "a" * 2000)
+    assert time.process_time() - started_s < 3
 
 
 def test_opt_out_headers_name_everyone_or_us():
@@ -73,3 +97,24 @@ def test_pages_give_their_media_with_the_words_beside_them():
 @given(st.binary(max_size=300))
 def test_no_page_can_crash_the_crawler(body):
     parse_page("http://site.org/", b"<figure><video src=a>" + body)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"<a href='http://[IPv6 address]/'>x</a>",
+        b"<img src='http://[x'>",
+        b"<base href='http://['>",
+        b"<![<![",
+        b"<figure><video></figure></video></figure>",
+    ],
+)
+def test_what_is_no_address_on_a_page_is_passed_over(body):
+    page = parse_page("http://site.org/", b"<video src='good.mp4'></video>" + body)
+    assert [item.uri for item in page.items] == ["http://site.org/good.mp4"]
+
+
+def test_a_page_of_many_open_tags_takes_linear_time():
+    started_s = time.process_time()
+    assert len(parse_page("http://site.org/", b"<video src=a>" * 50_000).items) == 50_000
+    assert time.process_time() - started_s < 8

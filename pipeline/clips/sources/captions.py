@@ -1,17 +1,20 @@
-"""Captions that lie beside a file: `a.mp4` with `a.txt`, `a.json`, `a.vtt` or `a.srt`."""
+"""Captions and times as corpora write them: values of tables, and sidecars (.txt, .json, .vtt, .srt)."""
 
+import ast
 import json
+import math
 import re
 from collections.abc import Iterator
 from typing import Any
 
-from pipeline.clips.sources.base import Cut, clean_caption, make_cut, parse_list
+from pipeline.clips.sources.base import Cut
 from pipeline.schema import Status
 
 SIDECAR_SUFFIXES = (".txt", ".json", ".vtt", ".srt")
 CAPTION_KEYS = ("caption", "text", "title", "description")
 CUE_TIMES = re.compile(r"(\S+)\s+-->\s+(\S+)")
 TAG = re.compile(r"<[^>]*>")
+CLOCK = re.compile(r"^(?:(\d+):)?(\d{1,2}):(\d{1,2}(?:[.,]\d+)?)$")
 
 
 def read_sidecar(name: str, data: bytes) -> tuple[Cut, ...]:
@@ -84,3 +87,75 @@ def _cues(text: str) -> Iterator[Cut]:
         match = CUE_TIMES.search(lines[place])
         assert match is not None
         yield make_cut(TAG.sub("", " ".join(lines[place + 1 :])), match[1], match[2])
+
+
+def make_cut(caption: Any, start: Any = None, end: Any = None) -> Cut:
+    """A cut from whatever a manifest holds; a value that can't be used becomes its fate."""
+    text, error = clean_caption(caption)
+    if error:
+        return Cut(None, None, None, Status.BAD_CAPTION.value, error)
+    try:
+        start_s, end_s = parse_time(start), parse_time(end)
+    except ValueError as problem:
+        return Cut(text, None, None, Status.BAD_RANGE.value, str(problem))
+    if start_s is None and end_s is None:
+        return Cut(text)
+    start_s = start_s or 0.0
+    if start_s < 0 or (end_s is not None and end_s <= start_s):
+        return Cut(text, None, None, Status.BAD_RANGE.value, f"range [{start_s}, {end_s}] s")
+    return Cut(text, start_s, end_s)
+
+
+def clean_caption(value: Any) -> tuple[str | None, str | None]:
+    """(caption, error): white space collapsed, None for none; bytes and text must be UTF-8."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return None, None
+    if isinstance(value, bytes):
+        try:
+            value = value.decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            return None, f"caption is not UTF-8: {error.reason} at byte {error.start}"
+    if isinstance(value, list) and value and all(isinstance(v, str) for v in value):
+        value = value[0]
+    if not isinstance(value, str):
+        return None, f"caption is a {type(value).__name__}, not text"
+    if any("\ud800" <= c <= "\udfff" for c in value):
+        return None, "caption is not UTF-8"
+    text = " ".join(value.replace("\0", " ").split())
+    return text or None, None
+
+
+def parse_time(value: Any) -> float | None:
+    """Seconds of a number, "12.5", "1:02:03.4" or "02:03,4"; None for none.
+
+    Raises:
+        ValueError: not a time, or not finite.
+    """
+    if value is None or value == "":
+        return None
+    if isinstance(value, str):
+        clock = CLOCK.match(value.strip())
+        if clock:
+            hours, minutes, seconds = clock.groups()
+            return int(hours or 0) * 3600 + int(minutes) * 60 + float(seconds.replace(",", "."))
+    try:
+        seconds = float(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"time {value!r} is not a number of seconds") from None
+    if not math.isfinite(seconds):
+        raise ValueError(f"time {value!r} is not finite")
+    return seconds
+
+
+def parse_list(value: Any) -> Any:
+    """A list that a table holds as such, as JSON, or as a Python literal (Panda-70M's CSV)."""
+    if not isinstance(value, str) or not value.lstrip().startswith("["):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError:
+        pass
+    try:
+        return ast.literal_eval(value)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        raise ValueError(f"not a list: {value[:60]!r}") from None

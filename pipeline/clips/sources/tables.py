@@ -1,4 +1,4 @@
-"""Tables that list clips: CSV, JSONL or Parquet; one row a clip, or lists of clips in a row.
+"""Tables that list clips: CSV, JSONL or Parquet; one row a clip, or lists of clips in a row; lists of URLs.
 
 Columns are found by their usual names, or by a mapping {ours: theirs}. A Parquet column of bytes is
 media itself: its cells are referenced, not copied. Neighbouring rows of one parent become one item.
@@ -8,6 +8,7 @@ import csv
 import io
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import chain, groupby, islice
 from typing import Any
 
@@ -16,8 +17,18 @@ import pyarrow.parquet as pq
 
 from infra.errors import ConfigError
 from infra.storage import absolute, filesystem, is_remote, sha256_file
-from pipeline.clips.sources.base import Cut, Item, is_url, media_of
-from pipeline.clips.sources.sidecars import CAPTION_KEYS, cuts_of
+from pipeline.clips.sources.base import (
+    Cut,
+    Item,
+    Reader,
+    SourceConfig,
+    is_url,
+    media_of,
+    names_in,
+    require_path,
+    suffix_of,
+)
+from pipeline.clips.sources.captions import CAPTION_KEYS, cuts_of, make_cut
 from pipeline.media.store import cell_uri
 from pipeline.schema import Status
 
@@ -34,24 +45,37 @@ COLUMNS: dict[str, tuple[str, ...]] = {
     "licence": ("licence", "license"),
 }
 """Our name -> names that corpora use, the first one found wins."""
-
+MANIFESTS = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
+LISTINGS = ("captions.jsonl", "metadata.jsonl", "metadata.csv", "metadata.parquet")
+"""Tables that, lying at the top of a folder, describe it (Hugging Face's imagefolder and ours)."""
 LOOK_AHEAD_ROWS = 1000
 """JSON lines need not all have the same keys: so many are looked at for the names of columns."""
 
 
-class ManifestReader:
+class ManifestReader(Reader):
     """The rows of one table."""
 
-    def __init__(self, path: str, columns: dict[str, str], allow_outside_root: bool) -> None:
-        self.path = absolute(path)
+    def __init__(self, config: SourceConfig) -> None:
+        self.path = require_path(config.path)
         self.root = self.path.rpartition("/")[0]
-        self.allow_outside_root = allow_outside_root
-        self.wanted = columns
-        unknown = sorted(set(columns) - set(COLUMNS))
+        self.allow_outside_root = config.allow_outside_root
+        self.wanted = config.columns
+        unknown = sorted(set(config.columns) - set(COLUMNS))
         if unknown:
-            raise ConfigError(f"columns of {path}: {unknown}", legal=", ".join(COLUMNS))
+            raise ConfigError(f"columns of {config.path}: {unknown}", legal=", ".join(COLUMNS))
         self.bytes_columns = _bytes_columns(self.path)
         self.columns = self._find_columns()
+
+    @classmethod
+    def recognise(cls, path: str) -> SourceConfig | None:
+        if suffix_of(path.removesuffix(".gz")) in MANIFESTS:
+            return SourceConfig(kind="manifest", path=path)
+        top = names_in(path)
+        listing = next((name for name in LISTINGS if name in top), None)
+        if listing is None:
+            return None
+        folder = absolute(path)
+        return SourceConfig(kind="manifest", path=f"{folder}/{listing}", name=folder.split("/")[-1])
 
     def items(self) -> Iterator[Item]:
         numbered = enumerate(self._rows())
@@ -59,16 +83,7 @@ class ManifestReader:
         for _, group in groupby(parents, key=lambda item: (item.uri, item.status, item.split)):
             first, *rest = group
             cuts = first.cuts + tuple(cut for item in rest for cut in item.cuts)
-            yield Item(
-                first.uri,
-                first.media,
-                cuts,
-                first.split,
-                first.licence,
-                None,
-                first.status,
-                first.error,
-            )
+            yield replace(first, cuts=cuts)
 
     def fingerprint(self) -> str:
         return sha256_file(self.path)[:16]
@@ -127,6 +142,36 @@ class ManifestReader:
         if self.path.endswith((".jsonl", ".ndjson", ".json")):
             return _jsonl_rows(self.path)
         return _csv_rows(self.path)
+
+
+class UrlReader(Reader):
+    """A list of addresses, each with its caption after a tab if there is one (LAION, CC: no header).
+
+    Empty lines and those that start with # are skipped.
+    """
+
+    def __init__(self, config: SourceConfig) -> None:
+        self.path = require_path(config.path)
+
+    @classmethod
+    def recognise(cls, path: str) -> SourceConfig | None:
+        is_list = suffix_of(path.removesuffix(".gz")) == ".txt"
+        return SourceConfig(kind="urls", path=path) if is_list else None
+
+    def items(self) -> Iterator[Item]:
+        for number, line in enumerate(text_lines(self.path)):
+            url, _, caption = line.strip().partition("\t")
+            if not url or url.startswith("#"):
+                continue
+            cuts = (make_cut(caption or None),)
+            if is_url(url) and url.isprintable():
+                yield Item(url, media_of(url), cuts)
+            else:
+                place = f"{self.path}#line={number}"
+                yield Item(place, "auto", (Cut(),), status=Status.BAD_ROW.value, error="not an address")
+
+    def fingerprint(self) -> str:
+        return sha256_file(self.path)[:16]
 
 
 def _bad(uri: str, status: Status, error: str, cuts: tuple[Cut, ...] = (Cut(),)) -> Item:
