@@ -18,6 +18,7 @@ def ray_cluster() -> Iterator[None]:
     """One local Ray session for all tests that need one; jobs inside find it initialised."""
     from infra.cluster import RayConfig, ray_session
 
+    os.environ.setdefault("RAY_metrics_report_interval_ms", "500")  # ten seconds are Ray's
     with ray_session(RayConfig(num_cpus=int(os.environ.get("VIMI_TEST_CPUS", "2")))):
         yield
 

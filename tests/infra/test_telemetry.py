@@ -42,7 +42,7 @@ def test_grafana_asks_for_what_ray_exports(ray_cluster: None) -> None:
     node = ray.nodes()[0]
     endpoint = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
     wanted, found = asked_by_grafana(), {}
-    for _ in range(60):  # a process reports every ten seconds
+    for _ in range(60):  # a process reports twice a second here
         text = urllib.request.urlopen(endpoint, timeout=10).read().decode()
         found = dict(re.findall(r"^(ray_vimi_\w+\{.*\}) (\S+)$", text, re.MULTILINE))
         if wanted <= {name.partition("{")[0] for name in found}:
