@@ -1,7 +1,7 @@
 """From an encoded prompt to the tokens that the generator's latents read.
 
     Segment, Prompt      what the user says: ordered text and pictures, each with a role
-    Condition            the same, encoded by a frozen encoder (model/prompt.py makes it)
+    Condition            the same, encoded by a frozen encoder (model/prompt makes it)
     ConditionEmbedder    the trained part: [sigma, frame rate, size] ++ prompt ++ references
 
 Snap Video reads `[sigma, frame rate, original resolution] ++ T5 tokens` (2402.14797); VIMI swaps
@@ -95,15 +95,6 @@ class Condition:
         """The prompts named by `rows` (int64 indices or a bool mask), in that order."""
         kept = {k: v[rows] for k, v in vars(self).items() if v is not None}
         return replace(self, **kept)
-
-    def without_prompt(self) -> "Condition":
-        """The unconditional counterpart: frame rate and size stay, every other token is hidden."""
-        present = self.reference_mask
-        return replace(
-            self,
-            mask=torch.zeros_like(self.mask),
-            reference_mask=None if present is None else torch.zeros_like(present),
-        )
 
 
 def concat_conditions(conditions: list[Condition]) -> Condition:

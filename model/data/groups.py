@@ -1,24 +1,18 @@
-"""Row groups of the shards in memory: each one read once for all threads, the least recently used leaves first.
-
-Targets that lie uncompressed in a local shard are mapped, not read (`model.data.pages`); the rest is Arrow's.
-"""
+"""Row groups of the shards in memory: read once for all threads, the least recently used leaves first."""
 
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from infra.storage import filesystem, is_remote
 from model.data.batch import ROW_COLUMNS, TARGET_BYTES
 from model.data.buckets import Bucket, streams_of
-from model.data.pages import map_values
 from model.data.plan import Source
 from model.data.shards import Shards, Stream, open_parquet
 from model.encodings.store import Encodings
@@ -29,8 +23,8 @@ OPEN_FILES = 128
 
 @dataclass(frozen=True)
 class Loaded:
-    """A row group in memory: its rows without their targets' bytes, views of those bytes, and which rows belong
-    to each stream. `num_bytes` counts what is held: mapped targets stay in their file.
+    """A row group in memory: its rows without their targets' bytes, views of those, and which rows belong to
+    each stream.
     """
 
     rows: list[dict[str, Any]]
@@ -44,15 +38,12 @@ class Loaded:
         return {**row, "target": {**row["target"], "data": self.data[number]}}
 
 
-def load_rows(
-    table: pa.Table, numbers: dict[Stream, list[int]], data: list[np.ndarray] | None = None
-) -> Loaded:
+def load_rows(table: pa.Table, numbers: dict[Stream, list[int]]) -> Loaded:
     """Take a row group of PROMPTS apart: Python objects for the small, views for the large.
 
     Args:
-        table: of ROW_COLUMNS, with the targets' bytes unless `data` has them.
+        table: of ROW_COLUMNS and TARGET_BYTES.
         numbers: which rows belong to each stream.
-        data: the targets' bytes where they lie in the file.
     """
     place = table.schema.get_field_index("target")
     chunks = table["target"].chunks
@@ -60,7 +51,7 @@ def load_rows(
     names = [f.name for f in target.type if f.name != "data"]
     small = pa.StructArray.from_arrays([target.field(name) for name in names], names=names)
     rows = table.set_column(place, "target", small).to_pylist()
-    return Loaded(rows, data or binary_views(target.field("data")), numbers, table.nbytes)
+    return Loaded(rows, binary_views(target.field("data")), numbers, table.nbytes)
 
 
 def binary_views(data: pa.Array) -> list[np.ndarray | None]:
@@ -105,7 +96,7 @@ class RowGroups:
         row = loaded.row(number)
         if self.encodings is not None:
             stored = self._open(self.encodings.place(self.shards.groups[source.group]))
-            row["stored"] = self.encodings.read_row(stored.file, number)
+            row["stored"] = self.encodings.read_row(stored, number)
         return row
 
     def _table(self, group: int) -> Loaded:
@@ -122,11 +113,10 @@ class RowGroups:
     def _read(self, group: int, future: Future[Loaded]) -> None:
         try:
             place = self.shards.groups[group]
-            shard = self._open(place.uri)
-            data = shard.map(place.index)
-            columns = [*ROW_COLUMNS, *([] if data else [TARGET_BYTES])]
             # Arrow's own threads would fetch and free each group's memory anew: five times the time.
-            table = shard.file.read_row_group(place.index, columns=columns, use_threads=False)
+            table = self._open(place.uri).read_row_group(
+                place.index, columns=[*ROW_COLUMNS, TARGET_BYTES], use_threads=False
+            )
         except Exception as error:  # noqa: BLE001 - handed to every thread that waits for this group
             with self.lock:
                 self.tables.pop(group, None)
@@ -136,7 +126,7 @@ class RowGroups:
         for number, stream in enumerate(streams_of(table, self.buckets, self.held_out_frac)):
             if stream is not None:
                 numbers.setdefault(stream, []).append(number)
-        future.set_result(load_rows(table, numbers, data))
+        future.set_result(load_rows(table, numbers))
         with self.lock:
             self.num_bytes += table.nbytes
             self._evict(keep=group)
@@ -150,34 +140,14 @@ class RowGroups:
                 self.num_bytes -= future.result().num_bytes
                 del self.tables[group]
 
-    def _open(self, uri: str) -> "Shard":
+    def _open(self, uri: str) -> pq.ParquetFile:
         """This thread's handle; footers are parsed once a file and thread."""
-        handles: OrderedDict[str, Shard] | None = getattr(self.files, "handles", None)
+        handles: OrderedDict[str, pq.ParquetFile] | None = getattr(self.files, "handles", None)
         if handles is None:
             handles = self.files.handles = OrderedDict()
         if uri not in handles:
-            handles[uri] = Shard(uri)
+            handles[uri] = open_parquet(uri)
             if len(handles) > OPEN_FILES:
                 handles.popitem(last=False)
         handles.move_to_end(uri)
         return handles[uri]
-
-
-class Shard:
-    """A Parquet file, open; views of its bytes keep it mapped when it is closed."""
-
-    def __init__(self, uri: str) -> None:
-        self.mapped = None if is_remote(uri) else pa.memory_map(filesystem(uri)[1])
-        self.file = open_parquet(uri) if self.mapped is None else pq.ParquetFile(self.mapped)
-
-    @cached_property
-    def leaf(self) -> int | None:
-        """Number of the column of the targets' bytes."""
-        paths = (self.file.schema.column(n).path for n in range(len(self.file.schema)))
-        return next((n for n, path in enumerate(paths) if path == TARGET_BYTES), None)
-
-    def map(self, group: int) -> list[np.ndarray] | None:
-        """Views of a row group's targets; None where Arrow must read them."""
-        if self.mapped is None or self.leaf is None:
-            return None
-        return map_values(self.mapped, self.file, group, self.leaf)

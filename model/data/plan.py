@@ -5,7 +5,6 @@
 Every micro-batch holds one bucket, the same on all ranks, so that ranks have equal work at each step.
 """
 
-import json
 from collections import defaultdict
 from dataclasses import dataclass
 
@@ -17,7 +16,7 @@ from infra.config import Config
 from infra.errors import ConfigError
 from model.data.buckets import VALIDATION
 from model.data.order import Mixture, Order, make_key
-from model.data.shards import Shards, Stream
+from model.data.shards import Stream
 
 SPARES = 16
 """Rows that are tried in place of one whose target can't be read, before the run stops."""
@@ -146,12 +145,3 @@ def _keep_tasks(counts: dict[Stream, np.ndarray], weights: dict[str, float]) -> 
 
 def _positive(weights: dict[str, float]) -> dict[str, float]:
     return {name: weight for name, weight in weights.items() if weight > 0}
-
-
-def ids_of(plan: Plan, shards: Shards, position: int, count: int) -> str:
-    """JSON of the next `count` places: what two runs must agree on, without reading a row."""
-    places = []
-    for p in range(position, position + count):
-        source = plan.source(p)
-        places.append([shards.groups[source.group].uri.rpartition("/")[2], source.group, source.row])
-    return json.dumps(places)

@@ -17,7 +17,6 @@ import torch.multiprocessing as mp
 import yaml
 
 from infra.storage import write_json
-from model.data.plan import ids_of
 from model.data.shards import open_shards
 from model.training.checkpoint import latest_checkpoint, load_state, tensors_in
 from model.training.door import prepare_index, read_index
@@ -43,10 +42,11 @@ def advance(training: Training, steps: int) -> None:
 def fingerprint(training: Training) -> dict[str, Any]:
     """Weights, optimizer, averages and the next ten batches, as hashes."""
     state = state_of(training.model, training.optimizer, training.emas)
-    plan, shards = training.loader.plan, training.loader.row_groups.shards
+    plan, start = training.loader.plan, training.position
+    sources = map(plan.source, range(start, start + 10 * training.config.batch_size))
     return {
         "state": hash_tensors({k: v for k, v in state.items() if k != "rng"}),
-        "ids": ids_of(plan, shards, training.position, 10 * training.config.batch_size),
+        "ids": [[source.group, source.row] for source in sources],
         "position": training.position,
     }
 

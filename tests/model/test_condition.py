@@ -1,5 +1,7 @@
 """What a condition is, how batches of them are joined, and how they are embedded."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -131,9 +133,9 @@ def test_select_takes_rows_in_order(make_condition) -> None:
     assert torch.equal(picked.references, condition.references[[2, 0]])
 
 
-def test_unconditional_counterpart_keeps_rate_and_size(embedder, make_condition) -> None:
+def test_a_hidden_prompt_leaves_rate_and_size(embedder, make_condition) -> None:
     condition = make_condition()
-    nothing = condition.without_prompt()
+    nothing = replace(condition, mask=torch.zeros_like(condition.mask))
     tokens, mask = embedder(SIGMA, nothing)
     assert mask.sum(dim=1).tolist() == [NUM_SCALARS] * 2
     assert torch.equal(tokens[:, :NUM_SCALARS], embedder(SIGMA, condition)[0][:, :NUM_SCALARS])

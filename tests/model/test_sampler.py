@@ -96,7 +96,7 @@ def test_sampling_is_deterministic(setting) -> None:
 
 def test_guided_branches_equal_separate_evaluations(setting) -> None:
     model, edm, condition = setting
-    nothing = condition.without_prompt()
+    nothing = replace(condition, mask=torch.zeros_like(condition.mask))
     both = Denoiser(model, edm, {FULL: condition, NOTHING: nothing}, Guidance("cfg", weight=3.0))
     x, sigma = _video_noise(1, 2, 4, 3, 12, 16), torch.tensor(0.8)
     with torch.no_grad():
