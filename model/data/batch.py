@@ -1,13 +1,9 @@
-"""From a row of PROMPTS to what a training step takes; the only reader of `pipeline.schema` in `model`.
+"""Samples and batches, and the contract of the shards: the only reader of `pipeline.schema` in `model`.
 
-    row of the shard -> Sample (prompt segments; target frames at the bucket's size) -> Batch
-
-Targets come as raw frames (`frames`), as mp4 bytes (`video`) or as a range of a local file
-(`reference`). Frames stay uint8 until they are on the device: a quarter of the bytes to move.
+The rest of `model` takes roles, tasks and kinds of targets from here. Frames stay uint8 until they are on the
+device: a quarter of the bytes to move.
 """
 
-import io
-import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,13 +13,22 @@ import torch
 from torch import Tensor
 
 from infra.errors import ConfigError, DataError
-from infra.storage import absolute, is_remote
-from model.condition import ROLES, Prompt, Segment
-from model.data.buckets import Bucket
-from model.data.frames import decode_video, fit_frames, slower, spread
-from model.encodings.stored import StoredRow
-from model.prompt.encoder import Beforehand, EncodedBatch, EncodedPrompt, pad
-from pipeline.schema import ENCODINGS, PROMPTS, TargetKind, check_table
+from model.condition import Beforehand, EncodedBatch, EncodedPrompt, Prompt, Segment, pad
+from pipeline.schema import ENCODINGS, PROMPTS, ROLES, TASKS, Role, TargetKind, check_table
+
+__all__ = [
+    "ROLES",
+    "TASKS",
+    "Batch",
+    "Role",
+    "Sample",
+    "TargetKind",
+    "as_video",
+    "check_schema",
+    "collate",
+    "read_prompt",
+    "role_number",
+]
 
 TARGET_BYTES = "target.data"
 ROW_COLUMNS = [
@@ -149,6 +154,11 @@ def check_schema(found: pa.Schema, where: str, *, encodings: bool = False) -> No
         raise ConfigError(str(error), legal="shards of this version", cure=cure) from None
 
 
+def role_number(role: str) -> int:
+    """What the model embeds: the role's place among all."""
+    return list(ROLES).index(role)
+
+
 def read_prompt(row: dict[str, Any]) -> Prompt:
     """The row's segments in their order, with every stored document.
 
@@ -158,94 +168,6 @@ def read_prompt(row: dict[str, Any]) -> Prompt:
     segments = []
     for item in row["segments"] or ():
         if item["role"] not in ROLES:
-            raise DataError(f"prompt {row['prompt_id']}: role {item['role']!r}, legal: {ROLES}")
+            raise DataError(f"prompt {row['prompt_id']}: role {item['role']!r}, legal: {', '.join(ROLES)}")
         segments.append(Segment(item["type"], item["role"], item["text"], item["image"]))
     return tuple(segments)
-
-
-def read_sample(
-    row: dict[str, Any], bucket: Bucket, *, position: int, prompt: Prompt, pixels: bool = True
-) -> Sample:
-    """Decode the row's target at the bucket's size.
-
-    Args:
-        row: of PROMPTS; `stored`, if there, holds its encodings.
-        bucket: shape of the target.
-        position: of the sample.
-        prompt: after the choice of documents and the dropout.
-        pixels: False = the stored latents do, and nothing is decoded.
-
-    Raises:
-        DataError: a target that can't be read, or a row that could not be encoded; names the prompt.
-    """
-    stored: StoredRow | None = row.get("stored")
-    encoded, latents = None, None
-    if stored is not None:
-        stored.check(row["prompt_id"])
-        encoded, latents = stored.prompt(prompt), stored.latents(row, bucket)
-    if stored is not None and not pixels:
-        if latents is None:
-            raise DataError(f"prompt {row['prompt_id']}: no latents of this target at {bucket.name}")
-        frames, fps = np.empty(0, np.uint8), latents[1]
-    else:
-        frames, fps = read_pixels(row, bucket)
-    target = row["target"]
-    return Sample(
-        position=position,
-        prompt_id=row["prompt_id"],
-        task=row["task"],
-        prompt=prompt,
-        pixels=frames,
-        fps=fps,
-        original_size_px=(
-            row["height_px"] or target["height_px"] or bucket.height_px,
-            row["width_px"] or target["width_px"] or bucket.width_px,
-        ),
-        encoded=encoded,
-        latents=None if latents is None else latents[0],
-    )
-
-
-def read_pixels(row: dict[str, Any], bucket: Bucket) -> tuple[np.ndarray, float]:
-    """uint8 `t h w 3` target at the bucket's size, and its frame rate: inf for pictures.
-
-    Raises:
-        DataError: it can't be read; names the prompt.
-    """
-    try:
-        frames, fps = read_target(row, bucket)
-    except (OSError, ValueError) as error:  # PyAV's errors are OSError or ValueError
-        raise DataError(f"prompt {row['prompt_id']}: {type(error).__name__}: {error}") from None
-    frames = fit_frames(frames, bucket.height_px, bucket.width_px)
-    return frames, float("inf") if bucket.media == "image" else fps
-
-
-def view_bytes(data: bytes | np.ndarray | None, shape: tuple[int, ...]) -> np.ndarray:
-    """uint8 array of this shape over the bytes, uncopied; it is not to be written to.
-
-    Raises:
-        ValueError: not as many bytes as wanted.
-    """
-    found, wanted = 0 if data is None else len(data), math.prod(shape)
-    if data is None or found != wanted:
-        raise ValueError(f"{found} bytes of frames, {wanted} expected")
-    return np.frombuffer(data, np.uint8).reshape(shape)
-
-
-def read_target(row: dict[str, Any], bucket: Bucket) -> tuple[np.ndarray, float]:
-    """uint8 `t h w 3` frames, as many as the bucket has, and their frame rate."""
-    target = row["target"]
-    if target["kind"] == TargetKind.FRAMES:
-        shape = (target["num_frames"], target["height_px"], target["width_px"], 3)
-        frames = view_bytes(target["data"], shape)
-        if len(frames) == bucket.num_frames:
-            return frames, slower(target["fps"], len(frames), bucket.num_frames)
-        keep = spread(len(frames), bucket.num_frames)
-        return frames[keep], slower(target["fps"], len(frames), bucket.num_frames)
-    if target["kind"] == TargetKind.VIDEO:
-        return decode_video(io.BytesIO(target["data"]), bucket.num_frames)
-    uri = row["source_uri"]
-    if is_remote(uri):
-        raise DataError(f"target of prompt {row['prompt_id']} is a reference to {uri}: not a local file")
-    span_s = None if bucket.media == "image" else (row["start_s"] or 0.0, row["end_s"] or float("inf"))
-    return decode_video(absolute(uri), bucket.num_frames, span_s=span_s)

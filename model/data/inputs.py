@@ -10,10 +10,9 @@ from typing import Literal
 
 from pydantic import Field, NonNegativeInt, field_validator
 
-from infra.config import Config
+from infra.config import Config, Incidental, Location, NameOrFolder
 from model.condition import KINDS
 from model.data.buckets import Bucket
-from model.latents import LatentConfig
 from model.prompt.config import PromptEncoderConfig
 
 
@@ -36,7 +35,7 @@ class BucketConfig(Config):
 class InputConfig(Config):
     """How rows become tensors: what training and encoding beforehand must agree on."""
 
-    prompts: str
+    prompts: Incidental[Location]
     """Folder or URI of certified prompt shards."""
     buckets: tuple[BucketConfig, ...] = (BucketConfig(),)
     """Shapes of micro-batches; each micro-batch holds one of them on all workers, so that their work is alike.
@@ -47,9 +46,10 @@ class InputConfig(Config):
     """Height of the training videos, pixels; 36 (Snap Video's base model)."""
     width_px: int = Field(default=64, ge=4)
     """Width of the training videos, pixels; 64 (Snap Video's base model)."""
-    autoencoder: LatentConfig = LatentConfig()
-    """Where the generator works: `kind: none` in pixels, as Snap Video and VIMI; `kind: diffusers` in the
-    latents of an autoencoder. Channels, the network's size and sigma_in follow; sizes here stay pixels."""
+    autoencoder: NameOrFolder | None = None
+    """Folder or hub id of an autoencoder of diffusers (or of a pipeline that holds one): the generator works in
+    its latents. Channels, the network's size and sigma_in follow; sizes here stay pixels. None = in pixels, as
+    Snap Video and VIMI."""
     encoder: PromptEncoderConfig = PromptEncoderConfig()
     """The frozen prompt encoder."""
     documents: tuple[NonNegativeInt, ...] = Field(default=(0, 1, 2), min_length=1)
@@ -69,7 +69,7 @@ class InputConfig(Config):
     @field_validator("dropout")
     @classmethod
     def _known_kinds(cls, value: dict[str, float]) -> dict[str, float]:
-        legal = ("text", "retrieved", "subject", "frame", "all")
+        legal = (*KINDS, "all")
         for kind, rate in value.items():
             if kind not in legal or not 0 <= rate <= 1:
                 raise ValueError(f"{kind}: {rate}; legal: {', '.join(legal)}, each in [0, 1]")

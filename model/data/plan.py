@@ -10,9 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
-from pydantic import Field
 
-from infra.config import Config
 from infra.errors import ConfigError
 from model.data.buckets import VALIDATION
 from model.data.order import Mixture, Order, make_key
@@ -20,17 +18,12 @@ from model.data.shards import Stream
 
 SPARES = 16
 """Rows that are tried in place of one whose target can't be read, before the run stops."""
-
-
-class OrderConfig(Config):
-    """The order of samples: part of what a run is."""
-
-    lanes: int = Field(default=48, ge=1)
-    """Places of an epoch that are walked side by side. Ranks that divide it share no row group; 48 serves
-    1, 2, 3, 4, 6, 8, 12, 16, 24 and 48 ranks."""
-    shuffle_rows: int = Field(default=64, ge=1)
-    """Rows of a lane that are shuffled together (row groups themselves are shuffled over the epoch, and lanes
-    lie far apart). More mixes better and keeps more row groups in memory."""
+LANES = 48
+"""Places of an epoch that are walked side by side. Ranks that divide it share no row group: 1, 2, 3, 4, 6, 8,
+12, 16, 24 and 48 do. Ours."""
+WINDOW_ROWS = 64
+"""Rows of a lane that are shuffled together (row groups themselves are shuffled over the epoch, and lanes lie
+far apart). More mixes better and keeps more row groups in memory. Ours."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +57,8 @@ class Plan:
         micro_batch: samples of a micro-batch over all ranks; each one holds a single bucket.
         bucket_weights: share of micro-batches of each bucket; None = in proportion to their rows.
         task_weights: share of samples of each task; None = in proportion to their rows.
+        cycle: draws in which the shares are exact.
+        lanes: as in `Order`, and `window_rows`.
 
     Raises:
         ConfigError: a weight for a task that the shards don't hold, or no rows at all.
@@ -76,10 +71,11 @@ class Plan:
         *,
         seed: int,
         micro_batch: int,
-        order: OrderConfig,
         bucket_weights: dict[int, float] | None = None,
         task_weights: dict[str, float] | None = None,
         cycle: int = 1000,
+        lanes: int = LANES,
+        window_rows: int = WINDOW_ROWS,
     ) -> None:
         counts = {s: rows for s, rows in count_streams(index, num_groups).items() if s[1] != VALIDATION}
         if task_weights is not None:
@@ -92,8 +88,8 @@ class Plan:
             stream: Order(
                 rows,
                 seed=make_key(seed, 1, *stream[1].encode(), stream[0]),
-                lanes=order.lanes,
-                window_rows=order.shuffle_rows,
+                lanes=lanes,
+                window_rows=window_rows,
             )
             for stream, rows in counts.items()
         }

@@ -1,23 +1,33 @@
-"""Rows of prompts -> rows of encodings: what a worker of `vimi-data encode` runs.
+"""Rows of prompts -> rows of encodings, as a worker of `vimi-data encode` makes them; whom they serve.
 
 Each prompt in all variants that training can draw, through the frozen prompt encoder; each target, if the
 generator works in latents, through the frozen autoencoder. A row that can't be encoded keeps its place, with
 a status and a reason.
+
+Encodings serve the trainings whose config agrees, field by field; models named by a path are compared by the
+bytes of their files, since those may have changed or lie elsewhere on another machine.
 """
 
 from dataclasses import asdict
+from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from infra.errors import DataError
-from model.data.batch import as_video, read_pixels, read_prompt
+from infra.config import canonical_json
+from infra.errors import ConfigError, DataError
+from infra.storage import sha256_file
+from model.condition import EncodedPrompt
+from model.data.batch import as_video, read_prompt
 from model.data.buckets import Bucket, frames_in_clip, nearest_bucket
-from model.data.inputs import InputConfig, variants
-from model.encodings.stored import Facts, latents_key, pack_prompts, to_bytes
+from model.data.inputs import InputConfig, dropped_sets, most_documents, variants
+from model.data.sample import read_pixels
+from model.data.shards import Shards
+from model.encodings.store import Encodings, Facts, latents_key, pack_prompts, to_bytes
 from model.latents import open_latents
-from model.prompt import EncodedPrompt, load_prompt_encoder, select
-from model.prompt.cache import prompt_key
+from model.prompt.encoder import load_prompt_encoder, prompt_key
+from model.prompt.select import select
 from model.space import PIXELS
 
 ROWS_AT_ONCE = 16
@@ -32,8 +42,7 @@ class RowEncoder:
 
     def __init__(self, config: InputConfig, device: str) -> None:
         self.config, self.buckets = config, config.shapes
-        # The cache is by content too, but its files would be written twice: here and as encodings.
-        self.encoder = load_prompt_encoder(config.encoder.model_copy(update={"cache": None}), device)
+        self.encoder = load_prompt_encoder(config.encoder, device, remember=False)  # equal prompts meet below
         self.latents = open_latents(config.autoencoder, device)
         self.variants = variants(config)
 
@@ -117,3 +126,74 @@ class RowEncoder:
 def make_row_encoder(config: dict[str, Any], device: str) -> RowEncoder:
     """From plain values, so that any process can make one."""
     return RowEncoder(InputConfig.model_validate(config), device)
+
+
+def describe_inputs(config: InputConfig) -> dict[str, Any]:
+    """What a certificate keeps of the config, as JSON: what later trainings are compared with."""
+    described: dict[str, Any] = {
+        "encoder": _by_content(config.encoder.identity()),
+        "documents": sorted({*config.documents, 0, most_documents(config)}),
+        "dropped": [sorted(kinds) for kinds in dropped_sets(config.dropout)],
+    }
+    if config.autoencoder is not None:
+        described["autoencoder"] = _by_content(config.autoencoder)
+        described["buckets"] = sorted(bucket.name for bucket in config.shapes)
+    return described
+
+
+def check_encodings(config: InputConfig, encodings: Encodings, shards: Shards) -> None:
+    """Refuse encodings that don't serve this config.
+
+    Raises:
+        ConfigError: one line that names every difference.
+    """
+    certificate = encodings.certificate
+    if certificate.inputs.get("prompts") != shards.certificate.content_hash():
+        raise ConfigError(
+            f"{encodings.uri} encodes other shards than {shards.uri}",
+            legal="the folder of prompts that it was made from, unchanged",
+            cure=f"run `vimi-data encode` on {shards.uri}",
+        )
+    differences = _differences(certificate.facts["inputs"], describe_inputs(config))
+    if differences:
+        raise ConfigError(
+            f"{encodings.uri} doesn't serve this training ({'; '.join(differences)})",
+            cure="run `vimi-data encode --for` this config into another folder, or leave `encodings` out",
+        )
+
+
+def _differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
+    theirs, ours = there["encoder"], here["encoder"]
+    found = [
+        f"encoder.{key}: {theirs.get(key)!r} there, {ours.get(key)!r} now"
+        for key in sorted({*theirs, *ours})
+        if theirs.get(key) != ours.get(key)
+    ]
+    if missing := sorted(set(here["documents"]) - set(there["documents"])):
+        found.append(f"documents: {there['documents']} there, also {missing} now")
+    if missing := [kinds for kinds in here["dropped"] if kinds not in there["dropped"]]:
+        found.append(f"dropout: {_words(there['dropped'])} there, also {_words(missing)} now")
+    for key in ("autoencoder", "buckets"):
+        if there.get(key) != here.get(key):
+            found.append(f"{key}: {there.get(key, 'none')!r} there, {here.get(key, 'none')!r} now")
+    return found
+
+
+def _words(sets: list[list[str]]) -> str:
+    return " | ".join("+".join(kinds) or "nothing" for kinds in sets)
+
+
+def _by_content(value: Any) -> Any:
+    """The same values with local paths replaced by the hash of what lies there."""
+    if isinstance(value, dict):
+        return {key: _by_content(item) for key, item in value.items()}
+    if not isinstance(value, str) or not value:
+        return value
+    place = Path(value).expanduser()
+    if place.is_file():
+        return f"sha256:{sha256_file(str(place))[:16]}"
+    if place.is_dir():
+        files = sorted(path for path in place.rglob("*") if path.is_file())
+        listed = [[str(path.relative_to(place)), sha256_file(str(path))] for path in files]
+        return f"sha256:{sha256(canonical_json(listed)).hexdigest()[:16]}"
+    return value

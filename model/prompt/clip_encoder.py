@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from infra.clip import Clip
-from model.condition import Prompt
+from model.condition import EncodedPrompt, Prompt
 from model.prompt.config import PromptEncoderConfig
-from model.prompt.encoder import EncodedPrompt, PromptEncoder, join
-from model.prompt.readable import Pictures, readable
+from model.prompt.encoder import PromptEncoder, join
+from model.prompt.pictures import MAX_PICTURE_PX, Pictures, decode_all
 from model.prompt.select import drop_empty, fit
 
 
@@ -25,8 +25,7 @@ class ClipPromptEncoder(PromptEncoder):
         self.config = config
         self.clip = clip
         self.dim = clip.dim
-        self.dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
-        clip.batch_size = config.batch_size
+        self.dtype = torch.float32
         self._tokens_per_picture: int | None = None
 
     @property
@@ -36,8 +35,8 @@ class ClipPromptEncoder(PromptEncoder):
             "clip": self.clip.identity,
             "max_tokens": self.config.max_tokens,
             "patch_grid": self.config.patch_grid,
-            "bad_pictures": self.config.bad_pictures,
-            "max_picture_px": self.config.max_picture_px,
+            "bad_pictures": "refuse",
+            "max_picture_px": MAX_PICTURE_PX,
         }
 
     @property
@@ -62,7 +61,7 @@ class ClipPromptEncoder(PromptEncoder):
         ]
 
     def _fitted(self, prompt: Prompt, decoded: Pictures) -> Prompt:
-        prompt = readable(prompt, self.config, decoded)
+        decode_all(prompt, decoded)
         return fit(prompt, self.config.max_tokens, self._count)
 
     def _encode_texts(self, prompts: Sequence[Prompt]) -> dict[str, Tensor]:

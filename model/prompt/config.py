@@ -2,28 +2,17 @@
 
 from typing import Literal
 
-from pydantic import field_validator
+from pydantic import Field
 
 from infra.clip import ClipConfig
-from infra.config import Config
-from model.prompt.pictures import MAX_PICTURE_PX
-
-
-class CacheConfig(Config):
-    """Where encoded prompts are kept; see `model.prompt.cache`."""
-
-    memory_bytes: int = 256 << 20
-    """Bytes of tokens kept in memory, least recently used out first; 0 = none."""
-    uri: str | None = None
-    """Folder or `s3://` place that outlives the process; None = memory only. It only grows: delete it at
-    will."""
+from infra.config import Config, Incidental, NameOrFolder
 
 
 class PromptEncoderConfig(Config):
     """Names a frozen encoder. VIMI draws an MLLM (paper, both figures); which one, it does not say.
 
     Computed, not measured: weights = parameters (as the model cards state them) x 2 bytes (bf16), without
-    activations; tokens of one square picture of `picture_side_px` = 448, unsplit; TFLOP of the forward of
+    activations; tokens of one square picture of 448 pixels a side, unsplit; TFLOP of the forward of
     a prompt of 100 words' tokens and two pictures = 2 x parameters x tokens. LLaVA-1.5 resizes to 336.
 
     | family | `model` | parameters | weights | tokens a picture | TFLOP a prompt |
@@ -41,52 +30,17 @@ class PromptEncoderConfig(Config):
 
     kind: Literal["mllm", "clip"] = "mllm"
     """mllm = hidden states of a language model that sees text and pictures; clip = text and patch tokens."""
-    model: str = "HuggingFaceTB/SmolVLM-256M-Instruct"
+    model: NameOrFolder = "HuggingFaceTB/SmolVLM-256M-Instruct"
     """mllm: id on the model hub, or a folder with config, weights, tokenizer and processor."""
     clip: ClipConfig = ClipConfig()
     """clip: which one."""
     layer: Literal["last", "penultimate"] | int = "penultimate"
     """mllm: hidden states after the final norm (last), before the last layer (penultimate), or at an index:
     0 = embeddings, n = after layer n, negative = from the end. VIMI does not say; penultimate is usual."""
-    max_tokens: int = 2048
-    """Most tokens of a prompt, at least 8; longer ones are cut as `model.prompt.select.fit` says."""
-    picture_side_px: int = 448
-    """mllm: pictures are shrunk to this longest side before the processor sees them; bounds the tokens of
-    families that take pictures at their own size (Qwen-VL). Ours; smaller pictures stay as they are."""
-    split_pictures: bool = False
-    """mllm: let a processor that can (SmolVLM, Idefics3) cut a picture into tiles besides the whole: finer,
-    but up to 17 times the tokens."""
-    patch_grid: int | None = None
+    max_tokens: int = Field(default=2048, ge=8)
+    """Most tokens of a prompt; longer ones are cut as `model.prompt.select.fit` says."""
+    patch_grid: int | None = Field(default=None, ge=1)
     """clip: average the patches of a picture to at most n x n tokens; None = all patches."""
-    batch_size: int = 1
+    batch_size: Incidental[int] = Field(default=1, ge=1)
     """Prompts (clip: texts or pictures) per forward. 1 makes the tokens of a prompt the same to the last bit
     whatever it is batched with, which exact resume needs; more is faster on a GPU."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of mllm's arithmetic and of the tokens; auto = bfloat16 on a GPU, else float32."""
-    bad_pictures: Literal["refuse", "skip"] = "refuse"
-    """An undecodable picture in a prompt: refuse = DataError; skip = the prompt goes on without it."""
-    max_picture_px: int = MAX_PICTURE_PX
-    """Pixels of the largest picture that is decoded."""
-    cache: CacheConfig | None = CacheConfig()
-    """None = encode every time."""
-
-    @field_validator("max_tokens")
-    @classmethod
-    def _limit_is_usable(cls, value: int) -> int:
-        if value < 8:
-            raise ValueError("legal: at least 8")
-        return value
-
-    @field_validator("batch_size", "max_picture_px", "picture_side_px")
-    @classmethod
-    def _is_positive(cls, value: int) -> int:
-        if value < 1:
-            raise ValueError("legal: at least 1")
-        return value
-
-    @field_validator("patch_grid")
-    @classmethod
-    def _grid_is_positive(cls, value: int | None) -> int | None:
-        if value is not None and value < 1:
-            raise ValueError("legal: at least 1, or null for all patches")
-        return value

@@ -1,8 +1,14 @@
-"""What every prompt encoder gives: tokens with the role and the segment that each belongs to."""
+"""What every prompt encoder gives: tokens with the role and the segment that each belongs to.
+
+    load_prompt_encoder(config)    the frozen encoder that a config names
+    RememberingEncoder             keeps the last prompts' tokens in memory, by content
+
+What outlives the process is made by `vimi-data encode` (model/encodings).
+"""
 
 from abc import ABC, abstractmethod
+from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
 from typing import Any
@@ -10,50 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from infra.clip import load_clip
 from infra.config import canonical_json
-from model.condition import ROLES, Condition, Prompt
+from model.condition import Beforehand, Condition, EncodedBatch, EncodedPrompt, Prompt, pad
+from model.data.batch import ROLES, role_number
+from model.prompt.config import PromptEncoderConfig
 
-
-@dataclass(frozen=True)
-class EncodedPrompt:
-    """One prompt, without padding; on the CPU."""
-
-    tokens: Tensor
-    """`l e` states of the frozen encoder."""
-    role: Tensor
-    """`l` int64, index in `model.condition.ROLES`."""
-    segment: Tensor
-    """`l` int64, position of the token's segment in its prompt."""
-
-    def __len__(self) -> int:
-        return self.tokens.shape[0]
-
-    @property
-    def num_bytes(self) -> int:
-        parts = (self.tokens, self.role, self.segment)
-        return sum(part.numel() * part.element_size() for part in parts)
-
-
-@dataclass(frozen=True)
-class EncodedBatch:
-    """Prompts of one batch, right padded to the longest (at least one token wide)."""
-
-    tokens: Tensor
-    """`b l e`; zero where padded."""
-    mask: Tensor
-    """`b l` bool, True = real token."""
-    role: Tensor
-    """`b l` int64."""
-    segment: Tensor
-    """`b l` int64."""
-
-    def pin(self) -> "EncodedBatch":
-        """Page-locked copies, so that the move to the device overlaps the step."""
-        return EncodedBatch(**{name: part.pin_memory() for name, part in vars(self).items()})
-
-
-Beforehand = EncodedBatch | Sequence[EncodedPrompt | None]
-"""What was encoded before the batch was made: all of it, or some of its prompts (None for the others)."""
+HASHED_ROLES = 6
+"""Roles whose order is part of an encoder's identity. Later ones are appended: the others keep their number."""
+REMEMBERED_BYTES = 256 << 20
+"""Tokens that a process keeps of the prompts that it has encoded, bytes. Ours."""
 
 
 class PromptEncoder(ABC):
@@ -80,8 +52,8 @@ class PromptEncoder(ABC):
 
     @cached_property
     def identity_hash(self) -> str:
-        """Hex sha256 of `identity` and of the order of the roles; the same on every machine."""
-        return sha256(canonical_json({"roles": ROLES, **self.identity})).hexdigest()
+        """Hex sha256 of `identity` and of the order of the first roles; the same on every machine."""
+        return sha256(canonical_json({"roles": list(ROLES)[:HASHED_ROLES], **self.identity})).hexdigest()
 
     @cached_property
     def content_hash(self) -> str:
@@ -134,30 +106,87 @@ class PromptEncoder(ABC):
         )
 
 
-def pad(prompts: Sequence[EncodedPrompt], dim: int, dtype: torch.dtype) -> EncodedBatch:
-    """Right pad to the longest; the padding is zero and masked."""
-    shape = (len(prompts), max(1, *map(len, prompts)) if prompts else 1)
-    tokens = torch.zeros(*shape, dim, dtype=dtype)
-    mask = torch.zeros(shape, dtype=torch.bool)
-    role = torch.zeros(shape, dtype=torch.long)
-    segment = torch.zeros(shape, dtype=torch.long)
-    for row, prompt in enumerate(prompts):
-        length = len(prompt)
-        tokens[row, :length] = prompt.tokens
-        mask[row, :length] = True
-        role[row, :length] = prompt.role
-        segment[row, :length] = prompt.segment
-    return EncodedBatch(tokens, mask, role, segment)
-
-
 def join(parts: Sequence[tuple[int, str, Tensor]], dim: int, dtype: torch.dtype) -> EncodedPrompt:
     """(segment position, role, tokens `l e`) of each segment, in order -> one prompt."""
     lengths = torch.tensor([len(tokens) for _, _, tokens in parts], dtype=torch.long)
     places = torch.tensor([place for place, _, _ in parts], dtype=torch.long)
-    roles = torch.tensor([ROLES.index(role) for _, role, _ in parts], dtype=torch.long)
+    roles = torch.tensor([role_number(role) for _, role, _ in parts], dtype=torch.long)
     tokens = [tokens.to("cpu", dtype) for _, _, tokens in parts]
     return EncodedPrompt(
         tokens=torch.cat(tokens) if tokens else torch.zeros(0, dim, dtype=dtype),
         role=roles.repeat_interleave(lengths),
         segment=places.repeat_interleave(lengths),
     )
+
+
+def prompt_key(encoder_hash: str, prompt: Prompt) -> str:
+    """Hex sha256 over the encoder's `content_hash` and the prompt; every part is length-prefixed."""
+    digest = sha256()
+
+    def add(part: bytes | None) -> None:
+        digest.update(b"\0" if part is None else b"\1" + len(part).to_bytes(8, "little"))
+        digest.update(part or b"")
+
+    add(encoder_hash.encode())
+    for segment in prompt:
+        add(segment.type.encode())
+        add(segment.role.encode())
+        add(None if segment.text is None else segment.text.encode("utf-8", "surrogatepass"))
+        add(segment.image)
+    return digest.hexdigest()
+
+
+class RememberingEncoder(PromptEncoder):
+    """Keeps tokens in memory by the prompt's content, least recently used out first."""
+
+    def __init__(self, encoder: PromptEncoder, max_bytes: int = REMEMBERED_BYTES) -> None:
+        self.encoder, self.max_bytes = encoder, max_bytes
+        self.dim, self.dtype = encoder.dim, encoder.dtype
+        self.remembered: OrderedDict[str, EncodedPrompt] = OrderedDict()
+        self.num_bytes = 0
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        return self.encoder.identity
+
+    @property
+    def arithmetic(self) -> dict[str, Any]:
+        return self.encoder.arithmetic
+
+    def encode_each(self, prompts: Sequence[Prompt]) -> list[EncodedPrompt]:
+        keys = [prompt_key(self.content_hash, prompt) for prompt in prompts]
+        found = {key: self.remembered[key] for key in keys if key in self.remembered}
+        missing = {key: prompt for key, prompt in zip(keys, prompts, strict=True) if key not in found}
+        found |= zip(missing, self.encoder.encode_each(list(missing.values())), strict=True)
+        for key, encoded in found.items():
+            self._remember(key, encoded)
+        return [found[key] for key in keys]
+
+    def _remember(self, key: str, encoded: EncodedPrompt) -> None:
+        if key not in self.remembered:
+            self.num_bytes += encoded.num_bytes
+        self.remembered[key] = encoded
+        self.remembered.move_to_end(key)
+        while self.num_bytes > self.max_bytes:
+            _, gone = self.remembered.popitem(last=False)
+            self.num_bytes -= gone.num_bytes
+
+
+def load_prompt_encoder(
+    config: PromptEncoderConfig, device: str | torch.device = "cpu", *, remember: bool = True
+) -> PromptEncoder:
+    """Load the frozen encoder onto `device`.
+
+    Raises:
+        ConfigError: an unknown model, unreadable files, or a hub that can't be reached.
+    """
+    encoder: PromptEncoder
+    if config.kind == "clip":
+        from model.prompt.clip_encoder import ClipPromptEncoder
+
+        encoder = ClipPromptEncoder(config, load_clip(config.clip, device, batch_size=config.batch_size))
+    else:
+        from model.prompt.mllm_encoder import load_mllm_encoder
+
+        encoder = load_mllm_encoder(config, device)
+    return RememberingEncoder(encoder) if remember else encoder

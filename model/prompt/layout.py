@@ -11,6 +11,7 @@ from typing import Any
 
 from infra.errors import ConfigError
 from model.condition import Prompt, Segment
+from model.data.batch import Role
 from model.prompt.select import drop_empty
 
 OPEN, CLOSE = "\ue000", "\ue001"
@@ -109,7 +110,7 @@ class Template:
         following = segments[n + 1][1] if n + 1 < len(segments) else None
         if following is None or following.type == "image":
             return text
-        return text + (" " if segment.role == following.role == "caption" else "\n")
+        return text + (" " if segment.role == following.role == Role.CAPTION else "\n")
 
     def _render_markers(self, kinds: list[str]) -> str:
         """The template with a marker for each text and a placeholder for each picture."""

@@ -10,6 +10,7 @@ marks) are attended to but not handed on; marks around a picture belong to the p
 import inspect
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -18,20 +19,46 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from infra.clip.hub import hub_file
 from infra.clip.model import hash_weights
 from infra.errors import ConfigError
-from model.condition import ROLES, Prompt, Segment
-from model.prompt.collate import Processed, batches_of, collate
+from infra.hub import hub_file
+from model.condition import EncodedPrompt, Prompt, Segment
+from model.data.batch import Role, role_number
 from model.prompt.config import PromptEncoderConfig
-from model.prompt.encoder import EncodedPrompt, PromptEncoder
+from model.prompt.encoder import PromptEncoder
 from model.prompt.layout import Layout, Template, owners
-from model.prompt.readable import Pictures, readable
+from model.prompt.pictures import MAX_PICTURE_PX, Pictures, decode_all
 from model.prompt.select import drop_empty, fit
 
 LAYOUT_VERSION = 1
 """Raise when `layout.py` lays prompts out differently: old cache entries then no longer match."""
 CURE = "give a local folder as model, or use kind: clip with clip.name: offline"
+PICTURE_SIDE_PX = 448
+"""Pictures are shrunk to this longest side before the processor sees them; bounds the tokens of families that
+take pictures at their own size (Qwen-VL). Ours; smaller pictures stay as they are."""
+SPLIT_PICTURES = False
+"""Whether a processor that can (SmolVLM, Idefics3) cuts a picture into tiles besides the whole: finer, but up
+to 17 times the tokens."""
+
+
+@dataclass(frozen=True)
+class Processed:
+    """One prompt, ready for the model."""
+
+    inputs: dict[str, Tensor]
+    """As the processor gives them, batch of one."""
+    kept: Tensor
+    """Positions of the tokens that belong to segments, `l`."""
+    role: Tensor
+    segment: Tensor
+
+    @property
+    def length(self) -> int:
+        return self.inputs["input_ids"].shape[1]
+
+    @property
+    def has_pictures(self) -> bool:
+        return "pixel_values" in self.inputs
 
 
 class MllmPromptEncoder(PromptEncoder):
@@ -58,7 +85,7 @@ class MllmPromptEncoder(PromptEncoder):
 
     def _check_limit(self) -> None:
         """Refuse a limit that the template alone uses up: nothing of any prompt would be left."""
-        least = self._process((Segment("text", "caption", text="a"),), {}).length + 7
+        least = self._process((Segment("text", Role.CAPTION, text="a"),), {}).length + 7
         if self.config.max_tokens < least:
             raise ConfigError(
                 f"max_tokens = {self.config.max_tokens}", legal=f"at least {least} with this chat template"
@@ -82,10 +109,10 @@ class MllmPromptEncoder(PromptEncoder):
             "layer": self.layer_index,
             "layout": LAYOUT_VERSION,
             "max_tokens": self.config.max_tokens,
-            "picture_side_px": self.config.picture_side_px,
-            "split_pictures": self.config.split_pictures,
-            "bad_pictures": self.config.bad_pictures,
-            "max_picture_px": self.config.max_picture_px,
+            "picture_side_px": PICTURE_SIDE_PX,
+            "split_pictures": SPLIT_PICTURES,
+            "bad_pictures": "refuse",
+            "max_picture_px": MAX_PICTURE_PX,
         }
 
     @property
@@ -106,7 +133,7 @@ class MllmPromptEncoder(PromptEncoder):
     def process(self, prompt: Prompt) -> Processed:
         """Clean, cut to `max_tokens`, lay out and tokenise one prompt."""
         decoded: Pictures = {}
-        prompt = readable(prompt, self.config, decoded)
+        decode_all(prompt, decoded)
         made: dict[Prompt, Processed] = {}
 
         def count(candidate: Prompt) -> int:
@@ -130,14 +157,14 @@ class MllmPromptEncoder(PromptEncoder):
         return Processed(
             inputs={name: value for name, value in batch.items() if isinstance(value, Tensor)},
             kept=torch.tensor([n for n, _ in kept], dtype=torch.long),
-            role=torch.tensor([ROLES.index(span.role) for _, span in kept], dtype=torch.long),
+            role=torch.tensor([role_number(span.role) for _, span in kept], dtype=torch.long),
             segment=torch.tensor([span.place for _, span in kept], dtype=torch.long),
         )
 
     def _run_processor(self, layout: Layout, decoded: Pictures) -> dict[str, Any]:
         bos = self.processor.tokenizer.bos_token
-        images = [_shrunk(decoded[data], self.config.picture_side_px) for data in layout.pictures]
-        options = {"do_image_splitting": self.config.split_pictures} if images and self._can_split else {}
+        images = [_shrunk(decoded[data], PICTURE_SIDE_PX) for data in layout.pictures]
+        options = {"do_image_splitting": SPLIT_PICTURES} if images and self._can_split else {}
         batch = self.processor(
             text=[layout.text],
             images=images or None,
@@ -170,6 +197,50 @@ class MllmPromptEncoder(PromptEncoder):
         return [state[: one.length] for state, one in zip(states, batch, strict=True)]
 
 
+def collate(batch: list[Processed], pad_id: int) -> dict[str, Tensor]:
+    """Processor outputs of single prompts -> one batch, as the processor itself would make it.
+
+    Token tensors are right padded. Picture tensors are concatenated along the first dimension, which is
+    pictures (LLaVA), patches (Qwen-VL) or prompts (SmolVLM); other dimensions are zero padded.
+    """
+    longest = max(one.length for one in batch)
+    out = {}
+    for name in batch[0].inputs:
+        values = [one.inputs[name] for one in batch]
+        if values[0].shape[:2] == (1, batch[0].length):
+            fill = pad_id if name == "input_ids" else 0
+            values = [torch.nn.functional.pad(v, (0, longest - v.shape[1]), value=fill) for v in values]
+        else:
+            values = _pad_alike(values)
+        out[name] = torch.cat(values)
+    return out
+
+
+def _pad_alike(values: list[Tensor]) -> list[Tensor]:
+    """Zero pad all dimensions but the first to the largest."""
+    shape = [max(sizes) for sizes in zip(*(value.shape[1:] for value in values), strict=True)]
+    padded = []
+    for value in values:
+        missing = [have - got for have, got in zip(shape, value.shape[1:], strict=True)]
+        sides = [side for gap in reversed(missing) for side in (0, gap)]
+        padded.append(torch.nn.functional.pad(value, sides))
+    return padded
+
+
+def batches_of(ready: list[Processed], size: int) -> list[list[int]]:
+    """Rows in batches of like length; prompts with and without pictures apart, empty ones too."""
+    order = sorted(range(len(ready)), key=lambda n: (ready[n].has_pictures, ready[n].length, n))
+    batches: list[list[int]] = []
+    for row in order:
+        kind = (ready[row].has_pictures, ready[row].length > 0)
+        last = batches[-1] if batches else None
+        if last and len(last) < size and kind == (ready[last[0]].has_pictures, ready[last[0]].length > 0):
+            last.append(row)
+        else:
+            batches.append([row])
+    return batches
+
+
 def _shrunk(image: Image.Image, side_px: int) -> Image.Image:
     """A picture whose longest side is at most `side_px`."""
     if max(image.size) <= side_px:
@@ -190,14 +261,13 @@ def load_mllm_encoder(config: PromptEncoderConfig, device: str | torch.device = 
         hub_file(config.model, ["config.json"], wanted=config.model, cure=CURE)
     name = str(place) if place.is_dir() else config.model
     device = torch.device(device)
-    is_half = config.dtype == "bfloat16" or (config.dtype == "auto" and device.type == "cuda")
     from transformers import AutoModelForImageTextToText, AutoProcessor
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     try:
         model = AutoModelForImageTextToText.from_pretrained(
-            name, dtype=torch.bfloat16 if is_half else torch.float32
+            name, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32
         )
         processor = AutoProcessor.from_pretrained(name)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:

@@ -1,7 +1,8 @@
-"""Pictures of a prompt: encoded bytes -> PIL for the encoders, -> reference tensors for `plus` mode."""
+"""Pictures of a prompt: encoded bytes -> PIL for the encoders, -> reference tensors for `plus` mode.
 
-import io
-import warnings
+A picture that can't be decoded refuses its prompt: a DataError, at the boundary of the row.
+"""
+
 from collections.abc import Sequence
 
 import numpy as np
@@ -9,8 +10,11 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from infra import pictures
 from infra.errors import DataError
+from infra.pictures import PictureError
 from model.condition import Prompt, Segment
+from model.data.batch import ROLES, role_number
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
 MAX_PICTURE_PX = 50_000_000
@@ -19,47 +23,19 @@ MAX_ASPECT = 20
 """Beyond this ratio of sides only the middle is kept; encoders refuse or explode on 1 x 10,000 pixels."""
 MIN_SIDE_PX = 28
 """Smaller pictures are enlarged to this: one patch of the largest patch size in use (Qwen-VL's)."""
-REFERENCE_ROLES = ("subject", "background", "first_frame", "retrieved")
-COVER_ROLES = ("background", "first_frame")
-"""Pictures of whole scenes: resized to cover; the others are shown whole, on white."""
+Pictures = dict[bytes, Image.Image]
+"""Encoded bytes -> decoded picture."""
 
 
-class PictureError(DataError):
-    """A picture of a prompt that can't be decoded."""
-
-
-def decode_picture(data: bytes | None, *, max_px: int = MAX_PICTURE_PX) -> Image.Image:
-    """Encoded bytes -> RGB picture, upright, transparent parts white.
+def decode_picture(data: bytes | None) -> Image.Image:
+    """Encoded bytes -> RGB picture, upright, transparent parts white, its sides tamed.
 
     Raises:
-        PictureError: no bytes, not a picture, damaged, or more than `max_px` pixels (decided from the
-            header: a bomb is never unpacked).
+        PictureError: no bytes, not a picture, damaged, or more than MAX_PICTURE_PX pixels.
     """
-    if not data:
-        raise PictureError("a picture without bytes")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is below
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
-            width, height = image.size
-            if width * height > max_px:
-                raise PictureError(f"a picture of {width} x {height} pixels; legal: at most {max_px}")
-            image.load()
-            return _tame(_on_white(ImageOps.exif_transpose(image)))
-    except (PictureError, MemoryError):
-        raise
-    except Image.DecompressionBombError as error:
-        raise PictureError(str(error)) from None
-    except Exception as error:  # noqa: BLE001  (decoders raise anything on hostile bytes: the row boundary)
-        raise PictureError(f"not a readable picture: {type(error).__name__}: {error}") from None
-
-
-def _on_white(image: Image.Image) -> Image.Image:
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, image).convert("RGB")
-    return image.convert("RGB")
+    return _tame(
+        pictures.decode_picture(data or b"", max_pixels=MAX_PICTURE_PX, formats=FORMATS, on_white=True)
+    )
 
 
 def _tame(image: Image.Image) -> Image.Image:
@@ -78,21 +54,14 @@ def _tame(image: Image.Image) -> Image.Image:
 
 
 def reference_tensors(
-    prompts: Sequence[Prompt],
-    size_px: tuple[int, int],
-    *,
-    max_references: int = 8,
-    roles: Sequence[str] = REFERENCE_ROLES,
-    max_px: int = MAX_PICTURE_PX,
+    prompts: Sequence[Prompt], size_px: tuple[int, int], *, max_references: int = 8
 ) -> tuple[Tensor, Tensor]:
     """Decode the prompts' pictures for the generator itself (`plus` mode; UniVideo table 6).
 
     Args:
         prompts: as given to the encoder, after `select`.
         size_px: (height, width) of every reference.
-        max_references: per prompt; further pictures are left out, in the order of `roles`.
-        roles: which pictures, the most important first.
-        max_px: as in `decode_picture`.
+        max_references: per prompt; of more, retrieved pictures are left out first, then the last ones.
 
     Returns:
         `b n 3 h w` in [-1, 1], in the prompt's order, and the `b n` bool mask; n is the most that any
@@ -101,28 +70,50 @@ def reference_tensors(
     Raises:
         PictureError: an undecodable picture.
     """
-    chosen = [_chosen(prompt, max_references, roles) for prompt in prompts]
+    chosen = [_chosen(prompt, max_references) for prompt in prompts]
     most = max(map(len, chosen), default=0)
     references = torch.zeros(len(prompts), most, 3, *size_px)
     mask = torch.zeros(len(prompts), most, dtype=torch.bool)
     for row, segments in enumerate(chosen):
         for place, segment in enumerate(segments):
-            references[row, place] = _reference(segment, size_px, max_px)
+            references[row, place] = _reference(segment, size_px)
             mask[row, place] = True
     return references, mask
 
 
-def _chosen(prompt: Prompt, max_references: int, roles: Sequence[str]) -> list[Segment]:
-    places = [n for n, s in enumerate(prompt) if s.type == "image" and s.image and s.role in roles]
-    best = sorted(places, key=lambda n: (list(roles).index(prompt[n].role), n))[:max_references]
+def _chosen(prompt: Prompt, max_references: int) -> list[Segment]:
+    pictures = [
+        n for n, s in enumerate(prompt) if s.type == "image" and s.image and ROLES[s.role].kind != "text"
+    ]
+    best = sorted(pictures, key=lambda n: (_importance(prompt[n].role), n))[:max_references]
     return [prompt[n] for n in sorted(best)]
 
 
-def _reference(segment: Segment, size_px: tuple[int, int], max_px: int) -> Tensor:
-    image = decode_picture(segment.image, max_px=max_px)
+def _importance(role: str) -> tuple[bool, int]:
+    return ROLES[role].kind == "retrieved", role_number(role)
+
+
+def _reference(segment: Segment, size_px: tuple[int, int]) -> Tensor:
+    image = decode_picture(segment.image)
     size = (size_px[1], size_px[0])
-    if segment.role in COVER_ROLES:
+    if ROLES[segment.role].is_scene:
         image = ImageOps.fit(image, size, Image.Resampling.BICUBIC)
     else:
         image = ImageOps.pad(image, size, Image.Resampling.BICUBIC, color="white")
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1.0
+
+
+def decode_all(prompt: Prompt, decoded: Pictures) -> None:
+    """Decode every picture of a prompt into `decoded`.
+
+    Raises:
+        DataError: an unknown role, or an undecodable picture; names the segment.
+    """
+    for place, segment in enumerate(prompt):
+        if segment.role not in ROLES:
+            raise DataError(f"segment {place}: role {segment.role!r}; legal: {', '.join(ROLES)}")
+        if segment.type == "image" and (segment.image or b"") not in decoded:
+            try:
+                decoded[segment.image or b""] = decode_picture(segment.image)
+            except PictureError as error:
+                raise DataError(f"segment {place} ({segment.role}): {error}") from None

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from model.condition import KINDS, Prompt, Segment
+from model.data.batch import ROLES, Role
 
 PUNCTUATION = ".,;:!?)]}'"
 
@@ -26,15 +27,14 @@ def select(prompt: Prompt, num_documents: int | None = None, dropped: frozenset[
     Raises:
         ValueError: an unknown kind or a negative number.
     """
-    if unknown := dropped - KINDS.keys():
+    if unknown := dropped - set(KINDS):
         raise ValueError(f"kinds {sorted(unknown)}; legal: {', '.join(KINDS)}")
     if num_documents is not None and num_documents < 0:
         raise ValueError(f"num_documents = {num_documents}; legal: None, 0, 1, 2, ...")
     kept = keep_documents(prompt, num_documents)
-    roles = {role for kind in dropped for role in KINDS[kind]}
     if "text" not in dropped and "subject" in dropped:
         kept = restore_words(kept)
-    return tuple(segment for segment in kept if segment.role not in roles)
+    return tuple(segment for segment in kept if ROLES[segment.role].kind not in dropped)
 
 
 def documents(prompt: Prompt) -> list[list[int]]:
@@ -46,7 +46,7 @@ def documents(prompt: Prompt) -> list[list[int]]:
     found: list[list[int]] = []
     complete = True
     for place, segment in enumerate(prompt):
-        if segment.role != "retrieved":
+        if segment.role != Role.RETRIEVED:
             continue
         if complete or segment.type == "text":
             found.append([])
@@ -65,10 +65,10 @@ def keep_documents(prompt: Prompt, number: int | None) -> Prompt:
 def restore_words(prompt: Prompt, places: frozenset[int] | None = None) -> Prompt:
     """Put the words of subject and background pictures back (at `places`, or all), one caption again."""
     words = [
-        Segment("text", "caption", text=segment.text)
+        Segment("text", Role.CAPTION, text=segment.text)
         if segment.type == "image"
         and segment.text
-        and segment.role in KINDS["subject"]
+        and ROLES[segment.role].kind == "subject"
         and (places is None or place in places)
         else segment
         for place, segment in enumerate(prompt)
@@ -78,7 +78,7 @@ def restore_words(prompt: Prompt, places: frozenset[int] | None = None) -> Promp
     joined: list[Segment] = []
     for segment in words:
         last = joined[-1] if joined else None
-        if last and last.type == segment.type == "text" and last.role == segment.role == "caption":
+        if last and last.type == segment.type == "text" and last.role == segment.role == Role.CAPTION:
             joined[-1] = replace(last, text=join_words(last.text or "", segment.text or ""))
         else:
             joined.append(segment)
@@ -133,17 +133,17 @@ def _shorter(prompt: Prompt) -> Iterator[Prompt]:
         yield prompt
     for place in reversed(range(len(prompt))):
         if prompt[place].type == "image" and prompt[place].image:
-            word = prompt[place].text if prompt[place].role in KINDS["subject"] else None
-            swap = Segment("text", "caption", text=word) if word else None
+            word = prompt[place].text if ROLES[prompt[place].role].kind == "subject" else None
+            swap = Segment("text", Role.CAPTION, text=word) if word else None
             prompt = _blank(prompt, [place], swap)
             yield prompt
-    others = [n for n, s in enumerate(prompt) if s.type == "text" and s.role != "caption"]
+    others = [n for n, s in enumerate(prompt) if s.type == "text" and s.role != Role.CAPTION]
     if others:
         yield _blank(prompt, others)
 
 
 def _blank(prompt: Prompt, places: list[int], swap: Segment | None = None) -> Prompt:
-    blank = swap or Segment("text", "caption", text="")
+    blank = swap or Segment("text", Role.CAPTION, text="")
     return tuple(blank if place in places else segment for place, segment in enumerate(prompt))
 
 

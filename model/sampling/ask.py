@@ -14,18 +14,11 @@ from typing import Any
 
 from infra.errors import ConfigError
 from infra.storage import absolute, exists, read_bytes
-from model.condition import ROLES, Prompt, Segment
-from model.data.batch import read_prompt
+from model.condition import Prompt, Segment
+from model.data.batch import ROLES, TASKS, Role, read_prompt
 from model.data.shards import open_parquet, open_shards
 
 PLACEHOLDER = "<image>"
-IMAGE_ROLES = ("subject", "background", "first_frame", "retrieved")
-INSTRUCTIONS = {
-    "subject": "Generate a video with the text and image.",
-    "first_frame": "Generate a video with the text and first frame.",
-    "retrieved": "Generate a video with the retrieved text-image.",
-}
-"""VIMI figure 2, abridged there by dots; what `vimi-data instruct` writes, so that sampling asks alike."""
 
 
 @dataclass(frozen=True)
@@ -68,33 +61,38 @@ def parse_prompt(text: str, images: Sequence[str], *, instruct: bool = False) ->
     segments: list[Segment] = []
     for number, word in enumerate(words):
         if word.strip():
-            segments.append(Segment("text", "caption", word.strip()))
+            segments.append(Segment("text", Role.CAPTION.value, word.strip()))
         if number < len(images):
             role, data = read_image(images[number])
             segments.append(Segment("image", role, None, data))
     roles = {s.role for s in segments}
-    line = next((text for role, text in INSTRUCTIONS.items() if role in roles), None)
+    line = next((task.instruction for task in TASKS.values() if task.role in roles), None)
     if instruct and line:
-        segments.insert(0, Segment("text", "instruction", line))
+        segments.insert(0, Segment("text", Role.INSTRUCTION.value, line))
     return tuple(segments)
+
+
+def picture_roles() -> list[str]:
+    """Roles that a user's picture may have."""
+    return [str(role) for role, facts in ROLES.items() if facts.kind != "text"]
 
 
 def read_image(place: str) -> tuple[str, bytes]:
     """(role, bytes) of `path` or `role:path`."""
     role, sep, path = place.partition(":")
-    if not sep or role not in IMAGE_ROLES:
-        role, path = "subject", place
+    if not sep or role not in picture_roles():
+        role, path = Role.SUBJECT.value, place
     try:
         return role, read_bytes(absolute(path))
     except OSError as error:
         raise ConfigError(
             f"can't read image {path}: {error.strerror or error}",
-            legal=f"a picture's path, or one of {', '.join(f'{r}:' for r in IMAGE_ROLES)} before it",
+            legal=f"a picture's path, or one of {', '.join(f'{r}:' for r in picture_roles())} before it",
         ) from None
 
 
 def describe_prompt(prompt: Prompt) -> str:
-    parts = [s.text or "" if s.type == "text" else f"<{s.role}>" for s in prompt if s.role != "retrieved"]
+    parts = [s.text or "" if s.type == "text" else f"<{s.role}>" for s in prompt if s.role != Role.RETRIEVED]
     return " ".join(part for part in parts if part)
 
 
@@ -130,7 +128,7 @@ def _from_line(value: dict[str, Any], beside: Path, instruct: bool) -> Prompt:
         return parse_prompt(value["prompt"], images, instruct=instruct)
     segments = []
     for item in value["segments"]:
-        role = item.get("role", "caption")
+        role = item.get("role", Role.CAPTION.value)
         if role not in ROLES:
             raise ValueError(f"role {role!r}, legal: {', '.join(ROLES)}")
         image = read_image(_beside(item["image"], beside))[1] if item.get("image") else None
@@ -140,7 +138,7 @@ def _from_line(value: dict[str, Any], beside: Path, instruct: bool) -> Prompt:
 
 def _beside(place: str, folder: Path) -> str:
     role, sep, path = place.partition(":")
-    prefix, path = (role + ":", path) if sep and role in IMAGE_ROLES else ("", place)
+    prefix, path = (role + ":", path) if sep and role in picture_roles() else ("", place)
     return prefix + (path if Path(path).is_absolute() or "://" in path else str(folder / path))
 
 

@@ -37,7 +37,7 @@ from model.condition import ConditionConfig
 from model.dit import DitConfig
 from model.fit_layout import FitConfig
 from model.generator import Generator
-from model.latents import load_latents
+from model.latents import open_latents
 from model.sampling.maker import check_autoencoder
 from model.sampling.restore import WEIGHTS, Restored, check_average, named_weights, restore_generator
 from model.training.checkpoint import COMMITTED, find_checkpoint
@@ -139,9 +139,9 @@ def contents(restored: Restored, ema: str) -> dict[str, bytes]:
 
 def autoencoder_files(restored: Restored) -> dict[str, bytes]:
     """The autoencoder as diffusers writes it, below `vae/`; nothing for a model of pixels."""
-    if not restored.space.is_latent:
+    latents = open_latents(restored.config.autoencoder) if restored.space.is_latent else None
+    if latents is None:
         return {}
-    latents = load_latents(restored.config.autoencoder)
     check_autoencoder(latents.space.identity, restored)
     with tempfile.TemporaryDirectory() as folder:
         latents.model.save_pretrained(folder)

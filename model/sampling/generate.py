@@ -24,7 +24,7 @@ from infra.storage import (
     write_certificate,
     write_json,
 )
-from model.prompt import select
+from model.prompt.select import select
 from model.sampling.ask import Request, describe_prompt, from_file, from_shards, parse_prompt, prompt_hash
 from model.sampling.config import GuidanceConfig, SampleConfig, UpsampleConfig
 from model.sampling.film import contact_sheet, encode_mp4, scale_to_look_at, to_frames

@@ -14,7 +14,8 @@ from infra.errors import ConfigError
 from model.condition import Prompt
 from model.guidance import FULL, Guidance
 from model.latents import open_latents
-from model.prompt import PromptEncoder, load_prompt_encoder, select
+from model.prompt.encoder import PromptEncoder, load_prompt_encoder
+from model.prompt.select import select
 from model.sample import Denoiser, sample_ode, upsample
 from model.sampling.config import GuidanceConfig
 from model.sampling.restore import Restored
@@ -142,7 +143,7 @@ def check_autoencoder(identity: str, restored: Restored) -> None:
     """Refuse latents that mean something else than in training."""
     if identity != restored.space.identity:
         raise ConfigError(
-            f"the autoencoder {restored.config.autoencoder.model} is not the one that {restored.uri} was "
+            f"the autoencoder {restored.config.autoencoder} is not the one that {restored.uri} was "
             f"trained with ({restored.space.identity[:12]} there, {identity[:12]} now)",
             cure="put the trained one back in its place",
         )

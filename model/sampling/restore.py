@@ -102,7 +102,7 @@ def _load_reconstructed(model: Generator, uri: str, sigma_rel: float, position: 
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     stored: list[tuple[Snapshot, dict[str, Tensor]]] = []
     for place, profile, snapshot in _snapshots(uri):
-        tensors = {f"ema.{profile}.{name}": torch.empty_like(p) for name, p in named.items()}
+        tensors = {f"ema.{profile}.{name}": torch.zeros_like(p) for name, p in named.items()}
         load_state(place, tensors)
         prefix = f"ema.{profile}."
         stored.append((snapshot, {k.removeprefix(prefix): v for k, v in tensors.items()}))

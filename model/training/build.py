@@ -7,11 +7,13 @@ import torch
 from torch import Tensor
 
 from infra.errors import ConfigError
-from model.condition import Condition, ConditionConfig, Prompt
+from model.condition import Beforehand, Condition, ConditionConfig, Prompt
+from model.data.batch import ROLES
 from model.data.plan import Plan
 from model.generator import BackboneConfig, Generator, preset
-from model.prompt import PromptEncoder, reference_tensors, select
-from model.prompt.encoder import Beforehand
+from model.prompt.encoder import PromptEncoder
+from model.prompt.pictures import reference_tensors
+from model.prompt.select import select
 from model.space import PIXELS, Space
 from model.step import draw_dropped, draw_num_documents
 from model.training.parallel import warning_only
@@ -48,7 +50,8 @@ def make_generator(config: StageConfig, token_dim: int, space: Space = PIXELS) -
     """The network of this config, freshly drawn from its seed: the same on every rank."""
     torch.manual_seed(config.seed)
     backbone = backbone_of(config, space)
-    return Generator(backbone, ConditionConfig(token_dim=token_dim, mode=config.references))
+    condition = ConditionConfig(token_dim=token_dim, mode=config.references, num_roles=len(ROLES))
+    return Generator(backbone, condition)
 
 
 class Conditioner:
@@ -103,7 +106,6 @@ def make_plan(config: StageConfig, index: pa.Table, num_groups: int) -> Plan:
         num_groups,
         seed=config.seed,
         micro_batch=config.micro_batch,
-        order=config.order,
         bucket_weights={n: b.weight for n, b in enumerate(config.buckets)},
         task_weights=config.task_weights,
     )

@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from infra.errors import ConfigError, TrainingError
 from infra.storage import (
@@ -38,6 +39,8 @@ from model.training.staging import Staging
 COMMITTED = "committed.json"
 FORMAT = 1
 """Layout of the tensors' names; a reader refuses one that it doesn't know."""
+ROLE_TABLE = ".role.weight"
+"""In the names of the tensors that have a row for each role of a prompt."""
 State = dict[str, Tensor]
 
 
@@ -210,15 +213,22 @@ def last_line(error: BaseException) -> str:
 def load_state(uri: str, state: State, *, group: dist.ProcessGroup | None = None) -> None:
     """Fill `state`'s tensors in place, each rank its part, whatever the number of ranks that wrote it.
 
+    A table of roles may have fewer rows there: roles have been appended since, and keep what they have here.
+
     Raises:
         TrainingError: names or shapes differ from the checkpoint's; names the first few.
     """
     there = tensors_in(uri)
     missing = sorted(name for name in state if name not in there)
+    shorter = {
+        name: torch.zeros(there[name], dtype=value.dtype)
+        for name, value in state.items()
+        if ROLE_TABLE in name and name in there and is_shorter(there[name], value.shape)
+    }
     other = [
         f"{name} is {tuple(there[name])} there, {tuple(value.shape)} here"
         for name, value in state.items()
-        if name in there and tuple(there[name]) != tuple(value.shape)
+        if name in there and name not in shorter and tuple(there[name]) != tuple(value.shape)
     ]
     if missing or other:
         reasons = "; ".join([*(f"{name} is not there" for name in missing), *other][:4])
@@ -227,7 +237,24 @@ def load_state(uri: str, state: State, *, group: dist.ProcessGroup | None = None
     with warnings.catch_warnings():
         # That one process loads alone is meant, and no news to whoever runs `sample`.
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        load(dict(state), storage_reader=SafeReader(uri), process_group=group, no_dist=alone)
+        load({**state, **shorter}, storage_reader=SafeReader(uri), process_group=group, no_dist=alone)
+    for name, rows in shorter.items():
+        fill_rows(state[name], rows)
+
+
+def is_shorter(there: torch.Size, here: torch.Size) -> bool:
+    return len(there) == len(here) > 0 and there[1:] == here[1:] and there[0] < here[0]
+
+
+@torch.no_grad()
+def fill_rows(table: Tensor, rows: Tensor) -> None:
+    """Write the first rows of a table, sharded or not; the others stay."""
+    if isinstance(table, DTensor):
+        whole = table.full_tensor()
+        whole[: len(rows)] = rows.to(whole.device)
+        table.copy_(distribute_tensor(whole, table.device_mesh, table.placements))
+    else:
+        table[: len(rows)] = rows.to(table.device)
 
 
 def tensors_in(uri: str) -> dict[str, torch.Size]:

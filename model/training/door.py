@@ -3,7 +3,6 @@
 import hashlib
 import importlib.util
 from dataclasses import dataclass
-from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -12,11 +11,9 @@ from infra.errors import ConfigError
 from infra.storage import absolute, exists, join, read_bytes, write_bytes
 from model.data.shards import Shards, index_shards, open_shards
 from model.edm import sigma_in
-from model.encodings.check import check_encodings
+from model.encodings.make import check_encodings
 from model.encodings.store import open_encodings
 from model.generator import PRESETS
-from model.latents import resolve_latents
-from model.prompt import PromptEncoderConfig
 from model.sampling.config import WEIGHTS
 from model.space import PIXELS, Space
 from model.training.build import backbone_of, make_plan
@@ -45,30 +42,14 @@ class Ready:
 
 def resolve(config: StageConfig) -> StageConfig:
     """The same config with absolute places, as every process must see them."""
-    places: dict[str, object] = {name: absolute(getattr(config, name)) for name in ("prompts", "out")}
+    places: dict[str, object] = {name: absolute(getattr(config, name)) for name in ("out",)}
     if isinstance(config, Stage2Config):
         places["start_from"] = absolute(config.start_from)
     if config.upsampler is not None and config.upsampler.start_from is not None:
         base = absolute(config.upsampler.start_from)
         places["upsampler"] = config.upsampler.model_copy(update={"start_from": base})
-    places["autoencoder"] = resolve_latents(config.autoencoder)
     places["encodings"] = absolute(config.encodings) if config.encodings else None
-    return config.model_copy(update={**places, "encoder": resolve_encoder(config.encoder)})
-
-
-def resolve_encoder(encoder: PromptEncoderConfig) -> PromptEncoderConfig:
-    """Local files of the encoder by absolute path; names of models stay as they are."""
-
-    def local(value: str) -> str:
-        return absolute(value) if Path(value).exists() else value
-
-    clip = encoder.clip.model_copy(
-        update={"name": local(encoder.clip.name), "pretrained": local(encoder.clip.pretrained)}
-    )
-    cache = encoder.cache
-    if cache is not None and cache.uri:
-        cache = cache.model_copy(update={"uri": absolute(cache.uri)})
-    return encoder.model_copy(update={"clip": clip, "model": local(encoder.model), "cache": cache})
+    return config.model_copy(update=places)
 
 
 def inspect(config: StageConfig) -> Ready:
@@ -182,9 +163,7 @@ def check_same_model(config: Stage2Config, start_from: str) -> None:
     for values, whole in ((there, theirs_whole), (here, config)):
         values["upsampler from"] = whole.upsampler.small_size_px if whole.upsampler else None
     differences = [f"{k}: {there.get(k)!r} there, {here[k]!r} now" for k in SAME if there.get(k) != here[k]]
-    unlike = {"cache", "batch_size", "bad_pictures"}
-    theirs = {k: v for k, v in there["encoder"].items() if k not in unlike}
-    ours = {k: v for k, v in here["encoder"].items() if k not in unlike}
+    theirs, ours = theirs_whole.encoder.identity(), config.encoder.identity()
     differences += [
         f"encoder.{k}: {theirs.get(k)!r} there, {ours[k]!r} now" for k in ours if theirs.get(k) != ours[k]
     ]

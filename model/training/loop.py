@@ -18,8 +18,7 @@ from torch.optim import Optimizer
 
 from model.condition import Condition
 from model.data.batch import Batch
-from model.data.groups import RowGroups
-from model.data.loader import Loader
+from model.data.loader import Loader, RowGroups
 from model.data.shards import open_shards
 from model.ema import Ema
 from model.encodings.store import open_encoder, open_encodings
@@ -125,15 +124,13 @@ class Training:
                 shards,
                 config.shapes,
                 held_out_frac=held_out,
-                cache_bytes=config.loader.cache_bytes,
                 encodings=self.encodings,
             ),
             select=self.condition.choose,
             rank=self.rank,
             world_size=self.world_size,
             position=self.position,
-            num_threads=config.loader.num_threads,
-            prefetch_batches=config.loader.prefetch_batches,
+            num_threads=config.loader_threads,
             pin_memory=self.device.type == "cuda",
         )
 

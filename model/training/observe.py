@@ -13,7 +13,7 @@ import pyarrow as pa
 import torch
 
 from infra.storage import exists, join, list_files, read_json, write_json
-from model.data.groups import RowGroups
+from model.data.loader import RowGroups
 from model.data.shards import open_shards
 from model.encodings.store import open_encoder, open_encodings
 from model.sampling.restore import WEIGHTS, restore_generator

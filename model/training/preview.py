@@ -16,10 +16,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from infra.storage import join, write_bytes, write_json
-from model.data.batch import read_prompt, read_sample
+from model.data.batch import read_prompt
 from model.data.inputs import most_documents
+from model.data.sample import read_sample
 from model.encodings.store import StoredEncoder
-from model.prompt import select
+from model.prompt.select import select
 from model.sampling.ask import describe_prompt
 from model.sampling.config import GuidanceConfig
 from model.sampling.film import contact_sheet, encode_mp4, scale_to_look_at, to_frames

@@ -6,7 +6,7 @@ import torch
 
 from model.condition import Condition
 from model.data.batch import Batch
-from model.prompt import PromptEncoder
+from model.prompt.encoder import PromptEncoder
 from model.training.build import Conditioner
 from model.training.stages import StageConfig
 from model.training.targets import Targets

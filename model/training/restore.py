@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 from infra.errors import TrainingError
 from model.ema import Ema
 from model.generator import Generator
-from model.prompt import PromptEncoder
+from model.prompt.encoder import PromptEncoder
 from model.training.checkpoint import (
     CheckpointWriter,
     find_checkpoint,

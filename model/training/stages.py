@@ -11,9 +11,8 @@ from pydantic import Field, field_validator, model_validator
 
 from infra.cluster import RayConfig
 from infra.config import Config
+from model.data.batch import TASKS
 from model.data.inputs import InputConfig
-from model.data.loader import LoaderConfig
-from model.data.plan import OrderConfig
 from model.training.parallel import ParallelConfig
 from model.training.telemetry import LogConfig
 
@@ -152,8 +151,8 @@ class StageConfig(InputConfig):
     GPU, where training has GPUs) beside the workers'; training doesn't wait. background: a Ray task that
     reserves nothing and has the lowest priority, on a CPU. auto: spare if there is one, else inline."""
     checkpoint: CheckpointConfig = CheckpointConfig()
-    order: OrderConfig = OrderConfig()
-    loader: LoaderConfig = LoaderConfig()
+    loader_threads: int = Field(default=2, ge=1)
+    """Threads a rank that read and decode; PyAV and pyarrow release the GIL."""
     parallel: ParallelConfig = ParallelConfig()
     log: LogConfig = LogConfig()
     ray: RayConfig = RayConfig()
@@ -199,8 +198,8 @@ class StageConfig(InputConfig):
         small = self.upsampler
         if small is None:
             return self
-        if self.autoencoder.kind != "none":
-            raise ValueError("an upsampler works in pixels; legal: autoencoder.kind none with it")
+        if self.autoencoder is not None:
+            raise ValueError("an upsampler works in pixels; legal: no autoencoder with it")
         if any(b.height_px or b.width_px for b in self.buckets):
             raise ValueError("an upsampler has one size; legal: buckets without height_px and width_px with it")
         if small.small_height_px >= self.height_px or small.small_width_px >= self.width_px:
@@ -235,9 +234,6 @@ class Stage1Config(StageConfig):
     """Pretraining on retrieval-augmented prompts."""
 
 
-TASKS = ("subject_driven", "video_prediction", "text_to_video")
-
-
 class Stage2Config(StageConfig):
     """Instruction tuning: finetunes a stage-1 run on a mixture of tasks."""
 
@@ -246,7 +242,7 @@ class Stage2Config(StageConfig):
     """Run folder of stage 1, or one of its checkpoints."""
     start_ema: str | None = None
     """EMA of it to start from (its name in the checkpoint, e.g. power-0.05); None = the weights."""
-    tasks: dict[str, float] | None = Field(default_factory=lambda: dict.fromkeys(TASKS, 1.0))
+    tasks: dict[str, float] | None = Field(default_factory=lambda: {task.value: 1.0 for task in TASKS})
     """Share of samples of each task. VIMI names these three and prints no proportions, so equal shares are
     ours; null takes the shards' own."""
     samples: int = Field(default=200_000 * 3072, ge=1)
@@ -262,7 +258,7 @@ class Stage2Config(StageConfig):
 
 
 SPEED_ONLY = {
-    "loader", "parallel", "log", "max_failures", "checkpoint", "preview", "observe", "cpus_per_worker",
+    "loader_threads", "parallel", "log", "max_failures", "checkpoint", "preview", "observe", "cpus_per_worker",
     "encodings", "spare_workers",
 }  # fmt: skip
 """Fields that may differ when a run is continued: where and how fast, not what."""

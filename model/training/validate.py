@@ -18,14 +18,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from model.data.batch import Batch, collate, read_prompt, read_sample
+from model.data.batch import Batch, collate, read_prompt
 from model.data.buckets import VALIDATION
-from model.data.groups import RowGroups
 from model.data.inputs import most_documents
+from model.data.loader import RowGroups
 from model.data.order import permute_all
 from model.data.plan import Source, count_streams
+from model.data.sample import read_sample
 from model.generator import Generator
-from model.prompt import PromptEncoder, select
+from model.prompt.encoder import PromptEncoder
+from model.prompt.select import select
 from model.step import Draws, losses, sample_generator, sample_key
 from model.training.build import Conditioner
 from model.training.stages import StageConfig

@@ -102,7 +102,7 @@ def check(config: InstructConfig) -> ShardSet:
     if Task.SUBJECT_DRIVEN in config.tasks:
         model_path(config.subjects.mask_model)
         if config.subjects.clip is not None:
-            from infra.clip.load import check_clip
+            from infra.clip import check_clip
 
             check_clip(config.subjects.clip)
     if config.proportions and not sum(config.proportions.get(task, 1.0) for task in config.tasks):

@@ -4,9 +4,8 @@
     video prediction  Generate a video with the text and first frame.  caption [first frame]
     text-to-video     Generate a video with the retrieved text-image.  retrieved text [picture] caption
 
-`RECIPES` is the registry: a further task is a function and an entry. The instruction lines are those of the
-paper's second figure; two of them end in an ellipsis there, and what it hides is not published. Words are
-replaced by pictures in place: the text segments and the words behind the pictures, joined, are the caption.
+`RECIPES` is the registry: a further task is a function and an entry. Words are replaced by pictures in place:
+the text segments and the words behind the pictures, joined, are the caption.
 """
 
 import hashlib
@@ -20,7 +19,7 @@ from PIL import Image
 from pipeline.media.clip import first_frame, read_frames
 from pipeline.prompts.subjects.cutout import Picture, encode, fit_inside
 from pipeline.prompts.subjects.finder import FRAME_FRACS, SIDE_PX, SubjectFinder
-from pipeline.schema import Media, Role, RowError, Status, Task
+from pipeline.schema import TASKS, Media, Role, RowError, Status, Task
 
 Row = dict[str, Any]
 Segment = dict[str, Any]
@@ -90,9 +89,9 @@ def text_to_video(draw: Draw) -> Made:
 
 
 RECIPES: dict[str, Recipe] = {
-    Task.SUBJECT_DRIVEN: Recipe("Generate a video with the text and image.", subject_driven),
-    Task.VIDEO_PREDICTION: Recipe("Generate a video with the text and first frame.", video_prediction),
-    Task.TEXT_TO_VIDEO: Recipe("Generate a video with the retrieved text-image.", text_to_video),
+    Task.SUBJECT_DRIVEN: Recipe(TASKS[Task.SUBJECT_DRIVEN].instruction, subject_driven),
+    Task.VIDEO_PREDICTION: Recipe(TASKS[Task.VIDEO_PREDICTION].instruction, video_prediction),
+    Task.TEXT_TO_VIDEO: Recipe(TASKS[Task.TEXT_TO_VIDEO].instruction, text_to_video),
 }
 """Every task that `vimi-data instruct` can make, by name."""
 

@@ -43,11 +43,11 @@ def make_clip(folder: Path) -> dict[str, Any]:
     (folder / "clip.json").write_text(json.dumps(CLIP))
     torch.save({"state_dict": open_clip.CLIP(**CLIP).state_dict()}, folder / "clip.pt")
     clip = {"name": str(folder / "clip.json"), "pretrained": str(folder / "clip.pt"), "precision": "fp32"}
-    return {"kind": "clip", "clip": clip, "patch_grid": 4, "cache": None}
+    return {"kind": "clip", "clip": clip, "patch_grid": 4}
 
 
-def make_autoencoder(folder: Path) -> dict[str, Any]:
-    """Config of a random AutoencoderKL of 8 pixels to a latent, 4 million parameters."""
+def make_autoencoder(folder: Path) -> str:
+    """Folder of a random AutoencoderKL of 8 pixels to a latent, 4 million parameters."""
     kind: Any = diffusers.AutoencoderKL  # pyright: ignore[reportPrivateImportUsage]
     model = kind(
         down_block_types=("DownEncoderBlock2D",) * 4,
@@ -57,7 +57,7 @@ def make_autoencoder(folder: Path) -> dict[str, Any]:
         latent_channels=4,
     )
     model.save_pretrained(folder / "autoencoder")
-    return {"kind": "diffusers", "model": str(folder / "autoencoder")}
+    return str(folder / "autoencoder")
 
 
 def train(values: dict[str, Any], steps: int) -> tuple[list[float], dict[str, float]]:

@@ -18,7 +18,6 @@ from pathlib import Path
 import av
 import numpy as np
 import pyarrow.parquet as pq
-from bench_retrieval_quality import mini_clip
 from PIL import Image
 
 from infra.clip import Clip, load_clip
@@ -35,6 +34,7 @@ from pipeline.prompts.guard import (
     judge,
     similarity_bound,
 )
+from tests.infra.tiny_clips import mini_clip
 
 KEY_FRAMES = 4
 BOUNDS: tuple[tuple[int, float | None], ...]
@@ -142,7 +142,11 @@ def main() -> None:
     parser.add_argument("--hashes-only", action="store_true", help="no CLIP: quick")
     options = parser.parse_args()
     assets = options.assets.resolve()
-    clip = None if options.hashes_only else load_clip(mini_clip(assets, Path("/tmp")))
+    clip = (
+        None
+        if options.hashes_only
+        else load_clip(mini_clip(assets / "weights", Path("/tmp"), context_length=64))
+    )
     paths = sorted((assets / "panda/clips").glob("*.mp4"))[options.skip :][: options.clips]
     own, hashes, planted = [], [], {name: [] for name in PLANTS}
     for path in paths:

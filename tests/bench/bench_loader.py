@@ -31,9 +31,8 @@ from pyarrow.fs import LocalFileSystem
 
 from infra.storage import Certificate, write_certificate
 from model.data.buckets import Bucket
-from model.data.groups import RowGroups
-from model.data.loader import Loader
-from model.data.plan import OrderConfig, Plan
+from model.data.loader import Loader, RowGroups
+from model.data.plan import Plan
 from model.data.shards import index_shards, open_shards
 from model.training.door import read_index
 from model.training.driver import KEEP_MEMORY
@@ -100,8 +99,7 @@ def make_index(folder: Path, rows: int) -> None:
 
 def open_loader(folder: Path, threads: int) -> Loader:
     shards = open_shards(str(folder))
-    order = OrderConfig(lanes=8)
-    plan = Plan(read_index(str(folder)), len(shards.groups), seed=0, micro_batch=BATCH, order=order)
+    plan = Plan(read_index(str(folder)), len(shards.groups), seed=0, micro_batch=BATCH, lanes=8)
     groups = RowGroups(shards, BUCKETS, cache_bytes=CACHE)
     return Loader(plan, groups, select=lambda p, _: p, num_threads=threads)
 
@@ -228,7 +226,7 @@ def measure_seek(folder: Path, rows: int = 10_000_000, group_rows: int = 64) -> 
 
     started_s = time.perf_counter()
     shards = open_shards(str(place))
-    plan = Plan(read_index(str(place)), len(shards.groups), seed=0, micro_batch=BATCH, order=OrderConfig())
+    plan = Plan(read_index(str(place)), len(shards.groups), seed=0, micro_batch=BATCH)
     plan.source(10**9)
     first_s = time.perf_counter() - started_s
     started_s = time.perf_counter()

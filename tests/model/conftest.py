@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from model.condition import ROLES, Condition, ConditionConfig
+from model.condition import Condition, ConditionConfig
 from model.data.shards import open_shards
 from model.fit_layout import FitConfig
 from model.generator import Generator
@@ -42,7 +42,7 @@ def make_condition() -> Callable[..., Condition]:
         return Condition(
             tokens=torch.randn(batch, length, dim, generator=g),
             mask=torch.arange(length) < lengths[:, None],
-            role=torch.randint(len(ROLES), (batch, length), generator=g),
+            role=torch.randint(6, (batch, length), generator=g),
             segment=torch.randint(4, (batch, length), generator=g),
             fps=torch.where(torch.rand(batch, generator=g) < 0.3, torch.inf, 6.0),
             original_size_px=torch.randint(100, 1000, (batch, 2), generator=g),
@@ -158,7 +158,6 @@ def tiny_stage(prompts: Path, out: Path, encoder: dict[str, Any]) -> dict[str, A
         "preview": {"num_videos": 0},
         "checkpoint": {"every_samples": 8, "num_to_keep": None},
         "log": {"every_samples": 4, "tensorboard": False},
-        "order": {"lanes": 6, "shuffle_rows": 5},
     }
 
 
@@ -192,8 +191,8 @@ def trained_run(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: dict[str
 
 
 @pytest.fixture(scope="session")
-def autoencoders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """`image` and `video` -> config of a random diffusers autoencoder in a folder."""
+def autoencoders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """`image` and `video` -> folder of a random diffusers autoencoder."""
     from tests.model.tiny_autoencoders import kl, wan
 
     found = {}
@@ -202,7 +201,7 @@ def autoencoders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str
             torch.manual_seed(0)
             folder = tmp_path_factory.mktemp(name)
             make().save_pretrained(folder)
-        found[name] = {"kind": "diffusers", "model": str(folder)}
+        found[name] = str(folder)
     return found
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from infra.errors import ConfigError
 from model.edm import sigma_in
-from model.latents import LatentConfig, Latents, load_latents
+from model.latents import Latents, load_latents
 from tests.model.tiny_autoencoders import cogvideox, kl, ltx, tiny, wan
 
 KINDS: dict[str, tuple[Callable[[], Any], int, int]] = {
@@ -128,7 +128,7 @@ def test_a_saved_autoencoder_loads_from_its_folder_or_from_a_pipelines(tmp_path:
     model.save_pretrained(tmp_path / "pipeline" / "vae")
     expected = Latents(model).encode(video(2))
     for name in ("alone", "pipeline"):
-        loaded = load_latents(LatentConfig(kind="diffusers", model=str(tmp_path / name)))
+        loaded = load_latents(str(tmp_path / name))
         torch.testing.assert_close(loaded.encode(video(2)), expected)
 
 
@@ -139,5 +139,5 @@ def test_what_is_no_autoencoder_is_refused_in_one_line(tmp_path: Path, monkeypat
     (tmp_path / "other" / "config.json").write_text('{"_class_name": "UNet2DModel"}')
     for name in (str(tmp_path / "empty"), str(tmp_path / "other"), "nobody/has-this"):
         with pytest.raises(ConfigError) as caught:
-            load_latents(LatentConfig(kind="diffusers", model=name))
+            load_latents(name)
         assert "\n" not in str(caught.value) and "cure" in str(caught.value)

@@ -16,8 +16,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from infra.clip import ClipConfig
-from infra.clip.load import check_clip
+from infra.clip import ClipConfig, check_clip
 from infra.errors import ConfigError, DataError
 from infra.pictures import PictureError, decode_picture
 from infra.storage import Certificate, delete, join, read_bytes, write_bytes
@@ -25,7 +24,7 @@ from pipeline.job import JobConfig, Receipt, Receipts, Unit, carry_out, run_unit
 from pipeline.memory import Memory, model_column, open_memory, open_table, sample
 from pipeline.memory.build_index.job import worker_resources
 from pipeline.memory.embed.pictures import Picture
-from pipeline.memory.embed.streams import CPU_BATCH, Streams, ahead, batches, settle_process
+from pipeline.memory.embed.streams import CPU_BATCH, GPU_BATCH, Streams, ahead, batches, settle_process
 from pipeline.memory.embed.worker import arrow_bytes, image_vectors, start_texts
 from pipeline.memory.index import build_id_index, build_vector_index
 from pipeline.memory.recall import IndexConfig
@@ -117,8 +116,8 @@ class Adder:
         from infra.clip import load_clip
 
         settle_process(self.device)
-        rows = self.clip.batch_size if self.device != "cpu" else min(self.clip.batch_size, CPU_BATCH)
-        clip = load_clip(self.clip.model_copy(update={"batch_size": rows}), self.device)
+        rows = GPU_BATCH if self.device != "cpu" else CPU_BATCH
+        clip = load_clip(self.clip, self.device, batch_size=rows)
         memory, streams = open_memory(self.uri, version=self.version), Streams.make(self.device, self.threads)
         return lambda payload: self.run(payload["ids"], memory, clip, streams)
 

@@ -5,8 +5,7 @@ import pyarrow.parquet as pq
 from pydantic import Field
 
 from infra.claim import JOB_FILE, open_job
-from infra.clip import ClipConfig
-from infra.clip.load import check_clip
+from infra.clip import ClipConfig, check_clip
 from infra.config import Incidental, Location
 from infra.errors import ConfigError
 from infra.storage import (

@@ -10,11 +10,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from infra.clip.config import ClipConfig
+from infra.clip import ClipConfig
 from infra.storage import Certificate, filesystem, join, write_bytes
 from pipeline.job import Receipt, Unit
 from pipeline.memory.embed.pictures import KEY_FRAMES, Picture, Row, read_picture
-from pipeline.memory.embed.streams import CPU_BATCH, Streams, ahead, batches, settle_process
+from pipeline.memory.embed.streams import CPU_BATCH, GPU_BATCH, Streams, ahead, batches, settle_process
 from pipeline.memory.store import id_filter, open_table, vectors_arrow
 from pipeline.memory.vectors import document_vector, frame_mean, unit
 from pipeline.schema import CLIPS, RowError, Status, content_id, doc_id, memory_schema
@@ -72,8 +72,8 @@ class Embedder:
         """The CLIP, with batches that suit the device."""
         from infra.clip import load_clip
 
-        rows = self.clip.batch_size if self.device != "cpu" else min(self.clip.batch_size, CPU_BATCH)
-        return load_clip(self.clip.model_copy(update={"batch_size": rows}), self.device)
+        rows = GPU_BATCH if self.device != "cpu" else CPU_BATCH
+        return load_clip(self.clip, self.device, batch_size=rows)
 
     def run(self, payload: dict[str, Any], clip: "Clip", streams: Streams) -> Receipt:
         """Embed one slice; bad rows get a fate, never raise."""

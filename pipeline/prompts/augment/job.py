@@ -95,7 +95,7 @@ def _check_clip(config: AugmentConfig, clips: list[tuple[str, Certificate]], mem
             cure="leave clip out, or build a memory with that CLIP",
         )
     if wanted is not None or needs_clip(config, clips, memory):
-        from infra.clip.load import check_clip
+        from infra.clip import check_clip
 
         try:
             check_clip(clip_config(config, memory))

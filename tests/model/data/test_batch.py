@@ -4,21 +4,16 @@ import numpy as np
 import pytest
 
 from infra.errors import ConfigError, DataError
-from model.condition import ROLES
-from model.data.batch import check_schema, collate, read_prompt, read_sample
+from model.data.batch import check_schema, collate, read_prompt
 from model.data.buckets import Bucket, streams_of
-from model.data.frames import fit_frames
-from pipeline.schema import PROMPTS, Role
+from model.data.sample import fit_frames, read_sample
+from pipeline.schema import PROMPTS
 
 VIDEO = Bucket("video", 8, 24, 40)
 
 
 def sample_of(row, bucket=VIDEO):
     return read_sample(row, bucket, position=0, prompt=read_prompt(row))
-
-
-def test_roles_of_the_model_are_those_of_the_schema() -> None:
-    assert tuple(role.value for role in Role) == ROLES
 
 
 def test_frames_of_the_right_size_come_through_unchanged(make_row) -> None:

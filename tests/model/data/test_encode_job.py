@@ -17,21 +17,20 @@ import pytest
 import torch
 import yaml
 
-from cli.encode import EncodeConfig, check, options_of, resolve, run
+from cli.encode import EncodeConfig, check, options_of, run
 from infra.errors import ConfigError, TooManyFailuresError, TrainingError
 from infra.storage import Certificate, FileEntry, list_files, write_certificate
 from model.data.inputs import InputConfig
 from model.data.shards import open_shards
-from model.encodings.check import describe_inputs
-from model.encodings.make import make_row_encoder
-from model.prompt import load_prompt_encoder
+from model.encodings.make import describe_inputs, make_row_encoder
+from model.prompt.encoder import load_prompt_encoder
 from model.training.door import prepare_index, read_index
 from model.training.loop import Training
 from model.training.preview import Preview
 from model.training.stages import Stage1Config
 from model.training.train import check as check_stage
 from model.training.validate import Validation
-from pipeline.prompts.encode.job import Worker, plan_units
+from pipeline.prompts.encode import Worker, plan_units
 
 Values = Callable[..., dict[str, Any]]
 
@@ -67,7 +66,7 @@ def train(values: dict[str, Any], steps: int = 5) -> tuple[Training, list[float]
 def encode_here(values: dict[str, Any], out: Path) -> None:
     """The job's worker in this process: what it rounds, training rounds alike."""
     shared = {name: value for name, value in values.items() if name in EncodeConfig.model_fields}
-    config = resolve(EncodeConfig.model_validate(shared | {"out": str(out)}))
+    config = EncodeConfig.model_validate(shared | {"out": str(out)})
     inputs = config.model_dump(mode="json", include=set(InputConfig.model_fields))
     worker = Worker(partial(make_row_encoder, inputs, "cpu"), config.prompts, config.out)
     receipts = [worker(unit.payload) for unit in plan_units(worker.shards)]

@@ -11,14 +11,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from infra.errors import DataError
-from model.condition import KINDS, ROLES, Segment
-from model.data.batch import read_prompt, read_sample
+from model.condition import KINDS, EncodedPrompt, Segment
+from model.data.batch import ROLES, read_prompt, role_number
 from model.data.buckets import Bucket
 from model.data.inputs import InputConfig, variants
+from model.data.sample import read_sample
 from model.encodings.make import RowEncoder
-from model.encodings.stored import Facts, StoredRow, pack_prompts
-from model.prompt import EncodedPrompt, load_prompt_encoder, select
-from model.prompt.cache import prompt_key
+from model.encodings.store import Facts, StoredRow, pack_prompts
+from model.prompt.encoder import load_prompt_encoder, prompt_key
+from model.prompt.select import select
 from model.step import draw_dropped, draw_num_documents
 
 RATES = st.dictionaries(st.sampled_from([*KINDS, "all"]), st.sampled_from([0.0, 0.3, 0.7, 1.0]))
@@ -47,7 +48,7 @@ def test_tokens_come_back_to_the_bit(data: st.DataObject, dtype: torch.dtype) ->
     encoded, prompts = {}, {}
     for number in range(data.draw(st.integers(0, 4))):
         prompt = tuple(
-            Segment("text", data.draw(st.sampled_from(ROLES)), f"{number} {data.draw(st.integers(0, 3))}")
+            Segment("text", data.draw(st.sampled_from(list(ROLES))), f"{number} {data.draw(st.integers(0, 3))}")
             for _ in range(data.draw(st.integers(0, 4)))
         )
         places = sorted(data.draw(st.sets(st.sampled_from(range(len(prompt))))) if prompt else [])
@@ -56,7 +57,7 @@ def test_tokens_come_back_to_the_bit(data: st.DataObject, dtype: torch.dtype) ->
             for p in places
         ]
         tokens = torch.cat(parts).to(dtype) if parts else torch.zeros(0, dim, dtype=dtype)
-        role = torch.tensor([ROLES.index(prompt[p].role) for p in places for _ in range(2)], dtype=torch.long)
+        role = torch.tensor([role_number(prompt[p].role) for p in places for _ in range(2)], dtype=torch.long)
         segment = torch.tensor([p for p in places for _ in range(2)], dtype=torch.long)
         key = prompt_key("content", prompt)
         encoded[key], prompts[key] = EncodedPrompt(tokens, role, segment), prompt

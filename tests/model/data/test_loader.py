@@ -2,6 +2,7 @@
 
 import itertools
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -11,15 +12,14 @@ from hypothesis import strategies as st
 
 from infra.errors import ConfigError
 from model.data.buckets import Bucket
-from model.data.groups import RowGroups
-from model.data.loader import Loader
+from model.data.loader import Loader, RowGroups
 from model.data.order import Mixture, Order, make_key, permute, permute_all
-from model.data.plan import OrderConfig, Plan
+from model.data.plan import Plan
 from model.data.shards import index_shards, open_shards
 
 VIDEO = Bucket("video", 8, 24, 40)
 IMAGE = Bucket("image", 1, 24, 40)
-SMALL = OrderConfig(lanes=6, shuffle_rows=5)
+SMALL: dict[str, Any] = {"lanes": 6, "window_rows": 5}
 
 counts = st.lists(st.integers(0, 9), min_size=1, max_size=20).filter(any)
 
@@ -81,7 +81,7 @@ def _index(rows: list[int]) -> pa.Table:
 @given(rows=counts, seed=st.integers(0, 99), position=st.integers(0, 400))
 @settings(max_examples=40, deadline=None)
 def test_ranks_share_one_global_order(rows: list[int], seed: int, position: int) -> None:
-    plan = Plan(_index(rows), len(rows), seed=seed, micro_batch=12, order=SMALL)
+    plan = Plan(_index(rows), len(rows), seed=seed, micro_batch=12, **SMALL)
     start = position * 12
     whole = [plan.source(p) for p in range(start, start + 24)]
     for world in (1, 2, 3, 4):
@@ -93,7 +93,7 @@ def test_ranks_share_one_global_order(rows: list[int], seed: int, position: int)
 
 
 def test_ranks_that_divide_the_lanes_read_disjoint_row_groups() -> None:
-    plan = Plan(_index([10] * 120), 120, seed=0, micro_batch=8, order=OrderConfig(lanes=8))
+    plan = Plan(_index([10] * 120), 120, seed=0, micro_batch=8, lanes=8)
     seen = [{plan.source(p).group for p in range(1200) if p % 4 == rank} for rank in range(4)]
     shared = sum(len(a & b) for a, b in itertools.combinations(seen, 2))
     assert shared <= 8  # only the groups that a lane's border cuts
@@ -108,7 +108,7 @@ def make_loader(folder: Path, **options) -> Loader:
         len(shards.groups),
         seed=options.pop("seed", 0),
         micro_batch=options.pop("micro_batch", 4),
-        order=SMALL,
+        **SMALL,
         **plan_options,
     )
     row_groups = RowGroups(shards, buckets, cache_bytes=options.pop("cache_bytes", 1 << 30))

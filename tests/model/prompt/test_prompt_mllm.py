@@ -1,6 +1,7 @@
 """Prompts through real transformers classes: LLaVA, Qwen2-VL, Idefics3 and SmolVLM, tiny and random."""
 
 import io
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,13 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from infra.errors import ConfigError, DataError
-from model.condition import ROLES, Prompt, Segment
-from model.prompt import PromptEncoderConfig, load_prompt_encoder
-from model.prompt.collate import batches_of
+from model.condition import Prompt, Segment
+from model.data.batch import role_number
+from model.prompt import mllm_encoder
+from model.prompt.config import PromptEncoderConfig
+from model.prompt.encoder import load_prompt_encoder
 from model.prompt.layout import Span
-from model.prompt.mllm_encoder import MllmPromptEncoder
+from model.prompt.mllm_encoder import MllmPromptEncoder, batches_of
 from tests.model.prompt.tiny_mllms import FAMILIES, made
 
 
@@ -26,8 +29,13 @@ def family(request: pytest.FixtureRequest) -> str:
 
 
 def encoder_of(family: str, **values: Any) -> MllmPromptEncoder:
-    values = {"split_pictures": True, **values}
-    return MllmPromptEncoder(PromptEncoderConfig(cache=None, **values), *made(family))
+    return MllmPromptEncoder(PromptEncoderConfig(**values), *made(family))
+
+
+@pytest.fixture(autouse=True)
+def pictures_are_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The harder case; the product leaves pictures whole."""
+    monkeypatch.setattr(mllm_encoder, "SPLIT_PICTURES", True)
 
 
 def picture(seed: int, height: int = 40, width: int = 60) -> bytes:
@@ -78,7 +86,7 @@ def test_roles_follow_segments(family: str) -> None:
     batch = encoder_of(family).encode([SUBJECTS])
     for place, segment in enumerate(SUBJECTS):
         roles = batch.role[0][batch.mask[0] & (batch.segment[0] == place)]
-        assert len(roles) and (roles == ROLES.index(segment.role)).all()
+        assert len(roles) and (roles == role_number(segment.role)).all()
 
 
 def test_the_whole_sequence_is_the_processors_own_chat(family: str) -> None:
@@ -204,13 +212,16 @@ def test_pictures_of_any_size_are_taken(family: str, height: int, width: int) ->
     assert batch.tokens.isfinite().all() and (batch.segment[0] == 1).any()
 
 
-def test_an_unsplit_or_smaller_picture_costs_fewer_tokens() -> None:
-    def num_tokens(family: str, **values: Any) -> int:
+def test_an_unsplit_or_smaller_picture_costs_fewer_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    def num_tokens(family: str) -> int:
         prompt = (Segment("image", "first_frame", image=picture(0, 100, 100)),)
-        return len(encoder_of(family, **values).encode_each([prompt])[0])
+        return len(encoder_of(family).encode_each([prompt])[0])
 
-    assert num_tokens("smolvlm", split_pictures=False) == 4 + 3 < num_tokens("smolvlm")
-    assert num_tokens("qwen2_vl", picture_side_px=56) == 4 + 2 < num_tokens("qwen2_vl")
+    split, large = num_tokens("smolvlm"), num_tokens("qwen2_vl")
+    monkeypatch.setattr(mllm_encoder, "SPLIT_PICTURES", False)
+    monkeypatch.setattr(mllm_encoder, "PICTURE_SIDE_PX", 56)
+    assert num_tokens("smolvlm") == 4 + 3 < split
+    assert num_tokens("qwen2_vl") == 4 + 2 < large
 
 
 def test_a_limit_that_the_template_uses_up_is_refused() -> None:
@@ -222,7 +233,7 @@ def test_a_processor_without_a_template_gets_the_bare_prompt(family: str) -> Non
     model, processor = made(family)
     template, processor.chat_template = processor.chat_template, None
     try:
-        bare = MllmPromptEncoder(PromptEncoderConfig(cache=None), model, processor)
+        bare = MllmPromptEncoder(PromptEncoderConfig(), model, processor)
         assert bare.template.render(DOCUMENT).text == f"a dog in a park{bare.template.image_token}"
         assert bare.template.render(DOCUMENT).spans[0] == Span(0, "retrieved", 0, 15)
         assert sorted(said(bare, DOCUMENT)) == [0, 1]
@@ -247,35 +258,23 @@ def test_identity_follows_weights_layer_and_template(family: str) -> None:
     assert len(hashes) == 4
 
 
-def test_a_model_in_bfloat16_is_the_same_encoder_with_other_arithmetic(family: str, tmp_path: Path) -> None:
+def test_a_model_in_bfloat16_is_the_same_encoder_with_other_arithmetic(family: str) -> None:
     model, processor = made(family)
-    model.save_pretrained(tmp_path)
-    processor.save_pretrained(tmp_path)
-    both = [
-        load_prompt_encoder(
-            PromptEncoderConfig.model_validate({"model": str(tmp_path), "dtype": dtype, "cache": None})
-        )
-        for dtype in ("float32", "bfloat16")
-    ]
+    half = deepcopy(model).to(torch.bfloat16)
+    both = [MllmPromptEncoder(PromptEncoderConfig(), each, processor) for each in (model, half)]
     assert both[0].identity_hash == both[1].identity_hash
     assert both[0].content_hash != both[1].content_hash
     assert both[1].encode([CAPTION]).tokens.dtype == torch.bfloat16
 
 
-def test_a_saved_model_loads_from_its_folder_with_its_cache(family: str, tmp_path: Path) -> None:
+def test_a_saved_model_loads_from_its_folder(family: str, tmp_path: Path) -> None:
     model, processor = made(family)
     model.save_pretrained(tmp_path / "model")
     processor.save_pretrained(tmp_path / "model")
-    config = PromptEncoderConfig.model_validate(
-        {
-            "model": str(tmp_path / "model"),
-            "split_pictures": True,
-            "cache": {"uri": str(tmp_path / "cache")},
-        }
-    )
     expected = encoder_of(family).encode(PROMPTS)
-    for _ in range(2):  # the second from the folder's cache
-        found = load_prompt_encoder(config).encode(PROMPTS)
+    encoder = load_prompt_encoder(PromptEncoderConfig(model=str(tmp_path / "model")))
+    for _ in range(2):  # the second from memory
+        found = encoder.encode(PROMPTS)
         torch.testing.assert_close(found.tokens, expected.tokens, atol=1e-5, rtol=1e-4)
         assert torch.equal(found.segment, expected.segment)
 

@@ -4,13 +4,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model.condition import KINDS, ROLES, Prompt, Segment
+from model.condition import KINDS, Prompt, Segment
+from model.data.batch import ROLES
 from model.prompt.select import documents, fit, select
 
 ANY_SEGMENT = st.builds(
     Segment,
     type=st.sampled_from(["text", "image"]),
-    role=st.sampled_from(ROLES),
+    role=st.sampled_from(list(ROLES)),
     text=st.none() | st.text(max_size=12),
     image=st.just(b"picture"),
 ).map(lambda s: s if s.type == "image" else Segment("text", s.role, text=s.text or ""))
@@ -73,7 +74,7 @@ def test_dropped_kinds_are_gone_and_the_others_unmoved(
     prompt: Prompt, dropped: frozenset[str], number: int | None
 ) -> None:
     found = select(prompt, number, dropped)
-    gone = {role for kind in dropped for role in KINDS[kind]}
+    gone = {role for role, facts in ROLES.items() if facts.kind in dropped}
     assert not any(segment.role in gone for segment in found)
     others = [s for s in found if s.role not in ("caption", "retrieved")]
     assert others == [s for s in prompt if s.role not in gone | {"caption", "retrieved"}]

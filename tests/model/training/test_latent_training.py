@@ -12,7 +12,7 @@ from infra.errors import ConfigError, TrainingError
 from infra.storage import read_json
 from model.data.shards import open_shards
 from model.edm import sigma_in
-from model.latents import LatentConfig, load_latents
+from model.latents import load_latents
 from model.sampling.export import ExportConfig, load_exported
 from model.sampling.export import run as export
 from model.sampling.generate import SampleConfig
@@ -130,7 +130,7 @@ def test_export_keeps_the_autoencoder(trained: Stage1Config, tmp_path: Path) -> 
     out = tmp_path / "export"
     assert export(ExportConfig(run=trained.out, out=str(out))).facts["reload_difference"] == 0
     assert load_exported(str(out)).backbone_config.out_channels == SIZES_CHANNELS[trained.num_frames]
-    again = load_latents(LatentConfig(kind="diffusers", model=str(out)))
+    again = load_latents(str(out))
     space = read_facts(latest_checkpoint(trained.out) or "")["space"]
     assert vars(again.space) == space
     scheduler = read_json(str(out / "scheduler" / "scheduler_config.json"))
@@ -144,12 +144,12 @@ SIZES_CHANNELS = {pixels[0]: latents[1] for pixels, latents in SIZES.values()}
 def test_another_autoencoder_in_its_place_is_refused(
     trained: Stage1Config, autoencoders, tmp_path: Path, kind: str
 ) -> None:
-    other = load_latents(LatentConfig.model_validate(autoencoders[kind])).model
+    other = load_latents(autoencoders[kind]).model
     with torch.no_grad():
         next(other.parameters()).mul_(2)
     other.save_pretrained(tmp_path / "other")
-    moved = {"kind": "diffusers", "model": str(tmp_path / "other")}
-    config = trained.model_copy(update={"autoencoder": LatentConfig.model_validate(moved)})
+    moved = str(tmp_path / "other")
+    config = trained.model_copy(update={"autoencoder": moved})
     with pytest.raises(TrainingError, match="was trained in latents of autoencoder"):
         open_training(config)
     values = trained.model_dump() | {"autoencoder": moved, "out": str(tmp_path / "two")}
@@ -162,7 +162,7 @@ def test_sizes_that_do_not_divide_are_refused_at_the_door(latent_values: Values)
     with pytest.raises(ConfigError, match="multiples of"):
         check(Stage1Config.model_validate(latent_values(width_px=18)))
     with pytest.raises(ConfigError, match="can't load the autoencoder"):
-        missing = {"kind": "diffusers", "model": latent_values()["prompts"]}
+        missing = latent_values()["prompts"]
         check(Stage1Config.model_validate(latent_values(autoencoder=missing)))
 
 

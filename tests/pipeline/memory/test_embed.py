@@ -25,7 +25,7 @@ from tests.pipeline.clip_tables import clip_row, picture, write_clips
 
 @pytest.fixture(scope="module")
 def clip() -> Clip:
-    return load_clip(ClipConfig(name="offline", batch_size=4))
+    return load_clip(ClipConfig(name="offline"), batch_size=4)
 
 
 def run(folder: Path, rows: list[dict], clip: Clip, *, key_frames: int = 4) -> tuple[dict, pa.Table]:

@@ -1,7 +1,6 @@
 """Files of the model hub: from its local cache, else the network, else refused within seconds."""
 
 import os
-from pathlib import Path
 
 from infra.errors import ConfigError
 
@@ -59,22 +58,6 @@ def require_hub_file(repository: str, names: list[str], *, wanted: str, cure: st
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
     require_reachable(endpoint, wanted=wanted, cure=cure)
     return None
-
-
-def url_file(url: str, *, wanted: str) -> str:
-    """Path of the weights at `url`: open_clip's cache, else downloaded and checked by open_clip.
-
-    Raises:
-        ConfigError: the host can't be reached or the download fails.
-    """
-    from open_clip import download_pretrained_from_url
-
-    if not (Path("~/.cache/clip").expanduser() / url.rpartition("/")[2]).is_file():
-        require_reachable(url, wanted=wanted)
-    try:
-        return download_pretrained_from_url(url)
-    except (OSError, RuntimeError) as error:
-        raise ConfigError(f"can't fetch {wanted}: {error}", cure=OFFLINE_CURE) from None
 
 
 def require_reachable(url: str, *, wanted: str, cure: str = OFFLINE_CURE) -> None:

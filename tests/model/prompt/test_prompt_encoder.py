@@ -1,23 +1,22 @@
-"""Encoded prompts are kept by content: an entry is found if and only if nothing has changed."""
+"""Encoded prompts are remembered by content: one is found if and only if nothing has changed."""
 
 from collections.abc import Sequence
 from dataclasses import replace
 from hashlib import sha256
-from pathlib import Path
 from typing import Any
 
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model.condition import ROLES, Prompt, Segment
-from model.prompt.cache import CachedPromptEncoder, EncodingCache, prompt_key
-from model.prompt.encoder import EncodedPrompt, PromptEncoder
+from model.condition import EncodedPrompt, Prompt, Segment
+from model.data.batch import ROLES, role_number
+from model.prompt.encoder import PromptEncoder, RememberingEncoder, prompt_key
 
 SEGMENT = st.builds(
     Segment,
     type=st.sampled_from(["text", "image"]),
-    role=st.sampled_from(ROLES),
+    role=st.sampled_from(list(ROLES)),
     text=st.none() | st.text(max_size=5),
     image=st.none() | st.binary(max_size=5),
 )
@@ -49,7 +48,7 @@ class HashEncoder(PromptEncoder):
     def _encode(self, prompt: Prompt) -> EncodedPrompt:
         rows = [sha256(f"{self.name} {n} {prompt}".encode()).digest()[:8] for n in range(len(prompt))]
         tokens = torch.tensor([list(row) for row in rows], dtype=torch.float32).reshape(-1, 8)
-        role = torch.tensor([ROLES.index(s.role) for s in prompt], dtype=torch.long)
+        role = torch.tensor([role_number(s.role) for s in prompt], dtype=torch.long)
         return EncodedPrompt(tokens, role, torch.arange(len(prompt)))
 
 
@@ -68,10 +67,10 @@ def test_keys_are_equal_only_for_equal_prompts(first: Prompt, second: Prompt) ->
 
 
 @given(prompt=PROMPT.filter(bool), data=st.data())
-def test_a_mutated_prompt_is_never_served_from_the_cache(prompt: Prompt, data: st.DataObject) -> None:
+def test_a_mutated_prompt_is_never_served_as_the_other(prompt: Prompt, data: st.DataObject) -> None:
     """Every mutation of text, picture, role, type or order gets tokens of its own."""
     encoder = HashEncoder()
-    cached = CachedPromptEncoder(encoder, EncodingCache(memory_bytes=1 << 20))
+    cached = RememberingEncoder(encoder)
     cached.encode_each([prompt])
     place = data.draw(st.integers(0, len(prompt) - 1))
     other = data.draw(SEGMENT)
@@ -88,45 +87,10 @@ def test_a_mutated_prompt_is_never_served_from_the_cache(prompt: Prompt, data: s
     assert encoder.num_encoded == 1 + (mutated != prompt)
 
 
-def test_another_encoder_finds_nothing(tmp_path: Path) -> None:
-    for name in ("a", "b"):
-        encoder = HashEncoder(name)
-        cached = CachedPromptEncoder(encoder, EncodingCache(memory_bytes=0, uri=str(tmp_path)))
-        cached.encode_each([caption("x")])
-        assert encoder.num_encoded == 1
-
-
-def test_an_entry_outlives_the_process_and_is_the_same_to_the_bit(tmp_path: Path) -> None:
-    prompts = [caption("x"), (), caption("y"), caption("x")]
-    first = CachedPromptEncoder(HashEncoder(), EncodingCache(memory_bytes=1 << 20, uri=str(tmp_path)))
-    made = first.encode_each(prompts)
-    later = HashEncoder()
-    cache = EncodingCache(memory_bytes=1 << 20, uri=str(tmp_path))
-    found = CachedPromptEncoder(later, cache).encode_each(prompts)
-    assert later.num_encoded == 0 and cache.hits == 3
-    assert all(same(a, b) for a, b in zip(made, found, strict=True))
-
-
-def test_damaged_torn_and_swapped_entries_are_made_anew(tmp_path: Path) -> None:
-    prompts = [caption("x"), caption("y"), caption("z")]
-    cached = CachedPromptEncoder(HashEncoder(), EncodingCache(memory_bytes=0, uri=str(tmp_path)))
-    made = cached.encode_each(prompts)
-    files = sorted(tmp_path.rglob("*.safetensors"))
-    flipped = bytearray(files[0].read_bytes())
-    flipped[-1] ^= 1
-    files[2].write_bytes(files[1].read_bytes())
-    files[1].write_bytes(files[1].read_bytes()[:40])
-    files[0].write_bytes(bytes(flipped))
-    again = HashEncoder()
-    found = CachedPromptEncoder(again, EncodingCache(memory_bytes=0, uri=str(tmp_path))).encode_each(prompts)
-    assert again.num_encoded == 3
-    assert all(same(a, b) for a, b in zip(made, found, strict=True))
-
-
 def test_memory_holds_the_most_recent_up_to_its_limit() -> None:
     one = HashEncoder().encode_each([caption("0")])[0].num_bytes
-    encoder, cache = HashEncoder(), EncodingCache(memory_bytes=3 * one)
-    cached = CachedPromptEncoder(encoder, cache)
+    encoder = HashEncoder()
+    cached = RememberingEncoder(encoder, 3 * one)
     for words in "abc":
         cached.encode_each([caption(words)])
     cached.encode_each([caption("a")])  # now b is the oldest
@@ -140,7 +104,7 @@ def test_memory_holds_the_most_recent_up_to_its_limit() -> None:
 
 def test_equal_prompts_of_one_batch_are_encoded_once_in_place() -> None:
     encoder = HashEncoder()
-    cached = CachedPromptEncoder(encoder, EncodingCache(memory_bytes=0))
+    cached = RememberingEncoder(encoder, 0)
     batch = cached.encode([caption("x"), (), caption("y"), caption("x")])
     assert encoder.num_encoded == 3
     assert batch.mask.sum(1).tolist() == [2, 0, 2, 2]

@@ -2,28 +2,48 @@
 
     certified prompts --row groups--> workers: the caller's encoder --> part-00003-0002.parquet, ... certificate
 
-Every row of prompts has its row of encodings, in the same place; one that could not be encoded says why. The
-encoder comes from the caller (`cli.encode` takes it from the trainer's floor): rows of PROMPTS in, as many rows
-of ENCODINGS out.
+Every row of prompts has its row of encodings, in the same place; one that could not be encoded says why. This
+floor knows no model: the encoder comes from the caller (`cli.encode` takes it from the trainer's floor), rows
+of PROMPTS in, as many rows of ENCODINGS out.
 """
 
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, Protocol
 
-from infra.claim import open_job
-from infra.cluster import ray_session
-from infra.errors import ConfigError, DataError, TooManyFailuresError
-from infra.storage import Certificate, FileEntry, join, write_certificate
-from pipeline.job import Receipt, Receipts, Unit, run_units
-from pipeline.prompts.encode.config import EncodeJobConfig
+from pydantic import Field
+
+from infra.config import Incidental, Location
+from infra.errors import ConfigError, DataError
+from infra.storage import Certificate, FileEntry, join
+from pipeline.job import (
+    JobConfig,
+    Receipt,
+    Receipts,
+    Unit,
+    count_fates,
+    output_hash,
+    refuse_failures,
+    run_job,
+    run_units,
+)
 from pipeline.schema import ENCODINGS, Status
 from pipeline.shards import ShardSet, write_shard
 
 JOB = "encode"
 Row = dict[str, Any]
+
+
+class EncodeJobConfig(JobConfig):
+    """Where encodings go, and who makes them; what is encoded, and by what, the trainer's config says."""
+
+    prompts: Incidental[Location]
+    """Folder or URI of certified prompt shards."""
+    max_failed_frac: Incidental[float] = Field(default=0.1, ge=0, le=1)
+    """The job fails when more than this share of the rows can't be encoded. Ours."""
+    num_gpus: Incidental[float] = Field(default=0.0, ge=0)
+    """GPUs of a worker; 0 = the encoders run on CPUs. With GPUs workers live as long as the job."""
 
 
 class Encoder(Protocol):
@@ -43,7 +63,7 @@ MakeEncoder = Callable[[], Encoder]
 
 
 def check(config: EncodeJobConfig) -> ShardSet:
-    """Refuse at the door what can't work; starts nothing.
+    """Refuse before Ray starts what can't work.
 
     Raises:
         ConfigError: no certified prompts there, or none in them.
@@ -54,60 +74,30 @@ def check(config: EncodeJobConfig) -> ShardSet:
     return shards
 
 
-def run(
-    config: EncodeJobConfig, make_encoder: MakeEncoder, *, facts: dict[str, Any], hash_exclude: set[str]
-) -> Certificate:
+def run(config: EncodeJobConfig, make_encoder: MakeEncoder, *, facts: dict[str, Any]) -> Certificate:
     """Encode all rows; the same command starts and resumes.
 
     Args:
-        config: with absolute paths.
+        config: what, where to and by whom.
         make_encoder: picklable; called once in each worker.
         facts: kept in the certificate, beside the encoder's own.
-        hash_exclude: further fields of the config that can't change the output.
 
     Raises:
         ConfigError: see `check`.
         TooManyFailuresError: more rows failed than `max_failed_frac` allows.
         DataError: workers whose encoders differ.
     """
-    shards, started_s = check(config), time.time()
+    shards = check(config)
     inputs = {"prompts": shards.certificate.content_hash()}
-    exclude = {"num_gpus", *hash_exclude}
-    done = open_job(config.out, job=JOB, config=config, inputs=inputs, hash_exclude=exclude)
-    if done is not None:
-        return done
     units = list(plan_units(shards))
-    with ray_session(config.ray):
-        receipts = run_units(
-            config.out,
-            units,
-            partial(Worker, make_encoder, shards.uri, config.out),
-            what=JOB,
-            total=len(units),
-            num_workers=config.num_workers or (_gpu_workers(config) if config.num_gpus else None),
-            num_gpus=config.num_gpus,
-            actors=config.num_gpus > 0,
-        )
-    files, counts, encoder = _account(receipts, units, config)
-    certificate = Certificate(
-        job=JOB,
-        config_hash=config.hash(exclude={"out", "ray", "num_workers", "prompts", *exclude}),
-        num_in=counts.total(),
-        num_out=counts[Status.OK],
-        dead={s.value: n for s, n in sorted(counts.items()) if s is not Status.OK},
-        files=files,
-        inputs=inputs,
-        facts={
-            **facts,
-            "encodings": encoder,
-            "highlights": {"files": f"{len(files):,}", "size": _size(files)},
-        },
-        created_at_s=time.time(),
-        wall_s=time.time() - started_s,
+    worker = partial(Worker, make_encoder, shards.uri, config.out)
+    return run_job(
+        JOB,
+        config,
+        inputs,
+        work=partial(_work, config, units, worker),
+        finish=partial(_finish, config, inputs, units, facts),
     )
-    write_certificate(config.out, certificate)
-    receipts.clear()
-    return certificate
 
 
 def plan_units(shards: ShardSet) -> Iterator[Unit]:
@@ -115,6 +105,19 @@ def plan_units(shards: ShardSet) -> Iterator[Unit]:
     for number, group in enumerate(shards.row_groups):
         name = f"{group.file.removesuffix('.parquet')}-{group.row_group:04d}.parquet"
         yield Unit(name, {"name": name, "row_group": number})
+
+
+def _work(config: EncodeJobConfig, units: list[Unit], worker: Callable[[], "Worker"]) -> Receipts:
+    return run_units(
+        config.out,
+        units,
+        worker,
+        what=JOB,
+        total=len(units),
+        num_workers=config.num_workers or (_gpu_workers(config) if config.num_gpus else None),
+        num_gpus=config.num_gpus,
+        actors=config.num_gpus > 0,
+    )
 
 
 def _gpu_workers(config: EncodeJobConfig) -> int:
@@ -147,31 +150,37 @@ class Worker:
         }
 
 
-def _account(
-    receipts: Receipts, units: list[Unit], config: EncodeJobConfig
-) -> tuple[list[FileEntry], Counter[Status], dict[str, Any]]:
-    """Files in order, rows by status, and the facts that all workers agree on."""
+def _finish(
+    config: EncodeJobConfig,
+    inputs: dict[str, str],
+    units: list[Unit],
+    facts: dict[str, Any],
+    receipts: Receipts,
+) -> Certificate:
+    """Account for every row, and see that all workers had the same encoder."""
     files: list[FileEntry] = []
-    counts: Counter[Status] = Counter()
-    facts: dict[str, Any] = {}
+    counts: Counter[str] = Counter()
+    encoder: dict[str, Any] = {}
     for unit, receipt in receipts.in_order(units):
         files.append(FileEntry.model_validate(receipt["entry"]))
-        counts.update({Status(name): n for name, n in receipt["counts"].items()})
-        facts = facts or receipt["facts"]
-        if receipt["facts"] != facts:
+        counts.update(receipt["counts"])
+        encoder = encoder or receipt["facts"]
+        if receipt["facts"] != encoder:
             raise DataError(
                 f"{config.out}: {unit.id} was made by another encoder, or on another kind of device, than the "
                 "first file; delete the folder and run on machines of one kind"
             )
-    dead = counts.total() - counts[Status.OK]
-    if dead > config.max_failed_frac * counts.total():
-        by_status = {status.value: n for status, n in counts.items() if status is not Status.OK}
-        raise TooManyFailuresError(
-            f"{dead:,} of {counts.total():,} rows could not be encoded, max_failed_frac is "
-            f"{config.max_failed_frac}; by status: {by_status}"
-        )
-    return files, counts, facts
-
-
-def _size(files: list[FileEntry]) -> str:
-    return f"{sum(file.num_bytes for file in files) / 1e6:,.1f} MB"
+    refuse_failures(counts, config.max_failed_frac, what="rows could not be encoded")
+    size = f"{sum(file.num_bytes for file in files) / 1e6:,.1f} MB"
+    return Certificate(
+        job=JOB,
+        config_hash=output_hash(config, inputs),
+        **count_fates(counts),
+        files=files,
+        inputs=inputs,
+        facts={
+            **facts,
+            "encodings": encoder,
+            "highlights": {"files": f"{len(files):,}", "size": size},
+        },
+    )
