@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
+from infra.pictures import PictureError, decode_picture
+
 Frames = Sequence[np.ndarray] | np.ndarray
 
 
@@ -25,13 +27,13 @@ class Album:
         self.left_bytes -= len(uri)
         return uri
 
-    def picture(self, image: Image.Image | bytes | None, *, side_px: int) -> str | None:
+    def picture(self, image: bytes | None, *, side_px: int) -> str | None:
         """A still picture, at most `side_px` on its longer side; None when it can't be decoded."""
         try:
-            opened = Image.open(io.BytesIO(image)) if isinstance(image, bytes) else image
-            return None if opened is None else self.add(_webp(_shrink(opened, side_px)), "image/webp")
-        except (OSError, ValueError, Image.DecompressionBombError):
+            opened = None if image is None else decode_picture(image)
+        except PictureError:
             return None
+        return None if opened is None else self.add(_webp(_shrink(opened, side_px)), "image/webp")
 
     def filmstrip(self, frames: Frames, *, height_px: int) -> str | None:
         """Frames side by side, with a gap of 2 px."""

@@ -97,7 +97,7 @@ def test_a_quantised_index_meets_the_declared_recall(tmp_path: Path) -> None:
 
 def test_a_recall_that_is_not_met_fails_the_build_and_says_what_would(tmp_path: Path) -> None:
     table = create_table(str(tmp_path), 32)
-    upsert(table, documents(1000, dim=32))
+    upsert(table, documents(500, dim=32))
     strict = IndexConfig(kind="rq", columns=("image_embedding",), recall=0.999)  # asks for 4,524 queries
     with pytest.raises(DataError, match=r"declared 0.999; would meet it: kind=flat"):
         build_vector_index(table, "image_embedding", strict)
