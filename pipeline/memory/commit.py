@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from infra.errors import DataError
 from infra.storage import exists, join, read_bytes, read_json, write_json
-from pipeline.job import Receipt
+from pipeline.journal import Receipt
 from pipeline.memory.store import TABLE, connect, first_line, open_table, upsert, vectors_numpy
 from pipeline.schema import memory_schema
 

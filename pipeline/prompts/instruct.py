@@ -195,19 +195,19 @@ class InstructWorker:
     def instruct(self, row: Row, task: str, local_uri: str | None) -> Row:
         """One draw: a row of PROMPTS, or a row of REJECTED."""
         try:
-            made = self.recipes[task].make(Draw(row, local_uri, self.finder, self.config.seed))
+            segments, flags = self.recipes[task].make(Draw(row, local_uri, self.finder, self.config.seed))
         except RowError as error:
             return rejected_row(row, error.status, f"{task}: {error}")
         except Exception as error:  # noqa: BLE001 - the row boundary: one bad row must not stop the job
             return rejected_row(row, Status.BAD_ROW, f"{task}: {type(error).__name__}: {error}")
-        documents = sum(s["role"] == Role.RETRIEVED and s["type"] == "image" for s in made.segments)
+        documents = sum(s["role"] == Role.RETRIEVED and s["type"] == "image" for s in segments)
         return {
             **row,
             "prompt_id": prompt_id(task, row["clip_id"], self.config_hash),
             "task": task,
-            "segments": [text(self.recipes[task].instruction, Role.INSTRUCTION), *made.segments],
+            "segments": [text(self.recipes[task].instruction, Role.INSTRUCTION), *segments],
             "num_documents": documents,
-            "flags": made.flags,
+            "flags": flags,
             "config_hash": self.config_hash,
         }
 

@@ -42,12 +42,8 @@ class Draw:
         return self.row["caption"]
 
 
-@dataclass(frozen=True)
-class Made:
-    """The content of a prompt, which follows the instruction line."""
-
-    segments: list[Segment]
-    flags: list[str]
+Made = tuple[list[Segment], list[str]]
+"""What follows the instruction line, and the row's flags."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +63,7 @@ def subject_driven(draw: Draw) -> Made:
     pictures = draw.finder.find(draw.caption, list(found.frames), random)
     if isinstance(pictures, str):
         raise RowError(Status.FILTERED_NO_SUBJECT, pictures)
-    return Made(replace_words(draw.caption, pictures), _frame_flags(found.from_target))
+    return replace_words(draw.caption, pictures), _frame_flags(found.from_target)
 
 
 def video_prediction(draw: Draw) -> Made:
@@ -77,7 +73,7 @@ def video_prediction(draw: Draw) -> Made:
     first = first_frame(draw.row, local_uri=draw.local_uri)
     data = encode(fit_inside(Image.fromarray(first.frames[0]), SIDE_PX))
     segments = [text(draw.caption, Role.CAPTION), image(data, Role.FIRST_FRAME)]
-    return Made(segments, _frame_flags(first.from_target))
+    return segments, _frame_flags(first.from_target)
 
 
 def text_to_video(draw: Draw) -> Made:
@@ -85,7 +81,7 @@ def text_to_video(draw: Draw) -> Made:
     retrieved = [s for s in draw.row["segments"] or [] if s["role"] == Role.RETRIEVED]
     if not retrieved:
         raise RowError(Status.FILTERED_NO_DOCUMENT, "no retrieved document")
-    return Made([*retrieved, text(draw.caption, Role.CAPTION)], draw.row["flags"] or [])
+    return [*retrieved, text(draw.caption, Role.CAPTION)], draw.row["flags"] or []
 
 
 RECIPES: dict[str, Recipe] = {

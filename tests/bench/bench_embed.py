@@ -179,7 +179,8 @@ def shares(config: ClipConfig, payload: Payload) -> dict[str, float]:
 def whole_job(config: ClipConfig, payload: Payload, rounds: int) -> None:
     """The job as it runs in Ray: the first unit with Ray's start and the model, then the rest."""
     from infra.cluster import RayConfig, ray_session
-    from pipeline.job import Unit, run_units
+    from pipeline.job import run_units
+    from pipeline.journal import Unit
 
     cpus, size = os.cpu_count() or 2, payload["rows"]
     units = [Unit(f"u{n}", {**payload, "start": n * size}) for n in range(rounds)]

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 
 from infra.errors import DataError, TooManyFailuresError
 from infra.storage import Certificate, join, write_bytes
-from pipeline.job import Receipt
+from pipeline.journal import Receipt
 from pipeline.memory.build_index.preflight import JOB, BuildIndexConfig, Tables
 from pipeline.memory.duplicates import Duplicates
 from pipeline.memory.store import version_tag

@@ -20,7 +20,8 @@ from infra.clip import ClipConfig, check_clip
 from infra.errors import ConfigError, DataError
 from infra.pictures import PictureError, decode_picture
 from infra.storage import Certificate, delete, join, read_bytes, write_bytes
-from pipeline.job import JobConfig, Receipt, Receipts, Unit, carry_out, run_units
+from pipeline.job import JobConfig, carry_out, run_units
+from pipeline.journal import Receipt, Receipts, Unit
 from pipeline.memory import Memory, model_column, open_memory, open_table, sample
 from pipeline.memory.build_index.job import worker_resources
 from pipeline.memory.embed.pictures import Picture

@@ -16,7 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from infra.storage import Certificate, delete, exists, join, read_bytes, read_json, write_json
-from pipeline.job import Receipt, Receipts, Unit, carry_out, run_units
+from pipeline.job import carry_out, run_units
+from pipeline.journal import Receipt, Receipts, Unit
 from pipeline.memory import sample
 from pipeline.memory.build_index.account import (
     account,

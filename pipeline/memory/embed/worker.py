@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from infra.clip import ClipConfig
 from infra.storage import Certificate, filesystem, join, write_bytes
-from pipeline.job import Receipt, Unit
+from pipeline.journal import Receipt, Unit
 from pipeline.memory.embed.pictures import KEY_FRAMES, Picture, Row, read_picture
 from pipeline.memory.embed.streams import CPU_BATCH, GPU_BATCH, Streams, ahead, batches, settle_process
 from pipeline.memory.store import id_filter, open_table, vectors_arrow

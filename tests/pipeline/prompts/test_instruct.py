@@ -273,7 +273,7 @@ def test_wrong_inputs_are_refused_before_ray_starts(prompts: str, tmp_path: Path
 
 
 def count_words(draw: Draw) -> Made:
-    return Made([text(f"{len(draw.caption.split())} words", Role.CAPTION)], [])
+    return [text(f"{len(draw.caption.split())} words", Role.CAPTION)], []
 
 
 @pytest.mark.ray

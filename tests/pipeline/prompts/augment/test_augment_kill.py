@@ -112,7 +112,7 @@ def survive(world: Any, folder: Path, kills: int) -> None:
 
 
 def test_a_killed_job_ends_in_the_same_bytes(world: Any, ray_cluster: None, tmp_path: Path) -> None:
-    survive(world, tmp_path, kills=3)
+    survive(world, tmp_path, kills=2)
 
 
 @pytest.mark.slow
