@@ -21,16 +21,8 @@ from pipeline.clips.parent import Row, dead_rows
 from pipeline.clips.sources import Item, Reader, SourceConfig, open_source, read_items
 from pipeline.clips.sources.base import is_url
 from pipeline.clips.table import write_clips
-from pipeline.job import (
-    JobConfig,
-    Receipt,
-    Receipts,
-    Unit,
-    count_fates,
-    refuse_failures,
-    run_job,
-    run_units,
-)
+from pipeline.job import JobConfig, count_fates, refuse_failures, run_job, run_units
+from pipeline.journal import Receipt, Receipts, Unit
 from pipeline.media.isolate import Isolated, IsolatedCrashError, IsolatedTimeoutError
 from pipeline.schema import Status, content_id
 

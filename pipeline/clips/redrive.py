@@ -20,7 +20,8 @@ from pipeline.clips.crawl import JOB, CrawlConfig, Worker, num_workers, write_ta
 from pipeline.clips.fetch.web import FetchConfig
 from pipeline.clips.sources import Cut, Item
 from pipeline.clips.table import Row
-from pipeline.job import JobConfig, Receipts, Unit, run_job, run_units
+from pipeline.job import JobConfig, run_job, run_units
+from pipeline.journal import Receipts, Unit
 from pipeline.schema import RETRIABLE, Status, content_id
 
 

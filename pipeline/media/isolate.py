@@ -40,15 +40,11 @@ START_TRIES = 10
 """Children that may die before their first call; no row is to blame for those."""
 
 
-class IsolatedError(Exception):
-    """The call did not come back; the child is gone and the next call starts another."""
+class IsolatedTimeoutError(Exception):
+    """The call ran past its time; its child is gone and the next call starts another."""
 
 
-class IsolatedTimeoutError(IsolatedError):
-    """It ran past its time."""
-
-
-class IsolatedCrashError(IsolatedError):
+class IsolatedCrashError(Exception):
     """The child died each time: a crash in native code, or the kernel took it for its memory."""
 
     def __init__(self, message: str, *, tries: int = 1) -> None:
@@ -118,7 +114,7 @@ class Isolated:
                 reason = self._verdict(child, error)
         raise RuntimeError(f"no process for decoding can be started: {reason} ({START_TRIES} tries)")
 
-    def _verdict(self, child: subprocess.Popen[bytes], error: BaseException) -> "IsolatedError | _Died":
+    def _verdict(self, child: subprocess.Popen[bytes], error: BaseException) -> "IsolatedTimeoutError | _Died":
         late = isinstance(error, TimeoutError)
         with suppress(subprocess.TimeoutExpired):
             child.wait(timeout=0 if late else 2)

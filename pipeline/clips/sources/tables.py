@@ -182,25 +182,7 @@ def text_lines(path: str) -> Iterator[str]:
     """Lines of a text file, streamed; bytes that are not UTF-8 survive as surrogates."""
     fs, name = filesystem(path)
     with fs.open_input_stream(name, compression="detect") as stream:
-        text = io.TextIOWrapper(
-            io.BufferedReader(_Raw(stream), 1 << 20), "utf-8-sig", "surrogateescape", newline=""
-        )
-        yield from text
-
-
-class _Raw(io.RawIOBase):
-    """A pyarrow stream as Python's raw IO."""
-
-    def __init__(self, stream: pa.NativeFile) -> None:
-        self.stream = stream
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        data = self.stream.read(len(buffer))
-        buffer[: len(data)] = data
-        return len(data)
+        yield from io.TextIOWrapper(stream, "utf-8-sig", "surrogateescape", newline="")
 
 
 def _csv_rows(path: str) -> Iterator[dict[str, Any]]:

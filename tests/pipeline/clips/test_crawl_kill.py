@@ -15,7 +15,7 @@ from infra.storage import read_certificate
 from pipeline.clips import table
 from pipeline.clips.crawl import CrawlConfig, run
 from pipeline.clips.sources import source_from_path
-from pipeline.job import Receipts
+from pipeline.journal import Receipts
 
 NUM_VIDEOS, UNITS_IN_HAND = 48, 2  # two workers, one unit each
 SCRIPT = """

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from infra.storage import filesystem, list_files, read_certificate, write_bytes
-from pipeline.job import Receipts
+from pipeline.journal import Receipts
 
 ROOT = Path(__file__).resolve().parents[3]
 NUM_VIDEOS = 24

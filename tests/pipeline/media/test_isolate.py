@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.media.isolate import Isolated, IsolatedCrashError, IsolatedTimeoutError
+from pipeline.schema import RowError, Status
 
 
 @pytest.fixture
@@ -25,6 +26,12 @@ def test_values_and_errors_come_back(child):
     with pytest.raises(ValueError, match=r"math domain|nonnegative"):
         child.call("math:sqrt", -1.0)
     assert child.call("builtins:len", b"x" * 5_000_000) == 5_000_000
+
+
+def test_a_rows_fate_crosses_the_processes(child):
+    with pytest.raises(RowError, match="0 bytes") as caught:
+        child.call("pipeline.media.frames:probe", b"")
+    assert caught.value.status is Status.EMPTY
 
 
 def test_the_same_process_serves_the_next_call(child):
