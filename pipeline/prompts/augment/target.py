@@ -33,8 +33,9 @@ class TargetConfig(Config):
     num_frames: int = Field(default=16, ge=1, le=1024)
     """Frames of a video target. Snap Video and VIMI's samples: 16. Pictures always have 1."""
     height_px: int = Field(default=36, ge=1)
-    """Snap Video's base stage: 36 x 64."""
+    """Height of the stored frames, pixels; Snap Video's base stage: 36 x 64."""
     width_px: int = Field(default=64, ge=1)
+    """Width of the stored frames, pixels."""
     fps: float | None = Field(default=6.0, gt=0)
     """Frames per second of the stored frames, taken from the clip's middle (VIMI's samples: 6). A clip
     too short for that is spread over its whole length at a higher rate; None = always the whole clip."""
