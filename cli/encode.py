@@ -10,7 +10,7 @@ from infra.config import read_yaml
 from infra.storage import Certificate
 from model.data.inputs import InputConfig
 from model.encodings.make import describe_inputs, make_row_encoder
-from model.training.targets import open_space
+from model.training.build import measure_space
 from pipeline.prompts import encode
 
 
@@ -21,7 +21,7 @@ class EncodeConfig(encode.EncodeJobConfig, InputConfig):
 def check(config: EncodeConfig) -> str:
     """Refuse what can't work before Ray starts; the plan in words."""
     shards = encode.check(config)
-    space = open_space(config)
+    space = measure_space(config)
     described = describe_inputs(config)
     targets = f"; targets as {space.channels}-channel latents" if space.is_latent else ""
     return (

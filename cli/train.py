@@ -20,7 +20,7 @@ def main() -> None:
     run_app(app, "vimi-train")
 
 
-@command(app, Job("model.training.train:Stage1Config", then=SAMPLE))
+@command(app, Job("model.training.driver:Stage1Config", then=SAMPLE))
 def stage1(
     prompts: Annotated[str | None, typer.Argument(help="Folder that `vimi-data augment` made.")] = None,
     out: Out = None,
@@ -31,7 +31,7 @@ def stage1(
     return {"prompts": prompts, "out": out, "preset": preset, "num_workers": workers}
 
 
-@command(app, Job("model.training.train:Stage2Config", then=SAMPLE))
+@command(app, Job("model.training.driver:Stage2Config", then=SAMPLE))
 def stage2(
     prompts: Annotated[str | None, typer.Argument(help="Folder that `vimi-data instruct` made.")] = None,
     out: Out = None,
@@ -87,7 +87,7 @@ def export(
     out: Out = None,
     ema: Ema = None,
 ) -> Fields:
-    """Write a checkpoint as safetensors in a diffusers-style folder; read back without difference."""
+    """Write a checkpoint's weights as safetensors with their config; read back without difference."""
     return {"run": run, "out": out, "ema": ema}
 
 

@@ -13,14 +13,14 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
 
 from pydantic import Field
 
 from infra.config import Config
-from infra.spare import HOOK
 
 CHECKOUT = Path(__file__).resolve().parent.parent
+OBJECT_STORE_BYTES = 400_000_000
+"""Shared memory of a local session: blocks of rows pass through it, tables don't (ours)."""
 
 
 class RayConfig(Config):
@@ -33,10 +33,6 @@ class RayConfig(Config):
     """CPUs of a local session; None = all."""
     dashboard: bool = False
     """Start Ray's dashboard in a local session, and say where it is."""
-    object_store_bytes: int = Field(default=400_000_000, ge=80_000_000)
-    """Shared memory of a local session, bytes."""
-    log_level: Literal["error", "warning", "info"] = "error"
-    """How much Ray itself says on the terminal."""
 
 
 @contextmanager
@@ -53,13 +49,11 @@ def ray_session(config: RayConfig, env_vars: Mapping[str, str] | None = None) ->
     if ray.is_initialized():
         yield
         return
-    level = getattr(logging, config.log_level.upper())
     address = os.environ.get("RAY_ADDRESS") or config.address
     if config.dashboard or address != "local":
         os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")  # the dashboard's page of trainings
     with tempfile.TemporaryDirectory(prefix="vimi-ray-") as empty:
-        everywhere = {"working_dir": empty, "worker_process_setup_hook": HOOK}
-        runtime_env = {**everywhere, "env_vars": {**worker_environment(), **(env_vars or {})}}
+        runtime_env = {"working_dir": empty, "env_vars": {**worker_environment(), **(env_vars or {})}}
         if address == "local":
             # No node of this machine is ever drained: a process less to start, and to start again.
             os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
@@ -67,18 +61,18 @@ def ray_session(config: RayConfig, env_vars: Mapping[str, str] | None = None) ->
                 address="local",
                 num_cpus=config.num_cpus,
                 include_dashboard=config.dashboard,
-                object_store_memory=config.object_store_bytes,
+                object_store_memory=OBJECT_STORE_BYTES,
                 runtime_env=runtime_env,
-                logging_level=level,
-                log_to_driver=config.log_level == "info",
+                logging_level=logging.ERROR,
+                log_to_driver=False,
             )
             if config.dashboard:
                 where = f"http://{context.dashboard_url}, the token it asks for: `ray get-auth-token`"
                 print(f"  Ray's dashboard: {where}", file=sys.stderr, flush=True)
         else:
             # On a cluster the image holds the code: PYTHONPATH of this machine would be wrong there.
-            there = {**everywhere, "env_vars": dict(env_vars or {})}
-            ray.init(address=address, runtime_env=there, logging_level=level)
+            there = {"working_dir": empty, "env_vars": dict(env_vars or {})}
+            ray.init(address=address, runtime_env=there, logging_level=logging.ERROR)
         try:
             yield
         finally:

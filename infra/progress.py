@@ -66,3 +66,8 @@ def span(seconds: float) -> str:
     if seconds < 48 * 3600:
         return f"{int(seconds // 3600)} h {int(seconds % 3600 // 60)} min"
     return f"{seconds / 86400:.1f} days"
+
+
+def say(text: str) -> None:
+    """Print a line for the person at the terminal, now."""
+    print(text, file=sys.stderr, flush=True)

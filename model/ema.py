@@ -57,6 +57,27 @@ class PowerFunction:
 Profile = HalfLife | PowerFunction
 
 
+def make_profile(name: str, *, longest: int | None = None) -> Profile:
+    """The profile that a name asks for: `half-life-<samples>` or `power-<sigma_rel>`.
+
+    Args:
+        name: as in a config and in the checkpoints.
+        longest: caps a half-life, samples.
+
+    Raises:
+        ValueError: another name, or a width outside (0, 0.288).
+    """
+    kind, _, number = name.rpartition("-")
+    try:
+        if kind == "half-life" and int(number) > 0:
+            return HalfLife(min(int(number), longest or int(number)))
+        if kind == "power" and f"{float(number):g}" == number and gamma_of(float(number)):
+            return PowerFunction(float(number))
+    except ValueError:
+        pass
+    raise ValueError(f"{name!r}; legal: half-life-<samples>, power-<sigma_rel in (0, 0.288)> as in power-0.05")
+
+
 class Ema:
     """The average of a model's trained parameters under one profile.
 

@@ -1,5 +1,6 @@
 """Videos as files: mp4 by PyAV, a contact sheet as PNG. The same frames give the same bytes."""
 
+import hashlib
 import io
 from fractions import Fraction
 
@@ -7,6 +8,8 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+
+from infra.storage import join, write_bytes
 
 
 def to_frames(video: Tensor) -> np.ndarray:
@@ -58,3 +61,22 @@ def contact_sheet(frames: np.ndarray, *, columns: int = 8, scale: int = 1, gap_p
 def scale_to_look_at(width_px: int, wanted_px: int = 320) -> int:
     """Whole factor that brings a small video to about `wanted_px`."""
     return max(1, wanted_px // width_px)
+
+
+def write_video(
+    folder: str, name: str, frames: np.ndarray, fps: float
+) -> tuple[dict[str, str], dict[str, bytes]]:
+    """Write mp4 and contact sheet of uint8 `t h w 3` frames, enlarged to be looked at.
+
+    Returns:
+        What samples.json says of them, and the files by name.
+    """
+    scale = scale_to_look_at(frames.shape[2])
+    files = {
+        f"{name}.mp4": encode_mp4(frames, fps, scale=scale),
+        f"{name}.png": contact_sheet(frames, scale=max(1, scale // 2)),
+    }
+    for path, data in files.items():
+        write_bytes(join(folder, path), data)
+    digest = hashlib.sha256(frames.tobytes()).hexdigest()
+    return {"video": f"{name}.mp4", "sheet": f"{name}.png", "frames_sha256": digest}, files

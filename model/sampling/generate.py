@@ -5,130 +5,152 @@ same files, whatever else is asked for with it.
 """
 
 import hashlib
-import math
 import time
+from dataclasses import replace
 from typing import Any
 
 import torch
+from pydantic import Field
+from torch import Tensor
 
 from infra.claim import open_job
+from infra.config import Config, Incidental, Location
 from infra.errors import ConfigError
 from infra.progress import ProgressPrinter
-from infra.storage import (
-    Certificate,
-    FileEntry,
-    absolute,
-    join,
-    read_bytes,
-    write_bytes,
-    write_certificate,
-    write_json,
-)
+from infra.run_folder import COMMITTED
+from infra.storage import Certificate, FileEntry, join, read_bytes, write_certificate, write_json
 from model.prompt.select import select
-from model.sampling.ask import Request, describe_prompt, from_file, from_shards, parse_prompt, prompt_hash
-from model.sampling.config import GuidanceConfig, SampleConfig, UpsampleConfig
-from model.sampling.film import contact_sheet, encode_mp4, scale_to_look_at, to_frames
-from model.sampling.maker import Asked, Maker
-from model.sampling.restore import Restored, check_average, config_of, restore_generator
-from model.training.checkpoint import COMMITTED, find_checkpoint, read_facts
+from model.sampling.film import to_frames, write_video
+from model.sampling.maker import GuidanceConfig, Maker, open_maker
+from model.sampling.requests import (
+    SampleRequest,
+    describe_prompt,
+    parse_prompt,
+    prompt_hash,
+    prompts_in_file,
+    requests_in_shards,
+)
+from model.training.checkpoint import find_checkpoint, read_facts
+from model.training.config import WEIGHTS, StageConfig, config_of
 from model.training.parallel import pick_device
+from model.training.state import check_average, restore_generator
 
-__all__ = ["GuidanceConfig", "SampleConfig", "Sampler", "UpsampleConfig", "check", "run"]
+
+class UpsampleConfig(Config):
+    """The cascade's second stage."""
+
+    run: Location
+    """Folder of an upsampler's run, or one of its checkpoints."""
+    ema: str = WEIGHTS
+    """As in the base model's config."""
+    num_steps: int = Field(default=40, ge=1)
+    """Sampling steps; 40 (Snap Video)."""
+    level: float = Field(default=0.1, ge=0)
+    """Noise put on the small video, which hides what the base model got wrong. Snap Video searches it and
+    prints no value; 0.1 is ours."""
+    guidance: GuidanceConfig = GuidanceConfig()
+
+
+class SampleConfig(Config):
+    """What to sample. Prompts come from `prompts`, `prompts_file` and `prompts_uri`, one after another."""
+
+    run: Location
+    """Folder of a stage1 or stage2 run, or one of its checkpoints."""
+    out: Incidental[Location]
+    """Folder or URI of the videos."""
+    prompts: tuple[str, ...] = ()
+    """Prompts in words; `<image>` marks the place of a picture."""
+    images: tuple[str, ...] = ()
+    """Pictures for the placeholders of all `prompts`, in order: `path`, or `role:path` with role subject,
+    background, first_frame or retrieved."""
+    prompts_file: Location | None = None
+    """JSONL file of prompts (model/sampling/requests.py)."""
+    prompts_uri: Location | None = None
+    """Folder of prompt shards: their documents and pictures come with them."""
+    rows: int = Field(default=4, ge=1)
+    """How many prompts of `prompts_uri`."""
+    num_documents: int | None = Field(default=None, ge=0)
+    """Retrieved documents that stay in each prompt; null = all."""
+    ema: str = WEIGHTS
+    """`weights`, a stored average by name (power-0.05, half-life-...), or `power-<sigma_rel>` of any width,
+    reconstructed from the stored ones (EDM2)."""
+    seeds: tuple[int, ...] = (0,)
+    """One video for each prompt and seed."""
+    num_steps: int = Field(default=256, ge=1)
+    """Sampling steps; 256 (Snap Video's base model; good from 64)."""
+    guidance: GuidanceConfig = GuidanceConfig()
+    fps: float = Field(default=24.0, gt=0)
+    """Frame rate to condition on and to write, for prompts that don't bring their own; 24 (VIMI)."""
+    original_size_px: tuple[int, int] = (288, 512)
+    """(height, width) of the original to condition on, likewise; VIMI's output size."""
+    num_frames: int | None = Field(default=None, ge=1)
+    """Frames; null = as trained."""
+    size_px: tuple[int, int] | None = None
+    """(height, width) of the base model's video: of a bucket that it was trained on; null = its main size."""
+    upsampler: UpsampleConfig | None = None
+    """Second stage of the cascade, which enlarges each video; null = the base model's size."""
 
 
 def check(config: SampleConfig) -> str:
     """Refuse what can't work before anything is loaded; the plan in words."""
-    uri = find_checkpoint(absolute(config.run))
+    uri = find_checkpoint(config.run)
     check_average(uri, config.ema)
-    requests = read_requests(config, uri)
-    count = len(requests) * len(config.seeds)
-    check_cascade(config, uri)
-    trained = read_facts(uri)["config"]["num_frames"]
-    if (config.num_frames or trained) > trained:
-        raise ConfigError(f"num_frames {config.num_frames}", legal=f"at most {trained}, as trained")
-    check_size(config, uri)
-    return f"{count} videos of {config.num_frames or trained} frames from {uri} ({config.ema})"
-
-
-def check_size(config: SampleConfig, uri: str) -> None:
-    """Refuse a size that the model has not seen.
-
-    Raises:
-        ConfigError: names those that it has.
-    """
+    count = len(read_requests(config, read_facts(uri)["stage"])) * len(config.seeds)
     base = config_of(read_facts(uri))
+    if base.upsampler is not None:
+        raise ConfigError(f"{uri} is an upsampler", cure="give a base model's run, and this one as --upsampler")
+    frames = config.num_frames or base.num_frames
+    if frames > base.num_frames:
+        raise ConfigError(f"num_frames {config.num_frames}", legal=f"at most {base.num_frames}, as trained")
     legal = {(base.height_px, base.width_px), *((b.height_px, b.width_px) for b in base.shapes)}
-    if config.size_px is not None and config.size_px not in legal:
-        raise ConfigError(
-            f"size_px {list(config.size_px)}", legal=" or ".join(str(list(s)) for s in sorted(legal))
-        )
+    size = config.size_px or (base.height_px, base.width_px)
+    if size not in legal:
+        raise ConfigError(f"size_px {list(size)}", legal=" or ".join(str(list(s)) for s in sorted(legal)))
+    if config.upsampler is not None:
+        check_cascade(config.upsampler, frames, size)
+    return f"{count} videos of {frames} frames from {uri} ({config.ema})"
 
 
-def check_cascade(config: SampleConfig, uri: str) -> None:
-    """Refuse an upsampler in the base model's place, and a cascade whose sizes don't meet.
+def check_cascade(upsampler: UpsampleConfig, frames: int, size_px: tuple[int, int]) -> None:
+    """Refuse a cascade whose sizes don't meet: the base model makes `frames` of `size_px` (height, width).
 
     Raises:
         ConfigError: says which.
     """
-    base = config_of(read_facts(uri))
-    if base.upsampler is not None:
-        raise ConfigError(f"{uri} is an upsampler", cure="give a base model's run, and this one as --upsampler")
-    if config.upsampler is None:
-        return
-    place = find_checkpoint(absolute(config.upsampler.run))
-    check_average(place, config.upsampler.ema)
-    large = config_of(read_facts(place))
-    if large.upsampler is None:
+    place = find_checkpoint(upsampler.run)
+    check_average(place, upsampler.ema)
+    large: StageConfig = config_of(read_facts(place))
+    taken = large.small_size_px
+    if taken is None:
         raise ConfigError(
             f"{place} is no upsampler", cure="train one: `upsampler: {...}` in the stage's config"
         )
-    made, taken = config.size_px or (base.height_px, base.width_px), large.upsampler.small_size_px
-    frames = config.num_frames or base.num_frames
-    if made != taken or frames > large.num_frames:
+    if size_px != taken or frames > large.num_frames:
         raise ConfigError(
-            f"the base model makes {frames} frames of {made[0]} x {made[1]} pixels",
+            f"the base model makes {frames} frames of {size_px[0]} x {size_px[1]} pixels",
             legal=f"what this upsampler takes: up to {large.num_frames} frames of {taken[0]} x {taken[1]}",
         )
 
 
-def with_absolute_paths(config: SampleConfig) -> SampleConfig:
-    update: dict[str, Any] = {"out": absolute(config.out), "run": absolute(config.run)}
-    if config.upsampler is not None:
-        update["upsampler"] = config.upsampler.model_copy(update={"run": absolute(config.upsampler.run)})
-    return config.model_copy(update=update)
-
-
-def _hash_of_checkpoint(uri: str) -> str:
-    return hashlib.sha256(read_bytes(join(uri, COMMITTED))).hexdigest()[:16]
-
-
-def open_sampler(config: SampleConfig, uri: str, upsampler: str | None) -> "Sampler":
-    """The generators of the checkpoints at `uri` and `upsampler`, loaded."""
-    device = pick_device()
-    large = None
-    if upsampler is not None and config.upsampler is not None:
-        large = restore_generator(upsampler, ema=config.upsampler.ema, device=device)
-    return Sampler(config, restore_generator(uri, ema=config.ema, device=device), large)
-
-
-def read_requests(config: SampleConfig, uri: str) -> list[Request]:
-    """All prompts that the config asks for.
+def read_requests(config: SampleConfig, stage: str) -> list[SampleRequest]:
+    """All prompts that the config asks for, of a model of this stage.
 
     Raises:
         ConfigError: none, or one that can't be read.
     """
-    instruct = read_facts(uri)["stage"] == "stage2"
-    images, requests = list(config.images), []
+    instruct, images = stage == "stage2", list(config.images)
+    prompts = []
     for text in config.prompts:
         mine = [images.pop(0) for _ in range(min(text.count("<image>"), len(images)))]
-        prompt = parse_prompt(text, mine, instruct=instruct)
-        requests.append(Request(describe_prompt(prompt), prompt))
+        prompts.append(parse_prompt(text, mine, instruct=instruct))
     if images:
         raise ConfigError(f"{len(images)} images too many", legal="one for each <image> of the prompts")
     if config.prompts_file:
-        requests += from_file(config.prompts_file, instruct=instruct)
+        prompts += prompts_in_file(config.prompts_file, instruct=instruct)
+    fps, size = config.fps, config.original_size_px
+    requests = [SampleRequest(prompt, fps, size) for prompt in prompts]
     if config.prompts_uri:
-        requests += from_shards(absolute(config.prompts_uri), config.rows)
+        requests += requests_in_shards(config.prompts_uri, config.rows, fps=fps, original_size_px=size)
     if not requests:
         raise ConfigError("no prompts", cure='give a prompt ("A dog runs."), prompts_file or prompts_uri')
     return requests
@@ -137,26 +159,24 @@ def read_requests(config: SampleConfig, uri: str) -> list[Request]:
 def run(config: SampleConfig) -> Certificate:
     """Make the videos; the same command finds them made."""
     check(config)
-    config = with_absolute_paths(config)
     uri = find_checkpoint(config.run)
-    requests = read_requests(config, uri)
+    requests = read_requests(config, read_facts(uri)["stage"])
     inputs = {
         "checkpoint": _hash_of_checkpoint(uri),
         "prompts": hashlib.sha256("".join(prompt_hash(r.prompt) for r in requests).encode()).hexdigest()[:16],
     }
-    large = find_checkpoint(config.upsampler.run) if config.upsampler else None
-    if large is not None:
-        inputs["upsampler"] = _hash_of_checkpoint(large)
+    if config.upsampler is not None:
+        inputs["upsampler"] = _hash_of_checkpoint(find_checkpoint(config.upsampler.run))
     done = open_job(config.out, job="sample", config=config, inputs=inputs)
     if done is not None:
         return done
     started_s = time.monotonic()
-    sampler = open_sampler(config, uri, large)
-    work = [(request, seed) for request in requests for seed in config.seeds]
+    sampler = Sampler(config, uri)
+    work = [replace(request, seed=seed) for request in requests for seed in config.seeds]
     progress = ProgressPrinter("sample", len(work), unit="videos")
     entries, files = [], []
-    for number, (request, seed) in enumerate(work):
-        entry, written = sampler.make(number, request, seed)
+    for number, request in enumerate(work):
+        entry, written = sampler.make(f"sample-{number:03d}", request)
         entries.append(entry)
         files += written
         progress.add()
@@ -165,7 +185,7 @@ def run(config: SampleConfig) -> Certificate:
     write_json(join(config.out, "samples.json"), {**facts, "samples": entries})
     certificate = Certificate(
         job="sample",
-        config_hash=config.hash(exclude={"out"}),
+        config_hash=config.hash(),
         num_in=len(work),
         num_out=len(entries),
         files=files,
@@ -176,42 +196,36 @@ def run(config: SampleConfig) -> Certificate:
     return certificate
 
 
+def _hash_of_checkpoint(uri: str) -> str:
+    return hashlib.sha256(read_bytes(join(uri, COMMITTED))).hexdigest()[:16]
+
+
 class Sampler:
-    """A base model, and an upsampler behind it if the config names one."""
+    """The base model at `uri`, and an upsampler behind it if the config names one."""
 
-    def __init__(self, config: SampleConfig, base: Restored, upsampler: Restored | None = None) -> None:
-        self.config = config
-        self.base = Maker(base, config.guidance)
+    def __init__(self, config: SampleConfig, uri: str) -> None:
+        self.config, device = config, pick_device()
+        self.base = open_maker(restore_generator(uri, ema=config.ema, device=device), config.guidance)
         self.upsampler: Maker | None = None
-        if upsampler is not None and config.upsampler is not None:
-            self.upsampler = Maker(upsampler, config.upsampler.guidance, beside=self.base)
+        if config.upsampler is not None:
+            large = restore_generator(config.upsampler.run, ema=config.upsampler.ema, device=device)
+            self.upsampler = open_maker(large, config.upsampler.guidance, beside=self.base)
 
-    def make(self, number: int, request: Request, seed: int) -> tuple[dict[str, Any], list[FileEntry]]:
+    def make(self, name: str, request: SampleRequest) -> tuple[dict[str, Any], list[FileEntry]]:
         """Sample one video and write its files; (entry of samples.json, files of the certificate)."""
-        fps = request.fps if request.fps and math.isfinite(request.fps) else self.config.fps
-        frames = to_frames(self.video(request, seed, fps))
-        scale = scale_to_look_at(frames.shape[2])
-        name = f"sample-{number:03d}"
-        files = {
-            f"{name}.mp4": encode_mp4(frames, fps, scale=scale),
-            f"{name}.png": contact_sheet(frames, scale=max(1, scale // 2)),
-        }
-        for path, data in files.items():
-            write_bytes(join(self.config.out, path), data)
-        guidance = self.config.guidance
+        config, guidance = self.config, self.config.guidance
+        said, files = write_video(config.out, name, to_frames(self.video(request)), request.fps)
         entry = {
-            "prompt": request.name,
+            "prompt": describe_prompt(request.prompt),
             "task": request.task,
             "prompt_id": request.prompt_id,
-            "video": f"{name}.mp4",
-            "sheet": f"{name}.png",
-            "seed": seed,
-            "fps": fps,
-            "num_steps": self.config.num_steps,
+            "seed": request.seed,
+            "fps": request.fps,
+            "num_steps": config.num_steps,
             "guidance": f"{guidance.scheme} {guidance.weight:g}",
-            "ema": self.config.ema,
-            "upsampler": self.config.upsampler.run if self.config.upsampler else None,
-            "frames_sha256": hashlib.sha256(frames.tobytes()).hexdigest(),
+            "ema": config.ema,
+            "upsampler": config.upsampler.run if config.upsampler else None,
+            **said,
         }
         return entry, [
             FileEntry(path=p, rows=1, num_bytes=len(d), sha256=hashlib.sha256(d).hexdigest())
@@ -219,17 +233,13 @@ class Sampler:
         ]
 
     @torch.no_grad()
-    def video(self, request: Request, seed: int, fps: float) -> torch.Tensor:
+    def video(self, request: SampleRequest) -> Tensor:
         """`t c h w` pixels in about [-1, 1]."""
-        size = request.original_size_px or self.config.original_size_px
-        asked = Asked(select(request.prompt, self.config.num_documents), fps, size, seed)
-        video = self.base.film(
-            asked,
-            num_steps=self.config.num_steps,
-            num_frames=self.config.num_frames,
-            size_px=self.config.size_px,
-        )
-        options = self.config.upsampler
-        if self.upsampler is None or options is None:
+        config = self.config
+        request = replace(request, prompt=select(request.prompt, config.num_documents))
+        size, frames = config.size_px, config.num_frames
+        video = self.base.film(request, num_steps=config.num_steps, num_frames=frames, size_px=size)
+        if self.upsampler is None or config.upsampler is None:
             return video
-        return self.upsampler.enlarge(video, asked, num_steps=options.num_steps, level=options.level)
+        how = config.upsampler
+        return self.upsampler.enlarge(video, request, num_steps=how.num_steps, level=how.level)

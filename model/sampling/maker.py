@@ -1,79 +1,76 @@
-"""A restored generator with what stands before and behind it: prompt encoder, guidance, autoencoder.
+"""A generator with what stands before and behind it: prompt encoder, guidance, autoencoder.
 
-film(asked)            noise -> `t c h w` pixels, through the autoencoder's decoder in latent space
-enlarge(video, asked)  the cascade's second stage
+film(request)            noise -> `t c h w` pixels, through the autoencoder's decoder in latent space
+enlarge(video, request)  the cascade's second stage
 """
 
-from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
+from infra.config import Config
 from infra.errors import ConfigError
-from model.condition import Prompt
+from infra.progress import say
+from model.generator import Generator
 from model.guidance import FULL, Guidance
-from model.latents import open_latents
+from model.latents import Latents, open_latents
 from model.prompt.encoder import PromptEncoder, load_prompt_encoder
 from model.prompt.select import select
 from model.sample import Denoiser, sample_ode, upsample
-from model.sampling.config import GuidanceConfig
-from model.sampling.restore import Restored
+from model.sampling.requests import SampleRequest
 from model.step import sample_generator
-from model.training.build import Conditioner
-from model.training.stages import StageConfig
-from model.training.targets import edm_of
-from model.training.telemetry import say
+from model.training.build import Conditioner, edm_of
+from model.training.config import StageConfig
+from model.training.parallel import AUTOCAST
+from model.training.state import Restored
 
 
-@dataclass(frozen=True)
-class Asked:
-    """One video, as it is asked of a generator.
+class GuidanceConfig(Config):
+    """How estimates with and without parts of the prompt are combined (model/guidance.py)."""
 
-    Attributes:
-        prompt: after the choice of documents.
-        fps: frame rate to condition on.
-        original_size_px: (height, width) to condition on.
-        seed: of the noise.
-    """
-
-    prompt: Prompt
-    fps: float
-    original_size_px: tuple[int, int]
-    seed: int
-
-
-class HasEncoder(Protocol):
-    """Another maker, or a model in training."""
-
-    @property
-    def config(self) -> StageConfig: ...
-    @property
-    def encoder(self) -> PromptEncoder: ...
+    scheme: Literal["none", "cfg", "retrieval", "alchemist", "phantom"] = "cfg"
+    """cfg: classifier-free guidance, as Snap Video; the others weigh text and pictures apart."""
+    weight: float = 4.0
+    """1 = no guidance (cfg). Snap Video sweeps 0 to 16 and does not state its choice; 4 is ours."""
+    image_weight: float = 1.0
+    """Of the pictures, in schemes that weigh them apart."""
+    threshold: float | None = Field(default=0.995, gt=0, le=1)
+    """Quantile of dynamic thresholding, which Snap Video uses; 0.995 is Imagen's. null = off, and always
+    off in latents, which have no bounds."""
+    oscillate_from: int | None = None
+    """Step from which the weight oscillates with 1, which Snap Video does; null = constant."""
 
 
 class Maker:
-    """Makes pixels with one restored generator."""
+    """Makes pixels with one generator.
 
-    def __init__(self, restored: Restored, guidance: GuidanceConfig, beside: HasEncoder | None = None) -> None:
-        """`beside`: something else, whose prompt encoder is used too if it is the same one."""
-        self.restored, self.config = restored, restored.config
-        self.device = next(restored.model.parameters()).device
-        if beside is not None and beside.config.encoder == self.config.encoder:
-            encoder = beside.encoder
-        else:
-            encoder = load_prompt_encoder(self.config.encoder, self.device)
-        check_encoder(encoder, restored)
-        self.encoder: PromptEncoder = encoder
-        self.condition = Conditioner(self.config, encoder, self.device)
-        bounded = guidance if not restored.space.is_latent else guidance.model_copy(update={"threshold": None})
+    Args:
+        model: the generator, on its device.
+        config: that it is trained by.
+        encoder: of its prompts.
+        latents: its autoencoder; None for pixels.
+        guidance: how it is guided.
+    """
+
+    def __init__(
+        self,
+        model: Generator,
+        config: StageConfig,
+        encoder: PromptEncoder,
+        latents: Latents | None,
+        guidance: GuidanceConfig,
+    ) -> None:
+        self.model, self.config, self.encoder, self.latents = model, config, encoder, latents
+        self.device = next(model.parameters()).device
+        self.condition = Conditioner(config, encoder, self.device)
+        bounded = guidance if latents is None else guidance.model_copy(update={"threshold": None})
         self.guidance = Guidance(**bounded.model_dump())
-        self.latents = open_latents(self.config.autoencoder, self.device)
-        check_autoencoder(self.latents.space.identity if self.latents else "", restored)
 
     def film(
         self,
-        asked: Asked,
+        request: SampleRequest,
         *,
         num_steps: int,
         num_frames: int | None = None,
@@ -81,29 +78,30 @@ class Maker:
     ) -> Tensor:
         """`t c h w` pixels in about [-1, 1]; `num_frames` and `size_px` (height, width) None = as trained."""
         num_frames = num_frames or self.config.num_frames
-        size = size_px or (self.config.height_px, self.config.width_px)
-        shape = self.restored.space.shape(num_frames, *size)
-        noise = self._noise(asked.seed, "noise", shape)
-        denoiser = self._denoiser(asked, shape)
+        height, width = size_px or (self.config.height_px, self.config.width_px)
+        shape = (num_frames, 3, height, width)
+        if self.latents is not None:
+            shape = self.latents.space.shape(num_frames, height, width)
+        noise = self._noise(request.seed, "noise", shape)
+        denoiser = self._denoiser(request, shape)
         x = sample_ode(denoiser, denoiser.edm, noise, num_steps=num_steps)
         return (x if self.latents is None else self.latents.decode(x, num_frames))[0]
 
-    def enlarge(self, video: Tensor, asked: Asked, *, num_steps: int, level: float) -> Tensor:
+    def enlarge(self, video: Tensor, request: SampleRequest, *, num_steps: int, level: float) -> Tensor:
         """`t c H W` pixels out of a small video `t c h w`; this generator is an upsampler.
 
         Args:
             video: from the base model.
-            asked: as it was asked of the base model.
+            request: as it was asked of the base model.
             num_steps: of sampling.
             level: standard deviation of the noise that the small video gets.
         """
         shape = (video.shape[0], video.shape[1], self.config.height_px, self.config.width_px)
-        denoiser = self._denoiser(asked, shape)
         return upsample(
-            denoiser,
+            self._denoiser(request, shape),
             video[None].clamp(-1, 1).float(),
-            self._noise(asked.seed, "large_noise", shape),
-            self._noise(asked.seed, "small_noise", shape),
+            self._noise(request.seed, "large_noise", shape),
+            self._noise(request.seed, "small_noise", shape),
             level=level,
             num_steps=num_steps,
         )[0]
@@ -112,23 +110,33 @@ class Maker:
         generator = sample_generator(seed, 0, stream, self.device)
         return torch.randn((1, *shape), generator=generator, device=self.device)
 
-    def _denoiser(self, asked: Asked, shape: tuple[int, ...]) -> Denoiser:
-        size = torch.tensor([asked.original_size_px]).float()
+    def _denoiser(self, request: SampleRequest, shape: tuple[int, ...]) -> Denoiser:
+        fps, size = torch.tensor([request.fps]), torch.tensor([request.original_size_px]).float()
         conditions = {
-            branch: self.condition([select(asked.prompt, None, branch)], torch.tensor([asked.fps]), size)
+            branch: self.condition([select(request.prompt, None, branch)], fps, size)
             for branch in {FULL, *self.guidance.branches}
         }
-        return Denoiser(
-            self.restored.model,
-            edm_of(self.config, shape),
-            conditions,
-            self.guidance,
-            dtype=torch.bfloat16 if self.config.parallel.dtype == "bfloat16" else None,
-        )
+        dtype = AUTOCAST[self.config.parallel.dtype]
+        edm = edm_of(self.config.noise, shape)
+        return Denoiser(self.model, edm, conditions, self.guidance, dtype=dtype)
 
 
-def check_encoder(encoder: PromptEncoder, restored: Restored) -> None:
-    """Refuse an encoder of another width; say so when its weights or arithmetic differ."""
+def open_maker(restored: Restored, guidance: GuidanceConfig, *, beside: Maker | None = None) -> Maker:
+    """A restored generator with its encoder and autoencoder, loaded and checked.
+
+    Args:
+        restored: from a checkpoint.
+        guidance: how it is guided.
+        beside: another maker, whose prompt encoder is used too if it is the same one.
+
+    Raises:
+        ConfigError: an encoder of another width, or another autoencoder than in training.
+    """
+    device, config = next(restored.model.parameters()).device, restored.config
+    if beside is not None and beside.config.encoder == config.encoder:
+        encoder = beside.encoder
+    else:
+        encoder = load_prompt_encoder(config.encoder, device)
     if encoder.dim != restored.facts["token_dim"]:
         raise ConfigError(
             f"the prompt encoder gives {encoder.dim} numbers a token, {restored.uri} was trained with "
@@ -137,13 +145,12 @@ def check_encoder(encoder: PromptEncoder, restored: Restored) -> None:
         )
     if encoder.identity_hash != restored.facts["encoder"]:
         say(f"  note: {restored.uri} was trained with other weights or arithmetic of its prompt encoder")
-
-
-def check_autoencoder(identity: str, restored: Restored) -> None:
-    """Refuse latents that mean something else than in training."""
+    latents = open_latents(config.autoencoder, device)
+    identity = latents.space.identity if latents else ""
     if identity != restored.space.identity:
         raise ConfigError(
-            f"the autoencoder {restored.config.autoencoder} is not the one that {restored.uri} was "
+            f"the autoencoder {config.autoencoder} is not the one that {restored.uri} was "
             f"trained with ({restored.space.identity[:12]} there, {identity[:12]} now)",
             cure="put the trained one back in its place",
         )
+    return Maker(restored.model, config, encoder, latents, guidance)

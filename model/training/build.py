@@ -1,6 +1,8 @@
-"""What a run is made of, from its config: the network, the prompts' way into it, the order of samples."""
+"""What a run is made of, from its config: network, prompts' and targets' way into it, order of samples."""
 
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import cached_property
 
 import pyarrow as pa
 import torch
@@ -8,16 +10,24 @@ from torch import Tensor
 
 from infra.errors import ConfigError
 from model.condition import Beforehand, Condition, ConditionConfig, Prompt
-from model.data.batch import ROLES
+from model.data.batch import ROLES, Batch
+from model.data.inputs import InputConfig
 from model.data.plan import Plan
-from model.generator import BackboneConfig, Generator, preset
+from model.edm import Edm, edm_for
+from model.encodings.store import Encodings
+from model.generator import BackboneConfig, Generator, SmallVideo, preset
+from model.latents import Latents, open_latents
 from model.prompt.encoder import PromptEncoder
 from model.prompt.pictures import reference_tensors
 from model.prompt.select import select
 from model.space import PIXELS, Space
-from model.step import draw_dropped, draw_num_documents
+from model.step import Draws, draw, draw_dropped, draw_num_documents, sample_generator
+from model.training.config import StageConfig
 from model.training.parallel import warning_only
-from model.training.stages import StageConfig
+
+MAX_SMALL_LEVEL = 1.0
+"""Noise on an upsampler's small video in training: its standard deviation is uniform in [0, this]. Snap Video
+says "random level" and no more; 1, as much noise as signal, is ours."""
 
 
 def backbone_of(config: StageConfig, space: Space) -> BackboneConfig:
@@ -32,7 +42,7 @@ def backbone_of(config: StageConfig, space: Space) -> BackboneConfig:
     if named.in_channels > named.out_channels and config.upsampler is None:
         raise ConfigError(
             f"preset {config.preset!r} is an upsampler",
-            legal="upsampler: {small_height_px, small_width_px, ...} in the config with it",
+            legal="upsampler: {small_size_px, ...} in the config with it",
         )
     return replace(
         named,
@@ -54,6 +64,18 @@ def make_generator(config: StageConfig, token_dim: int, space: Space = PIXELS) -
     return Generator(backbone, condition)
 
 
+def make_plan(config: StageConfig, index: pa.Table, num_groups: int) -> Plan:
+    """The order of samples of this run."""
+    return Plan(
+        index,
+        num_groups,
+        seed=config.seed,
+        micro_batch=config.micro_batch,
+        bucket_weights={n: b.weight for n, b in enumerate(config.buckets)},
+        task_weights=config.task_weights,
+    )
+
+
 class Conditioner:
     """Prompts of a batch -> the generator's condition, by the frozen encoder."""
 
@@ -61,11 +83,7 @@ class Conditioner:
         self.config, self.encoder, self.device = config, encoder, device
 
     def __call__(
-        self,
-        prompts: list[Prompt],
-        fps: Tensor,
-        original_size_px: Tensor,
-        encoded: Beforehand = (),
+        self, prompts: list[Prompt], fps: Tensor, original_size_px: Tensor, encoded: Beforehand = ()
     ) -> Condition:
         """`encoded`: what was encoded beforehand; () = nothing."""
         references = None
@@ -86,12 +104,6 @@ class Conditioner:
         """(height, width) of reference pictures in `plus` mode: whole patches of 8."""
         return self.config.height_px // 8 * 8, self.config.width_px // 8 * 8
 
-    def most_references(self, count: int) -> Tensor | None:
-        """As many blank reference pictures as `count` prompts can have; None in `faithful` mode."""
-        if self.config.references != "plus":
-            return None
-        return torch.zeros(count, ConditionConfig().max_references, 3, *self.reference_size_px)
-
     def choose(self, prompt: Prompt, position: int) -> Prompt:
         """K documents and condition dropout, drawn for the sample at this position."""
         seed = self.config.seed
@@ -99,13 +111,135 @@ class Conditioner:
         return select(prompt, number, draw_dropped(self.config.dropout, seed=seed, index=position))
 
 
-def make_plan(config: StageConfig, index: pa.Table, num_groups: int) -> Plan:
-    """The order of samples of this run."""
-    return Plan(
-        index,
-        num_groups,
-        seed=config.seed,
-        micro_batch=config.micro_batch,
-        bucket_weights={n: b.weight for n, b in enumerate(config.buckets)},
-        task_weights=config.task_weights,
+class Targets:
+    """What the generator learns to make, out of a batch: pixels or latents, and an upsampler's small video.
+
+    targets(batch)     x, `b t c h w`        targets.edm(x)      its diffusion process
+    targets.draw(...)  all that is random about the batch
+
+    Attributes:
+        space: pixels, or latents of the frozen autoencoder.
+        small_size: (height, width) in pixels of an upsampler's small video; None for a base model.
+    """
+
+    def __init__(self, config: StageConfig, device: torch.device, encodings: Encodings | None = None) -> None:
+        """`encodings`: their latents, if they hold any, spare loading the autoencoder."""
+        self.config, self.device, self.small_size = config, device, config.small_size_px
+        self.space = space_of(encodings) or (self.latents.space if self.latents else PIXELS)
+
+    def __call__(self, batch: Batch) -> Tensor:
+        """`b t c h w` of a batch, on the device. Clips go through the autoencoder one by one: so the latents
+        of a clip are the same to the last bit whatever it is batched with, which exact resume needs.
+        """
+        if batch.latents is not None:
+            return batch.latents.to(self.device, non_blocking=True)
+        pixels = batch.target(self.device)
+        if self.latents is None:
+            return pixels
+        return torch.cat([self.latents.encode(clip[None]) for clip in pixels])
+
+    @cached_property
+    def latents(self) -> Latents | None:
+        """The autoencoder, loaded when it is needed; None for pixels."""
+        return open_latents(self.config.autoencoder, self.device)
+
+    def edm(self, x: Tensor) -> Edm:
+        """The process of targets of this shape, with the run's distribution of noise levels."""
+        return edm_of(self.config.noise, x.shape)
+
+    def draw(self, x: Tensor, positions: Sequence[int]) -> Draws:
+        """All that is random about a training batch."""
+        return draw(
+            self.edm(x),
+            x.shape[1:],
+            seed=self.config.seed,
+            indices=positions,
+            self_condition_rate=self.config.self_condition_rate,
+            max_small_level=None if self.small_size is None else MAX_SMALL_LEVEL,
+            device=self.device,
+        )
+
+    def fixed_small(self, x: Tensor, key: int) -> SmallVideo | None:
+        """For validation, the small video's noise by the sample's key, at half the largest level."""
+        if self.small_size is None:
+            return None
+        generator = sample_generator(0, key, "small_noise", self.device)
+        noise = torch.randn(x.shape[1:], generator=generator, device=self.device)
+        level = torch.full((len(x),), MAX_SMALL_LEVEL / 2, device=self.device)
+        return SmallVideo(noise.expand(x.shape), level)
+
+
+def edm_of(noise: dict[str, float], shape: Sequence[int]) -> Edm:
+    """The process of tensors `... t c h w`: sigma_in follows from their own shape, `noise` is a config's."""
+    t, _, h, w = shape[-4:]
+    return replace(edm_for(t, h, w), **noise)
+
+
+def space_of(encodings: Encodings | None) -> Space | None:
+    """The space of latents that were encoded beforehand; None where there are none."""
+    if encodings is None or encodings.facts.autoencoder_content is None:
+        return None
+    return Space(**encodings.facts.space)
+
+
+def space_in(facts: dict[str, object]) -> Space:
+    """The space that a checkpoint was trained in."""
+    values = facts.get("space")
+    return Space(**values) if isinstance(values, dict) else PIXELS
+
+
+def describe_space(space: Space) -> str:
+    return f"latents of autoencoder {space.identity[:12]}" if space.is_latent else "pixels"
+
+
+def measure_space(config: InputConfig, encodings: Encodings | None = None) -> Space:
+    """The space of a config, for the preflight: the autoencoder is loaded on the CPU and measured.
+
+    Raises:
+        ConfigError: no such autoencoder, or sides of the clips that it can't divide.
+    """
+    space = space_of(encodings)
+    if space is None:
+        latents = open_latents(config.autoencoder)
+        space = latents.space if latents else PIXELS
+    for bucket in config.shapes:
+        space.shape(bucket.num_frames, bucket.height_px, bucket.width_px)
+    return space
+
+
+def heaviest_batch(
+    config: StageConfig, count: int, *, encoder: PromptEncoder, space: Space, has_latents: bool
+) -> tuple[Batch, Condition]:
+    """The heaviest micro-batch that a run can meet, blank: largest bucket, longest prompts, most references.
+
+    Args:
+        config: of the run.
+        count: samples of a micro-batch on one rank.
+        encoder: of the run; its width and dtype are asked for.
+        space: of the targets.
+        has_latents: they are read, so the autoencoder need not be tried.
+    """
+    bucket = max(config.shapes, key=lambda b: b.num_frames * b.height_px * b.width_px)
+    sizes = (bucket.num_frames, bucket.height_px, bucket.width_px)
+    length = config.encoder.max_tokens
+    plain = torch.zeros(count, length, dtype=torch.long)
+    fps, size = torch.full((count,), 24.0), torch.full((count, 2), 288.0)
+    names = [""] * count
+    pixels = torch.zeros(count, sizes[0], 3, *sizes[1:]).byte()
+    batch = Batch([0] * count, names, names, [()] * count, pixels, fps, size)
+    if has_latents:
+        batch = replace(batch, latents=torch.zeros(count, *space.shape(*sizes)))
+    pictures = None
+    if config.references == "plus":
+        side = config.height_px // 8 * 8, config.width_px // 8 * 8
+        pictures = torch.zeros(count, ConditionConfig().max_references, 3, *side)
+    return batch, Condition(
+        tokens=torch.zeros(count, length, encoder.dim, dtype=encoder.dtype),
+        mask=torch.ones(count, length, dtype=torch.bool),
+        role=plain,
+        segment=plain,
+        fps=fps,
+        original_size_px=size,
+        references=pictures,
+        reference_mask=None if pictures is None else torch.ones(pictures.shape[:2], dtype=torch.bool),
     )

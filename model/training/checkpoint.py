@@ -9,7 +9,6 @@ JSON, and the index that torch pickles is read by an unpickler that knows nothin
 """
 
 import warnings
-from collections.abc import Callable, Collection
 from concurrent.futures import Future, ThreadPoolExecutor
 from threading import Event
 from typing import Any
@@ -23,42 +22,17 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from infra.checkpoint_files import SafeReader, files_writer
 from infra.errors import ConfigError, TrainingError
-from infra.storage import (
-    VERSION,
-    delete,
-    exists,
-    join,
-    list_files,
-    read_json,
-    write_json,
-)
-from model.training.checkpoint_files import SafeReader, files_writer
-from model.training.staging import Staging
+from infra.run_folder import COMMITTED, RunFolder
+from infra.storage import VERSION, delete, exists, join, list_files, read_json, write_json
+from model.optim import local_shard
 
-COMMITTED = "committed.json"
-FORMAT = 1
-"""Layout of the tensors' names; a reader refuses one that it doesn't know."""
+FORMAT = 2
+"""Layout of the tensors' names and of the config; a reader refuses one that it doesn't know."""
 ROLE_TABLE = ".role.weight"
 """In the names of the tensors that have a row for each role of a prompt."""
 State = dict[str, Tensor]
-
-
-def checkpoint_uri(run: str, position: int) -> str:
-    return join(run, "checkpoints", f"samples-{position:012d}")
-
-
-def committed_positions(run: str) -> list[int]:
-    """Positions of the whole checkpoints of a run, ascending."""
-    suffix = "/" + COMMITTED
-    found = [f for f in list_files(join(run, "checkpoints"), suffix=COMMITTED) if f.endswith(suffix)]
-    names = [f.removesuffix(suffix).rpartition("/")[2] for f in found]
-    return sorted(int(n.removeprefix("samples-")) for n in names if n.startswith("samples-"))
-
-
-def latest_checkpoint(run: str) -> str | None:
-    positions = committed_positions(run)
-    return checkpoint_uri(run, positions[-1]) if positions else None
 
 
 def find_checkpoint(uri: str) -> str:
@@ -69,7 +43,7 @@ def find_checkpoint(uri: str) -> str:
     """
     if exists(join(uri, COMMITTED)):
         return uri
-    found = latest_checkpoint(uri)
+    found = RunFolder(uri).latest_checkpoint()
     if found is None:
         raise ConfigError(
             f"no committed checkpoint at {uri}",
@@ -99,21 +73,12 @@ class CheckpointWriter:
     """Saves in the background; at most one save is under way, and all ranks call it alike.
 
     Args:
-        run: folder of the run, any filesystem.
+        run: its folder, any filesystem.
         num_to_keep: newest checkpoints that stay; None = all.
-        in_background: False writes before `save` returns.
-        held: positions of checkpoints that somebody still needs: they stay until the next save.
     """
 
-    def __init__(
-        self,
-        run: str,
-        *,
-        num_to_keep: int | None = None,
-        in_background: bool = True,
-        held: Callable[[], Collection[int]] = tuple,
-    ) -> None:
-        self.run, self.num_to_keep, self.in_background, self.held = run, num_to_keep, in_background, held
+    def __init__(self, run: RunFolder, *, num_to_keep: int | None = None) -> None:
+        self.run, self.num_to_keep = run, num_to_keep
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         # Collectives of a thread need a group of their own, or they mix with the step's.
         many = dist.is_initialized() and dist.get_world_size() > 1
@@ -128,8 +93,8 @@ class CheckpointWriter:
         """Delete what a kill left half written; call once at the start, with a barrier behind it."""
         if self.rank:
             return
-        whole = {checkpoint_uri(self.run, p) for p in committed_positions(self.run)}
-        folder = join(self.run, "checkpoints")
+        whole = {self.run.checkpoint(p) for p in self.run.positions()}
+        folder = self.run.checkpoints
         found = {folder + "/" + f.removeprefix(folder + "/").split("/")[0] for f in list_files(folder)}
         for uri in sorted(f for f in found if "/samples-" in f and f not in whole):
             delete(uri)
@@ -141,13 +106,11 @@ class CheckpointWriter:
         """
         self.wait()
         self.copied.clear()
-        uri = checkpoint_uri(self.run, facts["position"])
+        uri = self.run.checkpoint(facts["position"])
         if any(value.is_cuda for value in state.values()):  # begun here, in the order of this thread's work
             self.pending = self.pool.submit(self._write, uri, self._copy(state), facts)
         else:
             self.pending = self.pool.submit(lambda: self._write(uri, self._copy(state), facts))
-        if not self.in_background:
-            self.pending.result()
 
     def settle(self) -> None:
         """From here on the state may change: it is copied, or the device will do that first. An error comes
@@ -161,11 +124,6 @@ class CheckpointWriter:
             return self.staging.copy(state)
         finally:
             self.copied.set()
-
-    @property
-    def is_idle(self) -> bool:
-        """Whether no save is under way on this rank."""
-        return self.pending is None or self.pending.done()
 
     def wait(self) -> str | None:
         """Wait for the save under way; its folder, or None when there was none.
@@ -190,17 +148,15 @@ class CheckpointWriter:
         save(state, storage_writer=files_writer(uri), process_group=self.group, no_dist=self.group is None)
         if self.rank == 0:
             write_json(join(uri, COMMITTED), {**facts, "format": FORMAT, "version": VERSION})
-            prune(self.run, self.num_to_keep, self.held)
+            prune(self.run, self.num_to_keep)
         return uri
 
 
-def prune(run: str, num_to_keep: int | None, held: Callable[[], Collection[int]] = tuple) -> None:
-    """Delete all but the newest checkpoints and those that are held; None keeps all."""
-    positions = committed_positions(run)
-    old = positions[:-num_to_keep] if num_to_keep else []
-    needed = held() if old else ()
-    for position in (p for p in old if p not in needed):
-        uri = checkpoint_uri(run, position)
+def prune(run: RunFolder, num_to_keep: int | None) -> None:
+    """Delete all but the newest checkpoints; None keeps all."""
+    positions = run.positions()
+    for position in positions[:-num_to_keep] if num_to_keep else []:
+        uri = run.checkpoint(position)
         delete(join(uri, COMMITTED))  # first, so that a half-deleted one is none
         delete(uri)
 
@@ -261,3 +217,66 @@ def tensors_in(uri: str) -> dict[str, torch.Size]:
     """Names and shapes of a checkpoint's tensors; reads the index only."""
     found = SafeReader(uri).read_metadata().state_dict_metadata
     return {name: m.size for name, m in found.items() if isinstance(m, TensorStorageMetadata)}
+
+
+class Staging:
+    """Copies of a state for its checkpoints: on the CPU, in the same memory each time.
+
+    From a GPU they are made by a stream of their own into page-locked memory, while the next passes run, which
+    only read the state; what would change it is put behind them in the device's own queue, so the processor
+    waits for nothing. (torch's stager locks the pages of a tensor that is made anew, as the random state is,
+    once more at each save, which fails at the second one.) The memory is made by
+    `prepare`, or at the first copy.
+    """
+
+    def __init__(self) -> None:
+        self.copies: dict[str, Tensor] = {}
+        self.stream: torch.cuda.Stream | None = None
+        self.finished: torch.cuda.Event | None = None
+
+    def prepare(self, state: dict[str, Tensor]) -> None:
+        """Make the memory beforehand: to lock its pages would hold the first save up."""
+        for name, value in state.items():
+            if name not in self.copies:
+                self.copies[name] = room_for(value)
+
+    def copy(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Copy, or on a GPU begin to; the tensors are whole after `wait`, and the next call reuses them."""
+        self.prepare(state)
+        on_gpu = any(value.is_cuda for value in state.values())
+        if not on_gpu:
+            self._enqueue(state)
+        else:
+            self.stream = self.stream or torch.cuda.Stream()
+            self.stream.wait_stream(torch.cuda.current_stream())  # the optimizer's last step comes first
+            with torch.cuda.stream(self.stream):
+                self._enqueue(state)
+                self.finished = torch.cuda.Event(blocking=True)  # a thread waits for it
+                self.finished.record()
+        return {name: self.copies[name] for name in state}
+
+    def _enqueue(self, state: dict[str, Tensor]) -> None:
+        for name, value in state.items():
+            source = local_shard(value).detach()
+            local_shard(self.copies[name]).copy_(source, non_blocking=True)
+            if self.stream is not None and source.is_cuda:
+                source.record_stream(self.stream)
+
+    def wait(self) -> None:
+        """Until the copies are whole; any thread may ask."""
+        if self.finished is not None:
+            self.finished.synchronize()
+
+    def let_change(self) -> None:
+        """What this thread asks of the GPU from now on happens after the copies; it doesn't wait itself."""
+        if self.finished is not None:
+            torch.cuda.current_stream().wait_event(self.finished)
+
+
+def room_for(value: Tensor) -> Tensor:
+    """An empty tensor of the same shape on the CPU, page-locked for a GPU's; of a sharded one, a like shard."""
+    if isinstance(value, DTensor):
+        shard = value.detach().to("cpu", copy=True)
+        setattr(shard, "_local_tensor", room_for(value.to_local()))  # noqa: B010 - torch's own way
+        return shard
+    return torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)

@@ -1,50 +1,250 @@
-"""The driver's part of a training: resources, one TorchTrainer, and a way out for whoever presses Ctrl-C."""
+"""Stage 1 and stage 2 under Ray Train: read it aloud.
 
-import math
+    run(config)   the driver: preflight, claim, Ray, one TorchTrainer, certificate
+    train(words)  one worker: open or resume, then learn
+    learn(...)    the loop: step, record, save, look, until the samples are seen
+
+`ray.train.report` waits for the controller's next poll (0.5 to 2 s), so it is called with a committed
+checkpoint and never with a mere metric. The run's own folder says where to resume; Ray's snapshot of an
+earlier driver is not asked.
+"""
+
 import os
-import signal
 import threading
-import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import closing
 from typing import Any
 
+import pyarrow as pa
+import torch
+
+from infra.claim import open_job
+from infra.cluster import ray_session
 from infra.errors import TrainingError
-from infra.spare import spare_env
-from infra.storage import delete, exists, filesystem, is_remote, join, write_bytes
-from model.training.aside import Aside, Place, choose_place
-from model.training.checkpoint import last_line
-from model.training.door import check_workers
-from model.training.notices import STOP, trap_sigterm
-from model.training.restarts import note
-from model.training.stages import StageConfig
-from model.training.telemetry import say
+from infra.progress import say
+from infra.run_folder import RunFolder
+from infra.storage import Certificate, delete, filesystem, is_remote, read_json, write_certificate, write_json
+from model.training.checkpoint import last_line, read_facts
+from model.training.config import Stage1Config, Stage2Config, StageConfig, config_class
+from model.training.loop import NonFiniteError, Training
+from model.training.metrics import MetricsLog, RayGauges, draw_curves, open_trackers
+from model.training.preflight import check_workers, inspect, plan_text, prepare_index, read_index
+from model.training.report import Reporter, RunPrinter, write_restart
+from model.training.stop_signals import Interrupts, StopSignals, trap_sigterm
+from model.training.validate import Preview, Validation
+
+__all__ = ["Stage1Config", "Stage2Config", "check", "run", "train"]
 
 KEEP_MEMORY = {"MIMALLOC_PURGE_DELAY": "-1"}
 """Arrow's allocator keeps what row groups leave behind for the next ones: to fetch memory anew from the system
 costs more than to read them, and the loader's cache bounds it."""
+MAX_FAILURES = 3
+"""Restarts after a worker or node died, without a new checkpoint in between, before the run gives up (ours)."""
 Loop = Callable[[dict[str, Any]], None]
 
 
+def check(config: StageConfig) -> str:
+    """Refuse what can't work before Ray starts; the plan in words."""
+    return plan_text(config, inspect(config))
+
+
+def run(config: StageConfig) -> Certificate:
+    """Train to the end; the same command continues a run that was stopped.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C or SIGTERM, after a last checkpoint.
+    """
+    ready, folder = inspect(config), RunFolder(config.out)
+    done = open_job(config.out, job=config.stage, config=config, inputs=ready.inputs, portable=True)
+    if done is not None:
+        say(f"  {config.out} is already complete: {done.num_out:,} samples")
+        return done
+    prepare_index(config, ready.shards)
+    position = last_position(folder)
+    if position:
+        say(f"  resumes at {position:,} of {config.total_samples:,} samples")
+    with (
+        ray_session(config.ray, KEEP_MEMORY),
+        RunPrinter(folder, config.total_samples, position=position),
+    ):
+        while True:
+            fit(config, train, num_groups=len(ready.shards.groups))
+            if last_position(folder) >= config.total_samples:
+                break
+            say("  a worker was told to leave, and saved before it did; the run goes on from there")
+    draw_curves(folder)
+    return certify(config, ready.inputs)
+
+
+def last_position(run: RunFolder) -> int:
+    return max(run.positions(), default=0)
+
+
+def certify(config: StageConfig, inputs: dict[str, str]) -> Certificate:
+    """The run's certificate: samples seen, the last checkpoint and what it says of itself."""
+    run = RunFolder(config.out)
+    last, final = run.checkpoint(last_position(run)), read_json(run.final)
+    certificate = Certificate(
+        job=config.stage,
+        config_hash=config.hash(),
+        num_in=config.total_samples,
+        num_out=read_facts(last)["position"],
+        inputs=inputs,
+        facts={"checkpoint": last.removeprefix(config.out + "/"), **final},
+        wall_s=final["wall_s"],
+    )
+    write_certificate(config.out, certificate)
+    return certificate
+
+
+def train(words: dict[str, Any], after_step: Callable[[int], None] = lambda position: None) -> None:
+    """One worker of the run; `after_step` hears the position that each step led to."""
+    config = config_class(words["stage"]).model_validate(words["config"])
+    torch.set_num_threads(words["threads"])
+    index = read_index(config.out)
+    with (
+        closing(Training(config, index)) as training,
+        closing(Reporter(training, open_log(training))) as reporter,
+        closing(StopSignals(training.run, looks=training.rank == 0)) as signals,
+    ):
+        try:
+            learn(training, index, reporter, signals, after_step)
+        except NonFiniteError as error:  # on all ranks alike: another try would end the same
+            if training.rank == 0:
+                write_json(training.run.failure, {"error": str(error)})
+
+
+def learn(
+    training: Training,
+    index: pa.Table,
+    reporter: Reporter,
+    signals: StopSignals,
+    after_step: Callable[[int], None],
+) -> None:
+    """Step, record, save, look, until all samples are seen or the ranks are told to leave."""
+    config, looks = training.config, Looks(training, index, reporter)
+    if training.device.type == "cuda":
+        training.rehearse()
+    if training.position:
+        looks.look()  # a kill may have come between the checkpoint and the look at it
+    while training.position < config.total_samples and not signals.leave:
+        result = training.step()
+        reporter.note(result)
+        if config.is_due(config.log_every_samples, training.position):
+            reporter.record(result)
+            signals.listen(training.agree, preempted())
+        if config.is_due(config.checkpoint.every_samples, training.position) or signals.save:
+            announce(training.writer.wait(), reporter.last)
+            training.save(reporter.last)
+        if not signals.leave:
+            looks.look()
+        after_step(training.position)
+    announce(training.writer.wait(), reporter.last)
+    reporter.finish()
+
+
+class Looks:
+    """Validation with each checkpoint, and previews now and then: what is due and not yet in the log."""
+
+    def __init__(self, training: Training, index: pa.Table, reporter: Reporter) -> None:
+        self.training, self.reporter = training, reporter
+        self.validation, self.preview = Validation(training, index), Preview(training, index)
+
+    def look(self) -> None:
+        """All ranks call it alike."""
+        training, config, position = self.training, self.training.config, self.training.position
+        log = self.reporter.log
+        validates = config.is_due(config.checkpoint.every_samples, position)
+        if validates and training.agree(log is not None and position not in log.validated):
+            self.reporter.write(self.validation.run())
+        every = config.preview_every_samples
+        shows = every != 0 and config.is_due(every, position)
+        if shows and training.agree(log is not None and position not in log.shown):
+            self.reporter.show(self.preview.make())
+
+
+def open_log(training: Training) -> MetricsLog | None:
+    """The run's log on the first rank, cut back to where the run goes on."""
+    if training.rank:
+        return None
+    config, position = training.config, training.position
+    named = open_trackers(
+        config.trackers, training.run, position=position, config=config.model_dump(mode="json")
+    )
+    return MetricsLog(training.run, [RayGauges(training.run.uri), *named], position=position)
+
+
+def announce(uri: str | None, metrics: dict[str, Any]) -> None:
+    """Tell Ray Train of a checkpoint that is committed; all ranks call it alike."""
+    import ray.train
+    from ray.train import Checkpoint, CheckpointUploadMode
+
+    if uri is None:
+        return
+    fs, path = filesystem(uri)
+    here = ray.train.get_context().get_world_rank() == 0
+    ray.train.report(
+        metrics,
+        checkpoint=Checkpoint(path, fs) if here else None,
+        checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD,
+    )
+
+
+def preempted() -> bool:
+    """Whether a node of this run is about to be taken away; all ranks ask alike (it is a barrier of 3 ms)."""
+    import ray.train
+
+    return ray.train.get_preemption_info() is not None
+
+
 def fit(config: StageConfig, loop: Loop, *, num_groups: int) -> None:
-    """One TorchTrainer; a dead worker or node restarts the group from the last checkpoint."""
+    """Train until the workers leave; a dead worker or node restarts the group from the last checkpoint.
+
+    Raises:
+        TrainingError: what failed would fail again, or no life came further than the one before.
+    """
+    from ray.train import TrainingFailedError
+
+    run = RunFolder(config.out)
+    for leftover in (run.ray_snapshot, run.failure, run.stop):
+        delete(leftover)
+    while True:
+        before = last_position(run)
+        trainer = make_trainer(config, loop, num_groups=num_groups)
+        try:
+            with Interrupts(run):
+                in_thread(trainer.fit)
+        except TrainingFailedError as error:
+            if last_position(run) > before:
+                continue
+            raise TrainingError(
+                f"training stopped after {MAX_FAILURES} restarts: {last_line(error)}"
+            ) from error
+        if (failed := run.failed()) is not None:
+            raise TrainingError(failed)
+        return
+
+
+def make_trainer(config: StageConfig, loop: Loop, *, num_groups: int) -> Any:
+    """Ray's trainer: a worker per GPU, or as many as asked for, each with an equal share of the CPUs."""
     import ray
-    from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
     resources = ray.cluster_resources()
     gpus, cpus = int(resources.get("GPU", 0)), resources.get("CPU", 1)
     workers = config.num_workers or max(1, gpus)
     check_workers(config, workers, num_groups)
-    most = workers if isinstance(workers, int) else workers[1]
-    share = config.cpus_per_worker or max(1, int(cpus) // most)
-    place = choose_place(config, spare_cpus=cpus - most * share, spare_gpus=gpus - most, uses_gpus=gpus > 0)
-    say(f"  validation and previews: {place.words}")
-    for leftover in ("checkpoints/checkpoint_manager_snapshot.json", "failure.json", STOP):
-        delete(join(config.out, *leftover.split("/")))
-    trainer = TorchTrainer(
+    share = max(1, int(cpus) // (workers if isinstance(workers, int) else workers[1]))
+    words = {
+        "stage": config.stage,
+        "config": config.model_dump(mode="json"),
+        "threads": int(os.environ.get("OMP_NUM_THREADS", share)),  # sums depend on it
+    }
+    fs, path = filesystem(config.out)
+    return TorchTrainer(
         loop,
-        train_loop_config=loop_words(config, place, threads=max(1, int(share))),
+        train_loop_config=words,
         torch_config=torch_config("cpu:gloo,cuda:nccl" if gpus else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=workers,
@@ -53,44 +253,12 @@ def fit(config: StageConfig, loop: Loop, *, num_groups: int) -> None:
         ),
         run_config=RunConfig(
             name="checkpoints",
-            worker_runtime_env={"env_vars": spare_env(modules_of(config))},
-            failure_config=FailureConfig(max_failures=config.max_failures),
-            callbacks=[noting(config.out)],
-            **storage_of(config.out),  # pyright: ignore[reportArgumentType]
+            storage_path=path,
+            storage_filesystem=fs if is_remote(config.out) else None,
+            failure_config=FailureConfig(max_failures=MAX_FAILURES),
+            callbacks=[restart_callback(config.out)],
         ),
     )
-    try:
-        with Aside(config, place), Interrupts(config.out):
-            in_thread(trainer.fit)
-    except TrainingFailedError as error:
-        raise TrainingError(
-            f"training stopped after {config.max_failures} restarts: {last_line(error)}"
-        ) from error
-
-
-def loop_words(config: StageConfig, place: Place, *, threads: int) -> dict[str, Any]:
-    """What the driver tells each worker.
-
-    `threads` is said because sums depend on it, and a spare has imported torch before Ray could tell it.
-    """
-    return {
-        "stage": config.stage,
-        "config": config.model_dump(mode="json"),
-        "aside": place.is_aside,
-        "threads": int(os.environ.get("OMP_NUM_THREADS", threads)),
-    }
-
-
-def modules_of(config: StageConfig) -> list[str]:
-    """What a worker of this run imports: Ray's part, libraries, ours."""
-    kinds = {
-        "clip": ["open_clip", "model.prompt.clip_encoder"],
-        "mllm": ["transformers.models.auto", "model.prompt.mllm_encoder"],
-    }
-    ray = ["ray.train.torch", "ray.tune", "pyarrow.dataset"]
-    logs = ["torch.utils.tensorboard"] if config.log.tensorboard else []
-    ours = ["infra.telemetry", "model.training.train", "model.training.observe", "model.training.report"]
-    return [*ray, *([] if config.encodings else kinds[config.encoder.kind]), *logs, *ours]
 
 
 def torch_config(backend: str) -> Any:
@@ -111,59 +279,15 @@ def torch_config(backend: str) -> Any:
     return Config(backend=backend, timeout_s=300)
 
 
-def noting(run: str) -> Any:
+def restart_callback(run: str) -> Any:
     """What Ray's controller calls when workers have failed: it writes down what of."""
     from ray.train import UserCallback
 
-    class Noting(UserCallback):
+    class Restarts(UserCallback):
         def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-            note(run, worker_exceptions)
+            write_restart(RunFolder(run), worker_exceptions)
 
-    return Noting()
-
-
-def storage_of(run: str) -> dict[str, object]:
-    """Ray's words for the run's folder."""
-    fs, path = filesystem(run)
-    return {"storage_path": path, "storage_filesystem": fs} if is_remote(run) else {"storage_path": path}
-
-
-SAME_PRESS_S = 1.0
-"""Signals so close together are one: what stands between a terminal and us (make, timeout, uv) often passes
-Ctrl-C on to a process that the terminal has told already."""
-
-
-class Interrupts(AbstractContextManager["Interrupts"]):
-    """The first Ctrl-C or SIGTERM asks the workers to save and leave, like run/stop; the second leaves at once.
-
-    Raises:
-        KeyboardInterrupt: at the end, if the run was asked to leave; or at the second signal.
-    """
-
-    def __init__(self, run: str) -> None:
-        self.place, self.asked_s = join(run, STOP), math.inf
-        self.before: dict[int, Any] = {}
-
-    def __enter__(self) -> "Interrupts":
-        if threading.current_thread() is threading.main_thread():
-            self.before = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-        if kind is None and (self.asked_s < math.inf or exists(self.place)):
-            raise KeyboardInterrupt
-
-    def _ask(self, *_: object) -> None:
-        now_s = time.monotonic()
-        if now_s > self.asked_s + SAME_PRESS_S:
-            raise KeyboardInterrupt
-        if self.asked_s < math.inf:
-            return
-        self.asked_s = now_s
-        say("  stopping after a last checkpoint; once more to leave at once")
-        write_bytes(self.place, b"")
+    return Restarts()
 
 
 def in_thread(work: Callable[[], object]) -> None:

@@ -1,12 +1,12 @@
 """One rank's training, without Ray: open (fresh, finetuned or resumed), step, save.
 
-`model/training/train.py` reads it aloud under Ray Train; the benchmarks run the same class under plain
+`model/training/driver.py` reads it aloud under Ray Train; the benchmarks run the same class under plain
 torch.distributed.
 """
 
 import math
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +14,9 @@ import pyarrow as pa
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.optim import Optimizer
 
+from infra.errors import TrainingError
+from infra.run_folder import RunFolder
 from model.condition import Condition
 from model.data.batch import Batch
 from model.data.loader import Loader, RowGroups
@@ -23,30 +24,27 @@ from model.data.shards import open_shards
 from model.ema import Ema
 from model.encodings.store import open_encoder, open_encodings
 from model.generator import Generator
+from model.optimizers import make_optimizer, set_learning_rate
 from model.step import accumulate
-from model.training.build import Conditioner, make_generator, make_plan
-from model.training.checkpoint import CheckpointWriter, latest_checkpoint
-from model.training.finite import blame
+from model.training.build import Conditioner, Targets, heaviest_batch, make_generator, make_plan
+from model.training.checkpoint import CheckpointWriter, find_checkpoint, load_state
+from model.training.config import Stage2Config, StageConfig
+from model.training.metrics import Stopwatch
 from model.training.parallel import Replica, make_deterministic, pick_device
-from model.training.rehearse import heaviest
-from model.training.restore import restore
-from model.training.stages import StageConfig
-from model.training.state import (
-    hash_tensors,
-    make_emas,
-    make_optimizer,
-    set_learning_rate,
-    state_of,
-    weights_of,
-)
-from model.training.stopwatch import Stopwatch
-from model.training.targets import Targets
-from model.training.upsampler import start_from_base
-from model.training.validate import Observed
+from model.training.state import facts_for, from_average, hash_tensors, start_from_base, state_of, weights_of
+
+CLIP_NORM = 1.0
+"""Largest norm of the gradient; Snap Video clips and doesn't print its value, so this is ours."""
+MOST_NAMES = 8
+"""Samples that a non-finite loss is blamed on, at most, in its message."""
+
+
+class NonFiniteError(TrainingError):
+    """A non-finite gradient: known on all ranks at the same step, and the same on every further try."""
 
 
 @dataclass(frozen=True)
-class Outcome:
+class StepResult:
     """What a step came to; `loss` is a tensor, so that nothing waits for it, and its mean over the ranks is
     the mean over the step's samples, however they are shared out.
     """
@@ -57,75 +55,48 @@ class Outcome:
 
 
 class Training:
-    """A run on one rank. Attributes are its state; `position` counts samples of all ranks."""
+    """A run on one rank.
 
-    def __init__(
-        self, config: StageConfig, index: pa.Table, *, held: Callable[[], Collection[int]] = tuple
-    ) -> None:
-        """`held`: positions of checkpoints that may not be deleted yet."""
-        self.config, self.device = config, pick_device()
-        if config.parallel.deterministic:
-            make_deterministic(self.device)
+    Attributes:
+        position: samples that all ranks have seen.
+        seen: samples of each shape (t, h, w) since the last record: what their cost is reckoned from.
+        prompt_tokens: length of the last batch's prompts.
+    """
+
+    def __init__(self, config: StageConfig, index: pa.Table) -> None:
+        self.config, self.run, self.device = config, RunFolder(config.out), pick_device()
+        make_deterministic(self.device)
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.world_size = dist.get_world_size() if dist.is_initialized() else 1
-        self.encodings = open_encodings(config.encodings)
-        self.encoder = open_encoder(config.encoder, self.encodings, self.device)
+        encodings = open_encodings(config.encodings)
+        self.encoder = open_encoder(config.encoder, encodings, self.device)
         self.condition = Conditioner(config, self.encoder, self.device)
-        self.targets = Targets(config, self.device, self.encodings)
-        self.replica = Replica(self._generator(), config.parallel, self.device)
-        self.optimizer: Optimizer = make_optimizer(self.model, config)
-        self.emas: dict[str, Ema] = make_emas(self.model, config)
-        self.writer = CheckpointWriter(
-            config.out,
-            num_to_keep=config.checkpoint.num_to_keep,
-            in_background=config.checkpoint.in_background,
-            held=held,
+        self.targets = Targets(config, self.device, encodings)
+        how = config.parallel
+        self.replica = Replica(
+            self._generator(),
+            self.device,
+            mode=how.mode,
+            dtype=how.dtype,
+            compiled=how.compile,
         )
+        optim = config.optim
+        self.optimizer = make_optimizer(optim.name, self.model, lr=optim.lr, weight_decay=optim.weight_decay)
+        self.writer = CheckpointWriter(self.run, num_to_keep=config.checkpoint.num_to_keep)
         self.watch = Stopwatch(self.device)
         self.prompt_tokens = 0
         self.seen: Counter[tuple[int, int, int]] = Counter()
-        """Samples of each shape (t, h, w) since the last record: what their cost is reckoned from."""
-        self.position = restore(self)
-        self.loader = self._loader(index)
-        self.batches: Iterator[Batch] = iter(self.loader)
-
-    @property
-    def model(self) -> Generator:
-        return self.replica.model
-
-    @property
-    def observed(self) -> Observed:
-        """The live model, for validation and previews in the loop."""
-        return Observed(
-            self.config,
-            self.model,
-            self.encoder,
-            self.targets,
-            self.loader.row_groups,
-            self.replica.autocast_dtype,
-            self.device,
-            self.rank,
-            self.world_size,
+        self.position = self._restore()
+        shards = open_shards(config.prompts)
+        row_groups = RowGroups(
+            shards,
+            config.shapes,
+            held_out_frac=config.validation.held_out_frac,
+            encodings=encodings,
         )
-
-    def _generator(self) -> Generator:
-        """The network, freshly drawn; a new upsampler starts with its base model's weights."""
-        generator = make_generator(self.config, self.encoder.dim, self.targets.space)
-        if self.config.upsampler is not None and latest_checkpoint(self.config.out) is None:
-            start_from_base(generator, self.config.upsampler)
-        return generator
-
-    def _loader(self, index: pa.Table) -> Loader:
-        config, shards = self.config, open_shards(self.config.prompts)
-        held_out = config.validation.held_out_frac
-        return Loader(
+        self.loader = Loader(
             make_plan(config, index, len(shards.groups)),
-            RowGroups(
-                shards,
-                config.shapes,
-                held_out_frac=held_out,
-                encodings=self.encodings,
-            ),
+            row_groups,
             select=self.condition.choose,
             rank=self.rank,
             world_size=self.world_size,
@@ -133,37 +104,79 @@ class Training:
             num_threads=config.loader_threads,
             pin_memory=self.device.type == "cuda",
         )
+        self.batches: Iterator[Batch] = iter(self.loader)
 
-    def step(self) -> Outcome:
+    @property
+    def model(self) -> Generator:
+        return self.replica.model
+
+    def _generator(self) -> Generator:
+        """The network, freshly drawn; a new upsampler starts with its base model's weights."""
+        config = self.config
+        generator = make_generator(config, self.encoder.dim, self.targets.space)
+        base = config.upsampler.start_from if config.upsampler else None
+        if base is not None and self.run.latest_checkpoint() is None:
+            start_from_base(generator, base)
+        return generator
+
+    def _restore(self) -> int:
+        """Continue from the run's last checkpoint, or start stage 2 from stage 1's; the position."""
+        self.writer.clean()
+        if dist.is_initialized():
+            dist.barrier()
+        config, found = self.config, self.run.latest_checkpoint()
+        if found is None and isinstance(config, Stage2Config):
+            start = find_checkpoint(config.start_from)
+            facts_for(start, self.encoder.identity_hash, self.targets.space)
+            load_state(start, from_average(self.model, config.start_ema))
+        self.emas = {name: Ema(self.model, profile) for name, profile in config.ema_profiles.items()}
+        if found is None:
+            return 0
+        facts = facts_for(found, self.encoder.identity_hash, self.targets.space)
+        state = state_of(self.model, self.optimizer, self.emas)
+        load_state(found, state)
+        torch.set_rng_state(state["rng"])
+        for ema in self.emas.values():
+            ema.samples = facts["position"]
+        return facts["position"]
+
+    def step(self) -> StepResult:
         """One optimizer step: micro-batches, gradients over all ranks, update, averages."""
-        rate = set_learning_rate(self.optimizer, self.config, self.position)
+        config = self.config
+        rate = set_learning_rate(
+            self.optimizer,
+            config.optim.lr,
+            step=self.position // config.batch_size,
+            num_steps=config.num_steps,
+            warmup_steps=min(config.optim.warmup_samples, config.total_samples // 10) // config.batch_size,
+        )
         each: list[Tensor] = []
         positions: list[int] = []
-        for number in range(self.config.accumulation):
+        for number in range(config.accumulation):
             with self.watch.part("data"):
                 batch = next(self.batches)
             with self.watch.part("encode"):
                 condition = self.condition(batch.prompts, batch.fps, batch.original_size_px, batch.encoded)
                 self.prompt_tokens = condition.tokens.shape[1]
-            with self.replica.accumulating(last=number == self.config.accumulation - 1):
-                each.append(self._accumulate(batch, condition))
+            with self.replica.accumulating(last=number == config.accumulation - 1):
+                each.append(self.accumulate(batch, condition))
             positions += batch.positions
         with self.watch.part("checkpoint"):
             self.writer.settle()  # the copy of a checkpoint ran beside the passes; now the weights move
         with self.watch.part("optimizer"):
-            norm = self.replica.clip(self.config.optim.clip_norm)
+            norm = self.replica.clip(CLIP_NORM)
             values = torch.cat(each)
             if not math.isfinite(norm):  # on all ranks alike, so that all of them stop
                 raise blame(self.loader, norm, values, positions, at=self.position)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
-            self.position += self.config.batch_size
+            self.position += config.batch_size
             for ema in self.emas.values():
                 ema.update(self.model, self.position)
         self.watch.num_steps += 1
-        return Outcome(values.sum() * (self.world_size / self.config.batch_size), norm, rate)
+        return StepResult(values.sum() * (self.world_size / config.batch_size), norm, rate)
 
-    def _accumulate(self, batch: Batch, condition: Condition) -> Tensor:
+    def accumulate(self, batch: Batch, condition: Condition) -> Tensor:
         """Losses of a micro-batch; its gradients are added to the model's."""
         with self.watch.part("encode"):
             x = self.targets(batch)
@@ -175,28 +188,26 @@ class Training:
             condition,
             self.targets.draw(x, batch.positions),
             divisor=self.config.batch_size / self.world_size,  # ranks' gradients are averaged
-            dtype=self.replica.autocast_dtype,
+            dtype=self.replica.dtype,
             small_size=self.targets.small_size,
             timed=self.watch.part,
         )
 
     def rehearse(self) -> int:
-        """Try the largest bucket with the longest prompts, and make room for checkpoints, so that memory runs
-        out now or never.
+        """Try the heaviest micro-batch, and make room for checkpoints, so that memory runs out now or never.
 
         Returns:
             Peak memory of the device, bytes; 0 on a CPU. Nothing of the run's state is changed.
         """
-        batch, condition = heaviest(
+        batch, condition = heaviest_batch(
             self.config,
             -(-self.config.micro_batch // self.world_size),
             encoder=self.encoder,
-            targets=self.targets,
-            condition=self.condition,
-            stored=self.loader.row_groups.has_latents,
+            space=self.targets.space,
+            has_latents=self.loader.row_groups.has_latents,
         )
         with self.replica.accumulating(last=True):
-            self._accumulate(batch, condition.to(self.device))
+            self.accumulate(batch, condition.to(self.device))
         self.optimizer.zero_grad(set_to_none=True)
         self.writer.staging.prepare(state_of(self.model, self.optimizer, self.emas))
         self.watch.take()
@@ -204,7 +215,7 @@ class Training:
         return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else 0
 
     def save(self, record: dict[str, Any]) -> None:
-        """Checkpoint this moment; writing goes on in the background."""
+        """Checkpoint this moment, with the latest record; writing goes on in the background."""
         facts = {
             "position": self.position,
             "stage": self.config.stage,
@@ -234,3 +245,25 @@ class Training:
     def close(self) -> None:
         self.loader.close()
         self.writer.close()
+
+
+def blame(loader: Loader, norm: float, each: Tensor, positions: list[int], *, at: int) -> NonFiniteError:
+    """The error of a step with a non-finite gradient, naming its samples; all ranks call this alike.
+
+    Args:
+        loader: knows the prompts by position.
+        norm: of the gradient, over all ranks.
+        each: losses of this rank's samples.
+        positions: theirs, in the same order.
+        at: samples seen before this step.
+    """
+    found = [[p for p, ok in zip(positions, each.isfinite().tolist(), strict=True) if not ok]]
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        mine, found = found[0], [[]] * dist.get_world_size()
+        dist.all_gather_object(found, mine)
+    places = sorted(p for part in found for p in part)[:MOST_NAMES]
+    names = [loader.read(p).prompt_id for p in places]
+    return NonFiniteError(
+        f"step at {at:,} samples: gradient norm is {norm}; "
+        f"samples with a non-finite loss: {', '.join(names) or 'none'}"
+    )

@@ -7,11 +7,10 @@ measure and clip their norm over all ranks.
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from pydantic import Field
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -19,29 +18,10 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils import deterministic
 
-from infra.config import Config
+from infra.errors import ConfigError
 
-
-class ParallelConfig(Config):
-    """How the model is spread over the ranks; none of it changes the order of samples."""
-
-    mode: Literal["ddp", "fsdp"] = "ddp"
-    """ddp: a whole copy on each rank. fsdp: FSDP2, parameters and optimizer sharded."""
-    replicas: int = Field(default=1, ge=1)
-    """fsdp only: hybrid sharding over `replicas` groups (typically the nodes); 1 = one shard group."""
-    recompute: bool = False
-    """Drop the blocks' activations and compute them again in the backward pass: memory for time."""
-    compile: bool = False
-    """Compile each block (torch.compile); pays on GPUs."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Arithmetic of forward and backward; weights, optimizer and EMA stay float32."""
-    deterministic: bool = True
-    """On a GPU, only kernels that add in the same order each time, so that an interrupted run ends like an
-    unbroken one there too, to the last bit (a CPU's kernels do so anyway). False leaves the choice to torch:
-    a step of `fit-500m` on an H200 is then 5 % faster (`bench_mfu`)."""
-
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+AUTOCAST: dict[str, torch.dtype | None] = {"float32": None, "bfloat16": torch.bfloat16}
+"""Arithmetic by its name; None = as the weights are stored."""
 
 
 class Replica:
@@ -50,17 +30,22 @@ class Replica:
     Attributes:
         model: the bare module; for FSDP2 its parameters are DTensors.
         forward: what to call in a training step (the DDP wrapper, or the module itself).
+        dtype: of the arithmetic (autocast); None = as the weights are stored.
     """
 
-    def __init__(self, model: Any, config: ParallelConfig, device: torch.device) -> None:
-        self.config, self.device = config, device
+    def __init__(
+        self, model: Any, device: torch.device, *, mode: str, dtype: str = "float32", compiled: bool = False
+    ) -> None:
+        """`mode`: ddp, fsdp or hsdp; with one rank all are the same."""
+        self.device, self.dtype = device, AUTOCAST[dtype]
         self.world_size = dist.get_world_size() if dist.is_initialized() else 1
+        self.is_sharded = mode != "ddp" and self.world_size > 1
         self.model = model.to(device)
-        if config.compile:
+        if compiled:
             model.compile_blocks()
         self.forward: nn.Module = self.model
-        if self.world_size > 1 and config.mode == "fsdp":
-            shard(model, config, device, self.world_size)
+        if self.is_sharded:
+            shard(model, device, ranks_sharing(self.world_size, mode), self.dtype)
         elif self.world_size > 1:
             ids = [device.index] if device.type == "cuda" else None
             # find_unused: the self-conditioning path and "plus" references may sit out a step.
@@ -75,13 +60,9 @@ class Replica:
             with self.forward.no_sync():
                 yield
             return
-        if self.config.mode == "fsdp" and self.world_size > 1:
+        if self.is_sharded:
             self.model.set_requires_gradient_sync(last)
         yield
-
-    @property
-    def autocast_dtype(self) -> torch.dtype | None:
-        return None if self.config.dtype == "float32" else DTYPES[self.config.dtype]
 
     def clip(self, max_norm: float) -> float:
         """Scale the gradients to at most `max_norm`; the norm before, over all ranks."""
@@ -124,22 +105,33 @@ def warning_only() -> Iterator[None]:
         torch.use_deterministic_algorithms(True)
 
 
-def shard(model: Any, config: ParallelConfig, device: torch.device, world_size: int) -> None:
-    """FSDP2 over blocks, then over the rest; `replicas` > 1 is hybrid sharding (HSDP)."""
-    inner = world_size // config.replicas
-    shape = (config.replicas, inner) if config.replicas > 1 else (world_size,)
-    names = ("replicate", "shard") if config.replicas > 1 else ("shard",)
-    mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
-    dtype = DTYPES[config.dtype]
-    policy = (
-        MixedPrecisionPolicy(
-            param_dtype=dtype,
-            reduce_dtype=torch.float32,
-            cast_forward_inputs=False,  # sigma and the frame rate must stay float32
+def ranks_sharing(world_size: int, mode: str) -> int:
+    """Ranks over which one copy of the model is spread.
+
+    Raises:
+        ConfigError: hsdp, and nodes that hold different numbers of ranks.
+    """
+    if mode != "hsdp":
+        return world_size
+    inner = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))  # set by Ray Train and torchrun
+    if world_size % inner:
+        raise ConfigError(
+            f"parallel.mode hsdp with {world_size} workers, {inner} of them on a node",
+            legal="the same number of workers on each node",
+            cure="change num_workers, or take mode fsdp",
         )
-        if dtype is not torch.float32
-        else MixedPrecisionPolicy()
-    )
+    return inner
+
+
+def shard(model: Any, device: torch.device, inner: int, dtype: torch.dtype | None) -> None:
+    """FSDP2 over blocks, then over the rest, `inner` ranks to a copy; several copies are HSDP."""
+    copies = dist.get_world_size() // inner
+    shape = (copies, inner) if copies > 1 else (inner,)
+    names = ("replicate", "shard") if copies > 1 else ("shard",)
+    mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
+    policy = MixedPrecisionPolicy()
+    if dtype is not None:  # sigma and the frame rate must stay float32
+        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in model.blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)

@@ -1,167 +1,227 @@
-"""What is said of a run and when: the loop's memory of time, kept out of the loop."""
+"""What is said of a run while it trains: its records, and in the driver a line for each of them.
 
+Reporter    the records of a rank: loss, speed, time, validation, sampled videos; final.json
+RunPrinter  the driver's window on the run's folder, which is what both machines can see
+"""
+
+import threading
 import time
-from collections.abc import Collection, Sequence
+from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
-from infra.storage import is_remote, join, write_json
+from infra.progress import say, span
+from infra.run_folder import LOSS, VALIDATION, VIDEOS, RunFolder, is_validation
+from infra.storage import is_remote, read_json, write_json
 from model.cost.flops import sizes, training_flops
-from model.training.due import What, is_due, is_observed
-from model.training.loop import Outcome, Training
-from model.training.observe import read_results
-from model.training.sampled import contact_sheets, sampled_positions
-from model.training.stages import StageConfig
-from model.training.telemetry import MetricsLog
-from model.training.trackers import Tracker
+from model.generator import Generator
+from model.training.loop import StepResult, Training
+from model.training.metrics import PASSES, MetricsLog
 
 PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "A100": 312.0, "B200": 2250.0}
 """Dense bfloat16 peak of a GPU, TFLOP/s, from NVIDIA's data sheets (SXM)."""
+MOST_CHARACTERS = 20_000
+"""Of one worker's error: a traceback, not a log."""
 
 
-def peak_flops(device: torch.device, dtype: str) -> float | None:
+def peak_flops(device: torch.device, dtype: torch.dtype | None) -> float | None:
     """Peak of this GPU in FLOP/s; None where we know no peak for it (CPUs, float32)."""
-    if device.type != "cuda" or dtype != "bfloat16":
+    if device.type != "cuda" or dtype is not torch.bfloat16:
         return None
     name = torch.cuda.get_device_name(device)
     return next((peak * 1e12 for key, peak in PEAK_TFLOPS.items() if key in name), None)
 
 
+def flops_per_sample(
+    model: Generator, seen: Counter[tuple[int, int, int]], *, prompt_tokens: int, self_condition_rate: float
+) -> float:
+    """FLOPs of training on a sample, mean over those seen by shape (t, h, w); no credit for recomputation."""
+    backbone, condition, total = model.backbone_config, model.condition_config, 0
+    for (t, h, w), count in seen.items():
+        counts = sizes(backbone, condition, prompt_tokens=prompt_tokens, num_frames=t, size_px=(h, w))
+        parts = training_flops(
+            backbone, condition, counts, prompt_tokens=prompt_tokens, self_condition_rate=self_condition_rate
+        )
+        total += count * sum(parts.values())
+    return total / max(1, seen.total())
+
+
 class Reporter:
-    """Progress lines, metrics.jsonl and its like, final.json.
+    """Records of one rank's training; ranks but the first have no log and only take part in the means.
 
     Attributes:
         last: the latest record with a loss.
     """
 
-    def __init__(self, training: Training, *, aside: bool, trackers: Sequence[Tracker] = ()) -> None:
-        """`aside`: checkpoints are looked at beside the loop, so those must be written too."""
-        self.training, self.aside = training, aside
-        config = training.config
-        self.rank_zero = training.rank == 0
-        self.log_to = open_log(config, training.position, enabled=self.rank_zero, trackers=trackers)
+    def __init__(self, training: Training, log: MetricsLog | None) -> None:
+        self.training, self.log = training, log
         self.last: dict[str, Any] = {}
         self.losses: list[torch.Tensor] = []
         self.started_s = self.logged_s = time.perf_counter()
         self.logged_at = self.started_at = training.position
 
-    def is_due(self, what: What) -> bool:
-        config, position = self.training.config, self.training.position
-        if what == "checkpoint" and self.aside and is_observed(config, position):
-            return True
-        return is_due(config, what, position)
+    def note(self, result: StepResult) -> None:
+        self.losses.append(result.loss)
 
-    def note(self, outcome: Outcome) -> None:
-        self.losses.append(outcome.loss)
-
-    def log(self, outcome: Outcome) -> None:
+    def record(self, result: StepResult) -> None:
         """Mean loss of all ranks since the last record, speed, and where the time went."""
         training = self.training
         loss = training.replica.average(torch.stack(self.losses).mean())
         self.losses.clear()
         now_s = time.perf_counter()
-        elapsed_s = max(now_s - self.logged_s, 1e-9)
+        rate = (training.position - self.logged_at) / max(now_s - self.logged_s, 1e-9)
         parts = training.watch.take()
-        record = {
-            "loss": float(loss),
-            "grad_norm": outcome.grad_norm,
-            "lr": outcome.lr,
-            "samples_per_s": (training.position - self.logged_at) / elapsed_s,
+        self.logged_s, self.logged_at = now_s, training.position
+        self.last = {
+            LOSS: float(loss),
+            "grad_norm": result.grad_norm,
+            "lr": result.lr,
+            "samples_per_s": rate,
             **parts,
             "data_frac": parts.get("data_s", 0.0) / (sum(parts.values()) or 1.0),
             "bad_targets": training.loader.num_bad,
+            **self._throughput(rate),
         }
-        record |= self._throughput(record["samples_per_s"])
-        self.logged_s, self.logged_at = now_s, training.position
-        self.last = record
-        self.write(record)
-        if not is_remote(training.config.out) or self.is_due("checkpoint"):
-            self._collect()
+        self.write(self.last)
 
     def _throughput(self, samples_per_s: float) -> dict[str, float]:
-        """TFLOP/s of all ranks by the exact table (no credit for recomputation), and MFU on known GPUs."""
-        config, seen = self.training.config, self.training.seen
-        total = sum(count * self._flops(shape) for shape, count in seen.items())
-        rate = total / max(1, seen.total()) * samples_per_s
-        seen.clear()
-        peak = peak_flops(self.training.device, config.parallel.dtype)
-        found = {"tflops": rate / 1e12}
-        return found | ({"mfu": rate / (peak * self.training.world_size)} if peak else {})
-
-    def _flops(self, shape: tuple[int, int, int]) -> int:
-        """FLOPs of training on one sample of a bucket's shape (t, h, w)."""
-        model, tokens = self.training.model, self.training.prompt_tokens
-        backbone, condition, (t, *size) = model.backbone_config, model.condition_config, shape
-        counts = sizes(backbone, condition, prompt_tokens=tokens, num_frames=t, size_px=(size[0], size[1]))
-        rate = self.training.config.self_condition_rate
-        parts = training_flops(backbone, condition, counts, prompt_tokens=tokens, self_condition_rate=rate)
-        return sum(parts.values())
-
-    def _collect(self) -> None:
-        if self.rank_zero:
-            collect(self.log_to, self.training.config.out, self.training.position)
+        """TFLOP/s of all ranks, and MFU on known GPUs."""
+        training = self.training
+        each = flops_per_sample(
+            training.model,
+            training.seen,
+            prompt_tokens=training.prompt_tokens,
+            self_condition_rate=training.config.self_condition_rate,
+        )
+        training.seen.clear()
+        rate, peak = each * samples_per_s, peak_flops(training.device, training.replica.dtype)
+        return {"tflops": rate / 1e12} | ({"mfu": rate / (peak * training.world_size)} if peak else {})
 
     def write(self, record: dict[str, Any]) -> None:
-        if record:
-            self.log_to.write(self.training.position, record)
+        if record and self.log is not None:
+            self.log.write(self.training.position, record)
+
+    def show(self, sheets: dict[str, bytes]) -> None:
+        """Contact sheets of sampled videos, by title."""
+        if self.log is not None:
+            self.log.show(self.training.position, sheets)
 
     def finish(self) -> None:
         """final.json: what the certificate quotes; none of a run that left early."""
-        self._collect()
-        if self.training.position < self.training.config.total_samples:
+        training = self.training
+        if training.position < training.config.total_samples:
             return
-        digest = self.training.weights_sha256()  # a collective where the weights are sharded
-        if not self.rank_zero:
+        digest = training.weights_sha256()  # a collective where the weights are sharded
+        if self.log is None:
             return
-        parameters = sum(p.numel() for p in self.training.model.parameters())
-        seen = self.training.position - self.started_at
-        wall_s = time.perf_counter() - self.started_s
-        loss = self.last.get("loss")
-        write_json(
-            join(self.training.config.out, "final.json"),
-            {
-                "weights_sha256": digest,
-                "loss": loss,
-                "parameters": parameters,
-                "wall_s": wall_s,
-                "highlights": {
-                    "loss": f"{loss:.4f}" if loss is not None else "-",
-                    "parameters": f"{parameters:,}",
-                    "samples/s": f"{seen / max(wall_s, 1e-9):.1f}",
-                },
-            },
-        )
+        parameters = sum(p.numel() for p in training.model.parameters())
+        wall_s, loss = time.perf_counter() - self.started_s, self.last.get(LOSS)
+        rate = (training.position - self.started_at) / max(wall_s, 1e-9)
+        highlights = {
+            LOSS: f"{loss:.4f}" if loss is not None else "-",
+            "parameters": f"{parameters:,}",
+            "samples/s": f"{rate:.1f}",
+        }
+        final = {"weights_sha256": digest, LOSS: loss, "parameters": parameters, "wall_s": wall_s}
+        write_json(training.run.final, {**final, "highlights": highlights})
 
     def close(self) -> None:
-        self.log_to.close()
+        if self.log is not None:
+            self.log.close()
 
 
-def open_log(
-    config: StageConfig, position: int, *, enabled: bool = True, trackers: Sequence[Tracker] = ()
-) -> MetricsLog:
-    """The run's log, cut back to `position`."""
-    return MetricsLog(
-        config.out,
-        config.log,
-        enabled=enabled,
-        position=position,
-        name=f"{config.stage} {config.out.rpartition('/')[2]}",
-        flat_config=config.model_dump(mode="json"),
-        trackers=trackers,
+class RunPrinter:
+    """Prints new records and deaths of workers from a run's folder, in a thread, while it is entered."""
+
+    def __init__(self, run: RunFolder, total: int, *, position: int = 0, every_s: float = 1.0) -> None:
+        self.run, self.total = run, total
+        self.every_s = 10 * every_s if is_remote(run.uri) else every_s
+        self.shown = {_kind(r) for r in run.records() if r["samples"] <= position}
+        self.told = set(run.restarts())
+        self.stop = threading.Event()
+        self.thread = threading.Thread(target=self._follow, daemon=True)
+
+    def __enter__(self) -> "RunPrinter":
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop.set()
+        self.thread.join()
+        self._show()
+
+    def _follow(self) -> None:
+        while not self.stop.wait(self.every_s):
+            self._show()
+
+    def _show(self) -> None:
+        """What was not shown before; a torn or vanished file is read again next time."""
+        try:
+            restarts = {file: read_json(file) for file in self.run.restarts() if file not in self.told}
+            records = [r for r in self.run.records() if _kind(r) not in self.shown]
+        except (OSError, ValueError):
+            return
+        self.told |= set(restarts)
+        for restart in restarts.values():
+            say(restart_line(restart))
+        for record in records:
+            self.shown.add(_kind(record))
+            say(self._line(record))
+
+    def _line(self, record: dict[str, Any]) -> str:
+        if LOSS in record:
+            return progress_line(record, self.total)
+        if is_validation(record):
+            return validation_line(record)
+        position = record["samples"]
+        return f"  videos sampled at {position:,} samples ({record[VIDEOS]}): {self.run.samples(position)}"
+
+
+def _kind(record: dict[str, Any]) -> tuple[int, bool, bool]:
+    return record["samples"], LOSS in record, VIDEOS in record
+
+
+def progress_line(record: dict[str, Any], total: int) -> str:
+    """1,600 / 8,000 samples · loss 0.412 · 21.3 samples/s · ETA 5 min · data 1 % encode 4 % ..."""
+    position, rate = record["samples"], record["samples_per_s"]
+    parts = {k.removesuffix("_s"): v for k, v in record.items() if k in PASSES}
+    whole = sum(parts.values()) or 1.0
+    words = [
+        f"  {position:,} / {total:,} samples",
+        f"loss {record[LOSS]:.4f}",
+        f"{rate:,.1f} samples/s",
+        f"ETA {span((total - position) / rate)}" if rate else "",
+        " ".join(f"{name} {value / whole:.0%}" for name, value in parts.items()),
+        f"MFU {record['mfu']:.1%}" if "mfu" in record else "",
+    ]
+    return " · ".join(word for word in words if word)
+
+
+def validation_line(record: dict[str, Any]) -> str:
+    values = {k.removeprefix(VALIDATION): v for k, v in record.items() if k.startswith(VALIDATION)}
+    words = " · ".join(f"{name} {value:.4f}" for name, value in values.items())
+    return f"  validation loss at {record['samples']:,} samples: {words}"
+
+
+def write_restart(run: RunFolder, errors: Mapping[int, Exception]) -> None:
+    """Write down what workers died of, by rank, and the checkpoint where new ones go on."""
+    whole = {str(rank): f"{cause(e)}\n\n{e}"[:MOST_CHARACTERS] for rank, e in sorted(errors.items())}
+    position = max(run.positions(), default=0)
+    write_json(run.restart(int(time.time() * 1e3)), {"position": position, "errors": whole})
+
+
+def cause(error: BaseException) -> str:
+    """One line: the error that user code raised, or what Ray says of a worker that is gone."""
+    error = getattr(error, "_base_exc", None) or getattr(error, "health_check_failure", None) or error
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def restart_line(restart: Mapping[str, Any]) -> str:
+    ranks, errors = ", ".join(restart["errors"]), list(restart["errors"].values())
+    return (
+        f"  worker{'s' if len(errors) > 1 else ''} {ranks} died: {errors[0].splitlines()[0]} "
+        f"(a new one goes on from {restart['position']:,} samples; more in restarts/)"
     )
-
-
-def collect(log: MetricsLog, run: str, position: int) -> None:
-    """Put into the log what lies in the run's folder and is not yet there: validations and videos."""
-    for samples, record in read_results(run, log.validated):
-        if samples <= position:
-            log.write(samples, record)
-    for samples in unshown(run, log.shown):
-        if samples <= position:
-            log.show(samples, contact_sheets(run, samples))
-
-
-def unshown(run: str, shown: Collection[int]) -> list[int]:
-    """Positions whose sampled videos are there and not among the shown ones."""
-    return [p for p in sampled_positions(run) if p not in shown]

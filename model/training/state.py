@@ -1,12 +1,13 @@
-"""All of a training run that a checkpoint holds, as one flat dictionary of named tensors.
+"""All of a training run that a checkpoint holds, as one flat dictionary of named tensors, and the way back.
 
-    model.<parameter>  optim.<parameter>.<moment>  ema.<profile>.<parameter>  rng
+    model.<parameter>  optim.<parameter>.<moment>  ema.<average>.<parameter>  rng
 
 Tensors are shared with the run, so loading into them *is* restoring. The learning rate is a function
 of the position and the data order of (seed, position): neither needs to be stored.
 """
 
 import hashlib
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,53 +15,15 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from model.ema import Ema, HalfLife, PowerFunction, Profile
-from model.muon import muon
-from model.optim import GroupOptimizer, adam_moments, adamw, cosine_factor, lamb
+from infra.errors import ConfigError, TrainingError
+from infra.run_folder import split_checkpoint
+from model.ema import Ema, Snapshot, reconstruct
+from model.generator import Generator, start_upsampler
+from model.space import Space
+from model.training.build import describe_space, make_generator, space_in
+from model.training.checkpoint import find_checkpoint, load_state, read_facts
+from model.training.config import WEIGHTS, StageConfig, config_of
 from model.training.parallel import plain_name
-from model.training.stages import EmaConfig, StageConfig
-
-MAKERS = {"lamb": lamb, "adamw": adamw, "muon": muon}
-
-
-def make_optimizer(model: nn.Module, config: StageConfig) -> Optimizer:
-    """The configured optimizer with its moments in place (zero), so that a checkpoint can fill them."""
-    options = config.optim
-    optimizer = MAKERS[options.name](
-        model, lr=options.lr, betas=options.betas, weight_decay=options.weight_decay
-    )
-    for group in optimizer.param_groups:
-        for p in group["params"]:
-            if isinstance(optimizer, GroupOptimizer):
-                optimizer.moments(p, group)
-            else:
-                optimizer.state[p] = adam_moments(p, p.device)  # torch's AdamW has no such door
-    return optimizer
-
-
-def set_learning_rate(optimizer: Optimizer, config: StageConfig, position: int) -> float:
-    """Cosine with warm-up, as a function of the samples seen; the rate of the next step."""
-    warmup = min(config.optim.warmup_samples, config.total_samples // 10) // config.batch_size
-    step = position // config.batch_size
-    rate = config.optim.lr * cosine_factor(step, warmup, config.num_steps)
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-    return rate
-
-
-def ema_profiles(config: EmaConfig, total_samples: int) -> dict[str, Profile]:
-    """Name in the checkpoint -> profile."""
-    profiles: dict[str, Profile] = {}
-    for samples in config.half_life_samples:
-        profiles[f"half-life-{samples}"] = HalfLife(min(samples, max(1, total_samples // 10)))
-    for width in config.sigma_rel:
-        profiles[f"power-{width:g}"] = PowerFunction(width)
-    return profiles
-
-
-def make_emas(model: nn.Module, config: StageConfig) -> dict[str, Ema]:
-    profiles = ema_profiles(config.ema, config.total_samples)
-    return {name: Ema(model, profile) for name, profile in profiles.items()}
 
 
 def state_of(model: nn.Module, optimizer: Optimizer, emas: dict[str, Ema]) -> dict[str, Tensor]:
@@ -69,9 +32,9 @@ def state_of(model: nn.Module, optimizer: Optimizer, emas: dict[str, Ema]) -> di
     for name, p in model.named_parameters():
         for key, value in optimizer.state.get(p, {}).items():
             state[f"optim.{plain_name(name)}.{key}"] = value
-    for profile, ema in emas.items():
+    for average, ema in emas.items():
         for name, value in ema.weights.items():
-            state[f"ema.{profile}.{plain_name(name)}"] = value
+            state[f"ema.{average}.{plain_name(name)}"] = value
     state["rng"] = torch.get_rng_state()
     return state
 
@@ -102,3 +65,125 @@ def hash_tensors(tensors: dict[str, Tensor]) -> str:
         digest.update(f"{name} {flat.dtype} {list(value.shape)}".encode())
         digest.update(flat.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def facts_for(checkpoint: str, encoder: str, space: Space) -> dict[str, Any]:
+    """A checkpoint's facts, if it was trained with this prompt encoder (its hash) in this space.
+
+    Raises:
+        TrainingError: another encoder, or another space.
+    """
+    facts = read_facts(checkpoint)
+    if facts["encoder"] != encoder:
+        raise TrainingError(
+            f"{checkpoint} was trained with another prompt encoder (its weights, limits or arithmetic "
+            f"differ: {facts['encoder'][:12]} there, {encoder[:12]} now)"
+        )
+    if space_in(facts) != space:
+        there, here = describe_space(space_in(facts)), describe_space(space)
+        raise TrainingError(f"{checkpoint} was trained in {there}, this run works in {here}")
+    return facts
+
+
+def start_from_base(generator: Generator, base: str) -> list[str]:
+    """Copy a base model's weights into a fresh upsampler (Snap Video: "initialised from base").
+
+    Args:
+        generator: the upsampler.
+        base: run of the base model, or one of its checkpoints.
+
+    Returns:
+        Names of the tensors that have no counterpart and keep their own start.
+
+    Raises:
+        ConfigError: the base model works on another number of channels, or isn't there.
+    """
+    restored = restore_generator(base, device=torch.device("cpu")).model
+    mine, theirs = generator.backbone_config, restored.backbone_config
+    if (mine.out_channels, type(mine)) != (theirs.out_channels, type(theirs)):
+        raise ConfigError(
+            f"{base} makes {theirs.out_channels} channels by a {type(theirs).__name__}",
+            legal=f"a base model of {mine.out_channels} channels and a {type(mine).__name__}",
+        )
+    return start_upsampler(generator, restored)
+
+
+@dataclass(frozen=True)
+class Restored:
+    """A trained generator on `device`, in eval mode, with the config and the facts that it was trained by."""
+
+    model: Generator
+    config: StageConfig
+    facts: dict[str, Any]
+    uri: str
+
+    @property
+    def space(self) -> Space:
+        return space_in(self.facts)
+
+
+def restore_generator(run: str, *, ema: str = WEIGHTS, device: torch.device) -> Restored:
+    """Load the generator of a run (its latest checkpoint) or of one checkpoint.
+
+    Args:
+        run: folder of a run, or one of its checkpoints.
+        ema: `weights`, a stored average by name, or `power-<sigma_rel>` of another width.
+        device: where it goes.
+    """
+    uri = find_checkpoint(run)
+    check_average(uri, ema)
+    facts = read_facts(uri)
+    config = config_of(facts)
+    model = make_generator(config, facts["token_dim"], space_in(facts))
+    stored = ema == WEIGHTS or ema in facts["emas"]
+    load_state(uri, from_average(model, None if ema == WEIGHTS or not stored else ema))
+    if not stored:
+        _load_reconstructed(model, uri, _width(ema) or 0.0, facts["position"])
+    return Restored(model.to(device).eval(), config, facts, uri)
+
+
+def check_average(uri: str, ema: str) -> None:
+    """Refuse an average that the checkpoint neither holds nor lets us reconstruct.
+
+    Raises:
+        ConfigError: names the averages that there are.
+    """
+    facts = read_facts(uri)
+    if ema == WEIGHTS or ema in facts["emas"] or (_width(ema) is not None and _snapshots(uri)):
+        return
+    legal = [WEIGHTS, *facts["emas"], "power-<sigma_rel> (reconstructed from stored power averages)"]
+    raise ConfigError(f"ema {ema!r} of {uri}", legal=", ".join(legal))
+
+
+def _width(ema: str) -> float | None:
+    try:
+        return float(ema.removeprefix("power-")) if ema.startswith("power-") else None
+    except ValueError:
+        return None
+
+
+def _snapshots(uri: str) -> list[tuple[str, str, Snapshot]]:
+    """(checkpoint, name, snapshot) of every stored power average up to `uri`, oldest first."""
+    found, here = [], split_checkpoint(uri)
+    for position in here[0].positions() if here else []:
+        if here and 0 < position <= here[1]:
+            place = here[0].checkpoint(position)
+            for name, profile in read_facts(place)["emas"].items():
+                if "sigma_rel" in profile:
+                    found.append((place, name, Snapshot(position, profile["sigma_rel"])))
+    return found
+
+
+def _load_reconstructed(model: Generator, uri: str, sigma_rel: float, position: int) -> None:
+    """Post-hoc EMA (EDM2, section 3.2): mix the stored averages into one of another width."""
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    stored: list[tuple[Snapshot, dict[str, Tensor]]] = []
+    for place, average, snapshot in _snapshots(uri):
+        prefix = f"ema.{average}."
+        tensors = {prefix + name: torch.zeros_like(p) for name, p in named.items()}
+        load_state(place, tensors)
+        stored.append((snapshot, {k.removeprefix(prefix): v for k, v in tensors.items()}))
+    mixed = reconstruct(stored, position, sigma_rel)
+    with torch.no_grad():
+        for name, p in named.items():
+            p.copy_(mixed[name])

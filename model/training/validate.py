@@ -1,13 +1,16 @@
-"""A loss that can be read: the same rows, noise levels and noise every time.
+"""What the loop looks at while it trains: a loss that can be read, and sampled videos that can be compared.
 
-    grid = sigma quantile x retrieval on/off x medium
+    Validation  the same rows, noise levels and noise every time: sigma quantile x retrieval on/off x medium
+    Preview     the same few prompts and noise every time, laid out as by `vimi-train sample`
 
 On means as many documents as training reads at most (`documents`), off means none. Noise is keyed by the
-prompt's id, so the numbers are equal to the last bit before and after a resume, for any number of ranks, in
-the loop or beside it; and comparable between runs on the same shards. Rows of a held-out split where there
-is one.
+prompt's id, so the numbers are equal to the last bit before and after a resume and for any number of ranks, and
+comparable between runs on the same shards. Neither draws from the training's randomness.
 """
 
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from statistics import NormalDist
 from typing import Any
@@ -17,57 +20,53 @@ import pyarrow as pa
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn import functional as F
 
+from infra.run_folder import HELD_OUT, VALIDATION, VALIDATION_CELL, RunFolder
+from infra.storage import join, read_bytes, read_json, write_json
 from model.data.batch import Batch, collate, read_prompt
-from model.data.buckets import VALIDATION
+from model.data.buckets import VALIDATION as KEPT_BACK
 from model.data.inputs import most_documents
-from model.data.loader import RowGroups
 from model.data.order import permute_all
 from model.data.plan import Source, count_streams
 from model.data.sample import read_sample
-from model.generator import Generator
-from model.prompt.encoder import PromptEncoder
+from model.encodings.store import StoredEncoder
 from model.prompt.select import select
+from model.sampling.film import to_frames, write_video
+from model.sampling.maker import GuidanceConfig, Maker
+from model.sampling.requests import SampleRequest, describe_prompt
 from model.step import Draws, losses, sample_generator, sample_key
-from model.training.build import Conditioner
-from model.training.stages import StageConfig
-from model.training.targets import Targets
+from model.training.config import WEIGHTS
+from model.training.loop import Training
 
-
-@dataclass(frozen=True)
-class Observed:
-    """A model that is looked at, with its way to rows and prompts: the loop's own, or a checkpoint's."""
-
-    config: StageConfig
-    model: Generator
-    encoder: PromptEncoder
-    targets: Targets
-    row_groups: RowGroups
-    dtype: torch.dtype | None
-    device: torch.device
-    rank: int = 0
-    world_size: int = 1
-
-    @property
-    def condition(self) -> Conditioner:
-        return Conditioner(self.config, self.encoder, self.device)
+QUANTILES = (0.1, 0.35, 0.65, 0.9)
+"""Of the training's distribution of noise levels (ours)."""
+NUM_VIDEOS = 4
+"""Videos of a preview, from the rows that validation reads (ours)."""
+NUM_STEPS = 64
+"""Sampling steps of a preview; Snap Video's base model is good from 64."""
+GUIDANCE_WEIGHT = 4.0
+"""Classifier-free guidance of a preview, as in `vimi-train sample`."""
+TITLE_CHARS = 60
+"""Of a prompt, in the title of its contact sheet."""
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """A row of the grid."""
+    """A row that is looked at."""
 
     media: str
     source: Source
     held_out: bool
 
 
-def choose_rows(config: StageConfig, index: pa.Table, num_groups: int, count: int) -> list[Chosen]:
+def choose_rows(training: Training, index: pa.Table, count: int) -> list[Chosen]:
     """`count` rows of each medium: held-out ones if there are any, else rows of the training."""
-    chosen, streams = [], count_streams(index, num_groups)
-    for number, bucket in enumerate(config.shapes):
+    groups = len(training.loader.row_groups.shards.groups)
+    chosen, streams = [], count_streams(index, groups) if count else {}
+    for number, bucket in enumerate(training.config.shapes):
         ours = {s: n for s, n in streams.items() if s[0] == number}
-        kept = {s: n for s, n in ours.items() if s[1] == VALIDATION}
+        kept = {s: n for s, n in ours.items() if s[1] == KEPT_BACK}
         rows = [
             (stream, group, row)
             for stream, counts in (kept or ours).items()
@@ -79,80 +78,161 @@ def choose_rows(config: StageConfig, index: pa.Table, num_groups: int, count: in
     return chosen
 
 
+@contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Eval mode without gradients, and back."""
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        yield
+    model.train(was_training)
+
+
 class Validation:
     """The fixed grid of one run. Rank r takes rows r, r + W, ...; all ranks call `run` alike."""
 
-    def __init__(self, observed: Observed, index: pa.Table) -> None:
-        self.observed, self.config = observed, observed.config
-        count, groups = self.config.validation.num_samples, len(observed.row_groups.shards.groups)
-        self.samples = choose_rows(self.config, index, groups, count) if count else []
+    def __init__(self, training: Training, index: pa.Table) -> None:
+        self.training = training
+        self.rows = choose_rows(training, index, training.config.validation.num_samples)
 
     def run(self) -> dict[str, Any]:
-        """`val/loss` and one number per cell, e.g. `val/loss video retrieval on q0.35`."""
-        if not self.samples:
-            return {}
-        observed, model = self.observed, self.observed.model
-        was_training = model.training
-        model.eval()
+        """`val/loss` and one number per cell, e.g. `val/loss video retrieval on q0.35`; {} without rows."""
+        training, rows = self.training, self.rows
         # Each rank fills its own rows and sums are taken over all of them in one order, so the number of
         # ranks doesn't show in the last bit.
-        table = torch.zeros(len(self.samples), 2, len(self.config.validation.quantiles), dtype=torch.float64)
-        for first in range(0, len(self.samples), observed.world_size):
-            # Sharded models run in step: a rank without a row of its own repeats the last one, uncounted.
-            mine = first + observed.rank
-            source = self.samples[min(mine, len(self.samples) - 1)].source
-            for column, retrieval in enumerate((True, False)):
-                found = self._losses(source, retrieval)
-                if mine < len(self.samples):
-                    table[mine, column] = found
-        if observed.world_size > 1:
-            table = table.to(observed.device)
+        table = torch.zeros(len(rows), 2, len(QUANTILES), dtype=torch.float64)
+        with evaluating(training.model):
+            for first in range(0, len(rows), training.world_size):
+                # Sharded models run in step: a rank without a row of its own repeats the last one, uncounted.
+                mine = first + training.rank
+                source = rows[min(mine, len(rows) - 1)].source
+                for column, retrieval in enumerate((True, False)):
+                    found = self._losses(source, retrieval)
+                    if mine < len(rows):
+                        table[mine, column] = found
+        if training.world_size > 1 and rows:
+            table = table.to(training.device)
             dist.all_reduce(table)
-        model.train(was_training)
-        return self._record(table.cpu())
+        return self._record(table.cpu()) if rows else {}
 
     def _record(self, table: Tensor) -> dict[str, Any]:
         """Means over rows of `table`: losses, [rows, retrieval on/off, quantiles]."""
-        held_out = any(chosen.held_out for chosen in self.samples)
         losses_of, cells = {}, {}
-        for medium in sorted({chosen.media for chosen in self.samples}):
-            rows = [n for n, chosen in enumerate(self.samples) if chosen.media == medium]
+        for medium in sorted({chosen.media for chosen in self.rows}):
+            rows = [n for n, chosen in enumerate(self.rows) if chosen.media == medium]
             for column, documents in enumerate(("on", "off")):
                 means = table[rows, column].mean(0)
-                losses_of[f"val/loss {medium} retrieval {documents}"] = float(means.mean())
-                for quantile, mean in zip(self.config.validation.quantiles, means.tolist(), strict=True):
-                    cells[f"val/cell {medium} retrieval {documents} q{quantile:g}"] = mean
-        return {"val/held_out": int(held_out), **losses_of, **cells}
+                losses_of[f"{VALIDATION}{medium} retrieval {documents}"] = float(means.mean())
+                for quantile, mean in zip(QUANTILES, means.tolist(), strict=True):
+                    cells[f"{VALIDATION_CELL}{medium} retrieval {documents} q{quantile:g}"] = mean
+        return {HELD_OUT: int(any(chosen.held_out for chosen in self.rows)), **losses_of, **cells}
 
-    @torch.no_grad()
     def _losses(self, source: Source, retrieval: bool) -> Tensor:
         """One row's loss at each quantile, with one noise: `quantiles` float64 on the CPU."""
-        batch = self._read(source, retrieval)
-        observed, quantiles = self.observed, self.config.validation.quantiles
-        count, device = len(quantiles), observed.device
-        video = observed.targets(batch)
-        edm = observed.targets.edm(video)
+        training, targets, device = self.training, self.training.targets, self.training.device
+        batch, count = self._read(source, retrieval), len(QUANTILES)
+        video = targets(batch)
+        edm = targets.edm(video)
         key = int(batch.prompt_ids[0][:15], 16)
-        generator = sample_generator(0, key, "validation", device)
-        noise = torch.randn(video.shape, generator=generator, device=device)
-        normal = torch.tensor([NormalDist().inv_cdf(q) for q in quantiles])
+        noise = torch.randn(
+            video.shape, generator=sample_generator(0, key, "validation", device), device=device
+        )
+        normal = torch.tensor([NormalDist().inv_cdf(q) for q in QUANTILES])
         draws = Draws(
             eps=noise.expand(count, -1, -1, -1, -1),
             sigma=edm.training_sigma(normal).to(device),
             self_conditioned=torch.ones(count, dtype=torch.bool, device=device),
             keys=torch.full((count,), sample_key(0, key, "layers"), device=device),
         )
-        condition = observed.condition(batch.prompts, batch.fps, batch.original_size_px, batch.encoded)
-        condition = condition.select(torch.zeros(count, dtype=torch.long, device=device))
-        video, dtype = video.expand(count, -1, -1, -1, -1), observed.dtype
-        draws = replace(draws, small=observed.targets.fixed_small(video, key))
-        model, small = observed.model, observed.targets.small_size
-        each = losses(model, edm, video, condition, draws, dtype=dtype, dropout=False, small_size=small)
+        condition = training.condition(batch.prompts, batch.fps, batch.original_size_px, batch.encoded)
+        video = video.expand(count, -1, -1, -1, -1)
+        each = losses(
+            training.model,
+            edm,
+            video,
+            condition.select(torch.zeros(count, dtype=torch.long, device=device)),
+            replace(draws, small=targets.fixed_small(video, key)),
+            dtype=training.replica.dtype,
+            dropout=False,
+            small_size=targets.small_size,
+        )
         return each.double().cpu()
 
     def _read(self, source: Source, retrieval: bool) -> Batch:
-        groups = self.observed.row_groups
+        groups = self.training.loader.row_groups
         row = groups.row(source, 0)
-        prompt = select(read_prompt(row), most_documents(self.config) if retrieval else 0)
-        bucket = groups.buckets[source.bucket]
-        return collate([read_sample(row, bucket, position=0, prompt=prompt)])
+        prompt = select(read_prompt(row), most_documents(self.training.config) if retrieval else 0)
+        return collate([read_sample(row, groups.buckets[source.bucket], position=0, prompt=prompt)])
+
+
+class Preview:
+    """The same few prompts, each time. Rank r makes videos r, r + W, ...; all ranks call `make` alike."""
+
+    def __init__(self, training: Training, index: pa.Table) -> None:
+        self.training = training
+        rows = choose_rows(training, index, NUM_VIDEOS)
+        self.rows = ([chosen for chosen in rows if chosen.media == "video"] or rows)[:NUM_VIDEOS]
+
+    def make(self) -> dict[str, bytes]:
+        """Sample, write into the run's folder; contact sheets by title. Equal weights give equal bytes."""
+        training, rows = self.training, self.rows
+        folder, entries = training.run.samples(training.position), []
+        guidance = GuidanceConfig(weight=GUIDANCE_WEIGHT)
+        maker = Maker(training.model, training.config, training.encoder, training.targets.latents, guidance)
+        with evaluating(training.model):
+            for first in range(0, len(rows), training.world_size):
+                # Sharded models run in step: a rank without a video of its own makes the last one, unwritten.
+                mine = first + training.rank
+                frames, entry = self._video(maker, min(mine, len(rows) - 1))
+                if mine < len(rows):
+                    files, _ = write_video(folder, f"sample-{mine:03d}", frames, entry["fps"])
+                    entries.append((mine, entry | files))
+        found: list[Any] = [entries]
+        if training.world_size > 1:
+            found = [None] * training.world_size
+            dist.all_gather_object(found, entries)
+        if training.rank:
+            return {}
+        samples = [entry for _, entry in sorted((e for part in found for e in part), key=lambda e: e[0])]
+        facts = {"run": training.config.out, "position": training.position, "ema": WEIGHTS}
+        write_json(join(folder, "samples.json"), {**facts, "samples": samples})
+        return contact_sheets(training.run, training.position)
+
+    def _video(self, maker: Maker, number: int) -> tuple[np.ndarray, dict[str, Any]]:
+        """Frames uint8 `t h w 3` of one row's prompt, and what samples.json says of them."""
+        training, chosen = self.training, self.rows[number]
+        groups = training.loader.row_groups
+        row, bucket = groups.row(chosen.source, 0), groups.buckets[chosen.source.bucket]
+        if isinstance(training.encoder, StoredEncoder):
+            training.encoder.row = row["stored"]
+        prompt = select(read_prompt(row), most_documents(training.config))
+        sample = read_sample(row, bucket, position=0, prompt=prompt)
+        fps = sample.fps if math.isfinite(sample.fps) else 1.0
+        request = SampleRequest(prompt, fps, sample.original_size_px, seed=number)
+        if training.targets.small_size is None:
+            size = (bucket.height_px, bucket.width_px)
+            video = maker.film(request, num_steps=NUM_STEPS, num_frames=bucket.num_frames, size_px=size)
+        else:  # an upsampler's answer to the small version of the row's own target
+            target = sample.video.float() / 127.5 - 1
+            small = F.interpolate(target, size=training.targets.small_size, mode="area").to(training.device)
+            video = maker.enlarge(small, request, num_steps=NUM_STEPS, level=0.0)
+        return to_frames(video), {
+            "prompt": describe_prompt(prompt),
+            "task": row["task"],
+            "prompt_id": row["prompt_id"],
+            "held_out": chosen.held_out,
+            "seed": number,
+            "fps": fps,
+            "num_steps": NUM_STEPS,
+            "guidance": f"cfg {GUIDANCE_WEIGHT:g}",
+            "ema": WEIGHTS,
+        }
+
+
+def contact_sheets(run: RunFolder, position: int) -> dict[str, bytes]:
+    """The sheets of the videos sampled at a position as PNG, by number and prompt."""
+    folder = run.samples(position)
+    return {
+        f"{number} {' '.join(entry['prompt'].split())[:TITLE_CHARS]}": read_bytes(join(folder, entry["sheet"]))
+        for number, entry in enumerate(read_json(join(folder, "samples.json"))["samples"])
+    }

@@ -1,6 +1,5 @@
 """Reads what goes on the page: certificates, shards, run folders. Missing parts are None or empty."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -10,15 +9,14 @@ import pyarrow.parquet as pq
 from pydantic import Field
 
 from infra.config import Config, read_yaml
+from infra.run_folder import RunFolder
 from infra.storage import (
     Certificate,
     absolute,
     exists,
     filesystem,
     is_remote,
-    join,
     list_files,
-    read_bytes,
     read_certificate,
 )
 from pipeline.shards import ShardSet, is_shard
@@ -98,35 +96,25 @@ def read_parts(config: ReportConfig) -> Parts:
     )
 
 
-def read_run(folder: str) -> Run:
-    """A run folder, finished or not: a torn last line is skipped."""
-    uri = absolute(folder)
-    records = []
-    for line in read_bytes(join(uri, "metrics.jsonl")).decode("utf-8", "replace").splitlines():
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if isinstance(record, dict):
-            records.append(record)
-    has_config = not is_remote(uri) and exists(join(uri, "config.yaml"))
+def read_run(uri: str) -> Run:
+    """A run folder, finished or not."""
+    folder = RunFolder(absolute(uri))
+    has_config = not is_remote(folder.uri) and exists(folder.config)
     return Run(
-        name=uri.rpartition("/")[2],
-        uri=uri,
-        config=read_yaml(join(uri, "config.yaml")) if has_config else {},
-        records=records,
-        certificate=read_certificate(uri),
+        name=folder.name,
+        uri=folder.uri,
+        config=read_yaml(folder.config) if has_config else {},
+        records=folder.records(),
+        certificate=read_certificate(folder.uri),
     )
 
 
 def previews(run: Run) -> list[tuple[str, str]]:
     """(label, folder) of videos that the run sampled while training: its first and its last ones."""
-    places = list_files(join(run.uri, "samples"), suffix="/samples.json")
-    folders = [place.rpartition("/")[0] for place in places]
-    chosen = folders if len(folders) < 2 else [folders[0], folders[-1]]
-    positions = [int(folder.rpartition("/samples-")[2]) for folder in chosen]
-    labels = [f"{run.name} at {position:,} samples" for position in positions]
-    return list(zip(labels, chosen, strict=True))
+    folder = RunFolder(run.uri)
+    positions = folder.sampled_positions()
+    chosen = positions if len(positions) < 2 else [positions[0], positions[-1]]
+    return [(f"{run.name} at {position:,} samples", folder.samples(position)) for position in chosen]
 
 
 def table_files(folder: str) -> Iterator[pq.ParquetFile]:

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from markupsafe import Markup
 
+from infra.run_folder import HELD_OUT, LOSS, VALIDATION
 from pipeline.memory.vectors import cosines, rows_or_zeros
 from pipeline.report.charts import Series, histogram, line_chart, short
 from pipeline.report.read import MAX_ROWS, Parts, Run, read_columns
@@ -24,7 +25,7 @@ PAIRS = 4000
 """Random pairs: enough for the mean's standard error to be below 0.002."""
 MAX_POINTS = 600
 """Points of a line: more can't be seen and only make the page heavy."""
-VALIDATION, VALIDATION_STYLES = "val/loss ", ("v0", "v1", "v2", "v3")
+VALIDATION_STYLES = ("v0", "v1", "v2", "v3")
 
 
 def distributions(parts: Parts) -> list[Chart]:
@@ -170,9 +171,9 @@ def loss_charts(runs: list[Run]) -> list[Chart]:
 
 
 def _loss_chart(run: Run) -> dict[str, Any]:
-    train = curve(run.records, "loss")
+    train = curve(run.records, LOSS)
     names = sorted({k for r in run.records for k in r if k.startswith(VALIDATION)}, key=lambda k: (len(k), k))
-    held_out = all(record.get("val/held_out", 1) for record in run.records)
+    held_out = all(record.get(HELD_OUT, 1) for record in run.records)
     kind = "validation, " if held_out else "training rows, "  # too few rows to hold any out
     validation = [(kind + name.removeprefix(VALIDATION), curve(run.records, name)) for name in names]
     series = []

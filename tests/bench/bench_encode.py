@@ -25,9 +25,9 @@ from cli.encode import EncodeConfig
 from cli.encode import run as encode
 from infra.storage import list_files, size_bytes
 from model.data.shards import open_shards
-from model.training.door import prepare_index, read_index
+from model.training.config import Stage1Config
 from model.training.loop import Training
-from model.training.stages import Stage1Config
+from model.training.preflight import prepare_index, read_index
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "model"))
 CLIP = {

@@ -34,8 +34,8 @@ from model.data.buckets import Bucket
 from model.data.loader import Loader, RowGroups
 from model.data.plan import Plan
 from model.data.shards import index_shards, open_shards
-from model.training.door import read_index
 from model.training.driver import KEEP_MEMORY
+from model.training.preflight import read_index
 from pipeline.schema import PROMPTS
 from pipeline.shards import write_shard
 

@@ -29,8 +29,8 @@ import torch.multiprocessing as mp
 
 from infra.cluster import RayConfig, ray_session
 from model.data.shards import open_shards
-from model.training.door import prepare_index, read_index
-from model.training.stages import Stage1Config
+from model.training.config import Stage1Config
+from model.training.preflight import prepare_index, read_index
 from tests.model import conftest
 from tests.model.runs import free_port
 
@@ -51,10 +51,9 @@ def config_for(folder: Path, name: str, steps: int) -> Stage1Config:
             "encoder": json.loads((folder / "encoder.json").read_text()),
             "optim": {"name": "adamw", "lr": 1e-4},
             "validation": {"num_samples": 0, "held_out_frac": 0},
-            "preview": {"num_videos": 0},
+            "preview_every_samples": 0,
             "checkpoint": {"every_samples": 2 * CHECKPOINT_STEPS},
-            "log": {"every_samples": 10},
-            "cpus_per_worker": 1,
+            "log_every_samples": 10,
         }
     )
 
@@ -127,8 +126,9 @@ def rays_processes() -> list[int]:
 
 
 def plain(_rank: int, values: dict[str, Any], port: str, turn: str) -> None:
-    """The loop of `model.training.train.train` without Ray."""
+    """The loop of `model.training.driver.train` without Ray."""
     from model.training.loop import Training
+    from model.training.metrics import MetricsLog
     from model.training.report import Reporter
 
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
@@ -137,14 +137,14 @@ def plain(_rank: int, values: dict[str, Any], port: str, turn: str) -> None:
     config = Stage1Config.model_validate(values)
     turns = Turns(Path(turn), "plain", "ray", config.num_steps, rays_processes)
     training = Training(config, read_index(config.out))
-    reporter = Reporter(training, aside=False)
+    reporter = Reporter(training, MetricsLog(training.run))
     try:
         turns.begin()
         while training.position < config.total_samples:
-            reporter.note(outcome := training.step())
-            if reporter.is_due("log"):
-                reporter.log(outcome)
-            if reporter.is_due("checkpoint"):
+            reporter.note(result := training.step())
+            if config.is_due(config.log_every_samples, training.position):
+                reporter.record(result)
+            if config.is_due(config.checkpoint.every_samples, training.position):
                 training.writer.wait()
                 training.save(reporter.last)
             turns.after_step(training.position)
@@ -156,8 +156,7 @@ def plain(_rank: int, values: dict[str, Any], port: str, turn: str) -> None:
 
 
 def under_ray(config: Stage1Config, turn: Path) -> None:
-    from model.training.driver import fit
-    from model.training.train import train
+    from model.training.driver import fit, train
 
     place, steps = str(Path(config.out) / "times.json"), config.num_steps
 
@@ -184,9 +183,9 @@ def turns_ms(config: Stage1Config, *, own: bool) -> list[float]:
 def stall_ms(config: Stage1Config) -> float:
     """What a checkpoint holds the training thread up, by the run's own records; the median checkpoint's."""
     records = map(json.loads, (Path(config.out) / "metrics.jsonl").read_text().splitlines())
-    steps = config.log.every_samples // config.batch_size
+    steps = config.log_every_samples // config.batch_size
     period = config.checkpoint.every_samples
-    after = period + config.log.every_samples  # a save is in the record that follows it
+    after = period + config.log_every_samples  # a save is in the record that follows it
     held = [
         r["checkpoint_s"] * steps * 1e3
         for r in records

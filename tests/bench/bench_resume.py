@@ -1,9 +1,8 @@
 """How long a kill costs: SIGKILL of the training worker until the next optimizer step of the run.
 
-    python tests/bench/bench_resume.py [--kills 3] [--no-spare]
+    python tests/bench/bench_resume.py [--kills 3]
 
-Every step is logged. A worker is killed when its spare is ready, `SPARE_S` after the worker began; a second
-kill before that finds none, as with --no-spare.
+Every step is logged; a worker is killed past each further checkpoint.
 """
 
 import argparse
@@ -17,14 +16,10 @@ from pathlib import Path
 from tests.model import conftest
 from tests.model.runs import Driver, logged
 
-SPARE_S = 50.0
-"""A worker asks for its spare after 30 s; the spare then imports for up to 15 s."""
-
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--kills", type=int, default=3)
-    parser.add_argument("--no-spare", action="store_true")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -35,26 +30,22 @@ def main() -> None:
             "samples": 400_000,
             "validation": {"num_samples": 0, "held_out_frac": 0},
             "checkpoint": {"every_samples": 400, "num_to_keep": 3},
-            "log": {"every_samples": 4, "tensorboard": False},
-            "max_failures": -1,
-            "spare_workers": not options.no_spare,
+            "log_every_samples": 4,
+            "trackers": [],
             "ray": {"num_cpus": 2},
         }
         started_s = time.perf_counter()
         driver = Driver(folder, values)
         driver.wait_for_samples(4)
         print(f"command to first step              {time.perf_counter() - started_s:6.1f} s", flush=True)
-        took_s = [
-            kill_worker(driver, after_s=0.0 if options.no_spare else SPARE_S) for _ in range(options.kills)
-        ]
+        took_s = [kill_worker(driver) for _ in range(options.kills)]
         driver.kill()
     each = ", ".join(f"{t:.1f}" for t in took_s)
     print(f"SIGKILL of worker to next step     {statistics.median(took_s):6.1f} s (median of {each})")
 
 
-def kill_worker(driver: Driver, *, after_s: float) -> float:
+def kill_worker(driver: Driver) -> float:
     """Seconds from the kill to the first step of the worker that takes its place."""
-    time.sleep(after_s)
     driver.wait_for_samples(max(logged(driver.run)) + 800)  # past a checkpoint
     os.kill(driver.worker(), signal.SIGKILL)
     killed_s = time.perf_counter()

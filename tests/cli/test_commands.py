@@ -25,8 +25,8 @@ JOBS = {
     "instruct": ("pipeline.prompts.instruct", "InstructConfig"),
     "encode": ("cli.encode", "EncodeConfig"),
     "report": ("pipeline.report", "ReportConfig"),
-    "stage1": ("model.training.stages", "Stage1Config"),
-    "stage2": ("model.training.stages", "Stage2Config"),
+    "stage1": ("model.training.config", "Stage1Config"),
+    "stage2": ("model.training.config", "Stage2Config"),
     "sample": ("model.sampling.generate", "SampleConfig"),
 }
 CONFIGS = sorted((ROOT / "infra" / "configs").rglob("*.yaml"))

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from infra.telemetry import JobMetrics, RunMetrics
-from model.training.trackers import RayGauges
+from model.training.metrics import RayGauges
 from pipeline.schema import Status
 
 ROOT = Path(__file__).parents[2]

@@ -13,9 +13,10 @@ from model.condition import Condition, ConditionConfig
 from model.data.shards import open_shards
 from model.fit_layout import FitConfig
 from model.generator import Generator
-from model.training.door import prepare_index, read_index
+from model.training import validate
+from model.training.config import Stage1Config
 from model.training.loop import Training
-from model.training.stages import Stage1Config
+from model.training.preflight import prepare_index, read_index
 from tests.model.prompt_tables import prompt_row, write_shards
 
 TINY_FIT = FitConfig(
@@ -155,9 +156,10 @@ def tiny_stage(prompts: Path, out: Path, encoder: dict[str, Any]) -> dict[str, A
         "encoder": encoder,
         "optim": {"name": "adamw", "lr": 1e-3},
         "validation": {"num_samples": 2, "held_out_frac": 0},
-        "preview": {"num_videos": 0},
+        "preview_every_samples": 0,
         "checkpoint": {"every_samples": 8, "num_to_keep": None},
-        "log": {"every_samples": 4, "tensorboard": False},
+        "log_every_samples": 4,
+        "trackers": [],
     }
 
 
@@ -214,3 +216,10 @@ def tiny_mllm(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     for part in made("llava"):
         part.save_pretrained(folder)
     return {"kind": "mllm", "model": str(folder), "max_tokens": 256}
+
+
+@pytest.fixture
+def short_previews(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two videos of two steps."""
+    monkeypatch.setattr(validate, "NUM_VIDEOS", 2)
+    monkeypatch.setattr(validate, "NUM_STEPS", 2)

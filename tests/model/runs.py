@@ -16,14 +16,14 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import yaml
 
+from infra.run_folder import RunFolder
 from infra.storage import write_json
 from model.data.shards import open_shards
-from model.training.checkpoint import latest_checkpoint, load_state, tensors_in
-from model.training.door import prepare_index, read_index
+from model.training.checkpoint import load_state, tensors_in
+from model.training.config import Stage1Config, StageConfig
 from model.training.loop import Training
-from model.training.stages import Stage1Config, StageConfig
+from model.training.preflight import prepare_index, read_index
 from model.training.state import hash_tensors, state_of
-from model.training.telemetry import read_metrics
 
 ROOT = Path(__file__).parents[2]
 CODE = "from cli.train import main; main()"
@@ -130,7 +130,7 @@ def logged(run: Path) -> list[int]:
 
 
 def trained_positions(run: str) -> list[int]:
-    return [record["samples"] for record in read_metrics(run) if "loss" in record]
+    return [record["samples"] for record in RunFolder(run).records() if "loss" in record]
 
 
 def on_ranks(world: int, values: dict[str, Any], report: Path, steps: int) -> dict[str, Any]:
@@ -177,7 +177,7 @@ def free_port() -> str:
 
 def weights_at(run: str) -> dict[str, torch.Tensor]:
     """The model's tensors in the run's last checkpoint."""
-    uri = latest_checkpoint(run) or ""
+    uri = RunFolder(run).latest_checkpoint() or ""
     state = {k: torch.zeros(s) for k, s in tensors_in(uri).items() if k.startswith("model.")}
     load_state(uri, state)
     return state

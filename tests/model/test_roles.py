@@ -8,6 +8,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from model.sampling.ask import parse_prompt
+from model.training.door import read_index
+from model.training.stages import Stage1Config
 
 from model.condition import Segment
 from model.data.batch import ROLES, role_number
@@ -15,11 +18,8 @@ from model.prompt.config import PromptEncoderConfig
 from model.prompt.encoder import load_prompt_encoder
 from model.prompt.pictures import reference_tensors
 from model.prompt.select import select
-from model.sampling.ask import parse_prompt
 from model.training.checkpoint import CheckpointWriter, load_state
-from model.training.door import read_index
 from model.training.loop import Training
-from model.training.stages import Stage1Config
 from pipeline.schema import RoleFacts
 from tests.model.prompt_tables import jpeg, moving_square
 

@@ -16,9 +16,9 @@ from model.edm import sigma_in
 from model.sampling.generate import SampleConfig
 from model.sampling.generate import check as check_sample
 from model.sampling.generate import run as sample
-from model.training.door import prepare_index, read_index
+from model.training.config import Stage1Config
 from model.training.loop import Training
-from model.training.stages import Stage1Config
+from model.training.preflight import prepare_index, read_index
 from model.training.validate import Validation
 
 Values = Callable[..., dict[str, Any]]
@@ -93,7 +93,7 @@ def test_mixed_buckets_train_validate_and_are_counted_at_their_own_cost(mixed: d
         return sum(training_flops(backbone, condition, n, prompt_tokens=8).values())
 
     assert cost(1, 12, 16) < cost(2, 12, 16) < cost(4, 12, 16)
-    record = Validation(training.observed, read_index(training.config.out)).run()
+    record = Validation(training, read_index(training.config.out)).run()
     assert {"val/loss video retrieval on", "val/loss image retrieval off"} <= set(record)
     training.close()
 

@@ -16,20 +16,20 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from model.encodings.check import describe_inputs
 
 from cli.encode import EncodeConfig, check, options_of, run
 from infra.errors import ConfigError, TooManyFailuresError, TrainingError
 from infra.storage import Certificate, FileEntry, list_files, write_certificate
 from model.data.inputs import InputConfig
 from model.data.shards import open_shards
-from model.encodings.make import describe_inputs, make_row_encoder
-from model.prompt.encoder import load_prompt_encoder
-from model.training.door import prepare_index, read_index
+from model.encodings.make import make_row_encoder
+from model.prompt import load_prompt_encoder
+from model.training.config import Stage1Config
+from model.training.driver import check as check_stage
 from model.training.loop import Training
-from model.training.preview import Preview
-from model.training.stages import Stage1Config
-from model.training.train import check as check_stage
-from model.training.validate import Validation
+from model.training.preflight import prepare_index, read_index
+from model.training.validate import Preview, Validation
 from pipeline.prompts.encode import Worker, plan_units
 
 Values = Callable[..., dict[str, Any]]
@@ -86,7 +86,7 @@ def encode_here(values: dict[str, Any], out: Path) -> None:
 
 def film(training: Training) -> list[bytes]:
     """The videos that a run samples now."""
-    Preview(training.observed, read_index(training.config.out)).make(training.position)
+    Preview(training, read_index(training.config.out)).make()
     return [path.read_bytes() for path in sorted(Path(training.config.out, "samples").rglob("*.mp4"))]
 
 
@@ -95,12 +95,17 @@ DROPOUT = {"text": 0.3, "retrieved": 0.2, "all": 0.2}
 
 @pytest.mark.parametrize("kind", ["pixels", "image", "video", "mllm"])
 def test_training_from_encodings_is_the_same_to_the_bit(
-    stage_values: Values, make_shards, autoencoders, tiny_mllm: dict[str, Any], tmp_path: Path, kind: str
+    stage_values: Values,
+    make_shards,
+    autoencoders,
+    tiny_mllm: dict[str, Any],
+    short_previews: None,
+    tmp_path: Path,
+    kind: str,
 ) -> None:
     size = {"num_frames": 5, "height_px": 16, "width_px": 24}
     shards = str(make_shards(12, num_frames=5, height=16, width=24))
-    preview = {"num_videos": 1, "num_steps": 2}
-    values = stage_values(prompts=shards, dropout=DROPOUT, preview=preview, **size)
+    values = stage_values(prompts=shards, dropout=DROPOUT, **size)
     values["backbone"] = {**values["backbone"], "patch_px": 1 if kind in autoencoders else 4}
     values |= {"autoencoder": autoencoders[kind]} if kind in autoencoders else {}
     values |= {"encoder": tiny_mllm} if kind == "mllm" else {}
@@ -145,7 +150,7 @@ def test_training_with_the_jobs_encodings_equals_training_without(
     encode(values, tmp_path / "encoded")
     stored, found = train(values | {"out": str(tmp_path / "stored"), "encodings": str(tmp_path / "encoded")})
     assert found == pytest.approx(expected, rel=1e-4)  # another process may round otherwise
-    records = [Validation(t.observed, read_index(t.config.out)).run() for t in (fresh, stored)]
+    records = [Validation(t, read_index(t.config.out)).run() for t in (fresh, stored)]
     assert records[0] == pytest.approx(records[1], rel=1e-3)
     assert stored.encoder.identity_hash == fresh.encoder.identity_hash
     # A prompt that is not among them is encoded by the encoder itself, to the same tokens.

@@ -10,10 +10,10 @@ from safetensors.torch import load_file
 from infra.errors import ConfigError
 from infra.storage import read_json
 from model.data.shards import open_shards
-from model.sampling.export import ExportConfig, check, largest_difference, load_exported, run
-from model.training.door import prepare_index, read_index
+from model.sampling.export import ExportConfig, check, load_exported, named_weights, run
+from model.training.config import Stage1Config
 from model.training.loop import Training
-from model.training.stages import Stage1Config
+from model.training.preflight import prepare_index, read_index
 
 
 @pytest.mark.parametrize("preset", ["fit-tiny", "dit-tiny"])
@@ -29,23 +29,17 @@ def test_reloaded_export_equals_the_trained_model(
     training.close()
     out = tmp_path / "export"
     certificate = run(ExportConfig(run=config.out, out=str(out)))
-    assert certificate.facts["reload_difference"] == 0
-    assert largest_difference(load_exported(str(out)), training.model) == 0
+    assert {file.path for file in certificate.files} == {"model.safetensors", "config.json"}
+    trained, read = named_weights(training.model), named_weights(load_exported(str(out)))
+    assert trained.keys() == read.keys() and all(trained[name].equal(read[name]) for name in trained)
     averaged = run(ExportConfig(run=config.out, out=str(tmp_path / "ema"), ema="power-0.05"))
     stored = training.emas["power-0.05"].weights
-    exported = load_file(tmp_path / "ema" / "transformer" / "diffusion_pytorch_model.safetensors")
+    exported = load_file(tmp_path / "ema" / "model.safetensors")
     assert all(stored[name].equal(exported[name]) for name in stored)
     assert averaged.facts["ema"] == "power-0.05"
-    index = read_json(str(out / "model_index.json"))
-    assert index["checkpoint"] == {"position": 4, "stage": "stage1", "ema": "weights"}
-
-
-def test_scheduler_opens_in_diffusers(trained_run: Stage1Config, tmp_path: Path) -> None:
-    from diffusers import EDMEulerScheduler  # pyright: ignore[reportPrivateImportUsage]
-
-    run(ExportConfig(run=trained_run.out, out=str(tmp_path / "export")))
-    scheduler = EDMEulerScheduler.from_pretrained(str(tmp_path / "export" / "scheduler"))
-    assert scheduler.config["sigma_max"] == 80.0  # pyright: ignore
+    said = read_json(str(out / "config.json"))
+    assert (said["position"], said["stage"], said["ema"]) == (4, "stage1", "weights")
+    assert said["backbone"]["class"] == {"fit-tiny": "Fit", "dit-tiny": "Dit"}[preset]
 
 
 def test_missing_run_is_refused(tmp_path: Path) -> None:

@@ -12,10 +12,10 @@ from PIL import Image
 
 from infra.errors import ConfigError
 from infra.storage import read_json
-from model.sampling.ask import describe_prompt, from_shards, parse_prompt
 from model.sampling.generate import SampleConfig, check, run
-from model.sampling.restore import restore_generator
-from model.training.stages import Stage1Config
+from model.sampling.requests import describe_prompt, parse_prompt, requests_in_shards
+from model.training.config import Stage1Config
+from model.training.state import restore_generator
 
 
 @pytest.fixture
@@ -115,7 +115,7 @@ def test_prompts_of_a_file(trained: Stage1Config, tmp_path: Path) -> None:
 def test_rows_of_shards_show_every_task(make_shards, make_row) -> None:
     tasks = ["subject_driven", "video_prediction", "text_to_video"]
     folder = make_shards(rows=[make_row(n, task=tasks[n % 3]) for n in range(12)], job="instruct")
-    requests = from_shards(str(folder), 3)
+    requests = requests_in_shards(str(folder), 3, fps=24.0, original_size_px=(288, 512))
     assert {r.task for r in requests} == set(tasks)
     assert requests[0].fps == 8.0 and requests[0].original_size_px == (24, 40)
 
@@ -136,7 +136,7 @@ def test_rows_of_shards_sample(trained: Stage1Config, tmp_path: Path) -> None:
         ({"prompts_file": "/nowhere.jsonl"}, "no prompts file"),
     ],
 )
-def test_door_refuses_in_one_line(
+def test_preflight_refuses_in_one_line(
     trained: Stage1Config, tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message) as caught:

@@ -15,15 +15,15 @@ from model.data.shards import open_shards
 from model.sampling.generate import SampleConfig
 from model.sampling.generate import check as check_sample
 from model.sampling.generate import run as sample
-from model.training.door import prepare_index, read_index
+from model.training.config import Stage1Config, Stage2Config
+from model.training.driver import check
 from model.training.loop import Training
-from model.training.stages import Stage1Config, Stage2Config
+from model.training.preflight import prepare_index, read_index
 from model.training.state import weights_of
-from model.training.train import check
 
 Values = Callable[..., dict[str, Any]]
 SMALL, LARGE = {"height_px": 8, "width_px": 8}, {"height_px": 16, "width_px": 16}
-FROM_SMALL = {"small_height_px": 8, "small_width_px": 8}
+FROM_SMALL = {"small_size_px": [8, 8]}
 
 
 def train(config: Stage1Config, steps: int = 1) -> Training:
@@ -101,7 +101,7 @@ def test_stage_two_of_an_upsampler_is_an_upsampler(cascade, tmp_path: Path) -> N
     up.close()
     values = cascade[1] | {"out": str(tmp_path / "two"), "start_from": up.config.out, "tasks": None}
     check(Stage2Config.model_validate(values))
-    with pytest.raises(ConfigError, match=r"upsampler from: \(8, 8\) there, None now"):
+    with pytest.raises(ConfigError, match=r"small_size_px: \(8, 8\) there, None now"):
         check(Stage2Config.model_validate(values | {"upsampler": None}))
 
 
@@ -110,7 +110,7 @@ def test_validation_of_an_upsampler_is_the_same_each_time(cascade) -> None:
 
     config = Stage1Config.model_validate(cascade[1])
     training = train(config)
-    validation = Validation(training.observed, read_index(config.out))
+    validation = Validation(training, read_index(config.out))
     record = validation.run()
     assert record["val/loss video retrieval on"] > 0 and record == validation.run()
     training.close()

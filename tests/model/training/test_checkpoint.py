@@ -7,13 +7,11 @@ import pytest
 import torch
 
 from infra.errors import ConfigError, TrainingError
+from infra.run_folder import RunFolder
 from infra.storage import read_json, write_bytes, write_json
 from model.training.checkpoint import (
     CheckpointWriter,
-    checkpoint_uri,
-    committed_positions,
     find_checkpoint,
-    latest_checkpoint,
     load_state,
     read_facts,
     tensors_in,
@@ -35,7 +33,7 @@ def empty_like(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def save_one(run: Path | str, position: int, state: dict[str, torch.Tensor], **options) -> None:
-    writer = CheckpointWriter(str(run), **options)
+    writer = CheckpointWriter(RunFolder(str(run)), **options)
     writer.save(state, {"position": position})
     writer.close()
 
@@ -52,39 +50,39 @@ def test_loaded_state_equals_saved_state(tmp_path: Path) -> None:
 def test_background_save_holds_the_moment_of_the_call_once_it_is_settled(tmp_path: Path) -> None:
     state = a_state()
     before = {name: value.clone() for name, value in state.items()}
-    writer = CheckpointWriter(str(tmp_path))
+    writer = CheckpointWriter(RunFolder(str(tmp_path)))
     writer.save(state, {"position": 8})
     writer.settle()
     for value in state.values():
         value.zero_()  # the next step moves the weights while the file is being written
     writer.close()
     found = empty_like(state)
-    load_state(latest_checkpoint(str(tmp_path)) or "", found)
+    load_state(RunFolder(str(tmp_path)).latest_checkpoint() or "", found)
     assert all(before[name].equal(found[name]) for name in before)
 
 
 def test_newest_checkpoints_stay(tmp_path: Path) -> None:
-    writer = CheckpointWriter(str(tmp_path), num_to_keep=2)
+    writer = CheckpointWriter(RunFolder(str(tmp_path)), num_to_keep=2)
     for position in (8, 16, 24):
         writer.save(a_state(), {"position": position})
     writer.close()
-    assert committed_positions(str(tmp_path)) == [16, 24]
-    assert not Path(checkpoint_uri(str(tmp_path), 8)).exists()
+    assert RunFolder(str(tmp_path)).positions() == [16, 24]
+    assert not Path(RunFolder(str(tmp_path)).checkpoint(8)).exists()
 
 
 def test_half_written_checkpoint_is_none_and_is_cleaned(tmp_path: Path) -> None:
     save_one(tmp_path, 8, a_state())
     save_one(tmp_path, 16, a_state())
-    (Path(checkpoint_uri(str(tmp_path), 16)) / "committed.json").unlink()
-    assert latest_checkpoint(str(tmp_path)) == checkpoint_uri(str(tmp_path), 8)
-    CheckpointWriter(str(tmp_path)).clean()
-    assert not Path(checkpoint_uri(str(tmp_path), 16)).exists()
-    assert committed_positions(str(tmp_path)) == [8]
+    (Path(RunFolder(str(tmp_path)).checkpoint(16)) / "committed.json").unlink()
+    assert RunFolder(str(tmp_path)).latest_checkpoint() == RunFolder(str(tmp_path)).checkpoint(8)
+    CheckpointWriter(RunFolder(str(tmp_path))).clean()
+    assert not Path(RunFolder(str(tmp_path)).checkpoint(16)).exists()
+    assert RunFolder(str(tmp_path)).positions() == [8]
 
 
 def test_other_shapes_and_names_are_said(tmp_path: Path) -> None:
     save_one(tmp_path, 8, a_state())
-    uri = checkpoint_uri(str(tmp_path), 8)
+    uri = RunFolder(str(tmp_path)).checkpoint(8)
     with pytest.raises(TrainingError, match=r"model.w is \(30, 20\) there, \(2, 2\) here"):
         load_state(uri, {"model.w": torch.zeros(2, 2)})
     with pytest.raises(TrainingError, match=r"model.new is not there"):
@@ -94,7 +92,7 @@ def test_other_shapes_and_names_are_said(tmp_path: Path) -> None:
 
 def test_unknown_format_says_why(tmp_path: Path) -> None:
     save_one(tmp_path, 8, a_state())
-    uri = checkpoint_uri(str(tmp_path), 8)
+    uri = RunFolder(str(tmp_path)).checkpoint(8)
     facts = read_json(uri + "/committed.json")
     write_json(uri + "/committed.json", facts | {"format": 99, "version": "9.9"})
     with pytest.raises(ConfigError, match=r"format 99 .vimi 9.9"):
@@ -118,7 +116,7 @@ class Bomb:
 
 def test_index_that_names_code_is_refused(tmp_path: Path) -> None:
     save_one(tmp_path, 8, a_state())
-    uri, mark = checkpoint_uri(str(tmp_path), 8), tmp_path / "mark"
+    uri, mark = RunFolder(str(tmp_path)).checkpoint(8), tmp_path / "mark"
     bomb = pickle.dumps(Bomb(mark))
     (Path(uri) / ".metadata").write_bytes(bomb)
     with pytest.raises(TrainingError, match=r"builtins\.exec"):
@@ -133,7 +131,7 @@ def test_object_store_holds_checkpoints(s3_server: str) -> None:
     write_bytes("s3://runs/marker", b"")
     for position in (8, 16):
         save_one("s3://runs/one", position, state, num_to_keep=1)
-    assert committed_positions("s3://runs/one") == [16]
+    assert RunFolder("s3://runs/one").positions() == [16]
     found = empty_like(state)
     load_state(find_checkpoint("s3://runs/one"), found)
     assert all(state[name].equal(found[name]) for name in state)

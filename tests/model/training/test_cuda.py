@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from model.training.checkpoint import checkpoint_uri, load_state
-from model.training.stages import Stage1Config
+from infra.run_folder import RunFolder
+from model.training.checkpoint import load_state
+from model.training.config import Stage1Config
 from model.training.state import weights_of
 from tests.model.runs import advance, fingerprint, open_training, unbroken
 
@@ -80,6 +81,6 @@ def test_every_save_of_a_gpu_run_is_whole(real_size: Values) -> None:
     training.close()
     for number, sha in enumerate(expected):
         again = open_training(training.config)
-        load_state(checkpoint_uri(training.config.out, 8 * (number + 1)), weights_of(again.model))
+        load_state(RunFolder(training.config.out).checkpoint(8 * (number + 1)), weights_of(again.model))
         assert again.weights_sha256() == sha
         again.close()

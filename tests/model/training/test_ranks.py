@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from model.training.checkpoint import latest_checkpoint, read_facts
-from model.training.stages import Stage1Config
+from infra.run_folder import RunFolder
+from model.training.checkpoint import read_facts
+from model.training.config import Stage1Config
+from model.training.driver import run
 from model.training.state import weights_of
-from model.training.train import run
 from tests.model.runs import advance, next_rows, on_ranks, open_training, weights_at
 
 Values = Callable[..., dict[str, Any]]
@@ -54,9 +55,12 @@ def test_two_ranks_see_the_samples_of_one_and_end_alike(
 
 
 @pytest.mark.slow
-def test_hybrid_sharding_ends_like_one_rank(stage_values: Values, tmp_path: Path) -> None:
-    """Two replicas of two shards each."""
-    values = stage_values(parallel={"mode": "fsdp", "replicas": 2}, self_condition_rate=0.5)
+def test_hybrid_sharding_ends_like_one_rank(
+    stage_values: Values, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two nodes of two ranks each."""
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    values = stage_values(parallel={"mode": "hsdp"}, self_condition_rate=0.5)
     four = on_ranks(4, values | {"out": str(tmp_path / "four")}, tmp_path / "four.json", 4)
     ids, expected = alone(values | {"out": str(tmp_path / "one")}, 4)
     assert four["ids"] == ids
@@ -91,11 +95,14 @@ def test_fifty_steps_on_any_ranks_differ_by_rounding(
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_range_of_workers_takes_what_there_is(ray_cluster: None, stage_values: Values, tmp_path: Path) -> None:
+def test_range_of_workers_takes_what_there_is(
+    ray_cluster: None, stage_values: Values, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Two CPUs, one to three workers: two of them train, on the samples of one."""
-    values = stage_values(num_workers="1-3", cpus_per_worker=1, batch_size=6, samples=60)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    values = stage_values(num_workers="1-3", batch_size=6, samples=60)
     run(Stage1Config.model_validate(values))
-    facts = read_facts(latest_checkpoint(values["out"]) or "")
+    facts = read_facts(RunFolder(values["out"]).latest_checkpoint() or "")
     assert facts["world_size"] == 2
     _, expected = alone(values | {"out": str(tmp_path / "one")}, 10)
     assert relative_distance(weights_at(values["out"]), expected) < 1e-6

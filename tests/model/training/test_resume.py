@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 import torch
 
-from infra.storage import read_certificate
-from model.training.checkpoint import latest_checkpoint, read_facts
-from model.training.driver import fit
+from infra.run_folder import RunFolder
+from infra.storage import read_certificate, read_json
+from model.training import driver
+from model.training.checkpoint import read_facts
+from model.training.config import Stage1Config
+from model.training.driver import fit, run, train
 from model.training.loop import Training
-from model.training.restarts import restarts
-from model.training.stages import Stage1Config
-from model.training.train import run, train
+from model.training.report import restart_line
 from tests.model.runs import (
     Driver,
     advance,
@@ -52,7 +53,7 @@ def begin_step(training: Training) -> None:
     """The first micro-batch of the next step: its gradients are there, the optimizer has not moved."""
     batch = next(training.batches)
     condition = training.condition(batch.prompts, batch.fps, batch.original_size_px, batch.encoded)
-    training._accumulate(batch, condition)
+    training.accumulate(batch, condition)
 
 
 def by_exception(config: Stage1Config, cut: int) -> None:
@@ -140,9 +141,10 @@ def test_any_cut_of_forty_steps_equals_unbroken_training(
 @pytest.mark.ray
 @pytest.mark.slow
 def test_exception_in_user_code_restarts_the_run_to_the_same_end(
-    ray_cluster: None, stage_values: Values, tmp_path: Path
+    ray_cluster: None, stage_values: Values, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    values = stage_values(samples=48, checkpoint={"every_samples": 12}, cpus_per_worker=1)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    values = stage_values(samples=48, checkpoint={"every_samples": 12})
     config, marker = Stage1Config.model_validate(values), str(tmp_path / "stumbled")
     open_training(config).close()
 
@@ -151,10 +153,10 @@ def test_exception_in_user_code_restarts_the_run_to_the_same_end(
 
     fit(config, stumbling, num_groups=6)
     assert Path(marker).exists()
-    told = list(restarts(config.out).values())
+    told = [restart_line(read_json(file)) for file in RunFolder(config.out).restarts()]
     assert len(told) == 1 and "ValueError: a mistake in user code" in told[0] and "from 24 samples" in told[0]
     assert trained_positions(config.out) == list(range(4, 49, 4))  # as if nothing had happened
-    last = latest_checkpoint(config.out) or ""
+    last = RunFolder(config.out).latest_checkpoint() or ""
     assert read_facts(last)["position"] == 48
     ended = open_training(config)
     assert ended.weights_sha256() == whole_weights_sha256(config, tmp_path / "whole")
@@ -166,16 +168,17 @@ def test_exception_in_user_code_restarts_the_run_to_the_same_end(
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("steps", [5, 40])
 def test_worker_killed_at_every_step_ends_like_an_unbroken_run(
-    ray_cluster: None, stage_values: Values, tmp_path: Path, steps: int
+    ray_cluster: None, stage_values: Values, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: int
 ) -> None:
     """One life of the worker more than there are steps, each one step longer than the last."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(driver, "MAX_FAILURES", -1)
     changes = {
         "accumulation": 2,
         "samples": 4 * steps,
         "checkpoint": {"every_samples": 12},
-        "cpus_per_worker": 1,
     }
-    config = Stage1Config.model_validate(stage_values(max_failures=-1, **changes))
+    config = Stage1Config.model_validate(stage_values(**changes))
     died = tmp_path / "died"
     died.mkdir()
     open_training(config).close()
@@ -237,29 +240,30 @@ def interrupt(driver: Driver, how: str) -> Driver:
     ],
 )
 def test_interrupted_run_equals_unbroken_run(stage_values: Values, tmp_path: Path, how: str) -> None:
-    values = stage_values(samples=400, ray={"num_cpus": 1}, checkpoint={"every_samples": 60})
+    samples = 160 if how == "driver killed" else 400  # a kill needs no time to be heard
+    values = stage_values(samples=samples, ray={"num_cpus": 1}, checkpoint={"every_samples": samples // 8})
     config = Stage1Config.model_validate(values)
-    driver = Driver(tmp_path, values)
-    driver.wait_for_samples(100)
-    driver = interrupt(driver, how)
-    assert driver.finish() == 0, driver.log[-2000:]
+    started = Driver(tmp_path, values)
+    started.wait_for_samples(samples // 4)
+    last = interrupt(started, how)
+    assert last.finish() == 0, last.log[-2000:]
     certificate = read_certificate(config.out, job="stage1")
     assert certificate is not None
-    assert trained_positions(config.out) == list(range(4, 401, 4))  # as if nothing had happened
+    assert trained_positions(config.out) == list(range(4, samples + 1, 4))  # as if nothing had happened
     assert certificate.facts["weights_sha256"] == whole_weights_sha256(config, tmp_path / "whole")
     said = {
         "ctrl-c": "stopping after a last checkpoint",
         "worker killed": "worker 0 died: ",
         "worker told to leave": "saved before it did",
     }
-    assert said.get(how, "") in driver.log
+    assert said.get(how, "") in last.log
 
 
 @pytest.mark.ray
 def test_finished_run_is_certified_and_claims_its_folder(ray_cluster: None, stage_values: Values) -> None:
     from infra.errors import ConfigError
 
-    config = Stage1Config.model_validate(stage_values(log={"every_samples": 4}))
+    config = Stage1Config.model_validate(stage_values(trackers=["tensorboard"]))
     certificate = run(config)
     assert certificate.num_out == 40 and certificate.job == "stage1"
     assert trained_positions(config.out) == list(range(4, 41, 4))

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from infra.errors import TrainingError
-from model.training.checkpoint import CheckpointWriter, checkpoint_uri, load_state
-from model.training.stages import Stage1Config, Stage2Config
+from infra.run_folder import RunFolder
+from model.training.checkpoint import CheckpointWriter, load_state
+from model.training.config import Stage1Config, Stage2Config
 from model.training.state import weights_of
 from tests.model.runs import advance, fingerprint, open_training
 
@@ -73,7 +74,7 @@ def test_a_checkpoint_holds_the_moment_it_was_asked_for_while_training_goes_on(s
     training.writer.wait()
     moved = weights_of(training.model)
     found = {name: torch.empty_like(value) for name, value in asked.items()}
-    load_state(checkpoint_uri(training.config.out, training.config.batch_size), found)
+    load_state(RunFolder(training.config.out).checkpoint(training.config.batch_size), found)
     assert all(found[name].equal(value) for name, value in asked.items())
     assert not all(moved[name].equal(value) for name, value in asked.items())
     training.close()
@@ -104,7 +105,7 @@ def test_stage_two_starts_from_stage_one(stage_values: Values, make_shards, make
 
 def test_checkpoint_writer_refuses_what_it_cannot_write(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").write_text("a file where the folder should be")
-    writer = CheckpointWriter(str(tmp_path))
+    writer = CheckpointWriter(RunFolder(str(tmp_path)))
     writer.save({"model.w": torch.zeros(2)}, {"position": 4})
     with pytest.raises(TrainingError, match="could not be written"):
         writer.wait()

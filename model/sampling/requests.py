@@ -1,4 +1,4 @@
-"""What a user asks the generator for: the command line, a JSONL file, or rows of prompt shards -> Request.
+"""What a user asks for: the command line, a JSONL file, or rows of prompt shards -> SampleRequest.
 
 "A <image> is playing in a <image>" + [dog.png, background:yard.jpg]
 {"prompt": "A <image> runs.", "images": ["dog.png"]}
@@ -7,6 +7,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,23 +23,23 @@ PLACEHOLDER = "<image>"
 
 
 @dataclass(frozen=True)
-class Request:
+class SampleRequest:
     """One video to make.
 
     Attributes:
-        name: the prompt in words, pictures as <role>.
         prompt: its segments.
+        fps: frame rate to condition on and to write.
+        original_size_px: (height, width) to condition on.
+        seed: of the noise.
         task, prompt_id: of the shard's row, if it is one.
-        fps: frame rate, None = the config's.
-        original_size_px: (height, width) to condition on, None = the config's.
     """
 
-    name: str
     prompt: Prompt
+    fps: float
+    original_size_px: tuple[int, int]
+    seed: int = 0
     task: str | None = None
     prompt_id: str | None = None
-    fps: float | None = None
-    original_size_px: tuple[int, int] | None = None
 
 
 def parse_prompt(text: str, images: Sequence[str], *, instruct: bool = False) -> Prompt:
@@ -92,12 +93,13 @@ def read_image(place: str) -> tuple[str, bytes]:
 
 
 def describe_prompt(prompt: Prompt) -> str:
+    """The prompt in words, pictures as <role>."""
     parts = [s.text or "" if s.type == "text" else f"<{s.role}>" for s in prompt if s.role != Role.RETRIEVED]
     return " ".join(part for part in parts if part)
 
 
-def from_file(path: str, *, instruct: bool = False) -> list[Request]:
-    """Requests of a JSONL file; relative picture paths are looked up beside it.
+def prompts_in_file(path: str, *, instruct: bool = False) -> list[Prompt]:
+    """Prompts of a JSONL file; relative picture paths are looked up beside it.
 
     Raises:
         ConfigError: no such file, or a line that is not a prompt; names the line.
@@ -105,12 +107,12 @@ def from_file(path: str, *, instruct: bool = False) -> list[Request]:
     if not exists(absolute(path)):
         raise ConfigError(f"no prompts file {path}", cure="give the path of a JSONL file")
     beside = Path(absolute(path)).parent
-    requests = []
+    prompts = []
     for number, line in enumerate(read_bytes(absolute(path)).decode("utf-8").splitlines(), start=1):
         if not line.strip():
             continue
         try:
-            prompt = _from_line(json.loads(line), beside, instruct)
+            prompts.append(_from_line(json.loads(line), beside, instruct))
         except (KeyError, TypeError, ValueError) as error:
             if isinstance(error, ConfigError):
                 raise
@@ -118,8 +120,7 @@ def from_file(path: str, *, instruct: bool = False) -> list[Request]:
                 f"{path} line {number}: {error}",
                 legal='{"prompt": ..., "images": [...]} or {"segments": [...]}',
             ) from None
-        requests.append(Request(describe_prompt(prompt), prompt))
-    return requests
+    return prompts
 
 
 def _from_line(value: dict[str, Any], beside: Path, instruct: bool) -> Prompt:
@@ -142,27 +143,35 @@ def _beside(place: str, folder: Path) -> str:
     return prefix + (path if Path(path).is_absolute() or "://" in path else str(folder / path))
 
 
-def from_shards(uri: str, rows: int) -> list[Request]:
-    """The first `rows` prompts of a certified folder, tasks in turn, so that each task is seen."""
-    by_task: dict[str, list[Request]] = {}
+def requests_in_shards(
+    uri: str, rows: int, *, fps: float, original_size_px: tuple[int, int]
+) -> list[SampleRequest]:
+    """The first `rows` prompts of a certified folder, tasks in turn, so that each task is seen.
+
+    Args:
+        uri: the folder.
+        rows: how many.
+        fps: for rows that don't bring their own, as pictures do.
+        original_size_px: likewise.
+    """
+    by_task: dict[str, list[SampleRequest]] = {}
     for group in open_shards(uri).groups:
         columns = ["prompt_id", "task", "segments", "target", "fps", "height_px", "width_px"]
         file = open_parquet(group.uri)
         for row in file.read_row_group(group.index, columns=columns).to_pylist():
-            prompt = read_prompt(row)
-            request = Request(
-                name=describe_prompt(prompt),
-                prompt=prompt,
+            own = (row["target"] or {}).get("fps") or row["fps"]
+            request = SampleRequest(
+                prompt=read_prompt(row),
+                fps=own if own and math.isfinite(own) else fps,
+                original_size_px=(row["height_px"], row["width_px"]) if row["height_px"] else original_size_px,
                 task=row["task"],
                 prompt_id=row["prompt_id"],
-                fps=(row["target"] or {}).get("fps") or row["fps"],
-                original_size_px=(row["height_px"], row["width_px"]) if row["height_px"] else None,
             )
             by_task.setdefault(row["task"], []).append(request)
         if all(len(found) >= rows for found in by_task.values()) and len(by_task) > 2:
             break
     turns = [list(found) for _, found in sorted(by_task.items())]
-    chosen: list[Request] = []
+    chosen: list[SampleRequest] = []
     while len(chosen) < rows and any(turns):
         chosen += [found.pop(0) for found in turns if found]
     return chosen[:rows]

@@ -1,36 +1,37 @@
-"""The door of the trainer: everything that can be refused before Ray starts, each in one line."""
+"""The trainer's preflight: everything that can be refused before Ray starts, each in one line."""
 
 import hashlib
 import importlib.util
 from dataclasses import dataclass
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 
 from infra.errors import ConfigError
-from infra.storage import absolute, exists, join, read_bytes, write_bytes
-from model.data.shards import Shards, index_shards, open_shards
+from infra.run_folder import COMMITTED, RunFolder
+from infra.storage import exists, join, read_bytes, write_bytes
+from model.condition import ConditionConfig
+from model.data.shards import Shards, index_shards, open_parquet, open_shards
 from model.edm import sigma_in
 from model.encodings.make import check_encodings
 from model.encodings.store import open_encodings
-from model.generator import PRESETS
-from model.sampling.config import WEIGHTS
-from model.space import PIXELS, Space
-from model.training.build import backbone_of, make_plan
-from model.training.checkpoint import COMMITTED, find_checkpoint, read_facts
-from model.training.stages import Stage2Config, StageConfig, config_class
-from model.training.state import ema_profiles
-from model.training.targets import describe_space, open_space
-from model.training.upsampler import check_upsampler
+from model.generator import PRESETS, Generator
+from model.space import Space
+from model.training.build import backbone_of, describe_space, make_plan, measure_space
+from model.training.checkpoint import find_checkpoint, read_facts
+from model.training.config import Stage2Config, StageConfig, config_of
+from model.training.metrics import TRACKERS
 
 
 @dataclass(frozen=True)
 class Ready:
-    """What the door found: the shards, and the checkpoint that stage 2 starts from."""
+    """What the preflight found: the shards, the targets' space, the checkpoint that stage 2 starts from."""
 
     shards: Shards
+    space: Space
     start_from: str | None
-    space: Space = PIXELS
 
     @property
     def inputs(self) -> dict[str, str]:
@@ -38,18 +39,6 @@ class Ready:
         if self.start_from is not None:
             found["start_from"] = hashlib.sha256(read_bytes(join(self.start_from, COMMITTED))).hexdigest()[:16]
         return found
-
-
-def resolve(config: StageConfig) -> StageConfig:
-    """The same config with absolute places, as every process must see them."""
-    places: dict[str, object] = {name: absolute(getattr(config, name)) for name in ("out",)}
-    if isinstance(config, Stage2Config):
-        places["start_from"] = absolute(config.start_from)
-    if config.upsampler is not None and config.upsampler.start_from is not None:
-        base = absolute(config.upsampler.start_from)
-        places["upsampler"] = config.upsampler.model_copy(update={"start_from": base})
-    places["encodings"] = absolute(config.encodings) if config.encodings else None
-    return config.model_copy(update=places)
 
 
 def inspect(config: StageConfig) -> Ready:
@@ -62,21 +51,20 @@ def inspect(config: StageConfig) -> Ready:
     encodings = open_encodings(config.encodings)
     if encodings is not None:
         check_encodings(config, encodings, shards)
-    space = open_space(config, encodings)
-    check_preset(config, space)
-    check_upsampler(config, shards)
-    check_parallel(config)
-    check_preview(config)
-    check_logger(config)
+    space = measure_space(config, encodings)
+    check_backbone(config, space)
+    if config.upsampler is not None:
+        check_upsampler(config, config.upsampler.start_from, shards)
+    check_trackers(config.trackers)
     check_workers(config, config.num_workers or 1, len(shards.groups))
     start_from = None
     if isinstance(config, Stage2Config):
         start_from = find_checkpoint(config.start_from)
         check_same_model(config, start_from)
-    return Ready(shards, start_from, space)
+    return Ready(shards, space, start_from)
 
 
-def check_preset(config: StageConfig, space: Space = PIXELS) -> None:
+def check_backbone(config: StageConfig, space: Space) -> None:
     if config.preset not in PRESETS:
         raise ConfigError(f"preset {config.preset!r}", legal=", ".join(PRESETS))
     try:
@@ -114,58 +102,88 @@ def check_workers(config: StageConfig, workers: int | tuple[int, int], num_group
             legal=f"at most {num_groups} workers",
             cure="fewer workers, or make the shards with smaller row groups",
         )
-    if config.parallel.mode == "fsdp" and isinstance(workers, int) and workers % config.parallel.replicas:
+    if config.parallel.mode == "hsdp" and isinstance(workers, tuple):
         raise ConfigError(
-            f"parallel.replicas {config.parallel.replicas} doesn't divide {workers} workers",
-            legal="a divisor of the number of workers (typically the number of nodes)",
+            f"parallel.mode hsdp with num_workers {list(workers)}",
+            legal="hybrid sharding needs a fixed number of workers",
         )
 
 
-def check_parallel(config: StageConfig) -> None:
-    """Refuse hybrid sharding that nothing would shard, or whose groups would change under way."""
-    if config.parallel.replicas == 1:
+def check_trackers(names: tuple[str, ...]) -> None:
+    """Refuse a tracker that is not installed, before a worker stumbles over it."""
+    for name in names:
+        package = TRACKERS[name.partition(":")[0]].package
+        if importlib.util.find_spec(package) is None:
+            raise ConfigError(
+                f"tracker {name!r}, but the package {package} is not installed",
+                cure=f"pip install -e '.[{package}]', or leave it out: metrics.jsonl is always there",
+            )
+
+
+SIZES = ["target.kind", "target.height_px", "target.width_px", "height_px", "width_px"]
+
+
+def check_upsampler(config: StageConfig, base: str | None, shards: Shards) -> None:
+    """Refuse shards whose targets are stored smaller than the upsampler's output, and a missing base.
+
+    `frames` targets have one size for all rows; `video` and `reference` targets are as large as their
+    source, so they serve. The first row group speaks for all.
+
+    Raises:
+        ConfigError: only small frames, no source as large as the output, or no base model.
+    """
+    if base is not None:
+        find_checkpoint(base)
+    group = shards.groups[0]
+    rows = open_parquet(group.uri).read_row_group(group.index, columns=SIZES).to_pylist()
+    wanted = (config.height_px, config.width_px)
+    stored = {_size(row) for row in rows}
+    if any(height >= wanted[0] and width >= wanted[1] for height, width in stored):
         return
-    if config.parallel.mode != "fsdp" or isinstance(config.num_workers, tuple):
-        raise ConfigError(
-            f"parallel.replicas {config.parallel.replicas} with mode {config.parallel.mode} and num_workers "
-            f"{config.num_workers}",
-            legal="hybrid sharding needs mode fsdp and a fixed number of workers",
-        )
+    kinds = {row["target"]["kind"] for row in rows}
+    largest = max(stored, key=lambda size: size[0] * size[1])
+    cure = (
+        "make them again with vimi-data augment --set target.kind=video (or reference, or a larger "
+        f"target.height_px and width_px), from sources of at least {wanted[0]} x {wanted[1]}"
+    )
+    raise ConfigError(
+        f"{config.prompts} holds {' and '.join(sorted(kinds))} of at most {largest[0]} x {largest[1]} pixels "
+        f"(height x width), the upsampler learns to make {wanted[0]} x {wanted[1]}",
+        legal="targets at least that large",
+        cure=cure,
+    )
 
 
-def check_preview(config: StageConfig) -> None:
-    """Refuse an average that the run doesn't keep."""
-    legal = [WEIGHTS, *ema_profiles(config.ema, config.total_samples)]
-    if config.preview.ema not in legal:
-        raise ConfigError(f"preview.ema {config.preview.ema!r}", legal=", ".join(legal))
-
-
-def check_logger(config: StageConfig) -> None:
-    """Refuse a logger that is not installed, before a worker stumbles over it."""
-    if config.log.wandb_project and importlib.util.find_spec("wandb") is None:
-        raise ConfigError(
-            f"log.wandb_project {config.log.wandb_project!r}, but the package wandb is not installed",
-            cure="pip install -e '.[wandb]', or leave it out: TensorBoard and metrics.jsonl are always there",
-        )
+def _size(row: dict[str, Any]) -> tuple[int, int]:
+    """(height, width) in pixels of what a row's target can give."""
+    target = row["target"]
+    return target["height_px"] or row["height_px"] or 0, target["width_px"] or row["width_px"] or 0
 
 
 SAME = (
-    *("preset", "num_frames", "height_px", "width_px", "backbone", "references", "sigma_data"),
-    *("autoencoder", "upsampler from"),
+    "preset",
+    "num_frames",
+    "height_px",
+    "width_px",
+    "backbone",
+    "references",
+    "sigma_data",
+    "small_size_px",
 )
 
 
 def check_same_model(config: Stage2Config, start_from: str) -> None:
-    """Refuse to finetune a checkpoint of another network or prompt encoder; names the fields."""
+    """Refuse to finetune a checkpoint of another network, autoencoder or prompt encoder; names the fields."""
     facts = read_facts(start_from)
-    theirs_whole = config_class(facts["stage"]).model_validate(facts["config"])  # fills in newer fields
-    there, here = theirs_whole.model_dump(mode="json"), config.model_dump(mode="json")
-    for values, whole in ((there, theirs_whole), (here, config)):
-        values["upsampler from"] = whole.upsampler.small_size_px if whole.upsampler else None
-    differences = [f"{k}: {there.get(k)!r} there, {here[k]!r} now" for k in SAME if there.get(k) != here[k]]
-    theirs, ours = theirs_whole.encoder.identity(), config.encoder.identity()
+    trained = config_of(facts)
+    differences = [
+        f"{name}: {getattr(trained, name)!r} there, {getattr(config, name)!r} now"
+        for name in SAME
+        if getattr(trained, name) != getattr(config, name)
+    ]
+    there, here = trained.encoder.identity(), config.encoder.identity()
     differences += [
-        f"encoder.{k}: {theirs.get(k)!r} there, {ours[k]!r} now" for k in ours if theirs.get(k) != ours[k]
+        f"encoder.{k}: {there.get(k)!r} there, {here[k]!r} now" for k in here if there.get(k) != here[k]
     ]
     if differences:
         raise ConfigError(
@@ -182,7 +200,7 @@ def prepare_index(config: StageConfig, shards: Shards) -> pa.Table:
     Raises:
         ConfigError: the shards hold no row for the buckets, or lack a task of the mixture.
     """
-    place = join(config.out, "index.parquet")
+    place = RunFolder(config.out).index
     if exists(place):
         return read_index(config.out)
     index = index_shards(shards, config.shapes, held_out_frac=config.validation.held_out_frac)
@@ -194,35 +212,26 @@ def prepare_index(config: StageConfig, shards: Shards) -> pa.Table:
 
 
 def read_index(run: str) -> pa.Table:
-    return pq.read_table(pa.BufferReader(read_bytes(join(run, "index.parquet"))))
-
-
-def workers_text(config: StageConfig) -> str:
-    workers = config.num_workers
-    return f"{workers[0]} to {workers[1]}" if isinstance(workers, tuple) else str(workers or "all")
+    return pq.read_table(pa.BufferReader(read_bytes(RunFolder(run).index)))
 
 
 def plan_text(config: StageConfig, ready: Ready) -> str:
     """What --dry-run prints: the sizes that follow from the config."""
-    import torch
-
-    from model.condition import ConditionConfig
-    from model.generator import Generator
-
     backbone = backbone_of(config, ready.space)
     with torch.device("meta"):
         model = Generator(backbone, ConditionConfig(mode=config.references))
     parameters = sum(p.numel() for p in model.parameters())
-    rows = ready.shards.num_rows
+    rows, workers = ready.shards.num_rows, config.num_workers
+    on = f"{workers[0]} to {workers[1]}" if isinstance(workers, tuple) else str(workers or "all")
     lines = [
         f"{config.stage}: {parameters:,} parameters ({config.preset}, encoder width 1024 assumed)",
         f"{config.num_steps:,} steps of {config.batch_size} samples in {config.accumulation} micro-batches "
-        f"on {workers_text(config)} workers",
+        f"on {on} workers",
         f"{rows:,} prompts in {len(ready.shards.groups):,} row groups: "
         f"{config.total_samples / rows:.2f} epochs",
     ]
     if ready.space.is_latent or config.upsampler:
-        small = f", from {config.upsampler.small_size_px}" if config.upsampler else ""
+        small = f", from {config.small_size_px}" if config.upsampler else ""
         lines.append(
             f"{describe_space(ready.space)}: {backbone.num_frames} x {backbone.out_channels} x "
             f"{backbone.height_px} x {backbone.width_px}, sigma_in "

@@ -1,4 +1,4 @@
-"""The two stages as values: what stage 1 and stage 2 share, and the little in which they differ.
+"""Configs of the two stages: what stage 1 and stage 2 share, and the little in which they differ.
 
 Stage 1 learns from retrieval-augmented prompts (VIMI figure 1); stage 2 finetunes that model on a mixture
 of three instruction tasks (figure 2). VIMI prints neither batch sizes nor steps nor learning rates: where
@@ -10,47 +10,50 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, field_validator, model_validator
 
 from infra.cluster import RayConfig
-from infra.config import Config
+from infra.config import Config, Incidental, Location
 from model.data.batch import TASKS
 from model.data.inputs import InputConfig
-from model.training.parallel import ParallelConfig
-from model.training.telemetry import LogConfig
+from model.edm import Edm
+from model.ema import Profile, make_profile
+from model.optimizers import OPTIMIZERS
+from model.training.metrics import TRACKERS
+
+WEIGHTS = "weights"
+"""Name of the weights themselves, beside those of their averages."""
+
+NOISE = ("sigma_data", "log_mean", "log_std")
+
+
+def one_of(name: str, legal: Any) -> str:
+    """The name, if it is one of the legal ones."""
+    if name not in legal:
+        raise ValueError(f"{name!r}; legal: {', '.join(legal)}")
+    return name
 
 
 class OptimConfig(Config):
     """The optimizer and its schedule, counted in samples."""
 
-    name: Literal["lamb", "adamw", "muon"] = "lamb"
-    """Snap Video trains with LAMB (2402.14797, section 4.1). Muon for the blocks' matrices with AdamW for the
-    rest learns small models sooner (`model.muon`); its state is smaller, its step dearer."""
+    name: str = "lamb"
+    """lamb: Snap Video's (2402.14797, section 4.1). muon: Muon for the blocks' matrices with AdamW for the rest
+    learns small models sooner; its state is smaller, its step dearer. adamw."""
     lr: float = Field(default=5e-3, gt=0)
     """Peak learning rate: 5e-3 for LAMB (Snap Video); 1e-4 is its Adam baselines'. Muon's updates have AdamW's
     size."""
-    betas: tuple[float, float] = (0.9, 0.99)
-    """Snap Video."""
     weight_decay: float = Field(default=0.01, ge=0)
     """Snap Video."""
     warmup_samples: int = Field(default=10_000 * 4096, ge=0)
     """Linear warm-up; 10,000 steps of 4,096 samples (Snap Video). Capped at a tenth of the run."""
-    clip_norm: float = Field(default=1.0, gt=0)
-    """Largest norm of the gradient; Snap Video clips and doesn't print its value, so 1.0 is ours."""
 
-
-class EmaConfig(Config):
-    """Moving averages of the weights that are kept beside them."""
-
-    half_life_samples: tuple[int, ...] = (6_000 * 4096,)
-    """Classic averages; Snap Video's half-life is 6,000 steps of 4,096 samples. Capped at a tenth of the
-    run, so that a short run's average is not its start."""
-    sigma_rel: tuple[float, ...] = (0.05, 0.10)
-    """Power-function averages (EDM2, 2312.02696: the two widths from which others are reconstructed)."""
+    @field_validator("name")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        return one_of(value, OPTIMIZERS)
 
 
 class ValidationConfig(Config):
-    """Loss on a fixed grid: sigma quantile x retrieval on/off x medium, noise by sample id."""
+    """Loss with each checkpoint on a fixed grid: sigma quantile x retrieval on/off x medium."""
 
-    every_samples: int | None = Field(default=None, ge=1)
-    """Samples between two validations; None = with each checkpoint."""
     num_samples: int = Field(default=16, ge=0)
     """Rows of each medium; 0 switches validation off."""
     held_out_frac: float = Field(default=0.01, ge=0, lt=1)
@@ -58,61 +61,48 @@ class ValidationConfig(Config):
     that both stages keep the same ones back. Rows of a val or test split always are. A hundredth (ours) is
     plenty for `num_samples` of a large corpus and nothing of a small one: where no row was kept back,
     validation reads training rows, and each record says so (`val/held_out` 0)."""
-    quantiles: tuple[float, ...] = (0.1, 0.35, 0.65, 0.9)
-    """Quantiles of the training's distribution of noise levels."""
-
-
-class PreviewConfig(Config):
-    """Videos sampled while training: the same prompts and noise each time, so that they can be compared."""
-
-    num_videos: int = Field(default=4, ge=0)
-    """Videos each time, from the rows that validation reads; 0 switches them off."""
-    every_samples: int | None = Field(default=None, ge=1)
-    """Samples between two times; None = only at the end."""
-    num_steps: int = Field(default=64, ge=1)
-    """Sampling steps; Snap Video's base model is good from 64."""
-    guidance_weight: float = 4.0
-    """Of classifier-free guidance; 4 is ours, as in `vimi-train sample`."""
-    ema: str = "weights"
-    """`weights`, or the name of an average (power-0.05, half-life-...)."""
 
 
 class CheckpointConfig(Config):
+    """How often a run is saved."""
+
     every_samples: int = Field(default=4_000, ge=1)
     """Samples between two checkpoints, rounded up to whole steps; the last step always writes one."""
     num_to_keep: int | None = Field(default=3, ge=1)
     """Newest checkpoints that stay; None = all (post-hoc EMA needs many)."""
-    in_background: bool = True
-    """Write while training goes on; it waits only for the copy."""
+
+
+class ParallelConfig(Config):
+    """How the model is spread over the ranks; none of it changes the order of samples."""
+
+    mode: Literal["ddp", "fsdp", "hsdp"] = "ddp"
+    """ddp: a whole copy on each rank. fsdp: FSDP2, parameters and optimizer sharded over all ranks. hsdp:
+    sharded over the ranks of a node, a copy on each node."""
+    recompute: bool = False
+    """Drop the blocks' activations and compute them again in the backward pass: memory for time."""
+    compile: bool = False
+    """Compile each block (torch.compile); pays on GPUs."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Arithmetic of forward and backward; weights, optimizer and EMA stay float32."""
 
 
 class UpsamplerConfig(Config):
     """Second stage of the cascade: the small video, noised a little, is part of the input."""
 
-    small_height_px: int = Field(default=36, ge=1)
-    """Height of the small video, pixels: the base model's; 36 (Snap Video)."""
-    small_width_px: int = Field(default=64, ge=1)
-    """Width of the small video, pixels; 64 (Snap Video)."""
-    max_level: float = Field(default=1.0, gt=0)
-    """Noise on the small video in training: its standard deviation is uniform in [0, this]. Snap Video says
-    "random level" and no more; 1, as much noise as signal, is ours."""
-    start_from: str | None = None
+    small_size_px: tuple[int, int] = (36, 64)
+    """(height, width) of the small video: the base model's; 36 x 64 (Snap Video)."""
+    start_from: Location | None = None
     """Run of a base model, or one of its checkpoints, whose weights the upsampler starts with (as Snap
     Video); None = freshly drawn."""
-    start_ema: str | None = None
-    """Average of it to start with (its name in the checkpoint); None = the weights."""
-
-    @property
-    def small_size_px(self) -> tuple[int, int]:
-        """(height, width) of the small video."""
-        return self.small_height_px, self.small_width_px
 
 
 class StageConfig(InputConfig):
     """What both stages share."""
 
     stage: ClassVar[str] = "stage1"
-    out: str
+    prompts: Incidental[Location]
+    """Folder or URI of certified prompt shards."""
+    out: Incidental[Location]
     """Folder or URI of the run."""
     samples: int = Field(default=550_000 * 4096, ge=1)
     """Training length in samples; Snap Video's base model: 550,000 steps of 4,096."""
@@ -121,53 +111,71 @@ class StageConfig(InputConfig):
     accumulation: int = Field(default=1, ge=1)
     """Micro-batches of a step, one after the other; the result stays the same but for rounding."""
     preset: str = "fit-500m"
-    """Backbone by name (model/generator.py). Which FIT VIMI used is not stated."""
+    """Backbone by name. Which FIT VIMI used is not stated."""
     backbone: dict[str, Any] = Field(default_factory=dict)
     """Fields of the preset's config to change, e.g. {"num_blocks": 4}."""
     references: Literal["faithful", "plus"] = "faithful"
     """faithful: reference pictures are read through the frozen encoder only, as VIMI's figures show; plus:
     the generator also reads their pixel patches."""
-    encodings: str | None = None
+    encodings: Incidental[Location | None] = None
     """Folder that `vimi-data encode` made of these prompts for this config: read in place of running the frozen
     encoders, to the same losses. None = encode every sample when it is drawn."""
     upsampler: UpsamplerConfig | None = None
     """Train the second stage of the cascade instead of a base model; None = a base model."""
     self_condition_rate: float = Field(default=0.9, ge=0, le=1)
     """Share of samples that get latents of a first pass; 0.9 (Snap Video, table 8)."""
-    sigma_data: float = Field(default=1.0, gt=0)
-    """Assumed standard deviation of the data; 1 (Snap Video, whose ablation prefers it to 0.5). Pixels of real
-    clips measure about 0.5, and runs of minutes learn sooner with that (`bench_quality`)."""
-    noise_log_mean: float = -1.2
-    """Mean of ln sigma in training; -1.2 (EDM table 1, unaltered in Snap Video). A short run that can't afford
-    millions of samples learns the layout first with more noise, e.g. 0."""
-    noise_log_std: float = Field(default=1.2, gt=0)
-    """Standard deviation of ln sigma in training; 1.2 (EDM table 1)."""
+    noise: dict[str, float] = Field(default_factory=dict)
+    """Fields of the diffusion process to change (model/edm.py). sigma_data: assumed deviation of the data, 1
+    (Snap Video, whose ablation prefers it to 0.5). log_mean, log_std: of ln sigma, -1.2 and 1.2 (EDM
+    table 1). Pixels of real clips deviate by about 0.5, and a run of minutes learns sooner with that and with
+    more noise: {sigma_data: 0.5, log_mean: 0.4, log_std: 1.4} (`bench_quality`)."""
     optim: OptimConfig = OptimConfig()
-    ema: EmaConfig = EmaConfig()
+    ema: tuple[str, ...] = (f"half-life-{6_000 * 4096}", "power-0.05", "power-0.1")
+    """Averages of the weights kept beside them, by the names that `sample --ema` takes: half-life-<samples>
+    (Snap Video: 6,000 steps of 4,096; capped at a tenth of the run, so that a short run's average is not its
+    start), power-<sigma_rel> (EDM2, 2312.02696: from 0.05 and 0.10 others are reconstructed)."""
     validation: ValidationConfig = ValidationConfig()
-    preview: PreviewConfig = PreviewConfig()
-    observe: Literal["auto", "inline", "spare", "background"] = "auto"
-    """Where validation and previews run. inline: in the loop, which waits. spare: a Ray task on a CPU (or
-    GPU, where training has GPUs) beside the workers'; training doesn't wait. background: a Ray task that
-    reserves nothing and has the lowest priority, on a CPU. auto: spare if there is one, else inline."""
-    checkpoint: CheckpointConfig = CheckpointConfig()
-    loader_threads: int = Field(default=2, ge=1)
+    preview_every_samples: Incidental[int | None] = Field(default=None, ge=0)
+    """Samples between two times that a few videos are sampled while training; None = only at the end, 0 =
+    never."""
+    checkpoint: Incidental[CheckpointConfig] = CheckpointConfig()
+    loader_threads: Incidental[int] = Field(default=2, ge=1)
     """Threads a rank that read and decode; PyAV and pyarrow release the GIL."""
-    parallel: ParallelConfig = ParallelConfig()
-    log: LogConfig = LogConfig()
-    ray: RayConfig = RayConfig()
-    num_workers: int | tuple[int, int] | None = None
+    parallel: Incidental[ParallelConfig] = ParallelConfig()
+    log_every_samples: Incidental[int] = Field(default=80, ge=1)
+    """Samples between two records of metrics.jsonl, each of which is a progress line."""
+    trackers: Incidental[tuple[str, ...]] = ("tensorboard",)
+    """Where the records also go: tensorboard (in local run folders), wandb or wandb:<project> (pip install
+    'vimi[wandb]')."""
+    ray: Incidental[RayConfig] = RayConfig()
+    num_workers: Incidental[int | tuple[int, int] | None] = None
     """Training processes, from 1; None = one per GPU of the session, 1 without GPUs. A range (`[1, 8]`, on the
     command line `1-8`) takes what the cluster has and changes with it (Ray Train's elasticity); ranks may
     then differ by one sample a micro-batch. Any number continues the same run with the same samples."""
-    cpus_per_worker: float | None = Field(default=None, gt=0)
-    """CPUs that Ray reserves for a worker, and its threads; None = an equal share of all."""
-    max_failures: int = Field(default=3, ge=-1)
-    """Restarts from the last checkpoint after a worker or node dies; -1 = no limit."""
-    spare_workers: bool = True
-    """Keep, for each worker, an idle process that has imported what a worker needs (from half a minute into
-    the run; 0.8 GB resident, much of it shared): a worker that dies is then replaced in seconds."""
     seed: int = 0
+
+    @field_validator("noise")
+    @classmethod
+    def _fields_of_the_process(cls, value: dict[str, float]) -> dict[str, float]:
+        for name, number in value.items():
+            one_of(name, NOISE)
+            if name != "log_mean" and number <= 0:
+                raise ValueError(f"{name} {number}; legal: above 0")
+        return value
+
+    @field_validator("ema")
+    @classmethod
+    def _averages(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for name in value:
+            make_profile(name)
+        return value
+
+    @field_validator("trackers")
+    @classmethod
+    def _known_trackers(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for name in value:
+            one_of(name.partition(":")[0], TRACKERS)
+        return value
 
     @field_validator("num_workers", mode="before")
     @classmethod
@@ -195,17 +203,17 @@ class StageConfig(InputConfig):
 
     @model_validator(mode="after")
     def _upsampler_enlarges(self) -> "StageConfig":
-        small = self.upsampler
-        if small is None:
+        if self.upsampler is None:
             return self
         if self.autoencoder is not None:
             raise ValueError("an upsampler works in pixels; legal: no autoencoder with it")
         if any(b.height_px or b.width_px for b in self.buckets):
             raise ValueError("an upsampler has one size; legal: buckets without height_px and width_px with it")
-        if small.small_height_px >= self.height_px or small.small_width_px >= self.width_px:
+        height, width = self.upsampler.small_size_px
+        if not (1 <= height < self.height_px and 1 <= width < self.width_px):
             raise ValueError(
-                f"an upsampler from {small.small_height_px} x {small.small_width_px} to {self.height_px} x "
-                f"{self.width_px} pixels; legal: height_px and width_px above the small video's"
+                f"an upsampler from {height} x {width} to {self.height_px} x {self.width_px} pixels; "
+                "legal: height_px and width_px above the small video's"
             )
         return self
 
@@ -220,14 +228,36 @@ class StageConfig(InputConfig):
         return -(-self.samples // self.batch_size)
 
     @property
+    def total_samples(self) -> int:
+        """Samples of all steps."""
+        return self.num_steps * self.batch_size
+
+    @property
     def task_weights(self) -> dict[str, float] | None:
         """Share of samples of each task; None = as the shards hold them."""
         return None
 
     @property
-    def total_samples(self) -> int:
-        """Samples of all steps."""
-        return self.num_steps * self.batch_size
+    def small_size_px(self) -> tuple[int, int] | None:
+        """(height, width) of an upsampler's small video; None for a base model."""
+        return self.upsampler.small_size_px if self.upsampler else None
+
+    @property
+    def sigma_data(self) -> float:
+        return self.noise.get("sigma_data", Edm.sigma_data)
+
+    @property
+    def ema_profiles(self) -> dict[str, Profile]:
+        return {name: make_profile(name, longest=max(1, self.total_samples // 10)) for name in self.ema}
+
+    def is_due(self, every_samples: int | None, position: int) -> bool:
+        """Whether the step that led to `position` crossed a multiple of the interval, or is the last.
+
+        A function of the position alone, so that all ranks agree and a resumed run keeps it.
+        """
+        if position >= self.total_samples:
+            return True
+        return bool(every_samples) and position // every_samples > (position - self.batch_size) // every_samples
 
 
 class Stage1Config(StageConfig):
@@ -238,7 +268,7 @@ class Stage2Config(StageConfig):
     """Instruction tuning: finetunes a stage-1 run on a mixture of tasks."""
 
     stage: ClassVar[str] = "stage2"
-    start_from: str
+    start_from: Incidental[Location]
     """Run folder of stage 1, or one of its checkpoints."""
     start_ema: str | None = None
     """EMA of it to start from (its name in the checkpoint, e.g. power-0.05); None = the weights."""
@@ -257,12 +287,10 @@ class Stage2Config(StageConfig):
         return self.tasks
 
 
-SPEED_ONLY = {
-    "loader_threads", "parallel", "log", "max_failures", "checkpoint", "preview", "observe", "cpus_per_worker",
-    "encodings", "spare_workers",
-}  # fmt: skip
-"""Fields that may differ when a run is continued: where and how fast, not what."""
-
-
 def config_class(stage: str) -> type[Stage1Config] | type[Stage2Config]:
     return Stage2Config if stage == "stage2" else Stage1Config
+
+
+def config_of(facts: dict[str, Any]) -> StageConfig:
+    """The config that a checkpoint was trained by."""
+    return config_class(facts["stage"]).model_validate(facts["config"])

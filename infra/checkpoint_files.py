@@ -20,7 +20,7 @@ from infra.errors import TrainingError
 from infra.storage import delete, exists, filesystem, is_remote, join
 
 
-class _ArrowFileSystem(FileSystemBase):
+class ArrowFileSystem(FileSystemBase):
     """torch's checkpoint files on any filesystem of pyarrow."""
 
     @contextmanager
@@ -60,7 +60,7 @@ class _ArrowFileSystem(FileSystemBase):
 
 
 def _files_of(uri: str) -> FileSystemBase:
-    return _ArrowFileSystem() if is_remote(uri) else FileSystem()
+    return ArrowFileSystem() if is_remote(uri) else FileSystem()
 
 
 def files_writer(uri: str) -> FileSystemWriter:

@@ -1,0 +1,108 @@
+"""Why a run saves before its time, or saves and leaves: told in the driver, heard in the workers.
+
+run/stop    written by the driver at Ctrl-C or SIGTERM, or by anyone: save and leave
+SIGTERM     to a worker itself, as when its pod is evicted: save and leave
+preemption  Ray knows that a node is about to go: save; Ray moves the run when it is gone
+"""
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+from infra.progress import say
+from infra.run_folder import RunFolder
+from infra.storage import exists, is_remote, write_bytes
+
+_told = threading.Event()
+SAME_PRESS_S = 1.0
+"""Signals so close together are one: what stands between a terminal and us (make, timeout, uv) often passes
+Ctrl-C on to a process that the terminal has told already."""
+
+
+def trap_sigterm() -> None:
+    """Note SIGTERM instead of dying of it; to be called in the process's main thread."""
+    signal.signal(signal.SIGTERM, lambda *_: _told.set())
+
+
+class StopSignals:
+    """What the ranks agreed on when they last listened.
+
+    run/stop is looked for in a thread, so that no step waits for storage.
+
+    Args:
+        run: its folder.
+        looks: whether this rank looks for run/stop; one is enough.
+
+    Attributes:
+        leave: save and leave.
+        save: save now.
+    """
+
+    def __init__(self, run: RunFolder, *, looks: bool = True) -> None:
+        self.place, self.every_s = run.stop, 10.0 if is_remote(run.uri) else 0.5
+        self.leave, self.save, self.is_preempted = False, False, False
+        self.found, self.closed = threading.Event(), threading.Event()
+        if looks:
+            threading.Thread(target=self._look, name="stop-signals", daemon=True).start()
+
+    def listen(self, agree: Callable[[bool], bool], preempted: bool) -> None:
+        """Come to one mind with the other ranks; all call it alike.
+
+        Args:
+            agree: whether any rank says yes.
+            preempted: Ray's notice, the same on all ranks; heeded once.
+        """
+        self.leave = agree(self.found.is_set() or _told.is_set())
+        self.save = self.leave or (preempted and not self.is_preempted)
+        self.is_preempted |= preempted
+
+    def close(self) -> None:
+        self.closed.set()
+
+    def _look(self) -> None:
+        while True:
+            try:
+                if exists(self.place):
+                    self.found.set()
+                    return
+            except OSError:  # a store that is away for a moment says nothing
+                pass
+            if self.closed.wait(self.every_s):
+                return
+
+
+class Interrupts(AbstractContextManager["Interrupts"]):
+    """The first Ctrl-C or SIGTERM asks the workers to save and leave, like run/stop; the second leaves at once.
+
+    Raises:
+        KeyboardInterrupt: at the end, if the run was asked to leave; or at the second signal.
+    """
+
+    def __init__(self, run: RunFolder) -> None:
+        self.place, self.asked_s = run.stop, math.inf
+        self.before: dict[int, Any] = {}
+
+    def __enter__(self) -> "Interrupts":
+        if threading.current_thread() is threading.main_thread():
+            self.before = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+        if kind is None and (self.asked_s < math.inf or exists(self.place)):
+            raise KeyboardInterrupt
+
+    def _ask(self, *_: object) -> None:
+        now_s = time.monotonic()
+        if now_s > self.asked_s + SAME_PRESS_S:
+            raise KeyboardInterrupt
+        if self.asked_s < math.inf:
+            return
+        self.asked_s = now_s
+        say("  stopping after a last checkpoint; once more to leave at once")
+        write_bytes(self.place, b"")

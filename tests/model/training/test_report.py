@@ -1,0 +1,47 @@
+"""Laws of what a run says of itself: each thing once, in words, with the time and the deaths in it."""
+
+import time
+from pathlib import Path
+
+import pytest
+
+from infra.run_folder import RunFolder
+from infra.storage import read_json
+from model.training.metrics import MetricsLog
+from model.training.report import RunPrinter, progress_line, write_restart
+from tests.model.training.test_metrics import RECORD
+
+
+def test_what_a_worker_died_of_is_said_once_and_kept(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = RunFolder(str(tmp_path))
+    write_restart(run, {1: RuntimeError("of an earlier day")})
+    with RunPrinter(run, 100, every_s=0.01):
+        write_restart(run, {0: RuntimeError("CUDA error: out of memory\n  in forward"), 3: OSError("gone")})
+        time.sleep(0.1)
+    said = capsys.readouterr().err
+    assert "workers 0, 3 died: RuntimeError: CUDA error: out of memory" in said
+    assert said.count("worker") == 1 and "earlier day" not in said and "from 0 samples" in said
+    kept = read_json(run.restarts()[-1])["errors"]
+    assert "in forward" in kept["0"] and kept["3"].startswith("OSError: gone")
+
+
+def test_driver_shows_each_record_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log = MetricsLog(RunFolder(str(tmp_path)))
+    log.write(8, RECORD)
+    with RunPrinter(RunFolder(str(tmp_path)), 100, position=8, every_s=0.01):
+        log.write(16, RECORD)
+        log.write(16, {"val/loss video retrieval on": 0.7})
+        log.show(16, {"0 A dog runs.": b""})
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(" samples")[0].strip() for line in lines] == [
+        "16 / 100",
+        "validation loss at 16",
+        "videos sampled at 16",
+    ]
+
+
+def test_progress_line_says_where_the_time_goes() -> None:
+    line = progress_line(RECORD | {"samples": 20}, 100)
+    assert "20 / 100 samples" in line and "ETA 8 s" in line and "backward 40%" in line
