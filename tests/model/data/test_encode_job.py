@@ -16,15 +16,14 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from model.encodings.check import describe_inputs
 
 from cli.encode import EncodeConfig, check, options_of, run
 from infra.errors import ConfigError, TooManyFailuresError, TrainingError
 from infra.storage import Certificate, FileEntry, list_files, write_certificate
 from model.data.inputs import InputConfig
 from model.data.shards import open_shards
-from model.encodings.make import make_row_encoder
-from model.prompt import load_prompt_encoder
+from model.encodings.make import describe_inputs, make_row_encoder
+from model.prompt.encoder import load_prompt_encoder
 from model.training.config import Stage1Config
 from model.training.driver import check as check_stage
 from model.training.loop import Training
@@ -84,10 +83,11 @@ def encode_here(values: dict[str, Any], out: Path) -> None:
     write_certificate(config.out, certificate)
 
 
-def film(training: Training) -> list[bytes]:
-    """The videos that a run samples now."""
+def film(training: Training) -> list[str]:
+    """Hashes of the frames of the videos that a run samples now (of equal ones x264 may make other bytes)."""
     Preview(training, read_index(training.config.out)).make()
-    return [path.read_bytes() for path in sorted(Path(training.config.out, "samples").rglob("*.mp4"))]
+    place = Path(training.run.samples(training.position), "samples.json")
+    return [entry["frames_sha256"] for entry in json.loads(place.read_text())["samples"]]
 
 
 DROPOUT = {"text": 0.3, "retrieved": 0.2, "all": 0.2}
