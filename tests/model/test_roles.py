@@ -8,18 +8,19 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from model.sampling.ask import parse_prompt
-from model.training.door import read_index
-from model.training.stages import Stage1Config
 
+from infra.run_folder import RunFolder
 from model.condition import Segment
 from model.data.batch import ROLES, role_number
 from model.prompt.config import PromptEncoderConfig
 from model.prompt.encoder import load_prompt_encoder
 from model.prompt.pictures import reference_tensors
 from model.prompt.select import select
+from model.sampling.requests import parse_prompt
 from model.training.checkpoint import CheckpointWriter, load_state
+from model.training.config import Stage1Config
 from model.training.loop import Training
+from model.training.preflight import read_index
 from pipeline.schema import RoleFacts
 from tests.model.prompt_tables import jpeg, moving_square
 
@@ -70,7 +71,7 @@ def test_shorter_tables_fill_the_first_rows_and_leave_the_new_ones(
     run = str(tmp_path_factory.mktemp("run"))
     names = ["model.embedder.role.weight", "optim.embedder.role.weight.exp_avg"]
     saved = {name: torch.randn(there, width) for name in names}
-    writer = CheckpointWriter(run, in_background=False)
+    writer = CheckpointWriter(RunFolder(run))
     writer.save(saved, {"position": 4})
     writer.close()
     state = {name: torch.randn(there + more, width) for name in names}
