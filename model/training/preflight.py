@@ -169,6 +169,7 @@ SAME = (
     "references",
     "sigma_data",
     "small_size_px",
+    "autoencoder",
 )
 
 
