@@ -99,8 +99,8 @@ def describe(
 ) -> None:
     """Parameters, tokens, FLOPs by part and memory of a generator, without building it."""
     from infra.errors import ConfigError
-    from model.cost.describe import describe as measure
-    from model.cost.describe import render
+    from model.cost import describe as measure
+    from model.cost import render
 
     try:
         print(render(measure(preset, batch=batch, prompt_tokens=prompt_tokens)))

@@ -118,14 +118,6 @@ def edm_for(num_frames: int, height_px: int, width_px: int, *, sigma_data: float
     return Edm(sigma_in=sigma_in(num_frames, height_px, width_px), sigma_data=sigma_data)
 
 
-def picture_as_video(picture: Tensor, num_frames: int) -> Tensor:
-    """`b 1 c h w` to `b t c h w`: a picture is a video of infinite frame rate (section 3.1).
-
-    That the frames are copies is inferred from the wording of the paper.
-    """
-    return picture.expand(-1, num_frames, -1, -1, -1)
-
-
 def _like(scalar: Tensor, x: Tensor) -> Tensor:
     """`b` to `b 1 1 1 1`, so that it multiplies a batch of videos."""
     return scalar.reshape(-1, *([1] * (x.ndim - 1))).to(x.dtype)

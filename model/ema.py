@@ -108,21 +108,6 @@ class Ema:
             theirs.copy_(mine)
             mine.copy_(kept)
 
-    def state_dict(self) -> dict[str, Tensor | int]:
-        """Averages by parameter name, and `samples`; tensors are shared, not copied."""
-        return {**self.weights, "samples": self.samples}
-
-    def load_state_dict(self, state: Mapping[str, Tensor | int]) -> None:
-        """Copy a `state_dict` in.
-
-        Raises:
-            KeyError: a parameter is missing.
-        """
-        self.samples = int(state["samples"])
-        with torch.no_grad():
-            for name, weight in self.weights.items():
-                weight.copy_(torch.as_tensor(state[name]))
-
 
 def _trained(model: nn.Module) -> Iterable[tuple[str, Tensor]]:
     return ((name, p) for name, p in model.named_parameters() if p.requires_grad)

@@ -1,55 +1,13 @@
-"""The generator: a condition embedder in front of a backbone, and the table of named sizes."""
+"""The generator: a condition embedder in front of a backbone."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from model.backbones.base import Backbone, BackboneConfig
 from model.condition import NUM_FEATURES, Condition, ConditionConfig, ConditionEmbedder, fourier_features
-from model.dit import Dit, DitConfig
-from model.fit import Fit
-from model.fit_layout import FitConfig
-
-BackboneConfig = FitConfig | DitConfig
-
-_BILLIONS = FitConfig(
-    patch_dim=1024, patch_head_dim=64, num_latents=768, latent_dim=3072, latent_head_dim=128,
-    condition_dim=1024,
-)  # fmt: skip
-PRESETS: dict[str, BackboneConfig] = {
-    # Snap Video's table 8
-    "fit-500m": FitConfig(),
-    "fit-3.9b": _BILLIONS,
-    "fit-3.9b-upsampler": replace(
-        _BILLIONS, height_px=288, width_px=512, group_height=18, group_width=16, in_channels=6
-    ),
-    # for laptops and tests; sizes are this project's
-    "fit-small": FitConfig(
-        patch_dim=256, patch_head_dim=64, num_latents=256, latent_dim=512, latent_head_dim=64,
-        condition_dim=256, num_blocks=4, layers_per_block=3, dropout=0.0,
-    ),
-    "fit-tiny": FitConfig(
-        patch_dim=64, patch_head_dim=32, num_latents=64, latent_dim=256, latent_head_dim=64,
-        condition_dim=128, num_blocks=2, layers_per_block=2, dropout=0.0,
-    ),
-    "dit-small": DitConfig(dim=384, head_dim=64, condition_dim=256, num_blocks=12),
-    "dit-tiny": DitConfig(dim=256, head_dim=64, condition_dim=128, num_blocks=5),
-}  # fmt: skip
-
-
-def preset(name: str, **changes: Any) -> BackboneConfig:
-    """A named backbone, with fields changed: `preset("fit-tiny", num_frames=8, height_px=24)`.
-
-    Raises:
-        ValueError: no such preset, or no such field.
-    """
-    if name not in PRESETS:
-        raise ValueError(f"no preset {name!r}; there are {', '.join(PRESETS)}")
-    try:
-        return replace(PRESETS[name], **changes)
-    except TypeError as error:
-        raise ValueError(f"preset {name!r}: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -72,7 +30,7 @@ class Generator(nn.Module):
         super().__init__()
         self.backbone_config, self.condition_config = backbone, condition
         self.embedder = ConditionEmbedder(condition, backbone.condition_dim)
-        self.backbone = Fit(backbone) if isinstance(backbone, FitConfig) else Dit(backbone)
+        self.backbone: Backbone = backbone.build()
         self.level = nn.Linear(NUM_FEATURES, backbone.condition_dim) if self.is_upsampler else None
 
     @property
@@ -116,7 +74,7 @@ class Generator(nn.Module):
             small: the upsampler's low-resolution video, None for a base model.
             keys: `b` int64 dropout keys; None switches dropout off.
             latents_only: the answer is not wanted (the first pass of self-conditioning), and comes back
-                empty; for backbones that have latents.
+                empty; only for backbones that have latents.
 
         Returns:
             `b t c h w` answer F and `b m d` latents.
@@ -131,9 +89,7 @@ class Generator(nn.Module):
             # Behind the scalars, so that DiT still finds those first.
             tokens = torch.cat([tokens, level.to(tokens.dtype)], dim=1)
             mask = torch.cat([mask, mask.new_ones(len(condition), 1)], dim=1)
-        if latents_only and isinstance(self.backbone, Fit):
-            return x.new_zeros(0), self.backbone.think(x, tokens, mask, keys)
-        return self.backbone(x, tokens, mask, z_prev, keys)
+        return self.backbone(x, tokens, mask, z_prev, keys, latents_only=latents_only)
 
 
 def start_upsampler(upsampler: Generator, base: Generator) -> list[str]:

@@ -6,9 +6,12 @@ key, layer, place), not of a global random state, so a sample meets the same dro
 on any rank, and when it is recomputed.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 
 class Attention(nn.Module):
@@ -107,6 +110,13 @@ def as_autocast(x: Tensor) -> Tensor:
     """The tensor in autocast's type; as it is where there is no autocast."""
     kind = x.device.type
     return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+
+
+def run_block(block: nn.Module, *inputs: Any, recompute: bool) -> Any:
+    """The block's answer; with `recompute` its insides are computed again in the backward pass."""
+    if recompute and torch.is_grad_enabled():
+        return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
+    return block(*inputs)
 
 
 def dropout_scale(keys: Tensor, layer: Tensor, shape: torch.Size, rate: float) -> Tensor:

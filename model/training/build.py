@@ -9,13 +9,15 @@ import torch
 from torch import Tensor
 
 from infra.errors import ConfigError
+from model.backbones.base import BackboneConfig
+from model.backbones.presets import preset
 from model.condition import Beforehand, Condition, ConditionConfig, Prompt
 from model.data.batch import ROLES, Batch
 from model.data.inputs import InputConfig
 from model.data.plan import Plan
 from model.edm import Edm, edm_for
 from model.encodings.store import Encodings
-from model.generator import BackboneConfig, Generator, SmallVideo, preset
+from model.generator import Generator, SmallVideo
 from model.latents import Latents, open_latents
 from model.prompt.encoder import PromptEncoder
 from model.prompt.pictures import reference_tensors

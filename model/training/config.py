@@ -15,7 +15,8 @@ from model.data.batch import TASKS
 from model.data.inputs import InputConfig
 from model.edm import Edm
 from model.ema import Profile, make_profile
-from model.optimizers import OPTIMIZERS
+from model.optim import OPTIMIZERS
+from model.registry import named
 from model.training.metrics import TRACKERS
 
 WEIGHTS = "weights"
@@ -35,8 +36,9 @@ class OptimConfig(Config):
     """The optimizer and its schedule, counted in samples."""
 
     name: str = "lamb"
-    """lamb: Snap Video's (2402.14797, section 4.1). muon: Muon for the blocks' matrices with AdamW for the rest
-    learns small models sooner; its state is smaller, its step dearer. adamw."""
+    """lamb, adamw, muon, or package.module:function of your own (`model.optim`). Snap Video trains with LAMB
+    (2402.14797, section 4.1). Muon for the blocks' matrices with AdamW for the rest learns small models
+    sooner; its state is smaller, its step dearer."""
     lr: float = Field(default=5e-3, gt=0)
     """Peak learning rate: 5e-3 for LAMB (Snap Video); 1e-4 is its Adam baselines'. Muon's updates have AdamW's
     size."""
@@ -48,7 +50,8 @@ class OptimConfig(Config):
     @field_validator("name")
     @classmethod
     def _known(cls, value: str) -> str:
-        return one_of(value, OPTIMIZERS)
+        named(OPTIMIZERS, value)
+        return value
 
 
 class ValidationConfig(Config):
@@ -111,7 +114,8 @@ class StageConfig(InputConfig):
     accumulation: int = Field(default=1, ge=1)
     """Micro-batches of a step, one after the other; the result stays the same but for rounding."""
     preset: str = "fit-500m"
-    """Backbone by name. Which FIT VIMI used is not stated."""
+    """Backbone by name (`model.backbones.presets`), or package.module:CONFIG of your own. Which FIT VIMI used
+    is not stated."""
     backbone: dict[str, Any] = Field(default_factory=dict)
     """Fields of the preset's config to change, e.g. {"num_blocks": 4}."""
     references: Literal["faithful", "plus"] = "faithful"

@@ -24,7 +24,7 @@ from model.data.shards import open_shards
 from model.ema import Ema
 from model.encodings.store import open_encoder, open_encodings
 from model.generator import Generator
-from model.optimizers import make_optimizer, set_learning_rate
+from model.optim import make_optimizer, set_learning_rate
 from model.step import accumulate
 from model.training.build import Conditioner, Targets, heaviest_batch, make_generator, make_plan
 from model.training.checkpoint import CheckpointWriter, find_checkpoint, load_state

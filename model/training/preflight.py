@@ -12,12 +12,13 @@ import torch
 from infra.errors import ConfigError
 from infra.run_folder import COMMITTED, RunFolder
 from infra.storage import exists, join, read_bytes, write_bytes
+from model.backbones.presets import PRESETS
 from model.condition import ConditionConfig
 from model.data.shards import Shards, index_shards, open_parquet, open_shards
 from model.edm import sigma_in
 from model.encodings.make import check_encodings
 from model.encodings.store import open_encodings
-from model.generator import PRESETS, Generator
+from model.generator import Generator
 from model.space import Space
 from model.training.build import backbone_of, describe_space, make_plan, measure_space
 from model.training.checkpoint import find_checkpoint, read_facts
@@ -65,7 +66,7 @@ def inspect(config: StageConfig) -> Ready:
 
 
 def check_backbone(config: StageConfig, space: Space) -> None:
-    if config.preset not in PRESETS:
+    if config.preset not in PRESETS and ":" not in config.preset:
         raise ConfigError(f"preset {config.preset!r}", legal=", ".join(PRESETS))
     try:
         backbone_of(config, space)

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from model.backbones.dit import DitConfig
+from model.backbones.fit import FitConfig
 from model.condition import Condition, ConditionConfig
-from model.cost.flops import sizes, training_flops
-from model.dit import DitConfig
-from model.fit_layout import FitConfig
+from model.cost import training_flops
 from model.generator import Generator
 
 FRAMES, HEIGHT, WIDTH, TOKENS, TOKEN_DIM = 16, 32, 64, 32, 128
@@ -140,8 +140,7 @@ def main() -> None:
             ratios = [a / b for a, b in zip(seconds[name], seconds["FIT"], strict=True)]
             line += f"{statistics.median(seconds[name]) * 1e3:>8.0f}{statistics.median(ratios):>11.1f}x"
         print(line)
-    n = sizes(FIT, CONDITION, prompt_tokens=TOKENS)
-    whole = sum(training_flops(FIT, CONDITION, n, prompt_tokens=TOKENS).values())
+    whole = training_flops(FIT, CONDITION, prompt_tokens=TOKENS)["total"]
     print(f"with the first pass of self-conditioning FIT takes {whole / 1e9:.1f} GFLOP", end=": ")
     print(", ".join(f"{whole / work[name]:.3f}x {name}" for name in TARGETS))
     met = all(work["FIT"] <= bound * work[name] for name, bound in TARGETS.items())

@@ -2,7 +2,7 @@
 
 On a CPU the yardstick is the machine's own float32 matrix product, on a CUDA device the dense bf16
 peak of its data sheet (MFU), and its matrix product besides. The FLOPs are the exact ones of
-`model.cost.flops`, without credit for recomputation or for elementwise work. A step is the whole one:
+`model.cost`, without credit for recomputation or for elementwise work. A step is the whole one:
 draws, the first pass of self-conditioning, two passes, gradients, clipping, LAMB, a moving average.
 
     python tests/bench/bench_mfu.py [--preset fit-small] [--batch 4] [--accumulation 1] [--steps 8]
@@ -21,12 +21,12 @@ from typing import Any
 import torch
 from torch.profiler import profile
 
+from model.backbones.presets import preset
 from model.condition import Condition, ConditionConfig
-from model.cost.flops import sizes, training_flops
-from model.cost.memory import activation_bytes
+from model.cost import activation_bytes, training_flops
 from model.edm import edm_for
 from model.ema import Ema, HalfLife
-from model.generator import Generator, preset
+from model.generator import Generator
 from model.optim import lamb
 from model.step import accumulate, draw
 from model.training.parallel import make_deterministic
@@ -84,9 +84,8 @@ class Trainee:
     @property
     def flops(self) -> int:
         """Of one step."""
-        n = sizes(self.backbone, self.condition, prompt_tokens=TOKENS)
-        each = training_flops(self.backbone, self.condition, n, prompt_tokens=TOKENS)
-        return sum(each.values()) * self.args.batch * self.args.accumulation
+        each = training_flops(self.backbone, self.condition, prompt_tokens=TOKENS)
+        return each["total"] * self.args.batch * self.args.accumulation
 
     def gradients(self, number: int) -> None:
         batch = self.args.batch
@@ -128,14 +127,9 @@ class Trainee:
         measured = torch.cuda.max_memory_allocated() - before
         self.optimizer.zero_grad()
         described = activation_bytes(
-            self.backbone,
-            sizes(self.backbone, self.condition, prompt_tokens=TOKENS),
-            batch=self.args.batch,
-            half=True,
-            checkpoint=self.args.recompute,
-            num_parameters=sum(p.numel() for p in self.model.parameters()),
+            self.backbone, self.condition, batch=self.args.batch, prompt_tokens=TOKENS, half=True
         )
-        return measured, described
+        return measured, described["checkpointed" if self.args.recompute else "stored"]
 
 
 def main() -> None:

@@ -35,14 +35,15 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.optim import Optimizer
 
+from model.backbones.base import BackboneConfig
+from model.backbones.presets import preset
 from model.condition import Condition, ConditionConfig
-from model.cost.flops import sizes, training_flops
+from model.cost import training_flops
 from model.edm import Edm, edm_for
 from model.ema import Ema, HalfLife
-from model.generator import BackboneConfig, Generator, preset
+from model.generator import Generator
 from model.guidance import FULL
-from model.muon import muon
-from model.optim import adamw, cosine_factor
+from model.optim import OPTIMIZERS, adamw, cosine_factor
 from model.sample import Denoiser, sample_ode
 from model.step import accumulate, draw, losses
 
@@ -53,7 +54,6 @@ EDM = edm_for(FRAMES, HEIGHT, WIDTH)
 BY_HEART = {"num_latents": 256, "latent_dim": 128, "latent_head_dim": 32, "qk_norm": True}
 """Of 20 patches a frame in each group, every one has a latent of its own and some to spare."""
 CONDITION = ConditionConfig(token_dim=TOKEN_DIM)
-OPTIMIZERS = {"muon": muon, "adamw": adamw}
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -222,9 +222,7 @@ def compare(tflop: float, lr: float) -> None:
 
 
 def _training_cost(backbone: BackboneConfig) -> int:
-    n = sizes(backbone, CONDITION, prompt_tokens=TOKENS)
-    parts = training_flops(backbone, CONDITION, n, prompt_tokens=TOKENS, self_condition_rate=0.0)
-    return sum(parts.values())
+    return training_flops(backbone, CONDITION, prompt_tokens=TOKENS, self_condition_rate=0.0)["total"]
 
 
 @torch.no_grad()

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
+from model.backbones.fit import FitConfig
 from model.condition import Condition, ConditionConfig
 from model.data.shards import open_shards
-from model.fit_layout import FitConfig
 from model.generator import Generator
 from model.training import validate
 from model.training.config import Stage1Config

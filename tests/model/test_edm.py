@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model.edm import Edm, edm_for, picture_as_video, sigma_in
+from model.edm import Edm, edm_for, sigma_in
 
 SIGMAS = st.floats(0.002, 80.0)
 SCALES = st.floats(0.25, 64.0)
@@ -102,10 +102,3 @@ def test_training_noise_is_log_normal() -> None:
     logs = Edm().training_sigma(normal).log()
     assert logs.mean().item() == pytest.approx(-1.2, abs=0.02)
     assert logs.std().item() == pytest.approx(1.2, abs=0.02)
-
-
-def test_picture_repeats_over_time() -> None:
-    picture = torch.rand(2, 1, 3, 4, 4)
-    video = picture_as_video(picture, 5)
-    assert video.shape == (2, 5, 3, 4, 4)
-    assert (video == picture).all()

@@ -7,11 +7,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from model.backbones.fit import Fit, FitBlock, FitConfig
+from model.backbones.presets import preset
 from model.condition import ConditionConfig
 from model.edm import edm_for
-from model.fit import Fit, FitBlock
-from model.fit_layout import FitConfig, layout, layout_at
-from model.generator import Generator, preset
+from model.generator import Generator
 from model.layers import dropout_scale, layer_seed
 from model.step import accumulate, draw
 
@@ -51,7 +51,7 @@ def test_presets_have_the_published_number_of_parameters(name: str, billions: fl
 def test_layout_is_table_8(name, groups, per_frame, latents, size) -> None:
     config = preset(name)
     assert isinstance(config, FitConfig)
-    a = layout(config)
+    a = config.layout
     assert (a.num_groups, a.patches_per_frame, a.latents_per_group) == (groups, per_frame, latents)
     assert (a.height_px, a.width_px) == size
 
@@ -195,14 +195,14 @@ def test_shorter_clips_and_pictures_fit(fit, tiny_fit) -> None:
     assert fit(x[:, :1], tokens, mask)[0].shape == (2, 1, 3, 12, 16)
 
 
-@pytest.mark.parametrize("padding", ["zeros", "edge"])
-def test_odd_sizes_are_padded_and_cropped_again(tiny_fit, padding) -> None:
-    config = replace(tiny_fit, height_px=9, width_px=15, padding=padding)
+def test_odd_sizes_are_padded_with_zeros_and_cropped_again(tiny_fit) -> None:
+    config = replace(tiny_fit, height_px=9, width_px=15)
     fit = Fit(config)
     x, tokens, mask = _inputs(config)
     assert fit(x, tokens, mask)[0].shape == x.shape
-    corner = fit._pad(x, config.layout)[..., 9:, 15:]
-    assert (corner == (0 if padding == "zeros" else x[..., -1:, -1:])).all()
+    whole = fit._join(fit._cut(x, config.layout), config.layout, x.shape[1], 12, 16)
+    assert torch.equal(whole[..., :9, :15], x)
+    assert not whole[..., 9:, :].any() and not whole[..., 15:].any()
 
 
 def test_too_many_frames_are_refused(fit, tiny_fit) -> None:
@@ -217,7 +217,7 @@ def test_other_sizes_keep_their_groups_and_lose_no_pixel(
     tiny_fit, height: int, width: int, frames: int
 ) -> None:
     fit = Fit(tiny_fit)
-    a = layout_at(tiny_fit, height, width)
+    a = tiny_fit.layout_at(height, width)
     assert (a.num_groups, a.num_latents) == (tiny_fit.layout.num_groups, tiny_fit.layout.num_latents)
     assert a.height_px >= height and a.width_px >= width
     x = torch.randn(1, frames, 3, height, width)
@@ -232,7 +232,7 @@ def test_places_of_another_size_span_the_same_picture(fit, tiny_fit) -> None:
         fit.row.copy_((depth / 3)[:, None].expand_as(fit.row))
         fit.column.copy_(4 * (breadth / 4)[:, None].expand_as(fit.column))
     for height, width in ((24, 32), (12, 16), (16, 12)):
-        a = layout_at(tiny_fit, height, width)
+        a = tiny_fit.layout_at(height, width)
         places = fit._places(a, 1, height, width)[..., 0]
         sums = places.reshape(a.rows, a.columns, a.group_height, a.group_width).permute(0, 2, 1, 3).flatten(2)
         sums = sums.flatten(0, 1)[: height // 4, : width // 4]

@@ -16,13 +16,12 @@ from torch import multiprocessing as mp
 from torch import nn
 from torch.optim import Optimizer
 
+from model.backbones.fit import FitConfig
 from model.condition import Condition, ConditionConfig
 from model.edm import edm_for
 from model.ema import Ema, HalfLife, PowerFunction
-from model.fit_layout import FitConfig
 from model.generator import Generator
-from model.muon import muon, orthogonalized
-from model.optim import Lamb, adamw, cosine_factor, cosine_schedule, lamb, parameter_groups
+from model.optim import Lamb, adamw, cosine_factor, lamb, muon, orthogonalized, parameter_groups
 from model.step import accumulate, draw
 from tests.model.small_model import small_model, train_small
 
@@ -137,18 +136,6 @@ def test_cosine_warms_up_then_falls_to_its_floor() -> None:
     assert factors[60] == pytest.approx(0.55)
     assert factors[110] == factors[119] == pytest.approx(0.1)
     assert all(a >= b for a, b in pairwise(factors[10:]))
-
-
-def test_schedule_scales_the_learning_rate() -> None:
-    model = small_model()
-    optimizer = adamw(model, lr=0.5)
-    schedule = cosine_schedule(optimizer, warmup_steps=2, total_steps=4)
-    seen = []
-    for _ in range(4):
-        seen.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        schedule.step()
-    assert seen == pytest.approx([0.25, 0.5, 0.5, 0.25])
 
 
 def _steps(model: Generator, build: Callable[..., Optimizer]) -> dict[str, torch.Tensor]:

@@ -208,7 +208,7 @@ def test_channels_of_the_small_video_come_after_those_of_the_noisy_one(
 def test_physics_needs_torch_and_nothing_else() -> None:
     """A bare GPU box with torch alone can train: none of the house's other needs is imported."""
     code = (
-        "import sys, model.step, model.sample, model.optim, model.ema, model.dit\n"
+        "import sys, model.step, model.sample, model.optim, model.ema, model.backbones.presets\n"
         "heavy = {'ray', 'transformers', 'diffusers', 'open_clip', 'pyarrow', 'pydantic'}\n"
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
     )

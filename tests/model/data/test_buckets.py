@@ -9,7 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 from infra.errors import ConfigError
-from model.cost.flops import sizes, training_flops
+from model.cost import training_flops
 from model.data.buckets import Bucket, nearest_bucket
 from model.data.shards import open_shards
 from model.edm import sigma_in
@@ -89,8 +89,7 @@ def test_mixed_buckets_train_validate_and_are_counted_at_their_own_cost(mixed: d
     backbone, condition = training.model.backbone_config, training.model.condition_config
 
     def cost(t: int, h: int, w: int) -> int:
-        n = sizes(backbone, condition, prompt_tokens=8, num_frames=t, size_px=(h, w))
-        return sum(training_flops(backbone, condition, n, prompt_tokens=8).values())
+        return training_flops(backbone, condition, prompt_tokens=8, shape=(t, h, w))["total"]
 
     assert cost(1, 12, 16) < cost(2, 12, 16) < cost(4, 12, 16)
     record = Validation(training, read_index(training.config.out)).run()

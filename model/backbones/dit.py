@@ -11,45 +11,42 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
-from model.layers import Attention, FeedForward, as_autocast, init_weights, number_dropouts, resample
+from model.backbones.base import Backbone, BackboneConfig
+from model.condition import NUM_SCALARS
+from model.layers import Attention, FeedForward, as_autocast, init_weights, resample, run_block
 
 
 @dataclass(frozen=True)
-class DitConfig:
+class DitConfig(BackboneConfig):
     """Sizes of a DiT.
 
     Attributes:
-        num_frames, height_px, width_px: of the video (or of its latents); smaller clips in time fit, and
-            other sizes.
-        in_channels, out_channels: 3 for pixels; the upsampler's input also carries the small video.
         patch_px: side of a patch; patches are one frame thick, as FIT's.
         dim, head_dim: width of the patches and of a head.
-        condition_dim: width of the condition tokens.
         num_blocks: transformer blocks.
-        dropout: in the feed-forwards.
-        num_scalars: leading condition tokens that modulate (sigma, frame rate, size).
-        checkpoint: recompute each block in the backward pass.
         qk_norm: RMS-norm queries and keys.
         half_streams: under autocast the residual stream is 16-bit too, not float32.
     """
 
-    num_frames: int = 16
-    height_px: int = 36
-    width_px: int = 64
-    in_channels: int = 3
-    out_channels: int = 3
     patch_px: int = 4
     dim: int = 1152
     head_dim: int = 72
-    condition_dim: int = 768
     num_blocks: int = 28
-    dropout: float = 0.0
-    num_scalars: int = 3
-    checkpoint: bool = False
     qk_norm: bool = False
     half_streams: bool = False
+
+    def build(self) -> "Dit":
+        return Dit(self)
+
+    def tokens(self) -> dict[str, int]:
+        """Patches of a video."""
+        rows, columns = self.grid(self.height_px, self.width_px)
+        return {"patches": self.num_frames * rows * columns}
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """(rows, columns) of patches of a frame."""
+        return math.ceil(height / self.patch_px), math.ceil(width / self.patch_px)
 
 
 class DitBlock(nn.Module):
@@ -62,27 +59,25 @@ class DitBlock(nn.Module):
         self.cross = Attention(
             d, width=d, head_dim=head, context_dim=config.condition_dim, qk_norm=config.qk_norm
         )
-        self.feed_forward = FeedForward(d, dropout=config.dropout)
+        self.feed_forward = FeedForward(d)
         self.table = nn.Parameter(torch.zeros(6, d))
 
-    def forward(
-        self, x: Tensor, modulation: Tensor, tokens: Tensor, mask: Tensor, keys: Tensor | None
-    ) -> Tensor:
+    def forward(self, x: Tensor, modulation: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
         """`b n d` patches, `b 6 d` modulation shared by all blocks, `b k c` tokens, `b 1 1 k` mask."""
         m = modulation + self.table
         x = x + m[:, 2:3] * self.attention(x, modulation=m[:, 0:2])
         x = x + self.cross(x, tokens, mask)
-        return x + m[:, 5:6] * self.feed_forward(x, keys, modulation=m[:, 3:5])
+        return x + m[:, 5:6] * self.feed_forward(x, modulation=m[:, 3:5])
 
 
-class Dit(nn.Module):
-    """The backbone; takes and returns what `model.fit.Fit` does (its `z` is a pass-through)."""
+class Dit(Backbone):
+    """The backbone, without latents and dropout."""
 
     def __init__(self, config: DitConfig) -> None:
         super().__init__()
         self.config = config
         d, p = config.dim, config.patch_px
-        self.rows, self.columns = math.ceil(config.height_px / p), math.ceil(config.width_px / p)
+        self.rows, self.columns = config.grid(config.height_px, config.width_px)
         self.embed = nn.Linear(config.in_channels * p * p, d)
         self.time = nn.Parameter(torch.empty(config.num_frames, d))
         self.row = nn.Parameter(torch.empty(self.rows, d))
@@ -92,7 +87,6 @@ class Dit(nn.Module):
         self.blocks = nn.ModuleList(DitBlock(config) for _ in range(config.num_blocks))
         self.norm = nn.LayerNorm(d, eps=1e-6)
         self.head = nn.Linear(d, config.out_channels * p * p)
-        number_dropouts(self)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -115,28 +109,25 @@ class Dit(nn.Module):
         mask: Tensor,
         z_prev: Tensor | None = None,
         keys: Tensor | None = None,
+        *,
+        latents_only: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """As `model.fit.Fit.forward`; `z_prev` is ignored and an empty `b 0 d` comes back."""
+        """As `Backbone.forward`; `z_prev` is ignored and an empty `b 0 d` comes back."""
         t, height, width = x.shape[1], x.shape[-2], x.shape[-1]
         patches = self.embed(self._cut(x)) + self._places(t, height, width)
         if self.config.half_streams:
             patches = as_autocast(patches)
-        scalars = self.pool(tokens[:, : self.config.num_scalars].mean(dim=1))
+        scalars = self.pool(tokens[:, :NUM_SCALARS].mean(dim=1))
         modulation = self.modulate(F.silu(scalars)).unflatten(-1, (6, -1))
         mask = mask[:, None, None, :]
         for block in self.blocks:
-            if self.config.checkpoint and torch.is_grad_enabled():
-                patches = checkpoint(
-                    block, patches, modulation, tokens, mask, keys,
-                    use_reentrant=False, preserve_rng_state=False,
-                )  # fmt: skip
-            else:
-                patches = block(patches, modulation, tokens, mask, keys)
+            recompute = self.config.checkpoint
+            patches = run_block(block, patches, modulation, tokens, mask, recompute=recompute)
         empty = patches.new_zeros(x.shape[0], *self.z_shape)
         return self._join(self.head(self.norm(patches)), t, height, width), empty
 
     def _places(self, num_frames: int, height: int, width: int) -> Tensor:
-        rows, columns = self._grid(height, width)
+        rows, columns = self.config.grid(height, width)
         row, column = self.row, self.column
         if (rows, columns) != (self.rows, self.columns):
             row = resample(row, rows, self.rows / rows)
@@ -144,22 +135,18 @@ class Dit(nn.Module):
         time = self.time[:num_frames, None, None]
         return (time + row[:, None] + column).flatten(0, 2)
 
-    def _grid(self, height: int, width: int) -> tuple[int, int]:
-        """(rows, columns) of patches of a frame."""
-        return math.ceil(height / self.config.patch_px), math.ceil(width / self.config.patch_px)
-
     def _cut(self, x: Tensor) -> Tensor:
         """`b t c h w` to `b (t rows columns) (c p p)`."""
         b, t, c, h, w = x.shape
         if t > self.config.num_frames:
             raise ValueError(f"video of {t} frames; this model takes up to {self.config.num_frames}")
-        p, (rows, columns) = self.config.patch_px, self._grid(h, w)
+        p, (rows, columns) = self.config.patch_px, self.config.grid(h, w)
         x = F.pad(x, (0, columns * p - w, 0, rows * p - h))
         x = x.view(b, t, c, rows, p, columns, p).permute(0, 1, 3, 5, 2, 4, 6)
         return x.reshape(b, t * rows * columns, c * p * p)
 
     def _join(self, patches: Tensor, num_frames: int, height: int, width: int) -> Tensor:
-        p, c, (rows, columns) = self.config.patch_px, self.config.out_channels, self._grid(height, width)
+        p, c, (rows, columns) = self.config.patch_px, self.config.out_channels, self.config.grid(height, width)
         x = patches.view(-1, num_frames, rows, columns, c, p, p)
         x = x.permute(0, 1, 4, 2, 5, 3, 6).reshape(-1, num_frames, c, rows * p, columns * p)
         return x[..., :height, :width]

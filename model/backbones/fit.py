@@ -15,14 +15,130 @@ are the published ones.
 """
 
 import math
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
-from model.fit_layout import FitConfig, Layout, layout_at
-from model.layers import Attention, FeedForward, as_autocast, init_weights, number_dropouts, resample
+from model.backbones.base import Backbone, BackboneConfig
+from model.layers import (
+    Attention,
+    FeedForward,
+    as_autocast,
+    init_weights,
+    number_dropouts,
+    resample,
+    run_block,
+)
+
+
+@dataclass(frozen=True)
+class FitConfig(BackboneConfig):
+    """Sizes of a FIT; the defaults are Snap Video's 500M (table 8).
+
+    Attributes:
+        patch_px: side of a patch; patches are one frame thick.
+        group_height, group_width: target size of a group in patches; see `layout`.
+        patch_dim, patch_head_dim: width of the patches, and of a head when latents meet patches.
+        num_latents, latent_dim, latent_head_dim: the latents of all groups together; the number is
+            rounded up to whole groups.
+        num_blocks, layers_per_block: 6 blocks of 4 global layers.
+        dropout: in the latents' feed-forwards.
+        qk_norm: RMS-norm queries and keys (not in Snap Video).
+        half_streams: under autocast the residual streams are 16-bit too, not float32.
+    """
+
+    patch_px: int = 4
+    group_height: int = 5
+    group_width: int = 4
+    patch_dim: int = 768
+    patch_head_dim: int = 48
+    num_latents: int = 512
+    latent_dim: int = 1024
+    latent_head_dim: int = 64
+    num_blocks: int = 6
+    layers_per_block: int = 4
+    dropout: float = 0.1
+    qk_norm: bool = False
+    half_streams: bool = False
+
+    def build(self) -> "Fit":
+        return Fit(self)
+
+    def tokens(self) -> dict[str, int]:
+        """Patches and latents of a video, together and in each group."""
+        a = self.layout
+        per_group = self.num_frames * a.patches_per_frame
+        return {
+            "patches": a.num_groups * per_group,
+            "latents": a.num_latents,
+            "groups": a.num_groups,
+            "patches per group": per_group,
+            "latents per group": a.latents_per_group,
+        }
+
+    @property
+    def layout(self) -> "Layout":
+        """The number of groups nearest to the target size, the frame padded to whole groups.
+
+        The rule gives table 8: 36 x 64 pixels become 40 x 64 in 2 x 4 groups of 5 x 4 patches, and
+        288 x 512 become 4 x 8 groups of 18 x 16. Latents are rounded up to the same number in each group.
+        """
+        high, wide = math.ceil(self.height_px / self.patch_px), math.ceil(self.width_px / self.patch_px)
+        rows = max(1, round(high / self.group_height))
+        columns = max(1, round(wide / self.group_width))
+        return Layout(
+            rows=rows,
+            columns=columns,
+            group_height=math.ceil(high / rows),
+            group_width=math.ceil(wide / columns),
+            patch_px=self.patch_px,
+            latents_per_group=math.ceil(self.num_latents / (rows * columns)),
+        )
+
+    def layout_at(self, height_px: int, width_px: int) -> "Layout":
+        """The same groups for a video of another size, smaller or larger: each keeps its latents."""
+        a = self.layout
+        if (height_px, width_px) == (self.height_px, self.width_px):
+            return a
+        high, wide = math.ceil(height_px / self.patch_px), math.ceil(width_px / self.patch_px)
+        return replace(a, group_height=math.ceil(high / a.rows), group_width=math.ceil(wide / a.columns))
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a frame is cut into groups of patches that share latents; sizes are in patches."""
+
+    rows: int
+    columns: int
+    group_height: int
+    group_width: int
+    patch_px: int
+    latents_per_group: int
+
+    @property
+    def height_px(self) -> int:
+        """Of the padded frame."""
+        return self.rows * self.group_height * self.patch_px
+
+    @property
+    def width_px(self) -> int:
+        """Of the padded frame."""
+        return self.columns * self.group_width * self.patch_px
+
+    @property
+    def num_groups(self) -> int:
+        return self.rows * self.columns
+
+    @property
+    def num_latents(self) -> int:
+        return self.num_groups * self.latents_per_group
+
+    @property
+    def patches_per_frame(self) -> int:
+        """In each group."""
+        return self.group_height * self.group_width
 
 
 class FitBlock(nn.Module):
@@ -76,7 +192,7 @@ class FitBlock(nn.Module):
         return x + self.write_ff(x), z
 
 
-class Fit(nn.Module):
+class Fit(Backbone):
     """The backbone: noisy video and condition tokens to the network's answer and its latents."""
 
     def __init__(self, config: FitConfig) -> None:
@@ -115,42 +231,13 @@ class Fit(nn.Module):
         mask: Tensor,
         z_prev: Tensor | None = None,
         keys: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """One evaluation.
-
-        Args:
-            x: `b t c h w` scaled noisy video, t up to `num_frames`; h and w are the config's, or those of
-                another bucket (`layout_at`).
-            tokens: `b k condition_dim` condition tokens.
-            mask: `b k` bool, True where the token is real.
-            z_prev: `b (g m) latent_dim` latents of an earlier evaluation; None equals zeros.
-            keys: `b` int64 dropout keys; None switches dropout off.
-
-        Returns:
-            `b t out_channels h w` answer F, and the latents after the last block.
-        """
-        a = layout_at(self.config, x.shape[-2], x.shape[-1])
-        patches, z = self._run(x, a, tokens, mask, z_prev, keys, write_last=True)
-        return self._join(self.head(self.norm(patches)), a, x.shape[1], x.shape[-2], x.shape[-1]), z
-
-    def think(self, x: Tensor, tokens: Tensor, mask: Tensor, keys: Tensor | None = None) -> Tensor:
-        """`b (g m) latent_dim` latents alone: `forward` without what only its answer needs."""
-        a = layout_at(self.config, x.shape[-2], x.shape[-1])
-        return self._run(x, a, tokens, mask, None, keys, write_last=False)[1]
-
-    def _run(
-        self,
-        x: Tensor,
-        a: Layout,
-        tokens: Tensor,
-        mask: Tensor,
-        z_prev: Tensor | None,
-        keys: Tensor | None,
         *,
-        write_last: bool,
+        latents_only: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """Patches and latents after the last block."""
-        patches = self.embed(self._cut(x, a)) + self._places(a, x.shape[1], x.shape[-2], x.shape[-1])
+        """As `Backbone.forward`; `latents_only` leaves out what only the answer needs."""
+        num_frames, (height, width) = x.shape[1], x.shape[-2:]
+        a = self.config.layout_at(height, width)
+        patches = self.embed(self._cut(x, a)) + self._places(a, num_frames, height, width)
         z = self.latents.repeat(x.shape[0], 1, 1)
         if z_prev is not None:
             z = z + self.self_condition(z_prev)
@@ -158,15 +245,12 @@ class Fit(nn.Module):
             patches, z = as_autocast(patches), as_autocast(z)
         mask = mask[:, None, None, :]
         for number, block in enumerate(self.blocks):
-            write = write_last or number < len(self.blocks) - 1
-            if self.config.checkpoint and torch.is_grad_enabled():
-                patches, z = checkpoint(
-                    block, patches, z, tokens, mask, keys, write,
-                    use_reentrant=False, preserve_rng_state=False,
-                )  # fmt: skip
-            else:
-                patches, z = block(patches, z, tokens, mask, keys, write)
-        return patches, z
+            write = not latents_only or number < len(self.blocks) - 1
+            recompute = self.config.checkpoint
+            patches, z = run_block(block, patches, z, tokens, mask, keys, write, recompute=recompute)
+        if latents_only:
+            return x.new_zeros(0), z
+        return self._join(self.head(self.norm(patches)), a, num_frames, height, width), z
 
     def _places(self, a: Layout, num_frames: int, height: int, width: int) -> Tensor:
         """`g (t gh gw) d` learned positions, one table an axis, so that the upsampler keeps its size."""
@@ -189,14 +273,9 @@ class Fit(nn.Module):
             raise ValueError(f"video of {t} frames; this model takes up to {self.config.num_frames}")
         p = self.config.patch_px
         if (a.height_px, a.width_px) != (h, w):
-            x = self._pad(x, a)
+            x = F.pad(x, (0, a.width_px - w, 0, a.height_px - h))
         x = x.reshape(b, t, c, a.rows, a.group_height, p, a.columns, a.group_width, p)
         return x.permute(0, 3, 6, 1, 4, 7, 2, 5, 8).reshape(b, a.num_groups, t * a.patches_per_frame, c * p * p)
-
-    def _pad(self, x: Tensor, a: Layout) -> Tensor:
-        amount = (0, a.width_px - x.shape[-1], 0, a.height_px - x.shape[-2])
-        mode = "replicate" if self.config.padding == "edge" else "constant"
-        return F.pad(x.flatten(0, 1), amount, mode).unflatten(0, x.shape[:2])
 
     def _join(self, patches: Tensor, a: Layout, num_frames: int, height: int, width: int) -> Tensor:
         """`b g (t gh gw) (c p p)` back to `b t c h w`, the padding cut away."""
