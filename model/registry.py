@@ -18,7 +18,7 @@ def named(table: Mapping[str, T], name: str) -> T:
     if name in table:
         return table[name]
     if ":" not in name:
-        raise ValueError(f"no {name!r}; there are {', '.join(table)}, or package.module:name of your own")
+        raise ValueError(f"{name!r}; legal: {', '.join(table)}, or package.module:name of your own")
     try:
         return resolve_name(name)
     except (ImportError, AttributeError, ValueError) as error:
