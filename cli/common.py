@@ -1,4 +1,4 @@
-"""What every command shares: its options, how it ends, and what it says when it is done.
+"""Shared parts of the commands: options, error handling, the summary at the end.
 
 A command is a function from its words to config fields, declared with the job that it runs:
 

@@ -1,4 +1,4 @@
-"""`vimi-data encode`: the job is of the data side, the encoders are the trainer's; here they meet.
+"""`vimi-data encode`: gives the pipeline's job the trainer's encoders.
 
 The two floors don't know each other: this file hands the job a factory that a worker calls once.
 """

@@ -1,4 +1,4 @@
-"""Whose output a folder is: claimed by (job, config, inputs) at the first start, recognised at the next.
+"""Claims an output folder for (job, config, inputs), and recognises it at the next start.
 
 The same command finds its own folder and continues; another config or input is refused with the fields
 that differ, so that no output is ever half one thing and half another.

@@ -1,4 +1,4 @@
-"""The Ray session: local by default, a cluster when asked, never a stranger's.
+"""Starts or joins the Ray session: local by default, a cluster when asked.
 
 Ray puts the driver's current directory first on its workers' import path, so a user's own `model/` or
 `pipeline/` folder there would shadow ours (tried: it does). The session therefore starts with a

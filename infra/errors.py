@@ -1,4 +1,4 @@
-"""Every error that is raised on purpose, and the exit code of each.
+"""Exceptions of vimi and their exit codes.
 
     VimiError
     ├── ConfigError      the command or its config is wrong: refused before anything starts, exit code 2

@@ -1,4 +1,4 @@
-"""The fields of a config class under their dotted names: the reference page and error messages ask for them."""
+"""Lists the fields of a config class under dotted names, with types, defaults and docstrings."""
 
 import difflib
 import types

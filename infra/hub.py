@@ -1,4 +1,4 @@
-"""Files of the model hub: from its local cache, else the network, else refused within seconds."""
+"""Downloads files of the Hugging Face hub: from the local cache, else the network, else an error in seconds."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""Decode pictures that strangers made, safely: bytes -> an upright RGB picture, or a PictureError.
+"""Decodes untrusted pictures safely: bytes -> an upright RGB picture, or a PictureError.
 
 Formats are a closed list, the size is judged by the header before anything is decoded (decompression
 bombs), the EXIF orientation is applied, and whatever a decoder raises on hostile bytes is one exception.

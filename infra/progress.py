@@ -1,4 +1,4 @@
-"""Prints progress for a person: done / total, rate, ETA, and what went wrong so far."""
+"""Prints progress: done / total, rate, ETA, failures."""
 
 import sys
 import time

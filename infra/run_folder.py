@@ -1,4 +1,4 @@
-"""The folder of a training run: every path below it, and the names of the numbers in its records.
+"""Paths of a training run's folder, and the names of the metrics in its records.
 
 config.yaml job.json certificate.json   as every job writes them
 index.parquet                           where the shards' rows are

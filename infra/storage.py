@@ -1,4 +1,4 @@
-"""One door to bytes: a local path or a pyarrow URI (`s3://`, `gs://`, `file://`), the same calls.
+"""Reads and writes files at local paths or pyarrow URIs (`s3://`, `gs://`, `file://`) by the same calls.
 
 A write is whole or absent: local files are written beside their name and renamed, object stores put
 atomically. `Certificate` is the JSON that says that a job's output is whole; it is written last.

@@ -1,4 +1,4 @@
-"""From an encoded prompt to the tokens that the generator's latents read.
+"""Condition embedder: encoded prompt, time, frame rate and size -> tokens that the generator attends to.
 
     Segment, Prompt               what the user says: ordered text and pictures, each with a role
     EncodedPrompt, EncodedBatch   the same as tokens of a frozen encoder (model/prompt makes them)

@@ -1,4 +1,4 @@
-"""What a generator costs: parameters, FLOPs and activation memory, counted on a network without memory.
+"""Parameters, FLOPs and activation memory of a generator, counted on the meta device.
 
 Two FLOPs per multiply-add of matrix products and of attention, by torch's counter; elementwise work is
 not counted. Activations are the tensors that autograd saves, and attention is assumed to be fused (flash or

@@ -1,4 +1,4 @@
-"""Snap Video's EDM: diffusion with the signal scaled down by sigma_in, one equation per function.
+"""EDM diffusion as Snap Video changes it (signal scaled by 1 / sigma_in), one equation per function.
 
 Averaging a block of T frames of s x s pixels cuts the variance of the noise by T s^2, so a large
 video leaks its signal through the noise. Dividing the signal by sigma_in = s sqrt(T) restores the

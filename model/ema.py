@@ -1,4 +1,4 @@
-"""Moving averages of the weights: by half-life (Snap Video), and by power function (EDM2).
+"""Exponential moving averages of the weights: by half-life (Snap Video), and by power function (EDM2).
 
     HalfLife       weights = 0.5^(samples / half_life) weights + ...; 6,000 steps in Snap Video
     PowerFunction  the average over the past t with density ~ tau^gamma; its width is a share

@@ -1,4 +1,4 @@
-"""Guidance: combine estimates made with and without parts of the condition. Pure functions.
+"""Classifier-free guidance over parts of the condition, with rescaling and intervals. Pure functions.
 
 All of them combine denoised videos D with weights that sum to 1. D is affine in the network's
 answer, in the noise and in the score, so the same weights guide any of those.

@@ -1,4 +1,4 @@
-"""Latent space: any diffusers autoencoder, frozen, between pixels and what the generator sees.
+"""Latents of any frozen diffusers autoencoder: encode, decode, normalise.
 
     pixels b t c h w in [-1, 1]  --encode-->  latents b t' c' h' w', about unit variance  --decode-->  pixels
 

@@ -1,4 +1,4 @@
-"""The two layers that every backbone here is made of: attention and feed-forward, both pre-normed.
+"""Pre-normed attention and feed-forward layers, of which every backbone is made.
 
 No mask tricks, no graph breaks: `torch.compile` takes each block whole, and SDPA picks the flash or
 the memory-efficient kernel. No biases beside those of the norms. Dropout is a function of (sample

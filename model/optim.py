@@ -1,4 +1,4 @@
-"""Optimizers by name, and the learning rate's schedule: LAMB as Snap Video, AdamW as everyone, Muon.
+"""Optimizers by name (LAMB as Snap Video, AdamW, Muon) and the learning rate's schedule.
 
 All work on plain tensors and on the sharded parameters of FSDP2 (`DTensor`): arithmetic is done on
 each rank's own shard; LAMB's norms cross ranks, in one all-reduce a step, and Muon's matrices.

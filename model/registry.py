@@ -1,4 +1,4 @@
-"""What a config chooses by name: ours from a table, a user's own by its import path."""
+"""Looks up an object by its name in a table, or a user's own by its import path."""
 
 from collections.abc import Mapping
 from pkgutil import resolve_name

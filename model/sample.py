@@ -1,4 +1,4 @@
-"""From noise to video: EDM's deterministic second-order sampler, guidance, and the cascade.
+"""Samplers: EDM's deterministic second-order (Heun), with guidance and the cascade.
 
 Nothing here knows prompts or files. `sample_ode` takes any closure that denoises; `Denoiser` makes
 one of a generator, its conditions and a guidance; `upsample` runs the second stage of the cascade.

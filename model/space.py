@@ -1,4 +1,4 @@
-"""Where the generator works: in pixels, or in the latents of an autoencoder. Shapes and sigma_in follow.
+"""Pixel or latent space of the generator: its shapes, strides and sigma_in.
 
 A `Space` is the shape of the way between the two, measured once and kept with every checkpoint, so that
 a network can be built without loading the autoencoder.

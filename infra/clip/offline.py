@@ -1,4 +1,4 @@
-"""The CLIP that needs no hub: ConSE over two PyPI wheels, put together as an open_clip model.
+"""A CLIP that needs no download: ConSE over two PyPI wheels, as an open_clip model.
 
 Norouzi et al. 2014 (arXiv 1312.5650), "Zero-Shot Learning by Convex Combination of Semantic
 Embeddings": the vector of a picture is the mean of the class names' text vectors, weighted by what a

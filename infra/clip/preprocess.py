@@ -1,4 +1,4 @@
-"""Pictures -> uint8 pixels of the model's size -> normalised floats; equal to open_clip's transform.
+"""CLIP preprocessing: resize, crop, normalise; equal to open_clip's transform.
 
 The geometry (resize, crop, mode) *is* open_clip's own; only the last two steps (to float, normalise)
 are done here for a whole batch at once. Between the two lies a uint8 array, a quarter of the bytes of

@@ -1,4 +1,4 @@
-"""What a backbone is: a config that builds it, and a network that answers for one noisy video.
+"""The backbone interface: a config that builds the network, and the network that denoises one video.
 
 A new backbone is one file: a `BackboneConfig` that builds a `Backbone`. It is chosen by a name of
 `model.backbones.presets`, or from outside by the import path of its config, `package.module:CONFIG`.

@@ -1,4 +1,4 @@
-"""A plain video DiT of the same interface as FIT: the baseline that everyone else trains.
+"""Video DiT with adaLN-Zero, of the same interface as FIT: the baseline.
 
 Every patch attends to every patch of every frame, reads the condition tokens by cross-attention
 (PixArt, 2310.00426) and is modulated by sigma, frame rate and size through adaLN-zero with one

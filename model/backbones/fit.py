@@ -1,4 +1,4 @@
-"""FIT as Snap Video builds it (2402.14797, table 8): few latents think, many patches listen.
+"""FIT backbone as Snap Video builds it (2402.14797, table 8): latents read patches, attend, write back.
 
     z <- z + XAttn(z, condition) + FF        1. latents read the condition tokens
     z <- z + XAttn(z, patches of group) + FF 2. ... and the patches of their own group

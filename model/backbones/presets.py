@@ -1,4 +1,4 @@
-"""Backbones by name: the published sizes, and small ones for laptops and tests."""
+"""Backbone presets by name: the published sizes, and small ones for laptops and tests."""
 
 from dataclasses import replace
 from typing import Any

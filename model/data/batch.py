@@ -1,4 +1,4 @@
-"""Samples and batches, and the contract of the shards: the only reader of `pipeline.schema` in `model`.
+"""Samples, batches and their collation; the only reader of `pipeline.schema` in `model`.
 
 The rest of `model` takes roles, tasks and kinds of targets from here. Frames stay uint8 until they are on the
 device: a quarter of the bytes to move.

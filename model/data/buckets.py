@@ -1,4 +1,4 @@
-"""Which micro-batches a row belongs to: by medium, shape, size and length; trained on or kept back."""
+"""Assigns rows to buckets by medium, aspect ratio, size and length, and splits off the validation rows."""
 
 import hashlib
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""What is made of a row of prompts before a network sees it: variants of its prompt, and its target.
+"""Config of the inputs (shards, buckets, encoder, dropout), and every variant of a prompt they can draw.
 
 Training draws, for each sample, how many documents stay and which kinds of condition are left out
 (`model.training.build.Conditioner`); `variants` names all that can be drawn, so that `vimi-data encode` can

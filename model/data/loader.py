@@ -1,4 +1,4 @@
-"""Row groups -> batches, from any position, on any number of ranks; read and decoded ahead in threads.
+"""Data loader: row groups -> batches, from any position, on any number of ranks, read ahead in threads.
 
     RowGroups    row groups in memory: read once for all threads, the least recently used leaves first
     Loader       micro-batches of a rank

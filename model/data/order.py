@@ -1,4 +1,4 @@
-"""The order of training samples: a pure function of (seed, position), nothing to save but one integer.
+"""Deterministic shuffling and mixing of training samples: a pure function of (seed, position).
 
     permute(i, n, key)      a keyed permutation of range(n), computed for one index (Feistel network
                             with cycle walking: Black and Rogaway 2002), so a seek costs the same anywhere

@@ -1,4 +1,4 @@
-"""What a position means: position -> row, pure arithmetic over the index of the shards.
+"""Maps a sample's position to its row: the mixture of buckets and tasks, and the order within each.
 
     position -> micro-batch -> bucket (Mixture) -> task (Mixture) -> row group and row (Order)
 

@@ -1,4 +1,4 @@
-"""A row of PROMPTS -> Sample: its target decoded, spread over the clip and fitted to the bucket.
+"""Decodes a row of PROMPTS into a Sample: frames spread over the clip, resized and cropped to the bucket.
 
 Targets come as raw frames (`frames`), as mp4 bytes (`video`) or as a range of a local file (`reference`).
 """

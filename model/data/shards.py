@@ -1,4 +1,4 @@
-"""A certified folder of prompt shards, as the trainer sees it: row groups, and what each one holds.
+"""Opens certified prompt shards for training: their row groups, and the rows of each bucket and task.
 
 open_shards(uri)   its row groups, from the sidecar meta.parquet: no shard is opened but the first
 index_shards(...)  rows of each stream (bucket x task) in each row group: four small columns, read once

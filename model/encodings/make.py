@@ -1,4 +1,4 @@
-"""Rows of prompts -> rows of encodings, as a worker of `vimi-data encode` makes them; whom they serve.
+"""Encodes rows of prompts for `vimi-data encode`, and checks that encodings serve a training's config.
 
 Each prompt in all variants that training can draw, through the frozen prompt encoder; each target, if the
 generator works in latents, through the frozen autoencoder. A row that can't be encoded keeps its place, with

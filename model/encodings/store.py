@@ -1,4 +1,4 @@
-"""A certified folder of encodings, and the prompt encoder that reads them instead of computing.
+"""Stored encodings: reads tokens and latents that `vimi-data encode` made, instead of computing them.
 
 Every variant of a prompt is named by the hash of the encoder and of the prompt's own text and pictures, a
 latent by the autoencoder, the target's bytes and the bucket: what is found belongs to what was asked for, or

@@ -1,4 +1,4 @@
-"""`clip`: text tokens and picture patches of a CLIP, interleaved as the prompt is.
+"""CLIP prompt encoder: text tokens and picture patches, in the order of the prompt's segments.
 
 Each text and each picture is encoded by itself: unlike a language model's, these tokens have not seen
 their neighbours; the generator's attention has to relate them.

@@ -1,4 +1,4 @@
-"""Which prompt encoder: a frozen multimodal language model, as VIMI, or a CLIP."""
+"""Config of the prompt encoder: a frozen multimodal language model, as VIMI, or a CLIP."""
 
 from typing import Literal
 

@@ -1,4 +1,4 @@
-"""What every prompt encoder gives: tokens with the role and the segment that each belongs to.
+"""The prompt encoder interface: prompts -> tokens, each with its role and segment; loading and caching.
 
     load_prompt_encoder(config)    the frozen encoder that a config names
     RememberingEncoder             keeps the last prompts' tokens in memory, by content

@@ -1,4 +1,4 @@
-"""A prompt in a model's own chat template, and which characters of it belong to which segment.
+"""Renders a prompt by a model's chat template and maps its tokens back to the prompt's segments.
 
 The template is rendered with a marker in the place of each text, and the texts are put in afterwards:
 so their characters are known exactly, whatever the template does, and a caption can't write template

@@ -1,4 +1,4 @@
-"""`mllm`: hidden states of a frozen image-text-to-text model of transformers, as in VIMI's figures.
+"""MLLM prompt encoder: hidden states of a frozen image-text-to-text model of transformers.
 
     prompt -> its chat template (layout.py) -> the processor -> the language model -> states of one layer
 

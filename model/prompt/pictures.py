@@ -1,4 +1,4 @@
-"""Pictures of a prompt: encoded bytes -> PIL for the encoders, -> reference tensors for `plus` mode.
+"""Decodes a prompt's pictures: for the encoders, and as reference tensors for `plus` mode.
 
 A picture that can't be decoded refuses its prompt: a DataError, at the boundary of the row.
 """

@@ -1,4 +1,4 @@
-"""Which part of a prompt is encoded: the number of documents, condition dropout, a limit on tokens.
+"""Selects what of a prompt is encoded: number of documents, condition dropout, the limit on tokens.
 
 All three cut the *prompt*, before it is encoded: the later states of a language model have seen the
 earlier segments, so hiding their tokens afterwards would not hide what they said.

@@ -1,4 +1,4 @@
-"""Videos as files: mp4 by PyAV, a contact sheet as PNG. The same frames give the same bytes."""
+"""Writes videos as mp4 (PyAV) and contact sheets as PNG; the same frames give the same bytes."""
 
 import hashlib
 import io

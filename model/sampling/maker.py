@@ -1,4 +1,4 @@
-"""A generator with what stands before and behind it: prompt encoder, guidance, autoencoder.
+"""Sampling pipeline of one checkpoint: prompt encoder, generator with guidance, autoencoder.
 
 film(request)            noise -> `t c h w` pixels, through the autoencoder's decoder in latent space
 enlarge(video, request)  the cascade's second stage

@@ -1,4 +1,4 @@
-"""What a user asks for: the command line, a JSONL file, or rows of prompt shards -> SampleRequest.
+"""Reads sample requests from the command line, a JSONL file, or rows of prompt shards.
 
 "A <image> is playing in a <image>" + [dog.png, background:yard.jpg]
 {"prompt": "A <image> runs.", "images": ["dog.png"]}

@@ -1,4 +1,4 @@
-"""What a run is made of, from its config: network, prompts' and targets' way into it, order of samples."""
+"""Builds network, conditioning, targets and data plan of a run from its config."""
 
 from collections.abc import Sequence
 from dataclasses import replace

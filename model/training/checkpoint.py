@@ -1,4 +1,4 @@
-"""State <-> folder: sharded, written in the background, committed last, read by any number of ranks.
+"""Checkpoints: sharded, written in the background, committed last, read by any number of ranks.
 
     run/checkpoints/samples-000000001600/
         __0_0.distcp ... .metadata    tensors, by torch.distributed.checkpoint

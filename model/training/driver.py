@@ -1,4 +1,4 @@
-"""Stage 1 and stage 2 under Ray Train: read it aloud.
+"""Runs stage 1 or stage 2 under Ray Train: preflight, workers, supervision, certificate.
 
     run(config)   the driver: preflight, claim, Ray, one TorchTrainer, certificate
     train(words)  one worker: open or resume, then learn

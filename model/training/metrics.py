@@ -1,4 +1,4 @@
-"""The numbers of a run: where a step's time goes, metrics.jsonl, and the trackers that hear of them too.
+"""Metrics of a run: step timings, metrics.jsonl, and trackers.
 
     Tracker.write(position, numbers)   the numbers of one record
     Tracker.show(position, pictures)   contact sheets of sampled videos, by title

@@ -1,4 +1,4 @@
-"""What is said of a run while it trains: its records, and in the driver a line for each of them.
+"""Reports a running training: records from the workers, a printed line for each in the driver.
 
 Reporter    the records of a rank: loss, speed, time, validation, sampled videos; final.json
 RunPrinter  the driver's window on the run's folder, which is what both machines can see

@@ -1,4 +1,4 @@
-"""All of a training run that a checkpoint holds, as one flat dictionary of named tensors, and the way back.
+"""State of a training run as one flat dictionary of named tensors, and its restoration.
 
     model.<parameter>  optim.<parameter>.<moment>  ema.<average>.<parameter>  rng
 

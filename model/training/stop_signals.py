@@ -1,4 +1,4 @@
-"""Why a run saves before its time, or saves and leaves: told in the driver, heard in the workers.
+"""Stop signals: save now, or save and leave (SIGTERM, time limit, file), from the driver to the workers.
 
 run/stop    written by the driver at Ctrl-C or SIGTERM, or by anyone: save and leave
 SIGTERM     to a worker itself, as when its pod is evicted: save and leave

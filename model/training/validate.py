@@ -1,4 +1,4 @@
-"""What the loop looks at while it trains: a loss that can be read, and sampled videos that can be compared.
+"""Validation loss by noise level, and sampled previews, while training.
 
     Validation  the same rows, noise levels and noise every time: sigma quantile x retrieval on/off x medium
     Preview     the same few prompts and noise every time, laid out as by `vimi-train sample`

@@ -1,4 +1,4 @@
-"""Why a clip that works is left out all the same: too short, too small, static, no caption, ..."""
+"""Filters clips: too short, too small, static, no caption, ..."""
 
 from collections.abc import Callable
 from functools import lru_cache

@@ -1,4 +1,4 @@
-"""Where a video is cut: at the times that the corpus gives, or where its shots change."""
+"""Shot detection: cuts a video at the corpus's times, or where its shots change."""
 
 from collections.abc import Iterator
 from functools import lru_cache

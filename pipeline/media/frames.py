@@ -1,4 +1,4 @@
-"""Look into a video and take frames out of it: probe, plan, decode. Pure: bytes in, arrays out.
+"""Probes videos and decodes frames. Pure: bytes in, arrays out.
 
 Times are seconds from the first frame of the video stream. The frame at time t is the one on screen at
 t: the last whose presentation time is not after t (the first frame for t < 0, the last past the end).

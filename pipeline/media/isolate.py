@@ -1,4 +1,4 @@
-"""Run a function in a process that may hang, crash or run out of memory, and lose one row by it.
+"""Runs a function in a child process that may hang, crash or run out of memory.
 
 The process is a fresh interpreter (never a fork of a Ray worker, whose threads would not survive one),
 kept for the next call. It arms a timer of the kernel's before each call: a decoder that hangs in C is

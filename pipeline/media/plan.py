@@ -1,4 +1,4 @@
-"""Which packets must be decoded to get a few frames: looked up in the container, never guessed.
+"""Plans which packets must be decoded to get a few frames, from the container's index.
 
 The wanted times are sorted into groups of pictures by the container's index of key frames. Each group is
 demuxed (not decoded) from its key frame until decoding times pass the last wanted time: the decoding time

@@ -1,4 +1,4 @@
-"""Where a clip's bytes lie, and how to get them: files, rows of Parquet, members of tar archives.
+"""Reads a clip's bytes from where they lie: files, rows of Parquet, members of tar archives.
 
 A `local_uri` is a path, an object-store URI, or one of those with a fragment that names a piece:
 

@@ -1,4 +1,4 @@
-"""The one committer: staged files -> LanceDB, in unit order, each group one atomic commit.
+"""Commits staged files to LanceDB, in unit order, each group atomically.
 
 Killed between a commit and its ledger entry, the same command commits that group again: the ids are
 content hashes and the upsert leaves rows that are there, so nothing is doubled and nothing is lost.

@@ -1,4 +1,4 @@
-"""What servers say: status codes, validators and ranges, robots.txt (RFC 9309), opt-outs from training."""
+"""Interprets HTTP answers: status codes, validators, ranges, robots.txt (RFC 9309), opt-outs from training."""
 
 import re
 import time

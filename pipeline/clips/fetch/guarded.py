@@ -1,4 +1,4 @@
-"""HTTP to public addresses only: a name is resolved once, checked, and that very address is connected to.
+"""HTTP to public addresses only (SSRF guard): resolve once, check, connect to that very address.
 
 A crawler that follows other people's links must not be led to `localhost`, to a cloud's metadata service
 or into the intranet: not by a link, not by a redirect, not by a name that resolves differently the second

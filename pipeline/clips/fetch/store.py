@@ -1,4 +1,4 @@
-"""Fetched bytes on disk, by content; and what is known of each address, for the next crawl.
+"""Content-addressed store of fetched bytes, and what is known of each address for the next crawl.
 
 media/ab/abcdef....mp4      the bytes, named by their sha256
 media/urls/12/12ab....json  address -> sha256, size, ETag, Last-Modified

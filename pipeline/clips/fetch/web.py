@@ -1,4 +1,4 @@
-"""The web, politely: a rate limit for each host, robots.txt read once a site, every hop of a redirect checked.
+"""Polite HTTP fetching: rate limits by host, robots.txt read once a site, every redirect checked.
 
 Reached are public addresses only (pipeline/clips/fetch/guarded.py).
 """

@@ -1,4 +1,4 @@
-"""What every reader of a corpus yields: parents, each with the clips that the corpus lists in it."""
+"""The corpus reader interface: yields parents, each with the clips that the corpus lists in it."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""Web pages: the videos and pictures that they show, with the words that stand beside them.
+"""Finds videos and pictures in web pages, with the words beside them.
 
 `<video>`, `<source>`, `og:video`; pictures with their alt texts or figure captions; links of the same
 site, to a given depth. What was found is written down once, so that a stopped crawl continues with it.

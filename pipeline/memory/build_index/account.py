@@ -1,4 +1,4 @@
-"""What a build proves: every clip accounted for, one model, not too many failures."""
+"""Checks a build's account: every clip in or out by reason, one model, not too many failures."""
 
 from collections import Counter
 from typing import Any

@@ -1,4 +1,4 @@
-"""How one worker keeps its cores and its model busy: decoding and forwards in one queue of threads.
+"""Overlaps decoding and CLIP forwards within one embedding worker.
 
 On CPUs a batch is not split over the cores; each core takes a batch of its own. Decoding goes to the same
 threads, so no core waits for another and none is asked to do two things at once. On a GPU the model has

@@ -1,4 +1,4 @@
-"""What answers a retriever: arrays in memory, exactly, or LanceDB's own indexes for memories beyond them.
+"""Search backends of the retrievers: exact over arrays in memory, or LanceDB's indexes.
 
 LanceDB answers one full-text query at a time and has no hybrid batches; arrays answer whole batches.
 """

@@ -1,4 +1,4 @@
-"""What `vimi-data augment` may be told."""
+"""Config of `vimi-data augment`."""
 
 from typing import Any, Literal
 
