@@ -28,18 +28,18 @@ lint: $(READY) ## ruff, pyright, import floors, links of the docs
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest -q --no-header --durations=0 tests/cli/test_docs.py
+	$(BIN)/python -m pytest -q --no-header --durations=0 tests/cli/test_docs.py -p no:xdist
 
 docs: $(READY) ## write docs/config.md, the reference of all config fields, from their docstrings
 	@$(BIN)/python -m cli.reference
 
 test: lint ## lint, then every test that is not slow
 	@echo "Every test that is not slow; the slow ones too: make test-all"
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" $(ARGS)
 
 test-all: lint ## also the slow ones: kill sweeps, learning, long laws
 	@echo "Every test, the slow ones too: this takes long"
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 bench: $(READY) ## the benchmarks of tests/bench, one after the other, as tables; some ask for arguments
 	@for file in tests/bench/bench_*.py; do echo "== $$file"; $(BIN)/python $$file || echo "not run: $$?"; done

@@ -13,10 +13,12 @@ import functools
 import importlib
 import inspect
 import shlex
+import shutil
 import string
 import sys
+import textwrap
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -24,7 +26,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 from typer.core import TyperCommand
 
-from cli.reference import section
+from infra.cluster import CHECKOUT
 from infra.config import Config
 from infra.errors import ConfigError, VimiError
 from infra.progress import span
@@ -43,6 +45,8 @@ _DRY_RUN = Annotated[
     bool, typer.Option("--dry-run", help="Print the resolved config and the plan; start nothing.")
 ]
 
+PAGE = CHECKOUT / "docs" / "config.md"
+"""Every field of every command; `make docs` writes it (cli/reference.py)."""
 EXIT_CONFIG, EXIT_FAILED, EXIT_STOPPED = 2, 1, 130
 OPTIONAL = {
     "wandb": "cure: pip install wandb, or leave the default logger tensorboard",
@@ -120,7 +124,7 @@ class _WithFields(TyperCommand):
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         super().format_help(ctx, formatter)
-        print(section(ctx.command_path))
+        print(fields_help(ctx.command_path))
 
 
 def execute(job: Job, *, path: Path | None, overrides: list[str] | None, dry_run: bool, fields: Fields) -> None:
@@ -211,3 +215,35 @@ def shorten(uri: str) -> str:
     """Relative to the current folder when it lies below it."""
     here, place = str(Path.cwd()), absolute(uri)
     return place[len(here) + 1 :] if place.startswith(here + "/") else place
+
+
+def fields_help(command: str, page: Path = PAGE) -> str:
+    """What the page says of a command's fields, for a terminal."""
+    if not page.exists():
+        return f"Fields of the config: `make docs` writes {page}"
+    width = min(shutil.get_terminal_size().columns, 112)
+    lines: list[str] = []
+    for part in page.read_text(encoding="utf-8").split("\n## ")[1:]:
+        title, _, body = part.partition("\n")
+        if title == command or title.startswith(f"{command} --"):
+            lines.append(f"Config of {title} (in the file of --config, or --set FIELD=VALUE):\n")
+            for name, legal, default, meaning in _rows(body):
+                value = f" = {default}" if default not in ("", "-") else ""
+                lines.append(f"  {name}  {legal}{value}")
+                lines.append(textwrap.fill(meaning, width, initial_indent=" " * 6, subsequent_indent=" " * 6))
+            lines.append("")
+    return "\n".join(lines)
+
+
+def _rows(body: str) -> Iterator[list[str]]:
+    """Cells of the table's rows, without markup."""
+    for line in body.splitlines():
+        if line.startswith("| `"):
+            cells = line.removeprefix("| ").removesuffix(" |").replace("\\|", "\0").split(" | ")
+            name, legal, default, meaning = (cell.replace("\0", "|") for cell in cells)
+            yield [
+                name.strip("`"),
+                legal,
+                default.strip("`"),
+                meaning.replace("*Incidental.*", "(Incidental.)"),
+            ]

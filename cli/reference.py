@@ -7,17 +7,14 @@ A test holds the page in step with the classes.
 import importlib
 import json
 import re
-import shutil
-import textwrap
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-from infra.cluster import CHECKOUT
+from cli import data, train
+from cli.common import PAGE
 from infra.config import Config, is_incidental
 from infra.fields import ConfigField, walk
 
-PAGE = CHECKOUT / "docs" / "config.md"
 INTRO = """# Config fields
 
 Made by `make docs` from the docstrings of the config classes; don't edit it by hand.
@@ -46,8 +43,6 @@ def render() -> str:
 
 def jobs() -> Iterator[tuple[str, str]]:
     """(command as typed, `module:ConfigClass`) of every command that has a config."""
-    from cli import data, train
-
     for program, app in (("vimi-data", data.app), ("vimi-train", train.app)):
         for command in app.registered_commands:
             name = command.name or getattr(command.callback, "__name__", "")
@@ -79,38 +74,6 @@ def default_text(field: ConfigField) -> str:
 
 def _plain(value: Any) -> Any:
     return value.model_dump(mode="json") if isinstance(value, Config) else str(value)
-
-
-def section(command: str, page: Path = PAGE) -> str:
-    """What the page says of a command's fields, for a terminal."""
-    if not page.exists():
-        return f"Fields of the config: `make docs` writes {page}"
-    width = min(shutil.get_terminal_size().columns, 112)
-    lines: list[str] = []
-    for part in page.read_text(encoding="utf-8").split("\n## ")[1:]:
-        title, _, body = part.partition("\n")
-        if title == command or title.startswith(f"{command} --"):
-            lines.append(f"Config of {title} (in the file of --config, or --set FIELD=VALUE):\n")
-            for name, legal, default, meaning in _rows(body):
-                value = f" = {default}" if default not in ("", "-") else ""
-                lines.append(f"  {name}  {legal}{value}")
-                lines.append(textwrap.fill(meaning, width, initial_indent=" " * 6, subsequent_indent=" " * 6))
-            lines.append("")
-    return "\n".join(lines)
-
-
-def _rows(body: str) -> Iterator[list[str]]:
-    """Cells of the table's rows, without markup."""
-    for line in body.splitlines():
-        if line.startswith("| `"):
-            cells = line.removeprefix("| ").removesuffix(" |").replace("\\|", "\0").split(" | ")
-            name, legal, default, meaning = (cell.replace("\0", "|") for cell in cells)
-            yield [
-                name.strip("`"),
-                legal,
-                default.strip("`"),
-                meaning.replace("*Incidental.*", "(Incidental.)"),
-            ]
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Laws of docs/config.md: it is in step with the config classes, and `--help` prints a command's part of it."""
 
-from cli.reference import PAGE, config_class, jobs, render, section
+from cli.common import PAGE, fields_help
+from cli.reference import config_class, jobs, render
 from infra.fields import walk
 
 
@@ -12,6 +13,6 @@ def test_the_page_of_all_fields_is_in_step_with_the_config_classes() -> None:
 
 def test_help_lists_the_fields_of_the_commands_config() -> None:
     for title, target in jobs():
-        told = section(" ".join(title.split()[:2]))
+        told = fields_help(" ".join(title.split()[:2]))
         for field in walk(config_class(target)):
             assert f"\n  {field.name}  {field.legal}" in told, (title, field.name)
