@@ -4,23 +4,33 @@ The same command finds its own folder and continues; another config or input is 
 that differ, so that no output is ever half one thing and half another.
 """
 
+import hashlib
 import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import yaml
+
 from infra.config import Config
-from infra.errors import ConfigError
+from infra.errors import ConfigError, DataError
 from infra.storage import (
     Certificate,
+    absolute,
     check_writable,
     exists,
+    is_remote,
     join,
+    read_bytes,
     read_certificate,
-    read_json,
+    read_sealed,
     write_bytes,
-    write_json,
+    write_sealed,
 )
 
-JOB_FILE = "job.json"
+JOB_FILE, CONFIG_FILE = "job.json", "config.yaml"
+CONFIG_HASH = "config_sha256"
 
 
 def open_job(
@@ -47,6 +57,7 @@ def open_job(
 
     Raises:
         ConfigError: `out` is not writable, or holds the output of another config or input.
+        DataError: what claims it is damaged.
     """
     check_writable(out)
     exclude = {"out", "ray", "num_workers", *(hash_exclude or ())}
@@ -57,7 +68,8 @@ def open_job(
     }
     place = join(out, JOB_FILE)
     if exists(place):
-        saved = read_json(place)
+        saved = read_sealed(place)
+        saved.pop(CONFIG_HASH, None)
         if portable:
             saved, claim = _last_parts(saved), _last_parts(claim)
         differences = _differences(saved, claim)
@@ -67,9 +79,51 @@ def open_job(
                 cure="choose another --out, or delete that folder",
             )
     else:
-        write_json(place, claim)
-        write_bytes(join(out, "config.yaml"), config.to_yaml().encode())
+        text = config.to_yaml().encode()
+        write_bytes(join(out, CONFIG_FILE), text)
+        write_sealed(place, {**claim, CONFIG_HASH: hashlib.sha256(text).hexdigest()})
     return read_certificate(out, job=job)
+
+
+def read_job_config(out: str) -> dict[str, Any]:
+    """The config that a job saved beside its output, where it lies too.
+
+    Raises:
+        DataError: it is missing, damaged or edited.
+    """
+    place = join(absolute(out), CONFIG_FILE)
+    try:
+        text, claim = read_bytes(place), read_sealed(join(absolute(out), JOB_FILE))
+    except FileNotFoundError:
+        raise DataError(f"{out} holds no {CONFIG_FILE}; cure: restore it, or make that folder again") from None
+    if hashlib.sha256(text).hexdigest() != claim.get(CONFIG_HASH):
+        raise DataError(f"{place} is not what the job wrote: it was damaged or edited; cure: restore it")
+    return yaml.safe_load(text)
+
+
+@contextmanager
+def alone(out: str) -> Iterator[None]:
+    """Hold a local folder for this process alone; the lock ends with the process, however it ends.
+
+    Raises:
+        ConfigError: another process works on it.
+    """
+    if is_remote(out):
+        yield
+        return
+    import fcntl
+
+    handle = os.open(absolute(out), os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                f"another process works on {out}", cure="wait until it is done, or choose another --out"
+            ) from None
+        yield
+    finally:
+        os.close(handle)
 
 
 def _differences(saved: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:

@@ -4,12 +4,18 @@ A write is whole or absent: local files are written beside their name and rename
 atomically. `Certificate` is the JSON that says that a job's output is whole; it is written last.
 """
 
+import errno
 import hashlib
 import json
 import os
+import stat
 import tempfile
+import threading
 import time
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +26,9 @@ from infra.errors import ConfigError, DataError
 
 CERTIFICATE = "certificate.json"
 VERSION = "0.1.0"
+TRUST = "VIMI_TRUST"
+"""Environment variable: 1 = files are not compared with their certificate when they are first read."""
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS})
 
 
 def is_remote(uri: str) -> bool:
@@ -92,23 +101,44 @@ def write_bytes(uri: str, data: bytes) -> None:
     """Write whole or not at all; a reader never sees a part."""
     fs, path = filesystem(uri)
     if isinstance(fs, pafs.LocalFileSystem):
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            Path(name).chmod(0o644)
-            Path(name).replace(target)
-        except BaseException:
-            Path(name).unlink(missing_ok=True)
-            raise
+        with full_disk_told(uri):
+            _write_local(Path(path), data)
         return
     fs.create_dir(path.rpartition("/")[0], recursive=True)
     with fs.open_output_stream(path, compression=None) as stream:
         stream.write(data)
+
+
+def _write_local(target: Path, data: bytes) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(name).chmod(0o644)
+        Path(name).replace(target)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def full_disk_told(uri: str | Path) -> Iterator[None]:
+    """A disk that is full or broken is a line, not a traceback: everything that writes large data runs in here.
+
+    Raises:
+        DataError: no space, no quota, an I/O error; other OSErrors pass.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        raise DataError(
+            f"can't write {uri}: {error.strerror}; cure: make room, then the same command continues"
+        ) from error
 
 
 def list_files(uri: str, *, suffix: str = "", recursive: bool = True) -> list[str]:
@@ -163,11 +193,44 @@ def stream_bytes(uri: str, *, chunk_bytes: int = 1 << 20) -> Iterator[bytes]:
 
 
 def read_json(uri: str) -> Any:
-    return json.loads(read_bytes(uri))
+    """The values of a JSON file.
+
+    Raises:
+        DataError: it isn't JSON.
+    """
+    try:
+        return json.loads(read_bytes(uri))
+    except ValueError as error:
+        raise DataError(f"{uri} is not JSON: {error}; cure: restore it, or make it again") from None
 
 
 def write_json(uri: str, value: Any) -> None:
     write_bytes(uri, (json.dumps(value, indent=1, ensure_ascii=False, sort_keys=True) + "\n").encode())
+
+
+def write_sealed(uri: str, values: dict[str, Any]) -> None:
+    """Write JSON that carries the hash of its own values: `read_sealed` refuses it once a bit has flipped."""
+    write_json(uri, {**values, _SEAL: _seal(values)})
+
+
+def read_sealed(uri: str) -> dict[str, Any]:
+    """What `write_sealed` wrote.
+
+    Raises:
+        DataError: not JSON, or not what was written.
+    """
+    values = read_json(uri)
+    if not isinstance(values, dict) or values.pop(_SEAL, None) != _seal(values):
+        raise DataError(f"{uri} was damaged or edited: it is not what its own hash says; cure: restore it")
+    return values
+
+
+_SEAL = "sealed"
+
+
+def _seal(values: Any) -> str:
+    text = json.dumps(values, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 class FileEntry(BaseModel):
@@ -218,23 +281,23 @@ class Certificate(BaseModel):
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def write_certificate(uri: str, certificate: Certificate) -> None:
+def write_certificate(uri: str | Path, certificate: Certificate) -> None:
     """Check the conservation law, then certify; call it last."""
     certificate.check()
-    write_json(join(uri, CERTIFICATE), certificate.model_dump(mode="json"))
+    write_sealed(join(uri, CERTIFICATE), certificate.model_dump(mode="json"))
 
 
 def read_certificate(uri: str | Path, *, job: str | None = None) -> Certificate | None:
     """The certificate of the output at `uri`; None when there is none.
 
     Raises:
-        DataError: not a certificate, or that of another job.
+        DataError: not a certificate, a damaged one, or that of another job.
     """
     place = join(absolute(uri), CERTIFICATE)
     if not exists(place):
         return None
     try:
-        certificate = Certificate.model_validate(read_json(place))
+        certificate = Certificate.model_validate(read_sealed(place))
     except ValueError as error:
         raise DataError(f"{place} is not a certificate: {str(error).splitlines()[0]}") from None
     if job is not None and certificate.job != job:
@@ -259,3 +322,90 @@ def require_certificate(uri: str | Path, *, job: str, made_by: str) -> Certifica
             cure=f"run `{made_by}` first, or again if it was stopped",
         )
     return certificate
+
+
+def file_entries(folder: str, places: list[str]) -> list[FileEntry]:
+    """Entries for a certificate in `folder` of files that lie below it; rows are not counted."""
+    with ThreadPoolExecutor(8) as pool:  # hashing lets go of the interpreter
+        hashes = list(pool.map(sha256_file, places))
+    start = len(absolute(folder)) + 1
+    return [
+        FileEntry(path=place[start:], rows=0, num_bytes=size_bytes(place), sha256=digest)
+        for place, digest in zip(places, hashes, strict=True)
+    ]
+
+
+def user_cache() -> Path:
+    """The user's own cache folder, `$XDG_CACHE_HOME/vimi` or `~/.cache/vimi`: nobody else may look into it.
+
+    Raises:
+        DataError: it can't be made, is a link, belongs to somebody else, or is open to others.
+    """
+    named = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    folder = (named if named.is_absolute() else Path.home() / ".cache") / "vimi"
+    cure = "cure: set XDG_CACHE_HOME to a place of your own"
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        facts = folder.lstat()
+    except OSError as error:
+        raise DataError(f"can't make the cache folder {folder}: {error.strerror}; {cure}") from None
+    if not stat.S_ISDIR(facts.st_mode) or facts.st_uid != os.getuid() or facts.st_mode & 0o022:
+        raise DataError(f"the cache folder {folder} is a link, or others may write there; {cure}, or delete it")
+    if facts.st_mode & 0o055:
+        folder.chmod(0o700)
+    return folder
+
+
+_checked: dict[str, tuple[str, Any, Any]] = {}
+_locks: dict[str, threading.Lock] = defaultdict(threading.Lock)
+
+
+def check_files(folder: str, entries: Iterable[FileEntry]) -> None:
+    """Refuse files that are not the ones that were certified: each is read through once a process.
+
+    Every reader of a certified output calls this before it opens a file; `VIMI_TRUST=1` skips it.
+
+    Args:
+        folder: the certificate's.
+        entries: of the certificate: the files that are about to be read.
+
+    Raises:
+        DataError: a file is missing, truncated or changed.
+    """
+    if os.environ.get(TRUST, "0") not in ("", "0"):
+        return
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda entry: _check_file(join(absolute(folder), entry.path), entry), entries))
+
+
+def _check_file(place: str, entry: FileEntry) -> None:
+    with _locks[place]:
+        fs, path = filesystem(place)
+        info = fs.get_file_info(path)
+        state = (entry.sha256, info.size, info.mtime_ns)
+        if _checked.get(place) == state:
+            return
+        if info.type != pafs.FileType.File:
+            wrong = "is missing"
+        elif info.size != entry.num_bytes or sha256_file(place) != entry.sha256:
+            wrong = "is not the file that was certified: it was damaged or changed"
+        else:
+            _checked[place] = state
+            return
+        raise DataError(f"{place} {wrong}; cure: restore it, or delete its folder and make it again")
+
+
+def check_certified(uri: str) -> None:
+    """`check_files` for one file by its place: its certificate lies beside it.
+
+    Raises:
+        DataError: it is missing, truncated or changed, or its certificate doesn't list it.
+    """
+    folder, _, name = absolute(uri).rpartition("/")
+    certificate = read_certificate(folder)
+    if certificate is None:
+        return  # nothing was promised
+    entry = next((entry for entry in certificate.files if entry.path == name), None)
+    if entry is None:
+        raise DataError(f"{uri} is not in the certificate of its folder; cure: make that folder again")
+    check_files(folder, [entry])

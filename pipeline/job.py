@@ -25,7 +25,7 @@ from typing import Any, TypedDict, cast
 import pyarrow as pa
 from pydantic import Field
 
-from infra.claim import open_job
+from infra.claim import alone, open_job
 from infra.cluster import RayConfig, quiet_ray_data, ray_session
 from infra.config import Config, Incidental, Location, canonical_json
 from infra.errors import TooManyFailuresError
@@ -93,14 +93,15 @@ def carry_out(
         finish: writes the tables from the receipts and gives the certificate, which is stamped here.
     """
     started_s = time.time()
-    with ray_session(config.ray):
-        receipts = work()
-    certificate = finish(receipts)
-    _delete_torn(config.out)
-    now_s = time.time()
-    certificate = certificate.model_copy(update={"created_at_s": now_s, "wall_s": now_s - started_s})
-    write_certificate(config.out, certificate)
-    receipts.clear()
+    with alone(config.out):
+        with ray_session(config.ray):
+            receipts = work()
+        certificate = finish(receipts)
+        _delete_torn(config.out)
+        now_s = time.time()
+        certificate = certificate.model_copy(update={"created_at_s": now_s, "wall_s": now_s - started_s})
+        write_certificate(config.out, certificate)
+        receipts.clear()
     return certificate
 
 

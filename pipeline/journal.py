@@ -5,13 +5,15 @@ never written. `Receipts` finds them again, in the order of the units.
 """
 
 import json
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from infra.config import canonical_json
-from infra.storage import absolute, delete, filesystem, is_remote, join, list_files, write_bytes
+from infra.errors import DataError
+from infra.storage import absolute, delete, filesystem, full_disk_told, is_remote, join, list_files, write_bytes
 from pipeline.schema import content_id
 
 JOURNAL = "journal"
@@ -27,7 +29,7 @@ class Unit:
 
 
 class Receipts:
-    """The receipts of finished units, found by unit id; a torn last line counts as never written."""
+    """The receipts of finished units, found by unit id; a torn or damaged line counts as never written."""
 
     def __init__(self, out: str) -> None:
         self.folder = join(out, JOURNAL)
@@ -50,10 +52,16 @@ class Receipts:
                 self._places.setdefault(unit_id, (number, offset, length))
 
     def get(self, unit_id: str) -> Receipt:
-        number, offset, length = self._places[unit_id]
-        fs, path = filesystem(self._files[number])
-        with fs.open_input_file(path) as file:
-            return json.loads(file.read_at(length, offset))
+        try:
+            number, offset, length = self._places[unit_id]
+            fs, path = filesystem(self._files[number])
+            with fs.open_input_file(path) as file:
+                return json.loads(file.read_at(length, offset))
+        except (KeyError, FileNotFoundError):
+            raise DataError(
+                f"the receipt of {unit_id} is gone from {self.folder}: another process works "
+                "on this folder, or someone deleted it; cure: run the same command again"
+            ) from None
 
     def in_order(self, units: Iterable[Unit]) -> Iterator[tuple[Unit, Receipt]]:
         """Each unit with its receipt, in the units' own order; what lets outputs be byte-identical."""
@@ -73,10 +81,15 @@ def _scan(file: str) -> Iterator[tuple[str, int, int]]:
         while chunk := stream.read(1 << 22):
             *lines, rest = (rest + chunk).split(b"\n")
             for line in lines:
-                unit_id, sep, body = line.partition(b"\t")
-                if sep and body.endswith(b"}"):
-                    yield unit_id.decode(), offset + len(unit_id) + 1, len(body)
+                digest, _, text = line.partition(b"\t")
+                unit_id, _, body = text.partition(b"\t")
+                if body and digest == _digest(text):
+                    yield unit_id.decode(), offset + len(line) - len(body), len(body)
                 offset += len(line) + 1
+
+
+def _digest(text: bytes) -> bytes:
+    return f"{zlib.crc32(text):08x}".encode()
 
 
 class JournalWriter:
@@ -97,9 +110,11 @@ class JournalWriter:
                 self.file.write(b"\n")  # closes a line that a kill may have torn
 
     def append(self, unit_id: str, receipt: Receipt) -> None:
-        line = unit_id.encode() + b"\t" + canonical_json(receipt) + b"\n"
+        text = unit_id.encode() + b"\t" + canonical_json(receipt)
+        line = _digest(text) + b"\t" + text + b"\n"
         if self.file is not None:
-            self.file.write(line)
+            with full_disk_told(self.folder):
+                self.file.write(line)
         else:
             write_bytes(join(self.folder, self.name, f"{content_id(unit_id)}.jsonl"), line)
 

@@ -24,10 +24,10 @@ from infra.storage import (
     Certificate,
     FileEntry,
     absolute,
-    exists,
+    check_certified,
+    check_files,
     filesystem,
     join,
-    read_bytes,
     read_certificate,
     write_bytes,
 )
@@ -167,6 +167,25 @@ def write_meta(out: str, files: Iterable[FileEntry], *, row_group_rows: int) -> 
     return write_shard(join(out, META_FILE), pa.table(columns, META), META, row_group_rows=1 << 20)
 
 
+def open_part(uri: str) -> pq.ParquetFile:
+    """A file of a certified table: the one reader of clips tables, prompts and what lies beside them.
+
+    Raises:
+        DataError: it is missing, damaged, or not the file that its folder's certificate lists.
+    """
+    check_certified(uri)
+    return _parquet(uri)
+
+
+def _parquet(uri: str) -> pq.ParquetFile:
+    fs, path = filesystem(uri)
+    try:
+        return pq.ParquetFile(fs.open_input_file(path), pre_buffer=True)
+    except (OSError, pa.ArrowException) as error:
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DataError(f"{uri} can't be read: {first}; cure: restore it, or make it again") from None
+
+
 @dataclass(frozen=True)
 class RowGroup:
     """One unit of reading: rows [first_row, first_row + num_rows) of the whole set."""
@@ -186,16 +205,14 @@ class ShardSet:
 
     Raises:
         ConfigError: nothing certified there, or the output of another job.
-        DataError: `meta.parquet` is not the one that was certified.
+        DataError: a file is not the one that was certified: `meta.parquet` now, a shard when it is first read.
     """
 
     def __init__(self, uri: str) -> None:
         self.uri = absolute(uri)
         self.certificate = _shard_certificate(self.uri)
-        data = read_bytes(join(self.uri, META_FILE))
-        if hashlib.sha256(data).hexdigest() != self.files[META_FILE].sha256:
-            raise DataError(f"{self.uri}/{META_FILE} is not the file that was certified")
-        self._meta = pq.read_table(pa.BufferReader(data))
+        with self._open_file(META_FILE) as file:
+            self._meta = file.read()
         self._first_rows = self._meta["first_row"].to_numpy()
         self.num_rows: int = sum(self._meta["num_rows"].to_pylist())
         self._open = lru_cache(maxsize=32)(self._open_file)
@@ -229,8 +246,10 @@ class ShardSet:
         return self._open(place["file"]).read_row_group(place["row_group"], columns=columns)
 
     def _open_file(self, name: str) -> pq.ParquetFile:
-        fs, path = filesystem(join(self.uri, name))
-        return pq.ParquetFile(fs.open_input_file(path), pre_buffer=True)
+        if name not in self.files:
+            raise DataError(f"{self.uri}/{name} is not in its certificate; cure: make that folder again")
+        check_files(self.uri, [self.files[name]])
+        return _parquet(join(self.uri, name))
 
     def __getstate__(self) -> str:
         return self.uri  # open files don't travel to other processes
@@ -244,7 +263,7 @@ def _shard_certificate(uri: str) -> Certificate:
         certificate = read_certificate(uri)
     except DataError as error:
         raise ConfigError(str(error), cure="make the shards again") from None
-    if certificate is None or not exists(join(uri, META_FILE)):
+    if certificate is None:
         raise ConfigError(
             f"no certified shards at {uri}",
             legal="the output folder of `vimi-data augment` or `vimi-data instruct`",

@@ -6,7 +6,6 @@ classifier says. Here: EfficientNet-lite0 over the 1,000 ImageNet classes and Mi
 """
 
 import hashlib
-import os
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from open_clip import IMAGENET_CLASSNAMES, CustomTextCLIP
 from torch import Tensor, nn
 
 from infra.errors import ConfigError
-from infra.storage import write_bytes
+from infra.storage import user_cache, write_bytes
 
 WIDTH = 384
 CONTEXT_LENGTH = 128  # MiniLM was trained on at most 128 word pieces (its model card)
@@ -127,7 +126,7 @@ def _load_minilm(tower: Any) -> str:
 def _class_vectors(tower: nn.Module, text_sha: str) -> Tensor:
     """MiniLM's unit vectors of the ImageNet class names [1000, WIDTH]; kept in the user's cache."""
     key = hashlib.sha256("\0".join([text_sha, *IMAGENET_CLASSNAMES]).encode()).hexdigest()[:24]
-    file = cache_folder() / f"conse-{key}.npy"
+    file = user_cache() / f"conse-{key}.npy"
     try:
         vectors = np.load(file, allow_pickle=False)
         if vectors.shape == (len(IMAGENET_CLASSNAMES), WIDTH) and vectors.dtype == np.float32:
@@ -166,10 +165,4 @@ def _npy(vectors: Tensor) -> bytes:
     return buffer.getvalue()
 
 
-def cache_folder() -> Path:
-    """`$XDG_CACHE_HOME/vimi`, else `~/.cache/vimi`."""
-    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(base) / "vimi"
-
-
-__all__ = ["ConSE", "build_offline", "cache_folder", "minilm_folder"]
+__all__ = ["ConSE", "build_offline", "minilm_folder"]

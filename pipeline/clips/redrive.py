@@ -9,13 +9,12 @@ from functools import partial
 from itertools import groupby
 from typing import Any
 
-import pyarrow.parquet as pq
-import yaml
 from pydantic import ValidationError
 
+from infra.claim import CONFIG_FILE, read_job_config
 from infra.config import Location, describe
 from infra.errors import ConfigError
-from infra.storage import Certificate, exists, filesystem, join, read_bytes, require_certificate
+from infra.storage import Certificate, join, require_certificate
 from pipeline.clips.crawl import JOB, CrawlConfig, Worker, num_workers, write_table
 from pipeline.clips.fetch.web import FetchConfig
 from pipeline.clips.sources import Cut, Item
@@ -23,6 +22,7 @@ from pipeline.clips.table import Row
 from pipeline.job import JobConfig, run_job, run_units
 from pipeline.journal import Receipts, Unit
 from pipeline.schema import RETRIABLE, Status, content_id
+from pipeline.shards import open_part
 
 
 class RedriveConfig(JobConfig):
@@ -70,10 +70,7 @@ def run(config: RedriveConfig) -> Certificate:
 
 def _crawl_config(config: RedriveConfig) -> CrawlConfig:
     """The crawl's own config, with the output and the manners of this job; any share of rows may fail."""
-    place = join(config.clips, "config.yaml")
-    if not exists(place):
-        raise ConfigError(f"{config.clips} has no config.yaml", cure="give the folder that a crawl wrote")
-    values = yaml.safe_load(read_bytes(place))
+    place, values = join(config.clips, CONFIG_FILE), read_job_config(config.clips)
     kind = CrawlConfig if "sources" in values else RedriveConfig
     try:
         saved = kind.model_validate(values)
@@ -91,8 +88,7 @@ def read_parents(files: list[str]) -> Iterator[list[Row]]:
 
     def rows() -> Iterator[Row]:
         for file in files:
-            fs, path = filesystem(file)
-            with pq.ParquetFile(path, filesystem=fs) as table:
+            with open_part(file) as table:
                 for batch in table.iter_batches(batch_size=2048):
                     yield from batch.to_pylist()
 

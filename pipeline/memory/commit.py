@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from infra.errors import DataError
-from infra.storage import exists, join, read_bytes, read_json, write_json
+from infra.storage import exists, join, read_bytes, read_sealed, write_sealed
 from pipeline.journal import Receipt
 from pipeline.memory.store import TABLE, connect, first_line, open_table, upsert, vectors_numpy
 from pipeline.schema import memory_schema
@@ -48,13 +48,13 @@ def commit_staged(
         DataError: a staged file that doesn't match its receipt, or a write that fails.
     """
     ledger = join(folder, LEDGER)
-    done = int(read_json(ledger)["units"]) if exists(ledger) else 0
+    done = int(read_sealed(ledger)["units"]) if exists(ledger) else 0
     for last, files in _groups(receipts, group_rows):
         if last <= done:
             continue
         if files:
             upsert(table, first_of_each(_read(folder, files)))
-        write_json(ledger, {"units": last})
+        write_sealed(ledger, {"units": last})
 
 
 def _groups(receipts: Iterable[Receipt], group_rows: int) -> Iterator[tuple[int, list[tuple[str, str]]]]:

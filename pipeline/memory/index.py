@@ -15,6 +15,7 @@ import numpy as np
 
 from infra.errors import DataError
 from pipeline.memory.recall import IndexConfig, K
+from pipeline.memory.retrieve.analysis import Analysis, lance_options
 from pipeline.memory.sample import Growth, Sample, answered, draw, recalls_of, verify, verify_grown
 from pipeline.memory.vectors import Setting, setting_of
 
@@ -67,7 +68,7 @@ def finish(
     build_id_index(table)
     done.measured["compact_s"] = time.monotonic() - started_s
     started_s = time.monotonic()
-    build_text_index(table)
+    build_text_index(table, config.analysis)
     done.measured["text_index_s"] = time.monotonic() - started_s
     for column in config.columns:
         built = build_vector_index(table, column, config)
@@ -182,12 +183,12 @@ def _words(setting: Setting) -> str:
     return " ".join(f"{k}={v}" for k, v in asdict(setting).items() if v)
 
 
-def build_text_index(table: Any) -> None:
-    """BM25 over the documents' text: LanceDB's native full-text index (simple words, English stems)."""
+def build_text_index(table: Any, analysis: Analysis = "english") -> None:
+    """BM25 over the documents' text: LanceDB's native full-text index."""
     from lancedb.index import FTS
 
     drop_index(table, "text")
-    table.create_index("text", config=FTS())
+    table.create_index("text", config=FTS(**lance_options(analysis)))  # pyright: ignore[reportArgumentType]
 
 
 def build_id_index(table: Any) -> None:

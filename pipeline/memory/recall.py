@@ -10,6 +10,7 @@ import pyarrow as pa
 from pydantic import Field
 
 from infra.config import Config
+from pipeline.memory.retrieve.analysis import Analysis
 from pipeline.memory.store import EMBEDDINGS, id_filter, vectors_numpy
 from pipeline.memory.vectors import unit
 
@@ -33,6 +34,8 @@ class IndexConfig(Config):
     """Embedding columns that get an index; searching another one scans it exactly."""
     recall: float = Field(default=0.98, gt=0, lt=1)
     """Declared recall@10: the least that the 95 % lower bound may be. Ours."""
+    analysis: Analysis = "english"
+    """Of the full-text index, for memories that are searched through it: see `retrieve.analysis`."""
     max_index_bytes: int = Field(default=8_000_000_000, ge=1)
     """Memory that the vector indexes may take together, bytes. Ours."""
 

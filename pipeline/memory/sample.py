@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from infra.storage import delete, exists, join, list_files, read_bytes, write_bytes
+from infra.errors import DataError
+from infra.storage import Certificate, check_files, delete, exists, join, list_files, read_bytes, write_bytes
 from pipeline.memory.recall import (
     Exact,
     IndexConfig,
@@ -246,17 +247,18 @@ def save(out: str, tag: str, samples: dict[str, Sample]) -> None:
     with pa.ipc.new_file(sink, tables[0].schema) as writer:
         for table in tables:
             writer.write_table(table)
-    write_bytes(_place(out, tag), sink.getvalue().to_pybytes())
+    write_bytes(place_of(out, tag), sink.getvalue().to_pybytes())
 
 
-def load(out: str, tag: str) -> dict[str, Sample] | None:
-    """What `save` wrote; None if it isn't there or can't be read (then a new sample is drawn)."""
-    place = _place(out, tag)
+def load(out: str, certificate: Certificate) -> dict[str, Sample] | None:
+    """What `save` wrote of a certified memory; None if there is none or a damaged one: then one is drawn."""
+    place = place_of(out, str(certificate.facts["memory_version"]))
     if not exists(place):
         return None
     try:
+        check_files(out, [entry for entry in certificate.files if place.endswith(f"/{entry.path}")])
         table = pa.ipc.open_file(pa.py_buffer(read_bytes(place))).read_all()
-    except (OSError, pa.ArrowInvalid):
+    except (OSError, pa.ArrowException, DataError):
         return None
     if "answer_ids" not in table.schema.names:
         return None
@@ -290,5 +292,5 @@ def keep_only(out: str, tag: str) -> None:
             delete(place)
 
 
-def _place(out: str, tag: str) -> str:
+def place_of(out: str, tag: str) -> str:
     return join(out, FOLDER, f"{tag}.arrow")

@@ -16,11 +16,11 @@ from infra.clip import ClipConfig
 from infra.config import Config
 from infra.errors import ConfigError
 from infra.pictures import PictureError, decode_picture
-from infra.storage import absolute, check_writable, exists, join, read_bytes, read_json, write_bytes
+from infra.storage import absolute, check_writable, exists, join, read_bytes, read_sealed, write_bytes
 from pipeline.memory import Memory, model_column, open_memory, require_model
 from pipeline.memory.retrieve.bm25 import Hits
 from pipeline.memory.retrieve.documents import load_documents
-from pipeline.memory.retrieve.indexes import ArrayIndex, LanceIndex, uses_arrays
+from pipeline.memory.retrieve.indexes import ArrayIndex, LanceIndex, check_indexes, uses_arrays
 from pipeline.memory.retrieve.retrievers import Index, RetrieveConfig
 from pipeline.memory.search_page import picture_grid, picture_page
 from pipeline.memory.vectors import document_vector
@@ -110,6 +110,8 @@ class Searcher:
         self.memory, self.config, self.clip = memory, config, clip
         self.added = None if clip is None or clip.model_hash == memory.model_hash else clip.model_hash
         self.uses_arrays = self.added is None and uses_arrays(config, memory.num_documents)
+        if not self.uses_arrays:
+            check_indexes(memory, config)
 
     def __call__(self, queries: Sequence[Query], filters: Filters | None = None) -> list[list[Hit]]:
         """The `config.k` best documents of each query, best first."""
@@ -128,7 +130,7 @@ class Searcher:
 
     @cached_property
     def _arrays(self) -> ArrayIndex:
-        return ArrayIndex(load_documents(self.memory), self.config.against)
+        return ArrayIndex(load_documents(self.memory, self.config.analysis), self.config.against)
 
     def _allowed(self, where: str) -> np.ndarray:
         found = self.memory.table.search().where(where).select(["doc_id"]).to_arrow()["doc_id"]
@@ -231,7 +233,7 @@ def load_memory_clip(memory: Memory, name: str | None = None, *, device: str = "
     place = join(memory.uri, "job.json")
     if not exists(place):
         raise ConfigError(f"{memory.uri} doesn't name its CLIP", cure="give the clip in the config")
-    configs = {"": read_json(place)["config"]["clip"]}
+    configs = {"": read_sealed(place)["config"]["clip"]}
     added = memory.certificate.facts.get("clips", {})
     configs |= {model_hash: model["config"] for model_hash, model in added.items()}
     found = [c for h, c in configs.items() if name is None or c["name"] == name or (h and h.startswith(name))]

@@ -2,7 +2,7 @@
 
 memory/
 lance/documents.lance   the table; every build leaves a tag that prompts can pin
-certificate.json        model identity, tag, indexes and their measured recall
+certificate.json        model identity, tag, indexes and their measured recall, hashes of the table's files
 """
 
 import os
@@ -15,7 +15,17 @@ import numpy as np
 import pyarrow as pa
 
 from infra.errors import ConfigError, DataError
-from infra.storage import Certificate, absolute, join, require_certificate
+from infra.storage import (
+    Certificate,
+    FileEntry,
+    absolute,
+    check_files,
+    exists,
+    file_entries,
+    join,
+    list_files,
+    require_certificate,
+)
 from pipeline.schema import check_table, content_id, memory_schema
 
 TABLE, LANCE_FOLDER = "documents", "lance"
@@ -82,20 +92,52 @@ def open_memory(uri: str, *, version: str | None = None) -> Memory:
     """Open a certified memory at its certified version, or at an older tag.
 
     Raises:
-        ConfigError: no memory there, an unfinished one, a foreign or damaged table, an unknown tag.
+        ConfigError: no memory there, an unfinished one, a foreign table, an unknown tag.
+        DataError: a file of the table is missing, damaged or changed (Lance's own files bear no checksums).
     """
     uri = absolute(uri)
     certificate = require_certificate(uri, job="build-index", made_by=MADE_BY)
+    check_table_files(uri, certificate)
     tag = version or str(certificate.facts.get("memory_version"))
     table = open_table(uri)
     if table is None:
         raise ConfigError(f"{uri} holds a certificate but no table {TABLE!r}", cure=f"run `{MADE_BY}` again")
-    tags = table.tags.list()
+    try:
+        tags = table.tags.list()
+        if tag in tags:
+            table.checkout(tag)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise _unreadable(uri, error) from None
     if tag not in tags:
         raise ConfigError(f"memory version {tag!r} is not in {uri}", legal=", ".join(sorted(tags)) or "none")
-    table.checkout(tag)
     _check_schema(table, int(certificate.facts["dim"]), uri)
     return Memory(uri=uri, table=table, certificate=certificate)
+
+
+def check_table_files(uri: str, certificate: Certificate, *, but: str = "\0") -> None:
+    """Read the table's files through once a process and compare them with the certificate of the memory.
+
+    Args:
+        uri: the memory's folder.
+        certificate: of it.
+        but: files with this in their path are not looked at.
+
+    Raises:
+        DataError: names the first file that is missing, damaged or changed, and the cure.
+    """
+    files = (entry for entry in certificate.files if entry.path.startswith(f"{LANCE_FOLDER}/"))
+    check_files(uri, [entry for entry in files if but not in entry.path])
+
+
+def memory_files(uri: str, *others: str) -> list[FileEntry]:
+    """The table's files as they lie there, for the certificate; and these others beside it.
+
+    What Lance needs of all versions: data, deletions, indexes, manifests, tags; not its log of transactions.
+    """
+    base = absolute(uri)
+    places = [p for p in list_files(join(base, LANCE_FOLDER)) if "/_transactions/" not in p]
+    places += [place for place in others if exists(place)]
+    return file_entries(base, places)
 
 
 def require_model(memory: Memory, model_hash: str, *, name: str) -> None:
@@ -141,11 +183,15 @@ def open_table(uri: str) -> Any | None:
             return None
         return database.open_table(TABLE)
     except (OSError, RuntimeError, ValueError) as error:
-        raise ConfigError(
-            f"the LanceDB table at {uri} can't be read: {first_line(error)}",
-            legal=f"a folder made by `{MADE_BY}`",
-            cure="restore it, or delete the folder and build again",
-        ) from None
+        raise _unreadable(uri, error) from None
+
+
+def _unreadable(uri: str, error: Exception) -> ConfigError:
+    return ConfigError(
+        f"the LanceDB table at {uri} can't be read: {first_line(error)}",
+        legal=f"a folder made by `{MADE_BY}`",
+        cure="restore it, or delete the folder and build again",
+    )
 
 
 def upsert(table: Any, rows: pa.Table | pa.RecordBatchReader) -> int:

@@ -12,7 +12,6 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
-import pyarrow.parquet as pq
 from pydantic import Field, field_validator
 
 from infra.config import Incidental, Location
@@ -20,7 +19,6 @@ from infra.errors import ConfigError
 from infra.storage import (
     Certificate,
     FileEntry,
-    filesystem,
     join,
     list_files,
     require_certificate,
@@ -35,6 +33,7 @@ from pipeline.schema import PROMPTS, Role, RowError, Status, Task, prompt_id
 from pipeline.shards import (
     ShardSet,
     is_shard,
+    open_part,
     rejected_row,
     shard_name,
     write_meta,
@@ -158,9 +157,8 @@ def _moved_sources(clips: str) -> dict[str, str]:
     for file in list_files(clips, suffix=".parquet", recursive=False):
         if not is_shard(file):
             continue
-        fs, path = filesystem(file)
         columns = ["clip_id", "source_uri", "local_uri"]
-        for row in pq.read_table(path, columns=columns, filesystem=fs).to_pylist():
+        for row in open_part(file).read(columns).to_pylist():
             if row["local_uri"] and row["local_uri"] != row["source_uri"]:
                 moved[row["clip_id"]] = row["local_uri"]
     return moved

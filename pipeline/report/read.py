@@ -14,12 +14,11 @@ from infra.storage import (
     Certificate,
     absolute,
     exists,
-    filesystem,
     is_remote,
     list_files,
     read_certificate,
 )
-from pipeline.shards import ShardSet, is_shard
+from pipeline.shards import ShardSet, is_shard, open_part
 
 MAX_ROWS = 200_000
 """Rows read for the distributions; more are sampled evenly, by row group. Ours."""
@@ -118,11 +117,11 @@ def previews(run: Run) -> list[tuple[str, str]]:
 
 
 def table_files(folder: str) -> Iterator[pq.ParquetFile]:
-    """The part files of a table."""
-    for file in list_files(folder, suffix=".parquet", recursive=False):
-        if is_shard(file):
-            fs, path = filesystem(file)
-            yield pq.ParquetFile(fs.open_input_file(path))
+    """The certified part files of a table."""
+    certificate = read_certificate(folder)
+    for entry in certificate.files if certificate else ():
+        if is_shard(entry.path):
+            yield open_part(join(absolute(folder), entry.path))
 
 
 def read_columns(folder: str, columns: list[str]) -> pa.Table:

@@ -14,11 +14,11 @@ from itertools import chain
 from typing import Any
 
 import numpy as np
-import yaml
 
+from infra.claim import read_job_config
 from infra.config import Config
-from infra.errors import ConfigError, DataError
-from infra.storage import Certificate, absolute, join, read_bytes, read_certificate
+from infra.errors import ConfigError, DataError, VimiError
+from infra.storage import Certificate, absolute, read_certificate
 from pipeline.memory import Memory, open_memory
 from pipeline.memory.embed.worker import row_doc_id
 from pipeline.memory.vectors import rows_or_zeros
@@ -115,18 +115,18 @@ def check_guard(
     uri: str, names: list[str], config: ValidateConfig, certificate: Certificate, report: Report
 ) -> None:
     """Check every retrieved document of every prompt in the shards `names`."""
-    made_with = yaml.safe_load(read_bytes(join(uri, "config.yaml")))
+    made_with = read_job_config(uri)
     facts = certificate.facts
     if "memory" not in made_with and made_with.get("prompts"):  # instruct: the laws are augment's
         prompts = absolute(made_with["prompts"])
-        made_with = yaml.safe_load(read_bytes(join(prompts, "config.yaml")))
+        made_with = read_job_config(prompts)
         facts = (read_certificate(prompts) or certificate).facts
     place = config.memory or made_with.get("memory")
     if place is None:
         return
     try:
         memory = open_memory(absolute(place), version=facts.get("memory_version"))
-    except ConfigError as error:
+    except VimiError as error:
         report.add("guard", f"can't be checked: {error}; give memory if it was moved")
         return
     guard = GuardConfig.model_validate(made_with.get("guard") or {})

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from infra.storage import Certificate
 from pipeline.memory.commit import create_table
 from pipeline.memory.duplicates import find_duplicates
 from pipeline.memory.index import Finished, finish
@@ -85,7 +86,9 @@ def main() -> None:
         grown.time("write", lambda: upsert(table, extra))
         ids = batch["doc_id"].to_pylist()
         grown.time("duplicates", lambda: find_duplicates(table, DedupConfig(), new=ids, facts=facts))
-        growth = Growth(load(folder, "first") or {}, lambda: new)
+        version = {"memory_version": "first"}
+        first = Certificate(job="x", config_hash="x", num_in=0, num_out=0, facts=version)
+        growth = Growth(load(folder, first) or {}, lambda: new)
         after: Finished = grown.time("verify", lambda: finish(table, config, before=facts, growth=growth))
         grown.time("tag", lambda: (save(folder, "second", after.samples), version_tag(table, "m")))
         every = np.array(sorted_columns(table, ["doc_id"])["doc_id"].to_pylist())

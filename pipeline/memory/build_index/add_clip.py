@@ -29,7 +29,7 @@ from pipeline.memory.embed.streams import CPU_BATCH, GPU_BATCH, Streams, ahead, 
 from pipeline.memory.embed.worker import arrow_bytes, image_vectors, start_texts
 from pipeline.memory.index import build_id_index, build_vector_index
 from pipeline.memory.recall import IndexConfig
-from pipeline.memory.store import EMBEDDINGS, first_line, tag_table, vectors_arrow, version_tag
+from pipeline.memory.store import EMBEDDINGS, first_line, memory_files, tag_table, vectors_arrow, version_tag
 from pipeline.memory.vectors import document_vector
 from pipeline.schema import RowError, Status, content_id
 
@@ -97,9 +97,9 @@ def _commit(config: AddClipConfig, memory: Memory, folder: str, receipts: list[R
     facts, samples = _index(table, config, model["model_hash"])
     certificate = _certificate(memory, table, config, model, facts)
     tag = certificate.facts["memory_version"]
-    sample.save(out, tag, (sample.load(out, memory.version) or {}) | samples)
+    sample.save(out, tag, (sample.load(out, memory.certificate) or {}) | samples)
     tag_table(table, tag)
-    return certificate
+    return certificate.model_copy(update={"files": memory_files(out, sample.place_of(out, tag))})
 
 
 @dataclass(frozen=True)

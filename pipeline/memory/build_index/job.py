@@ -33,7 +33,7 @@ from pipeline.memory.commit import STAGED, commit_staged, create_table, staged_r
 from pipeline.memory.duplicates import Duplicates, drop, find_duplicates
 from pipeline.memory.embed.worker import Embedder, clip_units
 from pipeline.memory.index import Finished, finish
-from pipeline.memory.store import tag_table
+from pipeline.memory.store import memory_files, tag_table
 from pipeline.schema import content_id
 
 MEASURED, DUPLICATES = "measured.json", "duplicates.parquet"
@@ -117,7 +117,7 @@ def _commit(
     commit_staged(table, join(out, BUILD), receipts)
     duplicates = _deduplicate(table, config, base=base, receipts=receipts)
     done = _finish(table, config, base, receipts, duplicates)
-    facts = model | carried(base, done.facts)
+    facts = model | {"analysis": config.index.analysis} | carried(base, done.facts)
     certificate = account(config, table, receipts, new, base, facts, duplicates)
     write_rejected(out, receipts, certificate, duplicates if config.dedup.mode == "drop" else None)
     measured = read_json(join(out, BUILD, MEASURED)) | done.measured | volume(receipts)
@@ -125,7 +125,7 @@ def _commit(
     tag = certificate.facts["memory_version"]
     sample.save(out, tag, done.samples)
     tag_table(table, tag)
-    return certificate
+    return certificate.model_copy(update={"files": memory_files(out, sample.place_of(out, tag))})
 
 
 def _finish(
@@ -138,7 +138,7 @@ def _finish(
     """Index and verify; a memory that grew keeps the sample that it was verified on before."""
     if base is None:
         return finish(table, config.index)
-    kept = sample.load(config.out, base.facts["memory_version"])
+    kept = sample.load(config.out, base)
     dropped = duplicates.table["doc_id"].to_pylist() if config.dedup.mode == "drop" else []
     growth = None
     if kept is not None:

@@ -1,7 +1,5 @@
 """Build-index's config, what is refused before Ray starts, and where a build begins."""
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 from pydantic import Field
 
 from infra.claim import JOB_FILE, open_job
@@ -12,7 +10,6 @@ from infra.storage import (
     Certificate,
     delete,
     exists,
-    filesystem,
     join,
     read_json,
     require_certificate,
@@ -22,8 +19,9 @@ from pipeline.job import JobConfig
 from pipeline.memory.embed.pictures import KEY_FRAMES
 from pipeline.memory.near_duplicates import DedupConfig
 from pipeline.memory.recall import IndexConfig, K
-from pipeline.memory.store import LANCE_FOLDER, open_table
+from pipeline.memory.store import LANCE_FOLDER, check_table_files, open_table
 from pipeline.schema import CLIPS, check_table
+from pipeline.shards import open_part
 
 JOB, BUILD = "build-index", "build"
 
@@ -85,6 +83,7 @@ def preflight(config: BuildIndexConfig) -> tuple[Tables, Certificate | None]:
         )
     base = open_job(out, job=JOB, config=config, inputs={})
     if base is not None:
+        check_table_files(out, base, but="/_refs/")  # a build that was killed may have moved a tag
         _check_table_is_there(out)
         fresh = [uri for uri, table in tables if not is_in(base, table)]
         if fresh and not config.grow:
@@ -98,11 +97,8 @@ def preflight(config: BuildIndexConfig) -> tuple[Tables, Certificate | None]:
 def _input(uri: str) -> Certificate:
     certificate = require_certificate(uri, job="crawl", made_by="vimi-data crawl")
     for part in (f for f in certificate.files if f.path.endswith(".parquet")):
-        fs, path = filesystem(join(uri, part.path))
-        try:
-            found = pq.read_schema(fs.open_input_file(path))
-        except (OSError, pa.ArrowInvalid) as error:
-            raise ConfigError(f"{join(uri, part.path)} can't be read: {error}", cure="crawl again") from None
+        with open_part(join(uri, part.path)) as file:
+            found = file.schema_arrow
         try:
             check_table(found, CLIPS, join(uri, part.path))
         except ValueError as error:

@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from infra.clip import ClipConfig
-from infra.storage import Certificate, filesystem, join, write_bytes
+from infra.storage import Certificate, join, write_bytes
 from pipeline.journal import Receipt, Unit
 from pipeline.memory.embed.pictures import KEY_FRAMES, Picture, Row, read_picture
 from pipeline.memory.embed.streams import CPU_BATCH, GPU_BATCH, Streams, ahead, batches, settle_process
 from pipeline.memory.store import id_filter, open_table, vectors_arrow
 from pipeline.memory.vectors import document_vector, frame_mean, unit
 from pipeline.schema import CLIPS, RowError, Status, content_id, doc_id, memory_schema
+from pipeline.shards import open_part
 
 if TYPE_CHECKING:
     from infra.clip.model import Clip
@@ -189,8 +189,7 @@ def clip_units(tables: Sequence[tuple[str, Certificate]], *, rows_per_unit: int,
 
 def read_slice(uri: str, start: int, rows: int, columns: Sequence[str]) -> pa.Table:
     """Rows [start, start + rows) of a Parquet file; reads only the row groups that hold them."""
-    fs, path = filesystem(uri)
-    with pq.ParquetFile(fs.open_input_file(path)) as file:
+    with open_part(uri) as file:
         groups, first, offset = [], None, 0
         for index in range(file.num_row_groups):
             size = file.metadata.row_group(index).num_rows

@@ -1,4 +1,4 @@
-r"""BM25 over a memory's texts, exact, for whole batches of captions; numpy alone.
+"""BM25 over a memory's texts, exact, for whole batches of captions; numpy alone.
 
     score(q, d) = sum over words w of q:  idf(w) * tf (k1 + 1) / (tf + k1 (1 - b + b |d| / avgdl))
     idf(w)      = ln(1 + (N - df(w) + 0.5) / (df(w) + 0.5))
@@ -9,17 +9,10 @@ that stands twice in the query counts twice. Equal scores are ordered by documen
 Speed comes from MaxScore (Turtle & Flood, 1995): words are taken from the most to the least
 promising; once the k-th best score is beyond what the remaining common words could still give, they
 are only looked up for the few documents that are still in play. Nothing is approximated.
-
-Words are found by one rule for every script: letters, marks and digits make words; everything else separates
-them, so characters that a query language reserves (`" + - ( ) : * ^ ~ \`) are harmless by construction. Text is
-NFKC-normalised and case-folded. Scripts written without spaces (Chinese, Japanese, Thai, ...) give overlapping
-pairs of characters, as Lucene's CJKAnalyzer does.
 """
 
 import hashlib
 import math
-import re
-import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -27,15 +20,13 @@ from functools import lru_cache
 from typing import Self
 
 import numpy as np
-import regex
+
+from pipeline.memory.retrieve.analysis import Analysis, analyser
 
 K1, B = 1.2, 0.75
 """Saturation and length normalisation: the defaults of Lucene, Tantivy and Lance."""
 MAX_WIDE, WIDE_FRAC = 64, 1 / 32
 """At most so many words, each in so large a share of the documents, are kept as full columns."""
-_ASCII = re.compile(r"[a-z0-9]+")
-_UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}ー"
-_ANY = regex.compile(rf"(?P<run>[{_UNSPACED}]+)|(?P<word>[[\p{{L}}\p{{M}}\p{{N}}]--[{_UNSPACED}]]+)", regex.V1)
 
 
 @dataclass(frozen=True)
@@ -71,15 +62,17 @@ class Bm25:
     wide_words: np.ndarray  # int64 [m] the most common words, ...
     wide: np.ndarray  # float32 [m, n] ... with their impact on every document
     num_documents: int
+    analysis: Analysis = "english"
 
     @classmethod
-    def build(cls, texts: Iterable[str | None]) -> Self:
+    def build(cls, texts: Iterable[str | None], analysis: Analysis = "english") -> Self:
         """Index `texts`; the number of a document is its place in the list."""
+        terms_of = analyser(analysis)
         vocabulary: dict[str, int] = {}
         stream: list[int] = []
         lengths: list[int] = []
         for text in texts:
-            found = words(text or "")
+            found = terms_of(text or "")
             lengths.append(len(found))
             stream += [vocabulary.setdefault(word, len(vocabulary)) for word in found]
         count = len(lengths)
@@ -104,7 +97,7 @@ class Bm25:
         for row, word in enumerate(common):
             span = slice(starts[word], starts[word + 1])
             wide[row, doc[span]] = impacts[span]
-        return cls(hashes[order], starts, doc.astype(np.int32), impacts, bounds, common, wide, count)
+        return cls(hashes[order], starts, doc.astype(np.int32), impacts, bounds, common, wide, count, analysis)
 
     def arrays(self) -> dict[str, np.ndarray]:
         """The arrays that `Bm25(**arrays, num_documents=n)` takes back."""
@@ -112,12 +105,12 @@ class Bm25:
         return {name: getattr(self, name) for name in names}
 
     def search(self, queries: Sequence[str], depth: int) -> list[Hits]:
-        """The `depth` best documents of each query; fewer when fewer share a word with it."""
-        scratch = np.zeros(self.num_documents)
-        return [self._search(query, depth, scratch) for query in queries]
+        """The `depth` best documents of each query; fewer when fewer share a term with it."""
+        scratch, terms_of = np.zeros(self.num_documents), analyser(self.analysis)
+        return [self._search(terms_of(query), depth, scratch) for query in queries]
 
-    def _search(self, query: str, depth: int, scratch: np.ndarray) -> Hits:
-        """One query; `scratch` is float64 [n], all zeros before and after."""
+    def _search(self, query: list[str], depth: int, scratch: np.ndarray) -> Hits:
+        """One query's terms; `scratch` is float64 [n], all zeros before and after."""
         terms = self._terms(query)
         rest = np.concatenate([np.cumsum([bound for bound, *_ in terms][::-1])[::-1], [0.0]])
         rest *= 1 + 1e-9  # the sums below are rounded; a bound must stay a bound
@@ -146,9 +139,9 @@ class Bm25:
             scores = scores + terms[place][2] * self._impacts_on(terms[place][1], docs)
         return ranked(docs, scores, depth)
 
-    def _terms(self, query: str) -> list[tuple[float, int, int]]:
+    def _terms(self, query: list[str]) -> list[tuple[float, int, int]]:
         """(largest contribution, word number, times in the query), most promising first."""
-        counts = Counter(words(query))
+        counts = Counter(query)
         wanted = np.fromiter((word_hash(word) for word in counts), np.uint64, len(counts))
         places = np.searchsorted(self.hashes, wanted)
         terms = [
@@ -177,22 +170,6 @@ class Bm25:
 def _kth(scores: np.ndarray, depth: int) -> float:
     """The `depth`-th largest score."""
     return float(np.partition(scores, len(scores) - depth)[len(scores) - depth])
-
-
-def words(text: str) -> list[str]:
-    """The words of `text` in order; [] when it has none."""
-    if text.isascii():
-        return _ASCII.findall(text.lower())
-    found: list[str] = []
-    for match in _ANY.finditer(unicodedata.normalize("NFKC", text).casefold()):
-        run = match["run"]
-        if run is None:
-            found.append(match["word"])
-        elif len(run) == 1:
-            found.append(run)
-        else:
-            found += [run[i : i + 2] for i in range(len(run) - 1)]
-    return found
 
 
 @lru_cache(maxsize=1 << 16)

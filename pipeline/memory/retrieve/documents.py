@@ -5,8 +5,6 @@ pictures. The first process writes the arrays to a folder, whole; the others map
 that eight workers cost the pages of one.
 """
 
-import json
-import os
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -19,13 +17,26 @@ import pyarrow.compute as pc
 import pyarrow.ipc as ipc
 
 from infra.errors import DataError
+from infra.storage import (
+    CERTIFICATE,
+    Certificate,
+    check_files,
+    file_entries,
+    full_disk_told,
+    list_files,
+    read_certificate,
+    user_cache,
+    write_certificate,
+)
 from pipeline.memory import Memory
+from pipeline.memory.retrieve.analysis import Analysis
 from pipeline.memory.retrieve.bm25 import Bm25
 from pipeline.memory.store import EMBEDDINGS
 from pipeline.schema import content_id
 
 LIGHT = ("doc_id", "text", "media", "source_uri", "source_sha256", "start_s", "end_s", "split", "phash")
-LAYOUT = 2  # change it when the files below change
+LAYOUT = 3  # change it when the files below change
+CACHE_JOB = "arrays"
 KEPT = 8  # memory versions whose arrays stay on this machine
 
 
@@ -55,33 +66,42 @@ class Documents:
         return np.where(self.ids[places] == wanted, places, -1)
 
 
-def cache_folder(memory: Memory) -> Path:
-    """Where this machine keeps the arrays of this memory version."""
-    base = Path(tempfile.gettempdir()) / f"vimi-{os.getuid()}"
-    name = content_id("documents", LAYOUT, memory.uri, memory.version, memory.model_hash)
-    return base / name
+def cache_folder(memory: Memory, analysis: Analysis = "english") -> Path:
+    """Where this machine keeps the arrays of this memory version, for this user alone."""
+    name = content_id("documents", LAYOUT, memory.uri, memory.version, memory.model_hash, analysis)
+    return user_cache() / "documents" / name
 
 
-def load_documents(memory: Memory) -> Documents:
-    """The memory's arrays, from this machine's cache; made when they are not there."""
-    folder = cache_folder(memory)
-    if not (folder / "done.json").exists():
-        _make(memory, folder)
+def load_documents(memory: Memory, analysis: Analysis = "english") -> Documents:
+    """The memory's arrays, from this machine's cache; made when they are not there or not whole."""
+    folder = cache_folder(memory, analysis)
+    if not _is_whole(folder):
+        with full_disk_told(folder.parent):
+            _make(memory, analysis, folder)
     arrays = {path.stem: np.load(path, mmap_mode="r") for path in folder.glob("*.npy")}
     with pa.memory_map(str(folder / "light.arrow")) as source:
         table = ipc.open_file(source).read_all()
     names = ("ids", *EMBEDDINGS)
     image, text, document = (arrays[name] for name in EMBEDDINGS)
     index = {name: array for name, array in arrays.items() if name not in names}
-    bm25 = Bm25(**index, num_documents=len(arrays["ids"]))
+    bm25 = Bm25(**index, num_documents=len(arrays["ids"]), analysis=analysis)
     return Documents(table, np.asarray(arrays["ids"]), image, text, document, bm25)
 
 
-def _make(memory: Memory, folder: Path) -> None:
+def _is_whole(folder: Path) -> bool:
+    """Is each file there as it was made? What is not goes: it is made again."""
+    try:
+        certificate = read_certificate(folder, job=CACHE_JOB)
+        check_files(str(folder), certificate.files if certificate else ())
+    except DataError:
+        shutil.rmtree(folder, ignore_errors=True)
+        return False
+    return certificate is not None
+
+
+def _make(memory: Memory, analysis: Analysis, folder: Path) -> None:
     """Write the arrays beside `folder` and rename: two processes may race, either result is whole."""
-    folder.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    if folder.parent.stat().st_uid != os.getuid():
-        raise DataError(f"{folder.parent} belongs to another user; cure: set TMPDIR to a place of your own")
+    folder.parent.mkdir(exist_ok=True, mode=0o700)
     staged = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".making-"))
     try:
         table = memory.columns_arrow(list(LIGHT)).combine_chunks()
@@ -91,22 +111,27 @@ def _make(memory: Memory, folder: Path) -> None:
         np.save(staged / "ids.npy", ids)
         for column in EMBEDDINGS:
             _save_vectors(memory, column, ids, staged / f"{column}.npy")
-        bm25 = Bm25.build(pc.fill_null(table["text"], "").to_pylist())
+        bm25 = Bm25.build(pc.fill_null(table["text"], "").to_pylist(), analysis)
         for name, array in bm25.arrays().items():
             np.save(staged / f"{name}.npy", array)
-        (staged / "done.json").write_text(json.dumps({"memory": memory.uri, "version": memory.version}))
+        files = file_entries(str(staged), list_files(str(staged)))
+        rows = len(ids)
+        write_certificate(
+            staged,
+            Certificate(job=CACHE_JOB, config_hash=memory.version, num_in=rows, num_out=rows, files=files),
+        )
         staged.replace(folder)
         _prune(folder.parent)
     except OSError:
-        if not (folder / "done.json").exists():
-            raise  # not lost to another process: a full disk
+        if not (folder / CERTIFICATE).exists():
+            raise  # not lost to another process
     finally:
         shutil.rmtree(staged, ignore_errors=True)
 
 
 def _prune(base: Path) -> None:
     """Keep the newest few; a process that has an older one mapped keeps it until it ends."""
-    made = sorted(base.glob("*/done.json"), key=lambda file: file.stat().st_mtime)
+    made = sorted(base.glob(f"*/{CERTIFICATE}"), key=lambda file: file.stat().st_mtime)
     for file in made[:-KEPT]:
         shutil.rmtree(file.parent, ignore_errors=True)
 

@@ -122,7 +122,17 @@ def uses_arrays(config: RetrieveConfig, num_documents: int) -> bool:
 
 
 def check_indexes(memory: Memory, config: RetrieveConfig) -> None:
-    """Refuse a table without the indexes. Rows newer than an index are not hidden: LanceDB scans them."""
+    """Refuse a table without the indexes, or with another analysis of words.
+
+    Rows newer than an index are not hidden: LanceDB scans them.
+    """
+    there = str(memory.certificate.facts.get("analysis", "english"))
+    if config.method.needs_words and there != config.analysis:
+        raise ConfigError(
+            f"retrieve.analysis = {config.analysis}, but the text index of {memory.uri} is {there}",
+            legal="retrieve.engine = arrays, which needs no index",
+            cure=f"set it to {there}, or build a memory with index.analysis={config.analysis}",
+        )
     wanted = {"text": config.method.needs_words, f"{config.against}_embedding": config.method.needs_vectors}
     there = {index.columns[0] for index in memory.table.list_indices()}
     for column in sorted(column for column, is_wanted in wanted.items() if is_wanted):

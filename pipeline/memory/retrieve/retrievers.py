@@ -15,6 +15,7 @@ import numpy as np
 from pydantic import Field, field_validator
 
 from infra.config import Config
+from pipeline.memory.retrieve.analysis import Analysis
 from pipeline.memory.retrieve.bm25 import Hits
 
 RRF_K = 60
@@ -87,6 +88,9 @@ class RetrieveConfig(Config):
     against: Literal["document", "image", "text"] = "document"
     """Which vector of a document the caption is compared with. RA-CM3: document, the unit mean of
     picture and text."""
+    analysis: Analysis = "english"
+    """What BM25 compares: Lucene's English analysis (no stop words, stems), a language whose Snowball stems are
+    taken, or none: words as they stand. With LanceDB's index it must be the memory's `index.analysis`."""
     engine: Literal["auto", "arrays", "lance"] = "auto"
     """arrays = exact, in memory; lance = the table's own indexes; auto = arrays up to
     `MAX_EXACT_DOCUMENTS` documents."""

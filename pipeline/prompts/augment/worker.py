@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from infra.claim import JOB_FILE
 from infra.clip import Clip, ClipConfig, load_clip
-from infra.storage import join, read_json
+from infra.storage import join, read_sealed
 from pipeline.journal import Receipt
 from pipeline.media.isolate import Isolated, IsolatedCrashError, IsolatedTimeoutError
 from pipeline.memory import Memory, open_memory, require_model
@@ -88,7 +88,7 @@ class AugmentWorker:
 
     @cached_property
     def documents(self) -> Documents:
-        return load_documents(self.memory)
+        return load_documents(self.memory, self.config.retrieve.analysis)
 
     @cached_property
     def exclusion(self) -> Exclusion:
@@ -241,7 +241,7 @@ def clip_config(config: AugmentConfig, memory: Memory) -> ClipConfig:
     """The CLIP to load: the one that was asked for, else the one that the memory was built with."""
     if config.clip is not None:
         return config.clip
-    return ClipConfig.model_validate(read_json(join(memory.uri, JOB_FILE))["config"]["clip"])
+    return ClipConfig.model_validate(read_sealed(join(memory.uri, JOB_FILE))["config"]["clip"])
 
 
 def clip_picture_vector(row: Row, clip: Clip) -> np.ndarray | None:

@@ -14,7 +14,7 @@ import pytest
 
 from infra.clip import ClipConfig
 from infra.errors import ConfigError, DataError, TooManyFailuresError
-from infra.storage import exists, filesystem, read_certificate
+from infra.storage import exists, filesystem, read_certificate, write_certificate
 from pipeline.memory import open_memory
 from pipeline.memory.build_index import BuildIndexConfig, add_clip, check, run
 from pipeline.memory.build_index.add_clip import AddClipConfig
@@ -23,6 +23,7 @@ from pipeline.memory.retrieve.retrievers import RetrieveConfig
 from pipeline.memory.search import SearchConfig
 from pipeline.memory.search import run as search
 from pipeline.schema import Status
+from pipeline.shards import write_shard
 from tests.pipeline.clip_tables import clip_row, picture, write_clips
 
 OFFLINE = ClipConfig(name="offline")
@@ -175,7 +176,10 @@ def test_bad_inputs_are_refused_before_anything_starts(tmp_path: Path) -> None:
         check(config(out, clips, clip=ClipConfig(name="ViT-Q")))
     assert "up to 1 documents" in check(config(out, clips))
     table = pq.read_table(tmp_path / "clips" / "part-00000.parquet").drop_columns(["caption"])
-    pq.write_table(table, tmp_path / "clips" / "part-00000.parquet")
+    certificate = read_certificate(clips)
+    assert certificate is not None
+    file = write_shard(f"{clips}/part-00000.parquet", table, table.schema)
+    write_certificate(clips, certificate.model_copy(update={"files": [file]}))
     with pytest.raises(ConfigError, match=r"missing columns .*caption"):
         check(config(out, clips))
     foreign = tmp_path / "foreign"

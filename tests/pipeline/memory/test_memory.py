@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from infra.errors import ConfigError, DataError
-from infra.storage import join, write_bytes, write_json
+from infra.storage import join, write_bytes, write_sealed
 from pipeline.memory import open_memory, require_model
 from pipeline.memory.commit import LEDGER, STAGED, commit_staged, create_table
 from pipeline.memory.embed.worker import arrow_bytes
@@ -54,7 +54,7 @@ def test_a_commit_killed_anywhere_ends_in_the_same_table(tmp_path: Path, data: s
     for units, ledger_was_written in kills:
         commit_staged(table, folder, receipts[:units], group_rows=7)
         if units and not ledger_was_written:
-            write_json(join(folder, LEDGER), {"units": units - 1})
+            write_sealed(join(folder, LEDGER), {"units": units - 1})
     commit_staged(table, folder, receipts, group_rows=7)
     expected = documents(22)
     assert version_tag(table, "m") == version_tag(_fresh(folder + "-unbroken", expected), "m")

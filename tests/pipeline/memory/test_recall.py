@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from infra.errors import DataError
+from infra.storage import Certificate
 from pipeline.memory import sample
 from pipeline.memory.commit import create_table
 from pipeline.memory.index import build_vector_index, finish
@@ -106,6 +107,11 @@ def test_a_recall_that_is_not_met_fails_the_build_and_says_what_would(tmp_path: 
         build_vector_index(table, "image_embedding", tight)
 
 
+def certified(version: str) -> Certificate:
+    """The certificate of a memory of this version."""
+    return Certificate(job="x", config_hash="x", num_in=0, num_out=0, facts={"memory_version": version})
+
+
 def new_rows(rows: pa.Table):
     """What the committer says of documents that were added."""
     names = [name for name in rows.schema.names if name.endswith("_embedding")]
@@ -122,7 +128,7 @@ def test_small_additions_keep_the_indexes_and_are_found(tmp_path: Path) -> None:
     extra = documents(5, start=100, texts=[f"a zebra {i}" for i in range(5)])
     upsert(table, extra)
     save(str(tmp_path), "first", done.samples)
-    growth = Growth(load(str(tmp_path), "first") or {}, lambda: new_rows(extra))
+    growth = Growth(load(str(tmp_path), certified("first")) or {}, lambda: new_rows(extra))
     done = finish(table, config, before={"indexes": done.facts}, growth=growth)
     assert {i.index_uuid for i in table.list_indices()} == kept
     assert set(done.facts) == set(config.columns)
@@ -175,7 +181,7 @@ def test_growth_is_verified_and_a_spoilt_index_is_built_anew(tmp_path: Path) -> 
         assert exact.answers is not None and fresh.answers is not None
         assert np.allclose(np.sort(exact.answers.scores), np.sort(fresh.answers.scores), atol=1e-3)
     save(str(tmp_path), "grown", again.samples)
-    loaded = (load(str(tmp_path), "grown") or {})["image_embedding"]["image_embedding"]
+    loaded = (load(str(tmp_path), certified("grown")) or {})["image_embedding"]["image_embedding"]
     kept = again.samples["image_embedding"]["image_embedding"].answers
     assert loaded.answers is not None and kept is not None and loaded.answers.lists() == kept.lists()
     weak = {

@@ -11,7 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.memory.retrieve.bm25 import K1, B, Bm25, Hits, word_hash, words
+from pipeline.memory.index import build_text_index
+from pipeline.memory.retrieve.analysis import Analysis, analyser, words
+from pipeline.memory.retrieve.bm25 import K1, B, Bm25, Hits, word_hash
 from pipeline.memory.retrieve.dense import Dense
 from pipeline.memory.retrieve.retrievers import reciprocal_rank
 from pipeline.memory.vectors import cosines, spread
@@ -24,10 +26,11 @@ TEXTS = st.lists(WORDS, max_size=12).map(" ".join)
 
 def slow_bm25(texts: list[str], query: str) -> dict[int, float]:
     """The definition, word by word: document -> score, for documents that share a word."""
-    bags = [Counter(words(text)) for text in texts]
+    terms = analyser("english")
+    bags = [Counter(terms(text)) for text in texts]
     mean = sum(sum(bag.values()) for bag in bags) / len(bags)
     scores: dict[int, float] = {}
-    for word in words(query):
+    for word in terms(query):
         df = sum(word in bag for bag in bags)
         idf = math.log(1 + (len(bags) - df + 0.5) / (df + 0.5))
         for doc, bag in enumerate(bags):
@@ -97,22 +100,22 @@ def test_a_batch_answers_as_its_queries_do_alone() -> None:
         assert (alone.docs == hits.docs).all() and (alone.scores == hits.scores).all()
 
 
-def test_bm25_equals_lancedb_full_text_search(tmp_path: Path) -> None:
+@pytest.mark.parametrize("analysis", ["none", "english", "german"])
+def test_bm25_equals_lancedb_full_text_search(tmp_path: Path, analysis: Analysis) -> None:
     import lancedb
-    from lancedb.index import FTS
     from lancedb.query import MatchQuery
 
     random = np.random.default_rng(1)
-    vocabulary = [f"{a}{b}" for a in "bcdfgh" for b in "aeiou"]
+    vocabulary = "a the is in dogs dog's running runs run happily boats their kayaks Häuser café".split()  # noqa: SIM905
     texts = [" ".join(random.choice(vocabulary, random.integers(1, 12))) for _ in range(400)]
     table = lancedb.connect(tmp_path).create_table("t", pa.table({"n": range(400), "text": texts}))
-    table.create_index("text", config=FTS(stem=False, remove_stop_words=False, ascii_folding=False))
-    index = Bm25.build(texts)
+    build_text_index(table, analysis)
+    index = Bm25.build(texts, analysis)
     for _ in range(20):
         query = " ".join(random.choice(vocabulary, 5))
         match = MatchQuery(query, "text")  # type: ignore[call-arg]
         theirs = table.search(match, query_type="fts").limit(10).to_arrow()["_score"].to_numpy()
-        np.testing.assert_allclose(index.search([query], 10)[0].scores, theirs, rtol=1e-4)
+        np.testing.assert_allclose(index.search([query], 10)[0].scores, theirs, rtol=1e-4, err_msg=query)
 
 
 @pytest.mark.parametrize(
@@ -121,8 +124,8 @@ def test_bm25_equals_lancedb_full_text_search(tmp_path: Path) -> None:
 )
 def test_reserved_characters_are_harmless(text: str) -> None:
     index = Bm25.build([text, "a b value x", "other"])
-    hits = index.search([text], 3)[0]
-    assert len(hits) == len([t for t in (text, "a b value x") if set(words(t)) & set(words(text))])
+    hits, terms = index.search([text], 3)[0], analyser("english")
+    assert len(hits) == len([t for t in (text, "a b value x") if set(terms(t)) & set(terms(text))])
 
 
 def test_every_script_gives_words() -> None:
@@ -135,6 +138,18 @@ def test_every_script_gives_words() -> None:
     for script in ("猫が走る", "кот бежит", "कुत्ता दौड़ता", "แมวกำลังวิ่ง", "قطة تجري"):
         index = Bm25.build(["a cat runs", script, "another"])
         assert index.search([script], 1)[0].docs.tolist() == [1]
+
+
+def test_english_is_analysed_as_lucene_does_and_other_languages_by_name() -> None:
+    assert analyser("english")("The dog's two dogs ran in their happy gardens") == [
+        *("dog", "two", "dog", "ran", "happi", "garden")
+    ]
+    assert analyser("none")("The dog's") == ["the", "dog", "s"]
+    assert analyser("german")("Die Häuser") == ["die", "haus"]
+    texts = ["there is a match in the rain and it is theirs", "kayaks on rivers", "dogs with their owners"]
+    queries = ["there is a kayak in the river", "is it in the"]
+    assert [hits.docs.tolist() for hits in Bm25.build(texts).search(queries, 3)] == [[1], []]
+    assert Bm25.build(texts, "none").search(queries, 1)[0].docs.tolist() == [0]
 
 
 def test_a_caption_of_ten_kilobytes_is_answered() -> None:

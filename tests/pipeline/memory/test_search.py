@@ -12,7 +12,7 @@ from PIL import Image
 
 from infra.clip import Clip, ClipConfig, load_clip
 from infra.errors import ConfigError
-from infra.storage import write_json
+from infra.storage import write_sealed
 from pipeline.memory import Memory, open_memory
 from pipeline.memory.commit import create_table
 from pipeline.memory.index import finish
@@ -56,7 +56,7 @@ def memory(clip: Clip, tmp_path_factory: pytest.TempPathFactory) -> Memory:
     upsert(table, rows)
     facts = finish(table, IndexConfig()).facts
     make_memory(uri, rows, dim=clip.dim, indexes=facts)
-    write_json(f"{uri}/job.json", {"config": {"clip": {"name": "offline"}}})
+    write_sealed(f"{uri}/job.json", {"config": {"clip": {"name": "offline"}}})
     return open_memory(uri)
 
 

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from infra.claim import JOB_FILE
-from infra.storage import Certificate, FileEntry, sha256_file, write_certificate, write_json
+from infra.storage import Certificate, FileEntry, sha256_file, write_certificate, write_sealed
 from pipeline.media.frames import decode_frames
 from pipeline.media.phash import phash64
 from pipeline.memory.commit import create_table
@@ -110,7 +110,7 @@ def write_memory(out: Path, rows: list[dict[str, Any]], *, later: list[dict[str,
     tag = version_tag(table, "a model")
     table.tags.create(tag, table.version)
     facts = {"memory_version": tag, "model_hash": "a model", "dim": DIM, "model": {"name": "offline"}}
-    write_json(str(out / JOB_FILE), {"config": {"clip": {"name": "offline"}}})
+    write_sealed(str(out / JOB_FILE), {"config": {"clip": {"name": "offline"}}})
     count = table.count_rows()
     certificate = Certificate(job="build-index", config_hash="x", num_in=count, num_out=count, facts=facts)
     write_certificate(str(out), certificate)

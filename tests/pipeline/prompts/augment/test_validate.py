@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from infra.errors import ConfigError
-from infra.storage import read_certificate, write_certificate
+from infra.storage import read_certificate, read_sealed, write_certificate, write_sealed
 from pipeline.prompts.augment import AugmentConfig, run
 from pipeline.report.shard_checks import Report
 from pipeline.report.validate import ValidateConfig, validate
@@ -73,8 +73,8 @@ def test_a_flipped_byte_a_missing_and_a_foreign_file_are_found(good: Path, tmp_p
 def test_a_certificate_whose_counts_do_not_add_up_is_found(good: Path, tmp_path: Path) -> None:
     out = tmp_path / "copy"
     shutil.copytree(good, out)
-    text = (out / "certificate.json").read_text().replace('"num_in": 24', '"num_in": 25')
-    (out / "certificate.json").write_text(text)
+    place = str(out / "certificate.json")
+    write_sealed(place, {**read_sealed(place), "num_in": 25})
     assert "25 rows in" in check(out).problems["certificate"][0]
 
 
