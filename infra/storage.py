@@ -357,6 +357,7 @@ def user_cache() -> Path:
 
 
 _checked: dict[str, tuple[str, Any, Any]] = {}
+_listed: dict[str, tuple[Any, dict[str, FileEntry]]] = {}
 _locks: dict[str, threading.Lock] = defaultdict(threading.Lock)
 
 
@@ -402,10 +403,15 @@ def check_certified(uri: str) -> None:
         DataError: it is missing, truncated or changed, or its certificate doesn't list it.
     """
     folder, _, name = absolute(uri).rpartition("/")
-    certificate = read_certificate(folder)
-    if certificate is None:
+    fs, path = filesystem(join(folder, CERTIFICATE))
+    info = fs.get_file_info(path)
+    if info.type == pafs.FileType.NotFound:
         return  # nothing was promised
-    entry = next((entry for entry in certificate.files if entry.path == name), None)
-    if entry is None:
+    state, listed = _listed.get(folder, (None, {}))
+    if state != (info.size, info.mtime_ns):
+        certificate = read_certificate(folder)
+        listed = {entry.path: entry for entry in certificate.files} if certificate else {}
+        _listed[folder] = (info.size, info.mtime_ns), listed
+    if name not in listed:
         raise DataError(f"{uri} is not in the certificate of its folder; cure: make that folder again")
-    check_files(folder, [entry])
+    check_files(folder, [listed[name]])

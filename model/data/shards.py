@@ -12,7 +12,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from infra.errors import ConfigError, DataError
-from infra.storage import Certificate, absolute, exists, filesystem, is_remote, join, read_certificate
+from infra.storage import (
+    Certificate,
+    absolute,
+    check_certified,
+    exists,
+    filesystem,
+    is_remote,
+    join,
+    read_certificate,
+)
 from model.data.batch import check_schema
 from model.data.buckets import KEY_COLUMNS, Bucket, streams_of
 
@@ -72,7 +81,12 @@ def open_shards(uri: str) -> Shards:
 
 
 def open_parquet(uri: str) -> pq.ParquetFile:
-    """The file's footer, read; a local file is mapped, which spares a copy of its pages."""
+    """The file's footer, read; a local file is mapped, which spares a copy of its pages.
+
+    Raises:
+        DataError: it is not the file that the certificate beside it lists.
+    """
+    check_certified(uri)
     fs, path = filesystem(uri)
     return pq.ParquetFile(fs.open_input_file(path) if is_remote(uri) else pa.memory_map(path))
 

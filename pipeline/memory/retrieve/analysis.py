@@ -40,8 +40,8 @@ Analysis = Literal[
 ]
 """The languages that both Snowball and LanceDB's full-text index stem."""
 _STOP = """
-a an and are as at be but by for if in into is it no not of on or such that the their then there these they this to
-was will with s
+a an and are as at be but by for if in into is it no not of on or such that the their then there these they this
+to was will with s
 """
 STOP_WORDS = frozenset(_STOP.split())
 """Lucene's `EnglishAnalyzer.ENGLISH_STOP_WORDS_SET`; and the s that its possessive filter takes off "dog's"."""

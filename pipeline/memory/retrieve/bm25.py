@@ -85,8 +85,9 @@ class Bm25:
         keys, tf = np.unique(term * max(count, 1) + doc, return_counts=True)
         term, doc = keys // max(count, 1), keys % max(count, 1)
         df = np.bincount(term, minlength=len(hashes))
-        idf = np.log1p((count - df + 0.5) / (df + 0.5))
-        mean = max(np.mean(lengths) if lengths else 0.0, 1e-9)
+        there = max(np.count_nonzero(lengths), 1)  # a document without a term counts as none, as in Lucene
+        idf = np.log1p((there - df + 0.5) / (df + 0.5))
+        mean = max(sum(lengths) / there, 1e-9)
         norm = K1 * (1 - B + B * np.array(lengths, np.float64) / mean)
         impacts = (idf[term] * tf * (K1 + 1) / (tf + norm[doc])).astype(np.float32)
         starts = np.concatenate([[0], np.cumsum(df)]).astype(np.int64)

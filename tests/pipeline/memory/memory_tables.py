@@ -5,7 +5,7 @@ import pyarrow as pa
 
 from infra.storage import Certificate, write_certificate
 from pipeline.memory.commit import create_table
-from pipeline.memory.store import upsert, vectors_arrow, version_tag
+from pipeline.memory.store import memory_files, upsert, vectors_arrow, version_tag
 from pipeline.memory.vectors import unit
 from pipeline.schema import doc_id, memory_schema
 
@@ -67,5 +67,12 @@ def make_memory(uri: str, rows: pa.Table, *, dim: int = 16, indexes: dict | None
     }
     write_certificate(
         uri,
-        Certificate(job="build-index", config_hash="0", num_in=len(rows), num_out=len(rows), facts=facts),
+        Certificate(
+            job="build-index",
+            config_hash="0",
+            num_in=len(rows),
+            num_out=len(rows),
+            facts=facts,
+            files=memory_files(uri),
+        ),
     )

@@ -28,11 +28,12 @@ def slow_bm25(texts: list[str], query: str) -> dict[int, float]:
     """The definition, word by word: document -> score, for documents that share a word."""
     terms = analyser("english")
     bags = [Counter(terms(text)) for text in texts]
-    mean = sum(sum(bag.values()) for bag in bags) / len(bags)
+    there = sum(bool(bag) for bag in bags)
+    mean = sum(sum(bag.values()) for bag in bags) / max(there, 1)
     scores: dict[int, float] = {}
     for word in terms(query):
         df = sum(word in bag for bag in bags)
-        idf = math.log(1 + (len(bags) - df + 0.5) / (df + 0.5))
+        idf = math.log(1 + (there - df + 0.5) / (df + 0.5))
         for doc, bag in enumerate(bags):
             if word in bag:
                 norm = K1 * (1 - B + B * sum(bag.values()) / mean)

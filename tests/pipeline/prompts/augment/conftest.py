@@ -18,7 +18,7 @@ from pipeline.media.phash import phash64
 from pipeline.memory.commit import create_table
 from pipeline.memory.embed.worker import row_doc_id
 from pipeline.memory.index import build_text_index
-from pipeline.memory.store import upsert, vectors_arrow, version_tag
+from pipeline.memory.store import memory_files, upsert, vectors_arrow, version_tag
 from pipeline.schema import CLIPS, clip_id, content_id, memory_schema
 from pipeline.shards import write_shard
 
@@ -112,7 +112,14 @@ def write_memory(out: Path, rows: list[dict[str, Any]], *, later: list[dict[str,
     facts = {"memory_version": tag, "model_hash": "a model", "dim": DIM, "model": {"name": "offline"}}
     write_sealed(str(out / JOB_FILE), {"config": {"clip": {"name": "offline"}}})
     count = table.count_rows()
-    certificate = Certificate(job="build-index", config_hash="x", num_in=count, num_out=count, facts=facts)
+    certificate = Certificate(
+        job="build-index",
+        config_hash="x",
+        num_in=count,
+        num_out=count,
+        facts=facts,
+        files=memory_files(str(out)),
+    )
     write_certificate(str(out), certificate)
     return str(out)
 
