@@ -15,7 +15,7 @@ import torch
 from open_clip import IMAGENET_CLASSNAMES, CustomTextCLIP
 from torch import Tensor, nn
 
-from infra.errors import ConfigError
+from infra.errors import ConfigError, DataError
 from infra.storage import user_cache, write_bytes
 
 WIDTH = 384
@@ -126,18 +126,18 @@ def _load_minilm(tower: Any) -> str:
 def _class_vectors(tower: nn.Module, text_sha: str) -> Tensor:
     """MiniLM's unit vectors of the ImageNet class names [1000, WIDTH]; kept in the user's cache."""
     key = hashlib.sha256("\0".join([text_sha, *IMAGENET_CLASSNAMES]).encode()).hexdigest()[:24]
-    file = user_cache() / f"conse-{key}.npy"
+    name = f"conse-{key}.npy"
     try:
-        vectors = np.load(file, allow_pickle=False)
+        vectors = np.load(user_cache() / name, allow_pickle=False)
         if vectors.shape == (len(IMAGENET_CLASSNAMES), WIDTH) and vectors.dtype == np.float32:
             return torch.from_numpy(vectors)
-    except (OSError, ValueError):
+    except (OSError, ValueError, DataError):
         pass  # absent or damaged: made anew below
     vectors = _embed_names(tower)
     try:
         buffer = _npy(vectors)
-        write_bytes(str(file), buffer)
-    except OSError:
+        write_bytes(str(user_cache() / name), buffer)
+    except (OSError, DataError):
         pass  # a read-only home costs a second at each start, no more
     return vectors
 

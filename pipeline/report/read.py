@@ -15,7 +15,7 @@ from infra.storage import (
     absolute,
     exists,
     is_remote,
-    list_files,
+    join,
     read_certificate,
 )
 from pipeline.shards import ShardSet, is_shard, open_part
