@@ -43,7 +43,9 @@ class ProgressPrinter:
                 parts.append(f"ETA {span((self.total - self.done) / rate)}")
         else:
             parts[0] += f" {self.unit}"
-        parts.insert(1, f"{rate:,.1f} {self.unit}/s")
+        if rate > 0:
+            slow = rate < 1
+            parts.insert(1, f"{rate * (60 if slow else 1):,.1f} {self.unit}/{'min' if slow else 's'}")
         if self.skipped:
             parts.insert(1, f"{self.skipped:,} from an earlier run")
         bad = ", ".join(f"{name} {count}" for name, count in sorted(self.notes.items()))

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 from pydantic import Field
 
-from infra.config import Config
+from infra.config import Config, Incidental
 from pipeline.memory.retrieve.analysis import Analysis
 from pipeline.memory.store import EMBEDDINGS, id_filter, vectors_numpy
 from pipeline.memory.vectors import unit
@@ -36,8 +36,9 @@ class IndexConfig(Config):
     """Declared recall@10: the least that the 95 % lower bound may be. Ours."""
     analysis: Analysis = "english"
     """Of the full-text index, for memories that are searched through it: see `retrieve.analysis`."""
-    max_index_bytes: int = Field(default=8_000_000_000, ge=1)
-    """Memory that the vector indexes may take together, bytes. Ours."""
+    max_index_bytes: Incidental[int] = Field(default=8_000_000_000, ge=1)
+    """Memory that the vector indexes may take together, bytes. A build that it refused goes on with
+    a larger one: nothing is embedded again. Ours."""
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,11 @@ from PIL import Image, ImageDraw, ImageFont
 from infra.pictures import PictureError, decode_picture
 
 CELL_PX, TEXT_PX, GAP_PX, COLUMNS = 256, 44, 8, 4
+CSP = (
+    '<meta http-equiv="Content-Security-Policy" '
+    "content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'\">"
+)
+"""Nothing is fetched and no script runs, whatever a document's words are: as in the report's page."""
 
 STYLE = """
 body { font: 15px/1.4 system-ui, sans-serif; margin: 2rem; background: #fafafa; color: #222; }
@@ -27,7 +32,7 @@ def picture_page(title: str, rows: Sequence[dict[str, Any]], query_image: bytes 
     asked = f'<p><img alt="the query" src="{_data_uri(query_image)}"></p>' if query_image else ""
     figures = "\n".join(_figure(row) for row in rows) or "<p>Nothing was found.</p>"
     return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
+        f'<!doctype html><html lang="en"><meta charset="utf-8">{CSP}<title>{html.escape(title)}</title>'
         f"<style>{STYLE}</style><body><header><h1>{html.escape(title)}</h1>{asked}</header>"
         f'<main style="--columns: {COLUMNS}">\n{figures}\n</main></body></html>\n'
     ).encode()

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from pipeline.memory.retrieve.analysis import analyser
 from pipeline.memory.retrieve.bm25 import Bm25, Hits, ranked
 from pipeline.memory.retrieve.documents import Documents
 from pipeline.memory.retrieve.indexes import ArrayIndex
@@ -94,7 +95,7 @@ async def lance_async(folder: str, texts: list[str], vectors: np.ndarray) -> Non
 def exhaustive(bm25: Bm25, vectors: np.ndarray, text: str, vector: np.ndarray) -> Hits:
     """BM25 with every posting of every word, all inner products, exact fusion."""
     scores = np.zeros(bm25.num_documents)
-    for _, term, weight in bm25._terms(text):
+    for _, term, weight in bm25._terms(analyser(bm25.analysis)(text)):
         docs, impacts = bm25._postings(term)
         scores[docs] += weight * impacts
     found = np.flatnonzero(scores)

@@ -19,3 +19,11 @@ def test_the_end_is_printed_once(capsys: pytest.CaptureFixture[str], total: int 
 def test_nothing_done_is_said_too(capsys: pytest.CaptureFixture[str]) -> None:
     ProgressPrinter("crawl", None).close()
     assert "crawl: 0" in capsys.readouterr().err
+
+
+def test_a_slow_job_is_told_by_the_minute(monkeypatch: pytest.MonkeyPatch) -> None:
+    now_s = [0.0]
+    monkeypatch.setattr("infra.progress.time.monotonic", lambda: now_s[0])
+    progress = ProgressPrinter("embed", 100, unit="units")
+    progress.done, now_s[0] = 2, 60.0
+    assert "2.0 units/min" in progress.line() and "0.0 units/s" not in progress.line()

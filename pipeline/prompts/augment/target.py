@@ -32,9 +32,9 @@ class TargetConfig(Config):
     is decoded, so the guard knows the clip by the crawl's hash of its middle frame alone."""
     num_frames: int = Field(default=16, ge=1, le=1024)
     """Frames of a video target. Snap Video and VIMI's samples: 16. Pictures always have 1."""
-    height_px: int = Field(default=36, ge=1)
+    height_px: int = Field(default=36, ge=1, le=4096)
     """Height of the stored frames, pixels; Snap Video's base stage: 36 x 64."""
-    width_px: int = Field(default=64, ge=1)
+    width_px: int = Field(default=64, ge=1, le=4096)
     """Width of the stored frames, pixels."""
     fps: float | None = Field(default=6.0, gt=0)
     """Frames per second of the stored frames, taken from the clip's middle (VIMI's samples: 6). A clip

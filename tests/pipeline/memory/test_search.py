@@ -146,6 +146,7 @@ def test_the_command_prints_a_table_and_writes_pictures(
     printed = capsys.readouterr().out
     assert "white ball" in printed and "search.html" in printed and len(rows) == 12
     page = (tmp_path / "search.html").read_text()
+    assert "Content-Security-Policy\" content=\"default-src 'none'" in page
     assert "&lt;b&gt;white" in page and page.count("<figure>") == 12
     assert Image.open(io.BytesIO((tmp_path / "search.png").read_bytes())).width > 1000
 
