@@ -34,22 +34,15 @@ CONFIG_HASH = "config_sha256"
 
 
 def open_job(
-    out: str,
-    *,
-    job: str,
-    config: Config,
-    inputs: dict[str, str],
-    hash_exclude: set[str] | None = None,
-    portable: bool = False,
+    out: str, *, job: str, config: Config, inputs: dict[str, str], portable: bool = False
 ) -> Certificate | None:
     """Claim the folder `out` for this job, or recognise it as ours.
 
     Args:
         out: output folder.
         job: the job's name, as in its certificate.
-        config: the resolved config; saved beside the output.
+        config: the resolved config; saved beside the output. Its identity makes the claim.
         inputs: name -> content hash of each input.
-        hash_exclude: fields that can't change the output (worker counts, where Ray runs, `out`).
         portable: paths count by their last part, so that the output and its inputs may be moved.
 
     Returns:
@@ -60,12 +53,7 @@ def open_job(
         DataError: what claims it is damaged.
     """
     check_writable(out)
-    exclude = {"out", "ray", "num_workers", *(hash_exclude or ())}
-    claim = {
-        "job": job,
-        "config": {name: value for name, value in config.identity().items() if name not in exclude},
-        "inputs": inputs,
-    }
+    claim = {"job": job, "config": config.identity(), "inputs": inputs}
     place = join(out, JOB_FILE)
     if exists(place):
         saved = read_sealed(place)

@@ -177,10 +177,10 @@ def check_writable(uri: str) -> None:
         ) from None
 
 
-def sha256_file(uri: str, *, chunk_bytes: int = 1 << 20) -> str:
+def sha256_file(uri: str) -> str:
     """Hex sha256 of a file's bytes, read in bounded chunks."""
     digest = hashlib.sha256()
-    for chunk in stream_bytes(uri, chunk_bytes=chunk_bytes):
+    for chunk in stream_bytes(uri):
         digest.update(chunk)
     return digest.hexdigest()
 

@@ -177,21 +177,19 @@ class ConditionConfig:
         mode: `faithful` reads references through the frozen encoder only, as VIMI's figures show;
             `plus` also reads their pixel patches.
         num_roles: roles of segments that have an embedding.
-        max_segments: positions of the segment embedding; later segments share the last one.
-        max_references: positions of the reference index embedding.
-        reference_patch_px: side of a reference patch, pixels.
-        reference_channels: 3 for pixels; the autoencoder's channels when references are latents.
     """
 
     token_dim: int = 1024
     mode: Literal["faithful", "plus"] = "faithful"
     num_roles: int = 6
-    max_segments: int = 16
-    max_references: int = 8
-    reference_patch_px: int = 8
-    reference_channels: int = 3
 
 
+MAX_SEGMENTS = 16
+"""Positions of the segment embedding; later segments share the last one. Ours."""
+MAX_REFERENCES = 8
+"""Reference pictures of a prompt that the generator sees itself (`plus` mode). Ours."""
+REFERENCE_PATCH_PX = 8
+"""Side of a patch of them, pixels. Ours."""
 NUM_SCALARS = 3
 """Tokens that every sample has: sigma, frame rate, original size."""
 
@@ -205,11 +203,11 @@ class ConditionEmbedder(nn.Module):
         self.norm = nn.LayerNorm(config.token_dim, elementwise_affine=False)
         self.project = nn.Linear(config.token_dim, dim)
         self.role = nn.Embedding(config.num_roles, dim)
-        self.segment = nn.Embedding(config.max_segments, dim)
+        self.segment = nn.Embedding(MAX_SEGMENTS, dim)
         self.sigma = nn.Linear(NUM_FEATURES, dim)
         self.fps = nn.Linear(NUM_FEATURES, dim)
         self.size = nn.Linear(2 * NUM_FEATURES, dim)
-        self.references = ReferenceEmbedder(config, dim) if config.mode == "plus" else None
+        self.references = ReferenceEmbedder(dim) if config.mode == "plus" else None
         for table in (self.role, self.segment):
             nn.init.normal_(table.weight, std=0.02)
 
@@ -240,7 +238,7 @@ class ConditionEmbedder(nn.Module):
         return torch.stack([self.sigma(noise), self.fps(rate), self.size(size)], dim=1)
 
     def _prompt(self, condition: Condition) -> Tensor:
-        places = condition.segment.clamp(max=self.config.max_segments - 1)
+        places = condition.segment.clamp(max=MAX_SEGMENTS - 1)
         projected = self.project(self.norm(condition.tokens.to(self.role.weight.dtype)))
         return projected + self.role(condition.role) + self.segment(places)
 
@@ -248,23 +246,22 @@ class ConditionEmbedder(nn.Module):
 class ReferenceEmbedder(nn.Module):
     """Patches of reference pictures, with their place and their picture's index (`plus` mode)."""
 
-    def __init__(self, config: ConditionConfig, dim: int) -> None:
+    def __init__(self, dim: int) -> None:
         super().__init__()
-        self.patch_px = config.reference_patch_px
-        self.patch = nn.Linear(config.reference_channels * self.patch_px**2, dim)
+        self.patch = nn.Linear(3 * REFERENCE_PATCH_PX**2, dim)
         self.place = nn.Linear(2 * NUM_FEATURES, dim)
-        self.index = nn.Embedding(config.max_references, dim)
+        self.index = nn.Embedding(MAX_REFERENCES, dim)
         self.norm = nn.LayerNorm(dim)
         nn.init.normal_(self.index.weight, std=0.02)
 
     def forward(self, pictures: Tensor, present: Tensor | None) -> tuple[Tensor, Tensor]:
         """`b n c h w` pictures and `b n` mask to `b (n p) dim` tokens and `b (n p)` mask."""
         b, n, c, h, w = pictures.shape
-        p = self.patch_px
+        p = REFERENCE_PATCH_PX
         if h % p or w % p:
             raise ValueError(f"reference of {h}x{w} px does not divide into patches of {p} px")
-        if n > self.index.num_embeddings:
-            raise ValueError(f"{n} references; max_references is {self.index.num_embeddings}")
+        if n > MAX_REFERENCES:
+            raise ValueError(f"{n} references; legal: at most {MAX_REFERENCES}")
         dtype = self.index.weight.dtype
         grid = pictures.reshape(b, n, c, h // p, p, w // p, p).permute(0, 1, 3, 5, 2, 4, 6)
         patches = grid.reshape(b, n, (h // p) * (w // p), c * p * p).to(dtype)

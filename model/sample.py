@@ -28,7 +28,6 @@ def sample_ode(
     *,
     num_steps: int,
     order: int = 2,
-    on_step: Callable[[int], None] | None = None,
 ) -> Tensor:
     """EDM's deterministic sampler (Heun; 2206.00364 algorithm 1) on Snap Video's scaled signal.
 
@@ -39,7 +38,6 @@ def sample_ode(
         num_steps: network steps; Snap Video takes 256 for the base and 40 for the upsampler. The
             second order costs `2 num_steps - 1` evaluations.
         order: 2, or 1 for Euler.
-        on_step: called after each step with its number.
 
     Returns:
         `b t c h w` videos on the scale of clean videos.
@@ -55,8 +53,6 @@ def sample_ode(
             slope_ahead = edm.ode(ahead, denoise(ahead, then, step), then)
             ahead = x + ((then - now) * (slope + slope_ahead) / 2).to(x.dtype)
         x = ahead
-        if on_step is not None:
-            on_step(step)
     return x * edm.sigma_in
 
 

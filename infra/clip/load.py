@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import tempfile
-from dataclasses import dataclass
 from difflib import get_close_matches
 from hashlib import sha256
 from pathlib import Path
@@ -83,16 +82,7 @@ def load_clip(
     config = config or ClipConfig()
     check_clip(config)
     parts = _offline() if config.name == OFFLINE else _from_open_clip(config)
-    return Clip(
-        parts.model,
-        parts.tokenizer,
-        name=parts.name,
-        preprocessing=parts.preprocessing,
-        context_length=parts.context_length,
-        device=device,
-        precision=config.precision,
-        batch_size=batch_size,
-    )
+    return Clip(**parts, device=device, precision=config.precision, batch_size=batch_size)
 
 
 def check_clip(config: ClipConfig) -> None:
@@ -117,33 +107,24 @@ def check_clip(config: ClipConfig) -> None:
         _check_tag(config)
 
 
-@dataclass(frozen=True)
-class Parts:
-    """What a `Clip` is put together from."""
-
-    model: Any
-    tokenizer: Any
-    name: str
-    preprocessing: Preprocessing
-    context_length: int
-
-
-def _offline() -> Parts:
+def _offline() -> dict[str, Any]:
+    """Arguments of `Clip` for the offline one."""
     from open_clip.tokenizer import HFTokenizer
 
     from infra.clip.offline import CONTEXT_LENGTH, SIZE_PX, build_offline, minilm_folder
 
     half = (0.5, 0.5, 0.5)
-    return Parts(
-        model=build_offline(),
-        tokenizer=HFTokenizer(str(minilm_folder()), context_length=CONTEXT_LENGTH),
-        name=OFFLINE,
-        preprocessing=Preprocessing(size=(SIZE_PX, SIZE_PX), mean=half, std=half),
-        context_length=CONTEXT_LENGTH,
-    )
+    return {
+        "model": build_offline(),
+        "tokenize": HFTokenizer(str(minilm_folder()), context_length=CONTEXT_LENGTH),
+        "name": OFFLINE,
+        "preprocessing": Preprocessing(size=(SIZE_PX, SIZE_PX), mean=half, std=half),
+        "context_length": CONTEXT_LENGTH,
+    }
 
 
-def _from_open_clip(config: ClipConfig) -> Parts:
+def _from_open_clip(config: ClipConfig) -> dict[str, Any]:
+    """Arguments of `Clip` for a model that open_clip makes."""
     from open_clip import create_model, get_model_config, get_pretrained_cfg, get_tokenizer
 
     name, shown, preprocess, is_quick = config.model_name, config.name, {}, False
@@ -169,8 +150,13 @@ def _from_open_clip(config: ClipConfig) -> Parts:
     except (RuntimeError, UnpicklingError, LookupError, TypeError, ValueError, OSError, EOFError) as error:
         raise _refusal(config, error) from None
     text: Any = (get_model_config(name) or {}).get("text_cfg", {})
-    preprocessing = Preprocessing.of(model.visual.preprocess_cfg)
-    return Parts(model.eval(), tokenizer, shown, preprocessing, text.get("context_length", 77))
+    return {
+        "model": model.eval(),
+        "tokenize": tokenizer,
+        "name": shown,
+        "preprocessing": Preprocessing.of(model.visual.preprocess_cfg),
+        "context_length": text.get("context_length", 77),
+    }
 
 
 def _refusal(config: ClipConfig, error: Exception) -> ConfigError:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -165,8 +165,14 @@ class Clip:
             batch = batch[:, : int(lengths[rows].max())]
         return batch.to(self.device)
 
-    def _inference(self) -> AbstractContextManager[None]:
-        return _inference(self.device, self.uses_bf16)
+    @contextmanager
+    def _inference(self) -> Iterator[None]:
+        """`torch.inference_mode`, with bf16 autocast where it is used."""
+        import torch
+
+        bf16 = torch.autocast(self.device.type, torch.bfloat16) if self.uses_bf16 else nullcontext()
+        with torch.inference_mode(), bf16:
+            yield
 
 
 def hash_weights(model: nn.Module, dtype: torch.dtype | None = None) -> str:
@@ -184,26 +190,6 @@ def hash_weights(model: nn.Module, dtype: torch.dtype | None = None) -> str:
         flat = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
         digest.update(memoryview(flat.numpy()))
     return digest.hexdigest()
-
-
-class _inference(AbstractContextManager):
-    """`torch.inference_mode`, with bf16 autocast where it is used."""
-
-    def __init__(self, device: torch.device, uses_bf16: bool) -> None:
-        import torch
-
-        self._modes = [
-            torch.inference_mode(),
-            torch.autocast(device.type, torch.bfloat16) if uses_bf16 else nullcontext(),
-        ]
-
-    def __enter__(self) -> None:
-        for mode in self._modes:
-            mode.__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        for mode in reversed(self._modes):
-            mode.__exit__(*error)
 
 
 def _uses_bf16(device: torch.device, precision: str) -> bool:

@@ -11,7 +11,6 @@ row groups and yet the global order does not know W.
 """
 
 from collections import OrderedDict
-from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
@@ -74,14 +73,6 @@ def _feistel(x: _Bits, half: int, key: int) -> _Bits:
     return (left << half) | right
 
 
-@dataclass(frozen=True)
-class Place:
-    """A row: its row group, and which of that group's rows (of its stream) it is."""
-
-    group: int
-    row: int
-
-
 class Order:
     """An endless walk over the rows of row groups; each epoch is another permutation.
 
@@ -103,8 +94,8 @@ class Order:
         self._epochs: OrderedDict[int, tuple[np.ndarray, np.ndarray]] = OrderedDict()
         self._windows: dict[tuple[int, ...], list[int]] = {}
 
-    def locate(self, index: int) -> Place:
-        """The row at `index` of the walk; epoch = index // num_rows."""
+    def locate(self, index: int) -> tuple[int, int]:
+        """Row group of the row at `index` of the walk, and its number among that group's rows of the stream."""
         epoch, i = divmod(index, self.num_rows)
         offset, lane = divmod(i, self.lanes)
         size, longer = divmod(self.num_rows, self.lanes)
@@ -127,12 +118,12 @@ class Order:
             self._windows[place] = found
         return found[row]
 
-    def _row(self, epoch: int, place: int) -> Place:
+    def _row(self, epoch: int, place: int) -> tuple[int, int]:
         """The row at `place` of the epoch's row groups laid end to end in their shuffled order."""
         groups, ends = self._groups(epoch)
         which = int(np.searchsorted(ends, place, side="right"))
         group = int(groups[which])
-        return Place(group, place - int(ends[which] - self.counts[group]))
+        return group, place - int(ends[which] - self.counts[group])
 
     def _groups(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The epoch's order of row groups, and where each one ends: O(groups) once an epoch."""

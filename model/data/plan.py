@@ -110,9 +110,8 @@ class Plan:
         bucket_name, nth = self.buckets.draw(number)
         bucket = int(bucket_name)
         task, k = self.tasks[bucket].draw(nth * self.micro_batch + offset)
-        place = self.orders[bucket, task].locate(k)
-        size = int(self.counts[bucket, task][place.group])
-        return Source(bucket, place.group, place.row, (bucket, task), size)
+        group, row = self.orders[bucket, task].locate(k)
+        return Source(bucket, group, row, (bucket, task), int(self.counts[bucket, task][group]))
 
 
 def count_streams(index: pa.Table, num_groups: int) -> dict[Stream, np.ndarray]:

@@ -24,16 +24,15 @@ class PromptEncoderConfig(Config):
     | Qwen-VL | `Qwen/Qwen2.5-VL-7B-Instruct` | 8.3 B | 17 GB | 256 + 2 | 10 |
     | LLaVA | `llava-hf/llava-1.5-7b-hf` | 7.1 B | 14 GB | 576 | 18 |
     | LLaVA | `llava-hf/llava-1.5-13b-hf` | 13 B | 27 GB | 576 | 33 |
-    | clip | `clip.name: ViT-B-32` | 0.15 B | 0.6 GB (fp32) | 49, or `patch_grid`^2 | 0.02 |
-    | clip | `clip.name: offline` | 0.03 B | 0.1 GB (fp32) | 49, or `patch_grid`^2 | 0.005 |
+    | CLIP | `clip.name: ViT-B-32` | 0.15 B | 0.6 GB (fp32) | 49, or `patch_grid`^2 | 0.02 |
+    | CLIP | `clip.name: offline` | 0.03 B | 0.1 GB (fp32) | 49, or `patch_grid`^2 | 0.005 |
     """
 
-    kind: Literal["mllm", "clip"] = "mllm"
-    """mllm = hidden states of a language model that sees text and pictures; clip = text and patch tokens."""
     model: NameOrFolder = "HuggingFaceTB/SmolVLM-256M-Instruct"
-    """mllm: id on the model hub, or a folder with config, weights, tokenizer and processor."""
-    clip: ClipConfig = ClipConfig()
-    """clip: which one."""
+    """Language model that sees text and pictures (an mllm), whose hidden states are the tokens: id on the model
+    hub, or a folder with config, weights, tokenizer and processor."""
+    clip: ClipConfig | None = None
+    """A CLIP in its place, whose text and patch states are the tokens; null = `model`."""
     layer: Literal["last", "penultimate"] | int = "penultimate"
     """mllm: hidden states after the final norm (last), before the last layer (penultimate), or at an index:
     0 = embeddings, n = after layer n, negative = from the end. VIMI does not say; penultimate is usual."""

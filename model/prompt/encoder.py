@@ -181,7 +181,7 @@ def load_prompt_encoder(
         ConfigError: an unknown model, unreadable files, or a hub that can't be reached.
     """
     encoder: PromptEncoder
-    if config.kind == "clip":
+    if config.clip is not None:
         from model.prompt.clip_encoder import ClipPromptEncoder
 
         encoder = ClipPromptEncoder(config, load_clip(config.clip, device, batch_size=config.batch_size))

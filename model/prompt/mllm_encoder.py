@@ -32,7 +32,7 @@ from model.prompt.select import drop_empty, fit
 
 LAYOUT_VERSION = 1
 """Raise when `layout.py` lays prompts out differently: old cache entries then no longer match."""
-CURE = "give a local folder as model, or use kind: clip with clip.name: offline"
+CURE = "give a local folder as model, or use a CLIP (clip: {name: offline})"
 PICTURE_SIDE_PX = 448
 """Pictures are shrunk to this longest side before the processor sees them; bounds the tokens of families that
 take pictures at their own size (Qwen-VL). Ours; smaller pictures stay as they are."""

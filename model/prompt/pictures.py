@@ -13,7 +13,7 @@ from torch import Tensor
 from infra import pictures
 from infra.errors import DataError
 from infra.pictures import PictureError
-from model.condition import Prompt, Segment
+from model.condition import MAX_REFERENCES, Prompt, Segment
 from model.data.batch import ROLES, role_number
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
@@ -53,15 +53,14 @@ def _tame(image: Image.Image) -> Image.Image:
     return image
 
 
-def reference_tensors(
-    prompts: Sequence[Prompt], size_px: tuple[int, int], *, max_references: int = 8
-) -> tuple[Tensor, Tensor]:
+def reference_tensors(prompts: Sequence[Prompt], size_px: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """Decode the prompts' pictures for the generator itself (`plus` mode; UniVideo table 6).
+
+    Of more than MAX_REFERENCES a prompt, retrieved pictures are left out first, then the last ones.
 
     Args:
         prompts: as given to the encoder, after `select`.
         size_px: (height, width) of every reference.
-        max_references: per prompt; of more, retrieved pictures are left out first, then the last ones.
 
     Returns:
         `b n 3 h w` in [-1, 1], in the prompt's order, and the `b n` bool mask; n is the most that any
@@ -70,7 +69,7 @@ def reference_tensors(
     Raises:
         PictureError: an undecodable picture.
     """
-    chosen = [_chosen(prompt, max_references) for prompt in prompts]
+    chosen = [_chosen(prompt) for prompt in prompts]
     most = max(map(len, chosen), default=0)
     references = torch.zeros(len(prompts), most, 3, *size_px)
     mask = torch.zeros(len(prompts), most, dtype=torch.bool)
@@ -81,11 +80,11 @@ def reference_tensors(
     return references, mask
 
 
-def _chosen(prompt: Prompt, max_references: int) -> list[Segment]:
+def _chosen(prompt: Prompt) -> list[Segment]:
     pictures = [
         n for n, s in enumerate(prompt) if s.type == "image" and s.image and ROLES[s.role].kind != "text"
     ]
-    best = sorted(pictures, key=lambda n: (_importance(prompt[n].role), n))[:max_references]
+    best = sorted(pictures, key=lambda n: (_importance(prompt[n].role), n))[:MAX_REFERENCES]
     return [prompt[n] for n in sorted(best)]
 
 

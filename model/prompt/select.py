@@ -62,16 +62,13 @@ def keep_documents(prompt: Prompt, number: int | None) -> Prompt:
     return tuple(segment for place, segment in enumerate(prompt) if place not in gone)
 
 
-def restore_words(prompt: Prompt, places: frozenset[int] | None = None) -> Prompt:
-    """Put the words of subject and background pictures back (at `places`, or all), one caption again."""
+def restore_words(prompt: Prompt) -> Prompt:
+    """Put the words of subject and background pictures back in their place, one caption again."""
     words = [
         Segment("text", Role.CAPTION, text=segment.text)
-        if segment.type == "image"
-        and segment.text
-        and ROLES[segment.role].kind == "subject"
-        and (places is None or place in places)
+        if segment.type == "image" and segment.text and ROLES[segment.role].kind == "subject"
         else segment
-        for place, segment in enumerate(prompt)
+        for segment in prompt
     ]
     if words == list(prompt):
         return prompt

@@ -11,7 +11,14 @@ from torch import Tensor
 from infra.errors import ConfigError
 from model.backbones.base import BackboneConfig
 from model.backbones.presets import preset
-from model.condition import Beforehand, Condition, ConditionConfig, Prompt
+from model.condition import (
+    MAX_REFERENCES,
+    REFERENCE_PATCH_PX,
+    Beforehand,
+    Condition,
+    ConditionConfig,
+    Prompt,
+)
 from model.data.batch import ROLES, Batch
 from model.data.inputs import InputConfig
 from model.data.plan import Plan
@@ -78,6 +85,11 @@ def make_plan(config: StageConfig, index: pa.Table, num_groups: int) -> Plan:
     )
 
 
+def reference_size(height_px: int, width_px: int) -> tuple[int, int]:
+    """(height, width) of reference pictures in `plus` mode: whole patches."""
+    return height_px - height_px % REFERENCE_PATCH_PX, width_px - width_px % REFERENCE_PATCH_PX
+
+
 class Conditioner:
     """Prompts of a batch -> the generator's condition, by the frozen encoder."""
 
@@ -90,7 +102,7 @@ class Conditioner:
         """`encoded`: what was encoded beforehand; () = nothing."""
         references = None
         if self.config.references == "plus":
-            references = reference_tensors(prompts, size_px=self.reference_size_px)
+            references = reference_tensors(prompts, reference_size(self.config.height_px, self.config.width_px))
         with torch.no_grad(), warning_only():
             condition = self.encoder.condition(
                 prompts,
@@ -100,11 +112,6 @@ class Conditioner:
                 encoded=encoded,
             )
         return condition.to(self.device)
-
-    @property
-    def reference_size_px(self) -> tuple[int, int]:
-        """(height, width) of reference pictures in `plus` mode: whole patches of 8."""
-        return self.config.height_px // 8 * 8, self.config.width_px // 8 * 8
 
     def choose(self, prompt: Prompt, position: int) -> Prompt:
         """K documents and condition dropout, drawn for the sample at this position."""
@@ -233,8 +240,8 @@ def heaviest_batch(
         batch = replace(batch, latents=torch.zeros(count, *space.shape(*sizes)))
     pictures = None
     if config.references == "plus":
-        side = config.height_px // 8 * 8, config.width_px // 8 * 8
-        pictures = torch.zeros(count, ConditionConfig().max_references, 3, *side)
+        side = reference_size(config.height_px, config.width_px)
+        pictures = torch.zeros(count, MAX_REFERENCES, 3, *side)
     return batch, Condition(
         tokens=torch.zeros(count, length, encoder.dim, dtype=encoder.dtype),
         mask=torch.ones(count, length, dtype=torch.bool),

@@ -43,7 +43,7 @@ def make_clip(folder: Path) -> dict[str, Any]:
     (folder / "clip.json").write_text(json.dumps(CLIP))
     torch.save({"state_dict": open_clip.CLIP(**CLIP).state_dict()}, folder / "clip.pt")
     clip = {"name": str(folder / "clip.json"), "pretrained": str(folder / "clip.pt"), "precision": "fp32"}
-    return {"kind": "clip", "clip": clip, "patch_grid": 4}
+    return {"clip": clip, "patch_grid": 4}
 
 
 def make_autoencoder(folder: Path) -> str:

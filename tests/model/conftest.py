@@ -132,7 +132,7 @@ def write_tiny_encoder(folder: Path) -> dict[str, Any]:
     torch.manual_seed(0)
     torch.save({"state_dict": open_clip.CLIP(**TINY_CLIP).state_dict()}, folder / "tiny.pt")
     clip = {"name": str(folder / "tiny.json"), "pretrained": str(folder / "tiny.pt"), "precision": "fp32"}
-    return {"kind": "clip", "clip": clip}
+    return {"clip": clip}
 
 
 @pytest.fixture(scope="session")
@@ -215,7 +215,7 @@ def tiny_mllm(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("mllm")
     for part in made("llava"):
         part.save_pretrained(folder)
-    return {"kind": "mllm", "model": str(folder), "max_tokens": 256}
+    return {"model": str(folder), "max_tokens": 256}
 
 
 @pytest.fixture

@@ -107,7 +107,7 @@ def test_odd_references_are_refused(make_condition) -> None:
     with pytest.raises(ValueError, match="15x16"):
         embedder(SIGMA, odd)
     many = make_condition(references=9)
-    with pytest.raises(ValueError, match="max_references"):
+    with pytest.raises(ValueError, match="legal: at most 8"):
         embedder(SIGMA, many)
 
 

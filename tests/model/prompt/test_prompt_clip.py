@@ -35,7 +35,7 @@ PROMPTS: list[Prompt] = [(*DOCUMENT, *CAPTION), CAPTION, (), (*DOCUMENT, *SUBJEC
 
 
 def config(**values: object) -> PromptEncoderConfig:
-    base = {"kind": "clip", "clip": OFFLINE, "patch_grid": 4}
+    base = {"clip": OFFLINE, "patch_grid": 4}
     return PromptEncoderConfig.model_validate({**base, **values})
 
 

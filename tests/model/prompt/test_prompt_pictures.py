@@ -113,13 +113,14 @@ def test_subjects_are_shown_whole_on_white_and_scenes_fill_the_frame() -> None:
     assert scene.eq(-1).all()
 
 
-def test_too_many_references_keep_the_most_important() -> None:
+def test_too_many_references_keep_the_most_important(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("model.prompt.pictures.MAX_REFERENCES", 2)
     prompt = (
         picture("retrieved", (255, 0, 0)),
         picture("background", (0, 255, 0)),
         picture("subject", (0, 0, 255)),
     )
-    references, _ = reference_tensors([prompt], (16, 16), max_references=2)
+    references, _ = reference_tensors([prompt], (16, 16))
     middle = references[0, :, :, 8, 8]
     np.testing.assert_allclose(middle.numpy(), [[-1, 1, -1], [-1, -1, 1]], atol=0.01)
 
