@@ -27,6 +27,11 @@ def sentence(got: str, *, legal: str = "", cure: str = "") -> str:
     return "; ".join(filter(None, parts))
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what another library said, or the error's kind where it said nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+
+
 class DataError(VimiError):
     """A table, shard or index that breaks its contract."""
 

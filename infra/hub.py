@@ -2,7 +2,7 @@
 
 import os
 
-from infra.errors import ConfigError
+from infra.errors import ConfigError, first_line
 
 REACH_TIMEOUT_S = 5.0
 OFFLINE_CURE = (
@@ -33,13 +33,13 @@ def hub_file(repository: str, names: list[str], *, wanted: str, cure: str = OFFL
         try:
             return hf_hub_download(repository, name)
         except LocalEntryNotFoundError as error:  # the network broke off, whatever its name says
-            raise ConfigError(f"can't fetch {wanted}: {_reason(error)}", cure=cure) from None
+            raise ConfigError(f"can't fetch {wanted}: {first_line(error)}", cure=cure) from None
         except EntryNotFoundError:
             continue
         except RepositoryNotFoundError:
             raise ConfigError(f"the hub has no repository {repository!r} (for {wanted})") from None
         except OSError as error:
-            raise ConfigError(f"can't fetch {wanted}: {_reason(error)}", cure=cure) from None
+            raise ConfigError(f"can't fetch {wanted}: {first_line(error)}", cure=cure) from None
     raise ConfigError(f"{repository} on the hub has none of {', '.join(names)} (for {wanted})")
 
 
@@ -79,8 +79,3 @@ def require_reachable(url: str, *, wanted: str, cure: str = OFFLINE_CURE) -> Non
         raise ConfigError(
             f"can't fetch {wanted}: {httpx.URL(url).host} can't be reached ({error})", cure=cure
         ) from None
-
-
-def _reason(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return (lines[0] if lines else type(error).__name__)[:160]

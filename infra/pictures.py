@@ -94,6 +94,16 @@ def upright_size(image: Image.Image) -> tuple[int, int]:
         return (width, height) if _orientation(image) >= 5 else (height, width)
 
 
+def crop_extreme(image: Image.Image, *, max_aspect: int) -> Image.Image:
+    """The middle of a picture whose sides differ by more than this ratio; others unchanged."""
+    width, height = image.size
+    limit = max_aspect * min(width, height)
+    if max(width, height) <= limit:
+        return image
+    left, top = max(0, width - limit) // 2, max(0, height - limit) // 2
+    return image.crop((left, top, left + min(width, limit), top + min(height, limit)))
+
+
 def _decode(image: Image.Image, on_white: bool, shrink_to_px: tuple[int, int] | None) -> Image.Image:
     turn = TURNS.get(_orientation(image))
     size = (shrink_to_px[1], shrink_to_px[0]) if shrink_to_px else None

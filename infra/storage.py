@@ -22,7 +22,7 @@ from typing import Any
 import pyarrow.fs as pafs
 from pydantic import BaseModel, ConfigDict, Field
 
-from infra.errors import ConfigError, DataError
+from infra.errors import ConfigError, DataError, first_line
 
 CERTIFICATE = "certificate.json"
 VERSION = "0.1.0"
@@ -299,7 +299,7 @@ def read_certificate(uri: str | Path, *, job: str | None = None) -> Certificate 
     try:
         certificate = Certificate.model_validate(read_sealed(place))
     except ValueError as error:
-        raise DataError(f"{place} is not a certificate: {str(error).splitlines()[0]}") from None
+        raise DataError(f"{place} is not a certificate: {first_line(error)}") from None
     if job is not None and certificate.job != job:
         raise DataError(f"{uri} was made by {certificate.job!r}, expected the output of {job!r}")
     return certificate

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from infra.clip.model import hash_weights
 from infra.config import canonical_json
-from infra.errors import ConfigError
+from infra.errors import ConfigError, first_line
 from infra.hub import hub_file
 from model.space import Space
 
@@ -158,8 +158,7 @@ def load_latents(place: str, device: str | torch.device = "cpu") -> Latents:
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         model = kind.from_pretrained(source, subfolder=subfolder, torch_dtype=dtype)
     except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        raise ConfigError(f"can't load the autoencoder {place!r}: {reason}", cure=CURE) from None
+        raise ConfigError(f"can't load the autoencoder {place!r}: {first_line(error)}", cure=CURE) from None
     return Latents(model, device=device)
 
 

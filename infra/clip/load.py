@@ -18,7 +18,7 @@ from pydantic import field_validator
 from infra.clip.model import BATCH_ROWS, Clip
 from infra.clip.preprocess import Preprocessing
 from infra.config import Config, NameOrFile
-from infra.errors import ConfigError
+from infra.errors import ConfigError, first_line
 from infra.hub import require_hub_file, require_reachable
 
 if TYPE_CHECKING:
@@ -267,8 +267,3 @@ def _weight_names(file: str) -> list[str]:
 
     file = file or HF_WEIGHTS_NAME
     return [*_get_safe_alternatives(file), file]
-
-
-def first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return (lines[0] if lines else type(error).__name__)[:200]

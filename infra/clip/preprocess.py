@@ -55,7 +55,12 @@ class Preprocessing(BaseModel):
 
     def pixels(self, picture: Picture) -> np.ndarray:
         """One picture (PIL, or uint8 h w 3) -> uint8 [height, width, 3] at the model's size."""
-        image = _crop_absurd(_as_pil(picture))
+        from infra.pictures import crop_extreme
+
+        image = _as_pil(picture)
+        if min(image.size) == 0:
+            raise ValueError(f"an empty picture: {image.width} x {image.height} pixels")
+        image = crop_extreme(image, max_aspect=MAX_ASPECT)
         for step in self._geometry:
             image = step(image)
         return np.asarray(image)
@@ -89,15 +94,3 @@ def _as_pil(picture: Picture) -> Image.Image:
             f"a picture is a PIL image or uint8 [h, w, 3]; got {picture.dtype} {list(picture.shape)}"
         )
     return Image.fromarray(picture)
-
-
-def _crop_absurd(image: Image.Image) -> Image.Image:
-    """The middle of a picture whose sides differ by more than MAX_ASPECT; others unchanged."""
-    width, height = image.size
-    if min(width, height) == 0:
-        raise ValueError(f"an empty picture: {width} x {height} pixels")
-    limit = MAX_ASPECT * min(width, height)
-    if max(width, height) <= limit:
-        return image
-    left, top = max(0, width - limit) // 2, max(0, height - limit) // 2
-    return image.crop((left, top, left + min(width, limit), top + min(height, limit)))

@@ -5,6 +5,7 @@ Training draws, for each sample, how many documents stay and which kinds of cond
 encode them beforehand. Both read the same fields.
 """
 
+from collections.abc import Sequence
 from itertools import product
 from typing import Literal
 
@@ -13,7 +14,7 @@ from pydantic import Field, NonNegativeInt, field_validator
 from infra.config import Config, Incidental, Location, NameOrFolder
 from model.condition import KINDS
 from model.data.buckets import Bucket
-from model.prompt.config import PromptEncoderConfig
+from model.prompt.encoder import PromptEncoderConfig
 
 
 class BucketConfig(Config):
@@ -105,13 +106,8 @@ def dropped_sets(rates: dict[str, float]) -> list[frozenset[str]]:
     return sorted(found, key=lambda kinds: (len(kinds), sorted(kinds)))
 
 
-def variants(config: InputConfig) -> list[Variant]:
+def variants(documents: Sequence[int], dropout: dict[str, float]) -> list[Variant]:
     """All that training can draw of a prompt, and what validation looks at (most documents, and none)."""
-    drawn = [(number, kinds) for kinds in dropped_sets(config.dropout) for number in sorted(config.documents)]
-    looked_at: list[Variant] = [(most_documents(config), frozenset()), (0, frozenset())]
+    drawn = [(number, kinds) for kinds in dropped_sets(dropout) for number in sorted(documents)]
+    looked_at: list[Variant] = [(max(documents), frozenset()), (0, frozenset())]
     return list(dict.fromkeys([*drawn, *looked_at]))
-
-
-def most_documents(config: InputConfig) -> int:
-    """The most documents of a prompt that training shows."""
-    return max(config.documents)

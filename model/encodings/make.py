@@ -21,7 +21,7 @@ from infra.storage import sha256_file
 from model.condition import EncodedPrompt
 from model.data.batch import as_video, read_prompt
 from model.data.buckets import Bucket, frames_in_clip, nearest_bucket
-from model.data.inputs import InputConfig, dropped_sets, most_documents, variants
+from model.data.inputs import InputConfig, dropped_sets, variants
 from model.data.sample import read_pixels
 from model.data.shards import Shards
 from model.encodings.store import Encodings, Facts, latents_key, pack_prompts, to_bytes
@@ -44,7 +44,7 @@ class RowEncoder:
         self.config, self.buckets = config, config.shapes
         self.encoder = load_prompt_encoder(config.encoder, device, remember=False)  # equal prompts meet below
         self.latents = open_latents(config.autoencoder, device)
-        self.variants = variants(config)
+        self.variants = variants(config.documents, config.dropout)
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -132,7 +132,7 @@ def describe_inputs(config: InputConfig) -> dict[str, Any]:
     """What a certificate keeps of the config, as JSON: what later trainings are compared with."""
     described: dict[str, Any] = {
         "encoder": _by_content(config.encoder.identity()),
-        "documents": sorted({*config.documents, 0, most_documents(config)}),
+        "documents": sorted({*config.documents, 0}),
         "dropped": [sorted(kinds) for kinds in dropped_sets(config.dropout)],
     }
     if config.autoencoder is not None:

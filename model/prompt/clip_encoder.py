@@ -12,8 +12,7 @@ from torch import Tensor
 
 from infra.clip import Clip
 from model.condition import EncodedPrompt, Prompt
-from model.prompt.config import PromptEncoderConfig
-from model.prompt.encoder import PromptEncoder, join
+from model.prompt.encoder import PromptEncoder, PromptEncoderConfig, join
 from model.prompt.pictures import MAX_PICTURE_PX, Pictures, decode_all
 from model.prompt.select import drop_empty, fit
 

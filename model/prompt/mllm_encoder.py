@@ -20,12 +20,11 @@ from PIL import Image
 from torch import Tensor
 
 from infra.clip.model import hash_weights
-from infra.errors import ConfigError
+from infra.errors import ConfigError, first_line
 from infra.hub import hub_file
 from model.condition import EncodedPrompt, Prompt, Segment
 from model.data.batch import Role, role_number
-from model.prompt.config import PromptEncoderConfig
-from model.prompt.encoder import PromptEncoder
+from model.prompt.encoder import PromptEncoder, PromptEncoderConfig
 from model.prompt.layout import Layout, Template, owners
 from model.prompt.pictures import MAX_PICTURE_PX, Pictures, decode_all
 from model.prompt.select import drop_empty, fit
@@ -271,9 +270,8 @@ def load_mllm_encoder(config: PromptEncoderConfig, device: str | torch.device = 
         )
         processor = AutoProcessor.from_pretrained(name)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise ConfigError(
-            f"can't load {config.model!r} as an image-text-to-text model: {reason}",
+            f"can't load {config.model!r} as an image-text-to-text model: {first_line(error)}",
             legal="a transformers model of the SmolVLM, Qwen-VL or LLaVA kind, with its processor",
             cure=CURE,
         ) from None

@@ -40,11 +40,7 @@ def decode_picture(data: bytes | None) -> Image.Image:
 
 def _tame(image: Image.Image) -> Image.Image:
     """Sides within a ratio of MAX_ASPECT (the middle is kept) and of at least MIN_SIDE_PX."""
-    width, height = image.size
-    limit = MAX_ASPECT * min(width, height)
-    if max(width, height) > limit:
-        left, top = max(0, width - limit) // 2, max(0, height - limit) // 2
-        image = image.crop((left, top, left + min(width, limit), top + min(height, limit)))
+    image = pictures.crop_extreme(image, max_aspect=MAX_ASPECT)
     short = min(image.size)
     if short < MIN_SIDE_PX:
         scale = MIN_SIDE_PX / short

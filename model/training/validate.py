@@ -26,7 +26,6 @@ from infra.run_folder import HELD_OUT, VALIDATION, VALIDATION_CELL, RunFolder
 from infra.storage import join, read_bytes, read_json, write_json
 from model.data.batch import Batch, collate, read_prompt
 from model.data.buckets import VALIDATION as KEPT_BACK
-from model.data.inputs import most_documents
 from model.data.order import permute_all
 from model.data.plan import Source, count_streams
 from model.data.sample import read_sample
@@ -161,7 +160,7 @@ class Validation:
     def _read(self, source: Source, retrieval: bool) -> Batch:
         groups = self.training.loader.row_groups
         row = groups.row(source, 0)
-        prompt = select(read_prompt(row), most_documents(self.training.config) if retrieval else 0)
+        prompt = select(read_prompt(row), max(self.training.config.documents) if retrieval else 0)
         return collate([read_sample(row, groups.buckets[source.bucket], position=0, prompt=prompt)])
 
 
@@ -205,7 +204,7 @@ class Preview:
         row, bucket = groups.row(chosen.source, 0), groups.buckets[chosen.source.bucket]
         if isinstance(training.encoder, StoredEncoder):
             training.encoder.row = row["stored"]
-        prompt = select(read_prompt(row), most_documents(training.config))
+        prompt = select(read_prompt(row), max(training.config.documents))
         sample = read_sample(row, bucket, position=0, prompt=prompt)
         fps = sample.fps if math.isfinite(sample.fps) else 1.0
         request = SampleRequest(prompt, fps, sample.original_size_px, seed=number)

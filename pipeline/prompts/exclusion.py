@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from infra.errors import ConfigError
+from infra.errors import ConfigError, first_line
 from infra.storage import exists, read_bytes
 from pipeline.schema import content_id
 
@@ -79,7 +79,7 @@ def read_exclusion(uri: str, *, source_pattern: str | None = None) -> Exclusion:
     except (pa.ArrowException, ValueError, AttributeError, csv.Error) as error:
         if isinstance(error, ConfigError):
             raise
-        raise ConfigError(f"can't read exclusion file {uri}: {str(error).splitlines()[0]}") from None
+        raise ConfigError(f"can't read exclusion file {uri}: {first_line(error)}") from None
     known = {name: values for name, values in columns.items() if name in COLUMNS}
     if not known:
         raise ConfigError(

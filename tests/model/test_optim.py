@@ -6,7 +6,6 @@
 import os
 from collections.abc import Callable
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 import torch
@@ -166,39 +165,49 @@ def _small_generator() -> Generator:
     return Generator(SHARDED_FIT, ConditionConfig(token_dim=24))
 
 
-def _sharded(rank: int, world: int, port: int, out: str, build: Callable[..., Optimizer]) -> None:
-    """One rank of an FSDP2 run, each block a unit; all ranks see the same batch."""
+def _sharded(rank: int, world: int, port: int, out: str) -> None:
+    """One rank of FSDP2 runs, one for each optimizer, each block a unit; all ranks see the same batch."""
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.distributed.init_process_group("gloo", rank=rank, world_size=world)
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import DTensor
 
     mesh = torch.distributed.init_device_mesh("cpu", (world,))
-    model = _small_generator()
-    for block in model.blocks:
-        fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh)
-    found = _steps(model, build)
-    whole = {n: v.full_tensor() for n, v in found.items() if isinstance(v, DTensor)}
-    assert len(whole) == len(found), "an average lost its sharding"
+    runs = {}
+    for build in (lamb, muon):
+        model = _small_generator()
+        for block in model.blocks:
+            fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        found = _steps(model, build)
+        runs[build.__name__] = {n: v.full_tensor() for n, v in found.items() if isinstance(v, DTensor)}
+        assert len(runs[build.__name__]) == len(found), "an average lost its sharding"
     if rank == 0:
-        torch.save(whole, out)
+        torch.save(runs, out)
     torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory: pytest.TempPathFactory, free_port: int) -> dict[str, dict[str, torch.Tensor]]:
+    """What two ranks made of each optimizer; started once."""
+    out = tmp_path_factory.mktemp("sharded") / "runs.pt"
+    mp.spawn(_sharded, args=(2, free_port, str(out)), nprocs=2)
+    return torch.load(out)
 
 
 @pytest.mark.parametrize("build", [lamb, muon])
 def test_sharded_training_equals_whole_training(
-    tmp_path: Path, free_port: int, build: Callable[..., Optimizer]
+    sharded: dict[str, dict[str, torch.Tensor]], build: Callable[..., Optimizer]
 ) -> None:
     """FSDP2 on 2 ranks: the step, LAMB's trust ratios or Muon's whole matrices, and both averages."""
-    out = tmp_path / "sharded.pt"
-    mp.spawn(_sharded, args=(2, free_port, str(out), build), nprocs=2)
     whole = _steps(_small_generator(), build)
-    for name, value in torch.load(out).items():
+    found = sharded[build.__name__]
+    assert found.keys() == whole.keys()
+    for name, value in found.items():
         torch.testing.assert_close(value, whole[name], rtol=1e-4, atol=1e-5)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def free_port() -> int:
     import socket
 

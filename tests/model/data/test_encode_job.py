@@ -62,10 +62,10 @@ def train(values: dict[str, Any], steps: int = 5) -> tuple[Training, list[float]
     return training, [float(training.step().loss) for _ in range(steps)]
 
 
-def encode_here(values: dict[str, Any], out: Path) -> None:
+def encode_here(values: dict[str, Any], out: Path, **changes: Any) -> None:
     """The job's worker in this process: what it rounds, training rounds alike."""
     shared = {name: value for name, value in values.items() if name in EncodeConfig.model_fields}
-    config = EncodeConfig.model_validate(shared | {"out": str(out)})
+    config = EncodeConfig.model_validate(shared | {"out": str(out)} | changes)
     inputs = config.model_dump(mode="json", include=set(InputConfig.model_fields))
     worker = Worker(partial(make_row_encoder, inputs, "cpu"), config.prompts, config.out)
     receipts = [worker(unit.payload) for unit in plan_units(worker.shards)]
@@ -182,13 +182,12 @@ def test_rows_that_cannot_be_encoded_are_counted_and_replaced(
     training.close()
 
 
-@pytest.mark.ray
-def test_encodings_that_do_not_serve_are_refused_at_the_door(
-    ray_cluster: None, stage_values: Values, make_shards, tmp_path: Path
+def test_encodings_that_do_not_serve_are_refused_by_the_preflight(
+    stage_values: Values, make_shards, tmp_path: Path
 ) -> None:
     values = stage_values()
     encoded = tmp_path / "encoded"
-    encode(values, encoded, documents=[0, 1])
+    encode_here(values, encoded, documents=[0, 1])
     values |= {"encodings": str(encoded), "documents": [0, 1]}
 
     def refuse(message: str, **changes: Any) -> None:
@@ -215,14 +214,13 @@ def test_encodings_that_do_not_serve_are_refused_at_the_door(
     refuse("encoder.clip", encoder=values["encoder"] | {"clip": moved})
 
 
-@pytest.mark.ray
-def test_an_encoder_swapped_behind_the_doors_back_stops_the_run(
-    ray_cluster: None, stage_values: Values, tiny_encoder: dict[str, Any], tmp_path: Path
+def test_an_encoder_swapped_after_the_preflight_stops_the_run(
+    stage_values: Values, tiny_encoder: dict[str, Any], tmp_path: Path
 ) -> None:
     clip = {**tiny_encoder["clip"], "pretrained": str(tmp_path / "own.pt")}
     shutil.copy(tiny_encoder["clip"]["pretrained"], clip["pretrained"])
     values = stage_values(encoder=tiny_encoder | {"clip": clip})
-    encode(values, tmp_path / "encoded")
+    encode_here(values, tmp_path / "encoded")
     training, _ = train(values | {"encodings": str(tmp_path / "encoded")}, 1)
     weights = torch.load(clip["pretrained"])
     weights["state_dict"]["text_projection"] *= 2

@@ -33,7 +33,7 @@ def test_whatever_training_draws_is_among_the_variants(
     config = InputConfig(prompts="x", documents=tuple(documents), dropout=rates)
     number = draw_num_documents(config.documents, seed=seed, index=index)
     dropped = draw_dropped(config.dropout, seed=seed, index=index)
-    found = variants(config)
+    found = variants(config.documents, config.dropout)
     assert (number, dropped) in found
     assert (max(documents), frozenset()) in found and (0, frozenset()) in found
     assert len(found) == len(set(found))
@@ -94,7 +94,7 @@ def test_stored_variants_equal_fresh_ones_and_share_their_blocks(make_config: Ma
     for row, made in zip(rows, encoder(rows), strict=True):
         stored = StoredRow(facts, made)
         stored.check(row["prompt_id"])
-        for number, kinds in variants(config):
+        for number, kinds in variants(config.documents, config.dropout):
             prompt = select(read_prompt(row), number, kinds)
             assert same(stored.prompt(prompt), fresh.encode_each([prompt])[0])
         assert len(made["blocks"]) == 3  # document text, document picture, caption: each once
