@@ -6,12 +6,12 @@ from hypothesis import strategies as st
 
 from infra import storage
 from infra.claim import open_job
-from infra.config import Config
+from infra.config import Config, Incidental
 from infra.errors import ConfigError, DataError
 
 
 class SomeConfig(Config):
-    out: str = "x"
+    out: Incidental[str] = "x"
     size: int = 1
 
 
