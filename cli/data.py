@@ -1,10 +1,13 @@
 """`vimi-data`: corpus -> clips -> memory -> prompts, and looking at what was made. Words only."""
 
-from typing import TYPE_CHECKING, Annotated
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from cli.common import Fields, Job, Out, command, make_app, run_app, shorten
+from cli.recipes import clip_option, train_command
 
 if TYPE_CHECKING:
     from pipeline.report.validate import Report
@@ -22,7 +25,11 @@ def main() -> None:
     run_app(app, "vimi-data")
 
 
-@command(app, Job("pipeline.clips.crawl:CrawlConfig", then="vimi-data build-index {c.out} --out memory"))
+def _build(config: Any) -> str:
+    return f"vimi-data build-index {{c.out}} --out memory{clip_option()}"
+
+
+@command(app, Job("pipeline.clips.crawl:CrawlConfig", then=_build))
 def crawl(
     sources: Annotated[
         list[str] | None,
@@ -42,7 +49,7 @@ def crawl(
     return fields
 
 
-@command(app, Job("pipeline.clips.redrive:RedriveConfig", then="vimi-data build-index {c.out} --out memory"))
+@command(app, Job("pipeline.clips.redrive:RedriveConfig", then=_build))
 def redrive(
     clips: Annotated[str | None, typer.Argument(help="Folder that `vimi-data crawl` made.")] = None,
     out: Out = None,
@@ -53,8 +60,8 @@ def redrive(
 
 BUILD = Job(
     "pipeline.memory.build_index:BuildIndexConfig",
-    then='vimi-data search {c.out} "a dog on grass"; '
-    "or vimi-data augment {c.clips[0]} --memory {c.out} --out prompts",
+    then='vimi-data search {c.out} "a dog on grass"\n'
+    "vimi-data augment {c.clips[0]} --memory {c.out} --out prompts",
 )
 ADD_CLIP = Job(
     "pipeline.memory.build_index.add_clip:AddClipConfig",
@@ -118,7 +125,11 @@ def plan(
     return {"documents": documents, "nodes": nodes, "gpus_per_node": gpus}
 
 
-@command(app, Job("pipeline.prompts.augment:AugmentConfig", then="vimi-train stage1 {c.out} --out runs/stage1"))
+def _stage1(config: Any) -> str:
+    return f"vimi-train stage1 {{c.out}} --out runs/stage1 {train_command('stage1', config.out)}"
+
+
+@command(app, Job("pipeline.prompts.augment:AugmentConfig", then=_stage1))
 def augment(
     clips: Clips = None,
     memory: Memory = None,
@@ -153,22 +164,24 @@ def validate(
     return {"prompts": prompts, "memory": memory}
 
 
-@command(
-    app,
-    Job(
-        "pipeline.prompts.instruct:InstructConfig",
-        then="vimi-train stage2 {c.out} --from runs/stage1 --out runs/stage2",
-    ),
-)
+def _stage2(config: Any) -> str:
+    recipe = train_command("stage2", config.out)
+    return f"vimi-train stage2 {{c.out}} --from runs/stage1 --out runs/stage2 {recipe}"
+
+
+INSTRUCT = Job("pipeline.prompts.instruct:InstructConfig", then=_stage2)
+
+
+@command(app, INSTRUCT)
 def instruct(prompts: Prompts = None, out: Out = None) -> Fields:
     """Make the instruction tasks of stage 2, each with the pictures that it needs."""
     return {"prompts": prompts, "out": out}
 
 
-@command(
-    app,
-    Job("cli.encode:EncodeConfig", then="vimi-train stage1 {c.prompts} --set encodings={c.out} --out run"),
-)
+ENCODE = Job("cli.encode:EncodeConfig")
+
+
+@command(app, ENCODE)
 def encode(
     prompts: Shards = None,
     out: Out = None,
@@ -176,18 +189,21 @@ def encode(
         str | None, typer.Option("--for", help="Config of the training that will read them.")
     ] = None,
     workers: Annotated[int | None, typer.Option("--workers", help="Workers at once.")] = None,
-) -> Fields:
+) -> tuple[Job, Fields]:
     """Run the frozen prompt encoder (and the autoencoder) over all shards once, instead of in every epoch."""
-    fields: Fields = {}
-    if stage is not None:
-        from cli.encode import options_of
+    from cli.encode import options_of, then
 
-        fields = options_of(stage)
-    return {**fields, "prompts": prompts or fields.get("prompts"), "out": out, "num_workers": workers}
+    fields = options_of(stage) if stage is not None else {}
+    return replace(ENCODE, then=partial(then, stage)), {
+        **fields,
+        "prompts": prompts or fields.get("prompts"),
+        "out": out,
+        "num_workers": workers,
+    }
 
 
 def _page(place: str) -> str:
-    return f"report: one page, works offline -> {shorten(place)}\n  next: open it in a browser"
+    return f"report: one page, works offline -> {shorten(place)}\n  open it in a browser"
 
 
 @command(app, Job("pipeline.report:ReportConfig", closing=_page))

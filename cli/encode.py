@@ -3,9 +3,12 @@
 The two floors don't know each other: this file hands the job a factory that a worker calls once.
 """
 
+import shlex
 from functools import partial
 from typing import Any
 
+from cli.common import shorten
+from cli.recipes import options, recipe
 from infra.config import read_yaml
 from infra.storage import Certificate
 from model.data.inputs import InputConfig
@@ -34,6 +37,21 @@ def run(config: EncodeConfig) -> Certificate:
     values = config.model_dump(mode="json", include=set(InputConfig.model_fields))
     make = partial(make_row_encoder, values, "cuda" if config.num_gpus else "cpu")
     return encode.run(config, make, facts={"inputs": describe_inputs(config)})
+
+
+def then(stage: str | None, config: EncodeConfig) -> str:
+    """The training that reads the encodings: by the same config, or by the small recipe with these inputs."""
+    words = read_yaml(stage or recipe("stage1"))
+    name = "stage2" if "start_from" in words else "stage1"
+    own = {key: value for key, value in words.items() if key in InputConfig.model_fields}
+    known = InputConfig.model_validate({"prompts": config.prompts} | own)
+    here, there = config.model_dump(mode="json"), known.model_dump(mode="json")
+    other = {key: here[key] for key in there if key != "prompts" and here[key] != there[key]}
+    file = shlex.quote(shorten(stage or recipe("stage1")))
+    return (
+        f"vimi-train {name} {{c.prompts}} --config {file}{options(other)} --set encodings={{c.out}} "
+        f"--out runs/{name}"
+    )
 
 
 def options_of(stage: str) -> dict[str, Any]:

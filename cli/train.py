@@ -1,10 +1,12 @@
 """`vimi-train`: prompt shards -> trained generator -> videos. Words only."""
 
+from functools import partial
 from typing import Annotated
 
 import typer
 
 from cli.common import Fields, Job, Out, command, make_app, run_app
+from cli.recipes import refuse_bare
 
 app = make_app("Train the generator on prompt shards in two stages, sample videos from it, export it.")
 
@@ -20,7 +22,7 @@ def main() -> None:
     run_app(app, "vimi-train")
 
 
-@command(app, Job("model.training.driver:Stage1Config", then=SAMPLE))
+@command(app, Job("model.training.driver:Stage1Config", then=SAMPLE, bare=partial(refuse_bare, "stage1")))
 def stage1(
     prompts: Annotated[str | None, typer.Argument(help="Folder that `vimi-data augment` made.")] = None,
     out: Out = None,
@@ -31,7 +33,7 @@ def stage1(
     return {"prompts": prompts, "out": out, "preset": preset, "num_workers": workers}
 
 
-@command(app, Job("model.training.driver:Stage2Config", then=SAMPLE))
+@command(app, Job("model.training.driver:Stage2Config", then=SAMPLE, bare=partial(refuse_bare, "stage2")))
 def stage2(
     prompts: Annotated[str | None, typer.Argument(help="Folder that `vimi-data instruct` made.")] = None,
     out: Out = None,
@@ -47,7 +49,7 @@ def stage2(
     app,
     Job(
         "model.sampling.generate:SampleConfig",
-        then="open {c.out}/sample-000.png, or sample-000.mp4 beside it",
+        look="look at {c.out}/sample-000.png and .mp4",
     ),
 )
 def sample(

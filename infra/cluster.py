@@ -10,15 +10,21 @@ import logging
 import os
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 from pydantic import Field
 
 from infra.config import Config
+from infra.errors import ConfigError, VimiError
+from infra.progress import say
 
 CHECKOUT = Path(__file__).resolve().parent.parent
+IN_A_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""Ray sets it for what `ray job submit` runs; such a driver has a runtime environment already."""
 OBJECT_STORE_BYTES = 400_000_000
 """Shared memory of a local session: blocks of rows pass through it, tables don't (ours)."""
 
@@ -29,7 +35,7 @@ class RayConfig(Config):
     address: str = "local"
     """`local` = a session of its own on this machine; `auto` or `ray://host:port` = a running cluster.
     The environment variable RAY_ADDRESS, when set, wins over `local`."""
-    num_cpus: int | None = Field(default=None, ge=1)
+    num_cpus: int | None = Field(default=None, ge=1, le=4096)
     """CPUs of a local session; None = all."""
     dashboard: bool = False
     """Start Ray's dashboard in a local session, and say where it is."""
@@ -57,13 +63,12 @@ def ray_session(config: RayConfig, env_vars: Mapping[str, str] | None = None) ->
         if address == "local":
             # No node of this machine is ever drained: a process less to start, and to start again.
             os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-            context = ray.init(
+            context = _start(
                 address="local",
                 num_cpus=config.num_cpus,
                 include_dashboard=config.dashboard,
                 object_store_memory=OBJECT_STORE_BYTES,
                 runtime_env=runtime_env,
-                logging_level=logging.ERROR,
                 log_to_driver=False,
             )
             if config.dashboard:
@@ -71,12 +76,89 @@ def ray_session(config: RayConfig, env_vars: Mapping[str, str] | None = None) ->
                 print(f"  Ray's dashboard: {where}", file=sys.stderr, flush=True)
         else:
             # On a cluster the image holds the code: PYTHONPATH of this machine would be wrong there.
-            there = {"working_dir": empty, "env_vars": dict(env_vars or {})}
-            ray.init(address=address, runtime_env=there, logging_level=logging.ERROR)
+            there: dict[str, Any] = {"working_dir": empty, "env_vars": dict(env_vars or {})}
+            if IN_A_JOB in os.environ:  # of `ray job submit`, whose --working-dir stays
+                del there["working_dir"]
+                os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")
+            _start(address=address, runtime_env=there)
         try:
-            yield
+            with nullcontext() if address == "local" else say_what_is_awaited():
+                yield
         finally:
             ray.shutdown()
+
+
+def _start(**options: Any) -> Any:
+    """`ray.init`, whose own errors become a line.
+
+    Raises:
+        ConfigError: no cluster at the address.
+        VimiError: a session of this machine did not start in time.
+    """
+    import ray
+
+    try:
+        return ray.init(logging_level=logging.ERROR, **options)
+    except Exception as error:
+        text = " ".join(str(error).split())
+        if isinstance(error, ConnectionError):
+            raise ConfigError(
+                f"no Ray cluster answers at {options['address']!r}: {text[:200]}",
+                cure="start it (docs/cluster.md), mend RAY_ADDRESS or ray.address, or set its RAY_AUTH_TOKEN",
+            ) from None
+        if "timed out during startup" in text:
+            raise VimiError(
+                "Ray did not start in time; cure: run it again when the machine is less busy, with fewer CPUs "
+                "(--set ray.num_cpus=2), or with room in the temporary folder"
+            ) from None
+        raise
+
+
+@contextmanager
+def say_what_is_awaited(every_s: float = 10.0) -> Iterator[None]:
+    """Say which resources no node of the cluster has free, while that is so: a cluster may start from none."""
+    stop = threading.Event()
+
+    def watch() -> None:
+        said = ""
+        while not stop.wait(every_s):
+            wanted = awaited()
+            if wanted and wanted != said:
+                say(f"  waiting for nodes of the cluster with {wanted}")
+            said = wanted
+
+    thread = threading.Thread(target=watch, name="awaited", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+def awaited() -> str:
+    """What tasks, actors and placement groups ask for and no node can hold, in words; empty = nothing."""
+    import ray
+    from ray.autoscaler.v2.sdk import get_cluster_status
+
+    try:
+        status = get_cluster_status(ray.get_runtime_context().gcs_address)
+    except Exception:  # noqa: BLE001 - only words hang on it
+        return ""
+    demands = status.resource_demands
+    wanted = [
+        bundle
+        for demand in (*demands.ray_task_actor_demand, *demands.placement_group_demand)
+        for bundle in demand.bundles_by_count
+    ]
+    totals = [node.resource_usage.usage for node in (*status.active_nodes, *status.idle_nodes)]
+    nodes = [{part.resource_name: part.total for part in usage} for usage in totals]
+    short = {
+        " and ".join(f"{v:g} {k}" for k, v in sorted(part.bundle.items()) if not k.startswith("bundle_group"))
+        for part in wanted
+        if not any(all(node.get(k, 0) >= v for k, v in part.bundle.items()) for node in nodes)
+    }
+    return ", ".join(sorted(short))
 
 
 def worker_environment() -> dict[str, str]:
@@ -89,6 +171,7 @@ def quiet() -> None:
     """Keep Ray's progress bars and usage note off the terminal: jobs print their own progress."""
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 starves training where others compute
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 

@@ -46,7 +46,9 @@ NameOrFolder = Annotated[str, AfterValidator(_absolute_folder)]
 class Config(BaseModel):
     """Base of every config: frozen, no unknown keys, hashable; a field's docstring says what it means."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", validate_default=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
 
     @model_validator(mode="before")
     @classmethod

@@ -51,7 +51,7 @@ class JobConfig(Config):
 
     out: Incidental[Location]
     """Folder or URI of the output."""
-    num_workers: Incidental[int | None] = Field(default=None, ge=1)
+    num_workers: Incidental[int | None] = Field(default=None, ge=1, le=65536)
     """Workers at once; None = as many as the CPUs (or GPUs) allow."""
     ray: Incidental[RayConfig] = RayConfig()
     """Where the job runs."""

@@ -48,7 +48,7 @@ class CrawlConfig(JobConfig):
     has changed since (ETag, Last-Modified)."""
     max_failed_frac: Incidental[float] = Field(default=0.5, ge=0, le=1)
     """Ceiling on dead rows (filtered ones don't count), as a share of all rows. Ours."""
-    timeout_s: Incidental[float] = Field(default=120.0, gt=0)
+    timeout_s: Incidental[float] = Field(default=120.0, gt=0, le=86_400)
     """Time that one parent may take to be hashed, decoded and judged; then it is a row `timeout`."""
 
 

@@ -26,7 +26,7 @@ class FilterConfig(Config):
     """Shortest clip, seconds."""
     max_s: float | None = Field(default=None, gt=0)
     """Longest clip, seconds."""
-    min_side_px: int | None = Field(default=64, ge=1)
+    min_side_px: int | None = Field(default=64, ge=1, le=65536)
     """Smallest width or height."""
     static_below: float | None = Field(default=1.0, ge=0, le=255)
     """A clip is static if no 8x8 block of its 64x64 grey frames changes by more than this many of

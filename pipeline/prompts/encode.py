@@ -42,7 +42,7 @@ class EncodeJobConfig(JobConfig):
     """Folder or URI of certified prompt shards."""
     max_failed_frac: Incidental[float] = Field(default=0.1, ge=0, le=1)
     """The job fails when more than this share of the rows can't be encoded. Ours."""
-    num_gpus: Incidental[float] = Field(default=0.0, ge=0)
+    num_gpus: Incidental[float] = Field(default=0.0, ge=0, le=64)
     """GPUs of a worker; 0 = the encoders run on CPUs. With GPUs workers live as long as the job."""
 
 

@@ -59,10 +59,10 @@ class InstructConfig(JobConfig):
     weights, and a task that is not named weighs 1. VIMI's are not published; Kosmos-G mixes 2:2:1."""
     subjects: SubjectConfig = SubjectConfig()
     """How words become pictures."""
-    unit_rows: int = Field(default=64, ge=1)
+    unit_rows: int = Field(default=64, ge=1, le=65536)
     """About how many prompts make one unit of work and one output shard: what a kill loses at most, for
     each worker. Ours: about 30 MB with all three tasks; give 1,024 for corpora of many millions."""
-    row_group_rows: int = Field(default=64, ge=1)
+    row_group_rows: int = Field(default=64, ge=1, le=65536)
     """Rows of an output row group: the trainer's unit of reading."""
     seed: int = 0
     """Of all draws; each is a function of (seed, clip id)."""

@@ -44,11 +44,11 @@ class PlanConfig(Config):
 
     documents: int = Field(default=500_000_000, ge=1)
     """Documents of the memory. Default: the paper's 500M image-text pairs."""
-    nodes: int = Field(default=1, ge=1)
+    nodes: int = Field(default=1, ge=1, le=100_000)
     """Machines."""
-    cpus_per_node: int = Field(default=64, ge=1)
+    cpus_per_node: int = Field(default=64, ge=1, le=4096)
     """CPU cores of each."""
-    gpus_per_node: int = Field(default=0, ge=0)
+    gpus_per_node: int = Field(default=0, ge=0, le=64)
     """GPUs of each; 0 = embed on CPUs."""
     clip: str = "ViT-B-32"
     """The CLIP of the profile's embedding rates (stored: ViT-B-32, offline)."""

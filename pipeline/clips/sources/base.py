@@ -77,7 +77,7 @@ class SourceConfig(Config):
     """May a manifest name files outside its own folder?"""
     depth: int = Field(default=1, ge=0, le=10)
     """For pages: how many links away from the first page, on the same site."""
-    max_pages: int = Field(default=1000, ge=1)
+    max_pages: int = Field(default=1000, ge=1, le=1_000_000)
     """For pages: stop looking after so many."""
 
     @field_validator("kind")

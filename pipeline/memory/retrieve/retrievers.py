@@ -80,10 +80,10 @@ class RetrieveConfig(Config):
 
     retriever: str = "bm25"
     """bm25, clip, hybrid, or another name of `RETRIEVERS`. bm25 is what VIMI does; clip and hybrid are ours."""
-    k: int = Field(default=5, ge=0)
+    k: int = Field(default=5, ge=0, le=1000)
     """Documents stored in each prompt, best first; how many are used is drawn when training loads the
     row. VIMI's k is not published; RA-CM3 uses up to 2, CM3Leon draws 3 of a list, RAGME takes 10."""
-    depth: int = Field(default=100, ge=1)
+    depth: int = Field(default=100, ge=1, le=100_000)
     """Candidates that the guard chooses from; deepened by itself where too few survive. Ours."""
     against: Literal["document", "image", "text"] = "document"
     """Which vector of a document the caption is compared with. RA-CM3: document, the unit mean of

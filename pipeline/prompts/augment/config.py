@@ -34,7 +34,7 @@ class AugmentConfig(JobConfig):
     shard_rows: int = Field(default=256, ge=1, le=65536)
     """Clips of one shard, which is also the unit of work: what a kill loses at most, for each worker.
     Ours: about 50 MB with frames and five pictures a row."""
-    row_group_rows: int = Field(default=32, ge=1)
+    row_group_rows: int = Field(default=32, ge=1, le=65536)
     """Rows of one row group, the trainer's unit of reading and shuffling. Ours: about 6 MB."""
     max_failed_frac: Incidental[float] = Field(default=0.1, ge=0, le=1)
     """The job fails when more than this share of the clips can't become prompts. Ours."""

@@ -36,7 +36,7 @@ class TargetConfig(Config):
     """Height of the stored frames, pixels; Snap Video's base stage: 36 x 64."""
     width_px: int = Field(default=64, ge=1, le=4096)
     """Width of the stored frames, pixels."""
-    fps: float | None = Field(default=6.0, gt=0)
+    fps: float | None = Field(default=6.0, gt=0, le=1000)
     """Frames per second of the stored frames, taken from the clip's middle (VIMI's samples: 6). A clip
     too short for that is spread over its whole length at a higher rate; None = always the whole clip."""
 

@@ -1,0 +1,110 @@
+"""Printed commands work: every `next:` line, run as printed, in a folder whose names need quotes."""
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from cli import data, train
+from cli.common import next_commands, tell
+from tests.model.conftest import tiny_encoder, trained_run  # noqa: F401 - fixtures
+from tests.model.prompt_tables import prompt_row, write_shards
+from tests.pipeline.conftest import write_video  # noqa: F401 - a fixture
+
+APPS = {"vimi-data": data.app, "vimi-train": train.app}
+
+
+class Shell:
+    """Runs commands in this process, as a shell would split them; keeps the `next:` lines that they print."""
+
+    def __init__(self) -> None:
+        self.printed: dict[str, list[str]] = {}
+
+    def __call__(self, line: str, *, dry: bool = False) -> str:
+        program, *words = shlex.split(line)
+        result = CliRunner().invoke(APPS[program], [*words, *(["--dry-run"] if dry else [])], prog_name=program)
+        error = result.exception
+        said = (tell(error) if error is not None else None) or error
+        assert result.exit_code == 0, f"{line}\n{result.output[-2000:]}\n{said}"
+        if not dry:
+            found = re.findall(r"^  next: (.*)$", result.output, re.MULTILINE)
+            self.printed[f"{program} {words[0]}"] = found
+        return result.output
+
+    def next_of(self, command: str) -> list[str]:
+        return self.printed[command]
+
+
+@pytest.mark.ray
+def test_every_next_command_of_the_data_side_runs_as_printed(
+    ray_cluster: None,
+    write_video: Any,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    here = tmp_path / "my $place"
+    for number, noun in enumerate(("dog", "cat", "boat")):
+        path = write_video(here / "my videos" / f"{noun} #1.mp4", num_frames=12, fps=6, seed=number)
+        path.with_suffix(".txt").write_text(f"a {noun} moves to the right")
+    monkeypatch.chdir(here)
+    shell = Shell()
+    shell("vimi-data crawl 'my videos' --out 'my clips'")
+    (build,) = shell.next_of("vimi-data crawl")
+    shell(build)
+    shell("vimi-data redrive 'my clips' --out 'again $1'")
+    (build,) = shell.next_of("vimi-data redrive")
+    shell(build, dry=True) if "again" in build else pytest.fail(build)
+    search, augment = shell.next_of("vimi-data build-index")
+    assert "dog" in shell(search)
+    shell(augment + " --set target.num_frames=4 --set target.height_px=12 --set target.width_px=16")
+    (stage1,) = shell.next_of("vimi-data augment")
+    assert "--config" in stage1 and "num_frames=4" in stage1
+    assert "num_frames: 4\n" in shell(stage1, dry=True)
+    shell("vimi-data encode prompts --out 'the encodings' --for " + stage1.partition("--config ")[2])
+    (encoded,) = shell.next_of("vimi-data encode")
+    assert "the encodings" in shell(encoded, dry=True)
+
+
+def test_the_next_command_of_instruct_fits_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    rows = [prompt_row(n, media="image", height=12, width=16, task="text_to_video") for n in range(4)]
+    write_shards(tmp_path / "made of $x", rows, job="instruct", group_rows=4, file_rows=16)
+    from cli.data import INSTRUCT
+
+    config = type("Config", (), {"out": str(tmp_path / "made of $x")})
+    (line,) = next_commands(INSTRUCT, config)
+    words = shlex.split(line)
+    assert words[2] == "made of $x" and "height_px=12" in words
+    assert 'buckets=[{"media": "image", "num_frames": 16}]' in words
+
+
+def test_the_next_command_of_a_training_runs_as_printed(
+    trained_run: Any,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for command in (train.stage1, train.stage2):
+        (line,) = next_commands(command.jobs[0], trained_run)
+        Shell()(line, dry=True)
+
+
+def test_without_a_config_a_small_corpus_is_not_trained_for_the_papers_length(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It says what that would be, and the command that it proposes runs."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    rows = [prompt_row(n) for n in range(4)]
+    write_shards(tmp_path / "prompts", rows, job="augment", group_rows=4, file_rows=16)
+    words = ["stage1", str(tmp_path / "prompts"), "--out", str(tmp_path / "run")]
+    error = CliRunner().invoke(train.app, words).exception
+    told = tell(error) if error is not None else None
+    assert told is not None and told[1] == 2
+    assert "550,000 steps of 4096 samples" in told[0] and "parameters" in told[0]
+    found = re.search(r"add (--config .*); or --set", told[0])
+    assert found is not None and not (tmp_path / "run").exists()
+    Shell()(f"vimi-train {shlex.join(words)} {found[1]}", dry=True)

@@ -1,0 +1,149 @@
+"""Every number of every config: nonsense is refused in one line before anything starts, dry, without a hang."""
+
+import math
+import resource
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from cli.reference import config_class, jobs
+from infra.config import Config, set_dotted
+from infra.errors import ConfigError
+from infra.fields import ConfigField, type_text, walk
+from tests.model.conftest import tiny_encoder, tiny_stage, trained_run  # noqa: F401 - fixtures
+from tests.model.prompt_tables import prompt_row, write_shards
+from tests.pipeline.conftest import write_video  # noqa: F401 - a fixture
+from tests.pipeline.prompts.augment.conftest import world  # noqa: F401 - a fixture
+
+VALUES = (0, -1, 1e9, math.nan, math.inf)
+MAPPINGS = {"noise": "sigma_data", "dropout": "all", "tasks": "subject_driven", "proportions": "subject_driven"}
+BACKBONE = ("num_latents", "latent_dim", "num_blocks", "layers_per_block", "patch_px", "patch_dim", "dropout")
+MAX_S, MAX_BYTES = 30, 600_000_000
+
+
+def cases(cls: type[Config]) -> Iterator[tuple[str, Callable[[float], Any]]]:
+    """(dotted name, value -> what to set there) of each numeric field."""
+    for field in walk(cls):
+        words = type_text(field.info.annotation)
+        if field.name == "backbone":
+            for name in BACKBONE:
+                yield f"backbone.{name}", lambda value: value
+        elif words.startswith("mapping") and "float" in words:
+            yield f"{field.name}.{MAPPINGS[field.name.rpartition('.')[2]]}", lambda value: value
+        elif "[int, int]" in words and "int or" not in words:
+            yield field.name, lambda value: [value, value]
+        elif words.startswith("list of int"):
+            yield field.name, lambda value: [value]
+        elif is_number(field):
+            yield field.name, lambda value: value
+
+
+def is_number(field: ConfigField) -> bool:
+    return any(word in ("int", "float") for word in type_text(field.info.annotation).split())
+
+
+def put(values: dict[str, Any], name: str, value: Any) -> None:
+    """Set a dotted name; `sources[].depth` is one of the first item's."""
+    group, is_list, last = name.partition("[].")
+    if is_list:
+        values[group] = [{**(values.get(group) or [{}])[0], last: value}]
+    else:
+        set_dotted(values, name, value)
+
+
+@pytest.fixture(scope="session")
+def legal(world: Any, trained_run: Any, tiny_encoder: Any, tmp_path_factory: Any) -> dict[str, Any]:  # noqa: F811
+    """Command -> config values that pass its preflight."""
+    folder = tmp_path_factory.mktemp("numbers")
+    rows = [prompt_row(n, num_frames=4, height=12, width=16) for n in range(12)]
+    prompts = write_shards(folder / "prompts", rows, job="augment", group_rows=4, file_rows=16)
+    tasks = ["subject_driven", "video_prediction", "text_to_video"]
+    rows = [prompt_row(n, task=tasks[n % 3], num_frames=4, height=12, width=16) for n in range(12)]
+    made = write_shards(folder / "instructions", rows, job="instruct", group_rows=4, file_rows=16)
+    out, (stage, two) = (
+        str(folder / "out"),
+        (tiny_stage(p, folder / "run", tiny_encoder) for p in (prompts, made)),
+    )
+    videos = str(Path(world.rows[0]["local_uri"]).parent)
+    crawl = {"sources": [{"kind": "folder", "path": videos, "name": "v"}], "out": out}
+    (Path(world.clips) / "config.yaml").write_text(yaml.safe_dump(crawl))  # as a crawl leaves it
+    clips, offline = [world.clips], {"name": "offline"}
+    return {
+        "vimi-data crawl": crawl,
+        "vimi-data redrive": {"clips": world.clips, "out": out},
+        "vimi-data build-index": {"clips": clips, "out": out, "clip": offline},
+        "vimi-data build-index --add-clip": {"out": world.memory, "clip": offline},
+        "vimi-data search": {"memory": world.memory, "text": "a dog"},
+        "vimi-data plan": {},
+        "vimi-data augment": {"clips": clips, "memory": world.memory, "out": out},
+        "vimi-data validate": {"prompts": str(prompts)},
+        "vimi-data instruct": {"prompts": str(prompts), "out": out},
+        "vimi-data encode": {"prompts": str(prompts), "out": out, "encoder": tiny_encoder},
+        "vimi-data report": {"out": out + ".html", "prompts": str(prompts)},
+        "vimi-train stage1": stage,
+        "vimi-train stage2": {**two, "start_from": trained_run.out},
+        "vimi-train sample": {"run": trained_run.out, "prompts": ["a dog"], "out": out},
+        "vimi-train export": {"run": trained_run.out, "out": out},
+    }
+
+
+@pytest.mark.parametrize(("title", "target"), list(jobs()), ids=[title for title, _ in jobs()])
+def test_nonsense_is_refused_in_a_line_or_harmless(title: str, target: str, legal: dict[str, Any]) -> None:
+    import importlib
+
+    cls, check = config_class(target), getattr(importlib.import_module(target.partition(":")[0]), "check", None)
+    wrong, before = [], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    old = signal.signal(signal.SIGALRM, too_long)
+    try:
+        for name, make in cases(cls):
+            for value in VALUES:
+                values = copied(legal[title])
+                put(values, name, make(value))
+                fault = try_out(cls, check, values, must_refuse=not math.isfinite(value))
+                if fault:
+                    wrong.append(f"{name} = {value}: {fault}")
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, old)
+    assert not wrong, "\n".join(wrong)
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    assert grown < MAX_BYTES
+
+
+def copied(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: copied(item) for key, item in value.items()}
+    return [copied(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def too_long(*_: Any) -> None:
+    raise TimeoutError("too long")
+
+
+def try_out(cls: type[Config], check: Any, values: dict[str, Any], *, must_refuse: bool) -> str:
+    """What is wrong with how the values are met; empty = nothing."""
+    signal.alarm(MAX_S)
+    try:
+        config = cls.load(options=values)
+        if check is not None:
+            check(config)
+    except ConfigError as error:
+        return "" if all(0 < len(line) < 600 for line in str(error).splitlines()) else f"told badly: {error}"
+    except BaseException as error:  # noqa: BLE001 - that is what is looked for
+        return f"{type(error).__name__}: {error}"
+    return "accepted" if must_refuse else ""
+
+
+def test_the_base_of_the_walk_is_legal(legal: dict[str, Any]) -> None:
+    """Else the walk would only see a refusal of something else."""
+    import importlib
+
+    for title, target in jobs():
+        config = config_class(target).load(options=copied(legal[title]))
+        check = getattr(importlib.import_module(target.partition(":")[0]), "check", None)
+        if check is not None:
+            check(config)
