@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cli.common import Fields, Job, Out, command, make_app, run_app, shorten
-from cli.recipes import clip_option, train_command
+from cli.recipes import clip_option, train_command, unused
 
 if TYPE_CHECKING:
     from pipeline.report.validate import Report
@@ -26,7 +26,7 @@ def main() -> None:
 
 
 def _build(config: Any) -> str:
-    return f"vimi-data build-index {{c.out}} --out memory{clip_option()}"
+    return f"vimi-data build-index {{c.out}} --out {unused('memory')}{clip_option()}"
 
 
 @command(app, Job("pipeline.clips.crawl:CrawlConfig", then=_build))
@@ -58,10 +58,14 @@ def redrive(
     return {"clips": clips, "out": out}
 
 
+def _augment(config: Any) -> str:
+    search = 'vimi-data search {c.out} "a dog on grass"'
+    return f"{search}\nvimi-data augment {{c.clips[0]}} --memory {{c.out}} --out {unused('prompts')}"
+
+
 BUILD = Job(
     "pipeline.memory.build_index:BuildIndexConfig",
-    then='vimi-data search {c.out} "a dog on grass"\n'
-    "vimi-data augment {c.clips[0]} --memory {c.out} --out prompts",
+    then=_augment,
 )
 ADD_CLIP = Job(
     "pipeline.memory.build_index.add_clip:AddClipConfig",
@@ -126,7 +130,7 @@ def plan(
 
 
 def _stage1(config: Any) -> str:
-    return f"vimi-train stage1 {{c.out}} --out runs/stage1 {train_command('stage1', config.out)}"
+    return f"vimi-train stage1 {{c.out}} --out {unused('runs/stage1')} {train_command('stage1', config.out)}"
 
 
 @command(app, Job("pipeline.prompts.augment:AugmentConfig", then=_stage1))
@@ -166,7 +170,7 @@ def validate(
 
 def _stage2(config: Any) -> str:
     recipe = train_command("stage2", config.out)
-    return f"vimi-train stage2 {{c.out}} --from runs/stage1 --out runs/stage2 {recipe}"
+    return f"vimi-train stage2 {{c.out}} --from runs/stage1 --out {unused('runs/stage2')} {recipe}"
 
 
 INSTRUCT = Job("pipeline.prompts.instruct:InstructConfig", then=_stage2)

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from cli.common import shorten
-from cli.recipes import options, recipe
+from cli.recipes import options, recipe, unused
 from infra.config import read_yaml
 from infra.storage import Certificate
 from model.data.inputs import InputConfig
@@ -50,7 +50,7 @@ def then(stage: str | None, config: EncodeConfig) -> str:
     file = shlex.quote(shorten(stage or recipe("stage1")))
     return (
         f"vimi-train {name} {{c.prompts}} --config {file}{options(other)} --set encodings={{c.out}} "
-        f"--out runs/{name}"
+        f"--out {unused(f'runs/{name}')}"
     )
 
 

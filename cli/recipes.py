@@ -1,9 +1,11 @@
 """The training that a command proposes: the small recipe of infra/configs/laptop at the shards' own size."""
 
+import itertools
 import json
 import os
 import shlex
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from cli.common import shorten
@@ -43,6 +45,15 @@ def train_command(stage: str, prompts: str) -> str:
     if rows and all(row["media"] == "image" for row in rows):
         values["buckets"] = [{"media": "image", "num_frames": values.get("num_frames", 16)}]
     return f"--config {shlex.quote(shorten(recipe(stage)))}{options(values)}"
+
+
+def unused(folder: str) -> str:
+    """The name, or one like it that nothing has yet: no command adds to another's output."""
+    numbers = itertools.count(2)
+    name = folder
+    while Path(name).exists():
+        name = f"{folder}-{next(numbers)}"
+    return name
 
 
 def clip_option() -> str:

@@ -1,12 +1,12 @@
 """`vimi-train`: prompt shards -> trained generator -> videos. Words only."""
 
 from functools import partial
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from cli.common import Fields, Job, Out, command, make_app, run_app
-from cli.recipes import refuse_bare
+from cli.recipes import refuse_bare, unused
 
 app = make_app("Train the generator on prompt shards in two stages, sample videos from it, export it.")
 
@@ -15,14 +15,17 @@ Workers = Annotated[
     str | None, typer.Option("--workers", help="Training processes, or a range (1-8); default one per GPU.")
 ]
 Ema = Annotated[str | None, typer.Option(help="weights, a stored average, or power-<sigma_rel>.")]
-SAMPLE = 'vimi-train sample {c.out} "A dog runs on grass." --out samples'
+
+
+def _sample(config: Any) -> str:
+    return f'vimi-train sample {{c.out}} "A dog runs on grass." --out {unused("samples")}'
 
 
 def main() -> None:
     run_app(app, "vimi-train")
 
 
-@command(app, Job("model.training.driver:Stage1Config", then=SAMPLE, bare=partial(refuse_bare, "stage1")))
+@command(app, Job("model.training.driver:Stage1Config", then=_sample, bare=partial(refuse_bare, "stage1")))
 def stage1(
     prompts: Annotated[str | None, typer.Argument(help="Folder that `vimi-data augment` made.")] = None,
     out: Out = None,
@@ -33,7 +36,7 @@ def stage1(
     return {"prompts": prompts, "out": out, "preset": preset, "num_workers": workers}
 
 
-@command(app, Job("model.training.driver:Stage2Config", then=SAMPLE, bare=partial(refuse_bare, "stage2")))
+@command(app, Job("model.training.driver:Stage2Config", then=_sample, bare=partial(refuse_bare, "stage2")))
 def stage2(
     prompts: Annotated[str | None, typer.Argument(help="Folder that `vimi-data instruct` made.")] = None,
     out: Out = None,

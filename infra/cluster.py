@@ -101,6 +101,11 @@ def _start(**options: Any) -> Any:
         return ray.init(logging_level=logging.ERROR, **options)
     except Exception as error:
         text = " ".join(str(error).split())
+        if isinstance(error, ray.exceptions.AuthenticationError):
+            raise ConfigError(
+                f"the Ray cluster at {options['address']!r} asks for its token, which is not here",
+                cure="put what `ray get-auth-token` prints there into RAY_AUTH_TOKEN, with RAY_AUTH_MODE=token",
+            ) from None
         if isinstance(error, ConnectionError):
             raise ConfigError(
                 f"no Ray cluster answers at {options['address']!r}: {text[:200]}",

@@ -1,10 +1,13 @@
 """Laws of the commands: help at once, wrong words and configs refused a line each, exit code 2."""
 
+import errno
 import importlib
+import inspect
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +16,7 @@ import yaml
 from typer.testing import CliRunner
 
 from cli import data, train
-from cli.common import next_command, ours_in
+from cli.common import ours_in, quoted, tell
 from infra.errors import DataError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -77,10 +80,72 @@ def test_every_command_explains_itself() -> None:
             assert name == "describe" or f"Config of {program} {name}" in result.output
 
 
+def test_help_loses_no_word_to_markup(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`<image>` was taken for a tag."""
+    monkeypatch.setenv("COLUMNS", "400")
+    monkeypatch.setenv("TERMINAL_WIDTH", "400")
+    for program, app in (("vimi-data", data.app), ("vimi-train", train.app)):
+        for declared in app.registered_commands:
+            callback = declared.callback
+            assert callback is not None
+            name = declared.name or callback.__name__
+            shown = CliRunner().invoke(app, [name, "--help"], prog_name=program).output
+            texts = [callback.__doc__ or ""]
+            for parameter in inspect.signature(callback).parameters.values():
+                texts += [option.help or "" for option in getattr(parameter.annotation, "__metadata__", ())]
+            for text in texts:
+                assert text in shown, (name, text)
+
+
+def full_disk() -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/full/x")
+
+
+def no_package() -> None:
+    raise ModuleNotFoundError("No module named 'wandb'", name="wandb")
+
+
+def no_memory() -> None:
+    raise MemoryError
+
+
+@pytest.mark.parametrize(
+    ("fails", "code", "says"),
+    [
+        (full_disk, 1, "the disk is full (/full/x); cure: make room"),
+        (no_package, 2, "'wandb' is not installed; cure: pip install wandb"),
+        (no_memory, 1, "out of memory; cure: fewer workers"),
+    ],
+)
+@pytest.mark.ray
+def test_what_a_user_can_mend_is_a_line_from_here_and_from_a_worker(
+    fails: Callable[[], None], code: int, says: str, ray_cluster: None
+) -> None:
+    import ray
+
+    for act in (fails, lambda: ray.get(ray.remote(fails).remote())):
+        with pytest.raises(Exception) as caught:
+            act()
+        told = tell(caught.value)
+        assert told is not None and told[1] == code and says in told[0] and "\n" not in told[0]
+
+
+@pytest.mark.ray
+def test_a_worker_that_is_lost_is_a_line_and_a_bug_keeps_its_traceback(ray_cluster: None) -> None:
+    import ray
+
+    for act, code in ((lambda: os._exit(3), 1), (lambda: 1 / 0, None)):
+        with pytest.raises(Exception) as caught:
+            ray.get(ray.remote(max_retries=0)(act).remote())
+        told = tell(caught.value)
+        assert (told and told[1]) == code
+        assert told is None or ("WorkerCrashedError" in told[0] and "\n" not in told[0])
+
+
 def test_the_next_command_is_quoted_for_the_shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     config = SimpleNamespace(out=str(tmp_path / "my run"), clips=("/a b/c",))
-    assert next_command("see {c.out} {c.clips[0]}", config) == "see 'my run' '/a b/c'"
+    assert quoted("see {c.out} {c.clips[0]}", config) == "see 'my run' '/a b/c'"
 
 
 @pytest.mark.ray

@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from infra.cluster import RayConfig, ray_session
+from infra.errors import ConfigError, VimiError
+
 ROOT = Path(__file__).resolve().parents[2]
 
 SHADOW_SCRIPT = """
@@ -69,6 +72,64 @@ def test_image_brings_what_the_cluster_file_asks_for() -> None:
     assert any(line.startswith("ray[") and "default" in line for line in project["dependencies"])
     assert project["optional-dependencies"]["cluster"] == ["boto3"]
     assert "-e '.[offline,cluster]'" in (ROOT / "infra/docker/Dockerfile").read_text()
+
+
+def test_nodes_of_the_cluster_file_reach_storage_and_hold_the_image_and_the_spill() -> None:
+    nodes = yaml.safe_load((ROOT / "ray_cluster.yaml").read_text())["available_node_types"]
+    for name, node in nodes.items():
+        assert node["node_config"]["IamInstanceProfile"], name
+        (disk,) = node["node_config"]["BlockDeviceMappings"]
+        assert disk["Ebs"]["VolumeSize"] >= 200, name
+
+
+def test_kubernetes_files_give_gpu_workers_their_node_and_run_a_job() -> None:
+    cluster = yaml.safe_load((ROOT / "infra/kuberay/raycluster.yaml").read_text())
+    groups = {group["groupName"]: group["template"]["spec"] for group in cluster["spec"]["workerGroupSpecs"]}
+    (container,) = groups["gpu"]["containers"]
+    cpus, whole = float(container["resources"]["limits"]["cpu"]), 192  # of p5.48xlarge
+    assert whole - 4 <= cpus < whole and container["resources"]["limits"] == container["resources"]["requests"]
+    assert {t["key"] for t in groups["gpu"]["tolerations"]} == {"nvidia.com/gpu"}
+    head = cluster["spec"]["headGroupSpec"]["template"]["spec"]
+    assert all(spec["serviceAccountName"] == "vimi" for spec in (head, *groups.values()))
+    job = yaml.safe_load((ROOT / "infra/kuberay/rayjob.yaml").read_text())
+    assert (job["apiVersion"], job["kind"]) == (cluster["apiVersion"], "RayJob")
+    assert job["spec"]["clusterSelector"] == {"ray.io/cluster": cluster["metadata"]["name"]}
+    config = job["spec"]["entrypoint"].rpartition("/opt/vimi/")[2]
+    assert (ROOT / config).is_file()
+
+
+def test_the_image_does_not_run_as_root() -> None:
+    lines = (ROOT / "infra/docker/Dockerfile").read_text().splitlines()
+    users = [line.split()[1] for line in lines if line.startswith("USER ")]
+    assert users and users[-1] not in ("root", "0")
+
+
+def test_a_ray_that_does_not_start_or_answer_is_a_line_with_a_cure(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    def init(**_: object) -> None:
+        raise Exception("The current node timed out during startup. This could happen because ...")
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", init)
+    with pytest.raises(VimiError, match=r"^Ray did not start in time; cure: [^\n]*$"), ray_session(RayConfig()):
+        pass
+
+    def nobody(**_: object) -> None:
+        raise ConnectionError("no\nbody")
+
+    monkeypatch.setattr(ray, "init", nobody)
+    there = ray_session(RayConfig(address="10.0.0.1:6379"))
+    with pytest.raises(ConfigError, match=r"^no Ray cluster answers .*cure: [^\n]*$"), there:
+        pass
+
+    def stranger(**_: object) -> None:
+        raise ray.exceptions.AuthenticationError("no token")
+
+    monkeypatch.setattr(ray, "init", stranger)
+    there = ray_session(RayConfig(address="10.0.0.1:6379"))
+    with pytest.raises(ConfigError, match=r"^the Ray cluster .* token.*cure: [^\n]*$"), there:
+        pass
 
 
 def test_kubernetes_file_names_the_tested_ray() -> None:
