@@ -22,7 +22,8 @@ from tests.pipeline.prompts.augment.conftest import world  # noqa: F401 - a fixt
 
 VALUES = (0, -1, 1e9, math.nan, math.inf)
 MAPPINGS = {"noise": "sigma_data", "dropout": "all", "tasks": "subject_driven", "proportions": "subject_driven"}
-BACKBONE = () and (
+BACKBONE: tuple[str, ...] = ()
+_LATER = (
     "num_latents",
     "latent_dim",
     "num_blocks",

@@ -1,0 +1,113 @@
+"""Ray clusters of this machine for slow tests: a head without CPUs, workers started by its autoscaler.
+
+Ray's own helper (`ray.cluster_utils.AutoscalingCluster`) stops every Ray process of the machine; this one marks
+its own and stops those alone.
+"""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PORT = 6379  # Ray's fake nodes know no other
+MARK = "VIMI_FAKE_CLUSTER"
+
+
+@contextmanager
+def fake_cluster(
+    *, cpus: int = 2, most: int = 1, dashboard_port: int | None = None
+) -> Iterator[dict[str, str]]:
+    """Environment of a driver of the cluster; from 0 to `most` workers of `cpus` CPUs."""
+    if is_taken(PORT):
+        pytest.skip(f"port {PORT} is taken by another cluster")
+    worker = {"resources": {"CPU": cpus, "object_store_memory": 200_000_000}, "node_config": {}}
+    config = {
+        "cluster_name": "fake_multinode",
+        "max_workers": most,
+        "idle_timeout_minutes": 5,
+        "provider": {"type": "fake_multinode"},
+        "head_node_type": "head",
+        "available_node_types": {
+            "head": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
+            "worker": {**worker, "min_workers": 0, "max_workers": most},
+        },
+    }
+    folder = Path(tempfile.mkdtemp(prefix="rc-"))
+    (folder / "cluster.json").write_text(json.dumps(config))
+    mark = uuid.uuid4().hex
+    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
+    environment = {
+        **os.environ,
+        MARK: mark,
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+        "RAY_FAKE_CLUSTER": "1",
+        "AUTOSCALER_UPDATE_INTERVAL_S": "1",
+        "RAY_AUTH_MODE": "disabled",
+    }
+    words = [
+        *("start", "--head", f"--port={PORT}", "--num-cpus=0", "--num-gpus=0", f"--temp-dir={folder}"),
+        *(f"--autoscaling-config={folder / 'cluster.json'}", "--object-store-memory=200000000"),
+        *("--disable-usage-stats", "--ray-client-server-port=0", "--metrics-export-port=0"),
+        f"--include-dashboard={'true' if dashboard_port else 'false'}",
+        *([f"--dashboard-port={dashboard_port}"] if dashboard_port else []),
+    ]
+    ray = Path(sys.executable).parent / "ray"
+    try:
+        subprocess.run([str(ray), *words], env=environment, check=True, capture_output=True, timeout=180)
+        address = f"{own_address()}:{PORT}"
+        yield {**environment, "RAY_ADDRESS": address}
+    finally:
+        stop(mark)
+
+
+def own_address() -> str:
+    import ray
+
+    return ray.util.get_node_ip_address()
+
+
+def stop(mark: str) -> None:
+    """End the processes whose environment bears the mark."""
+    for end in (signal.SIGTERM, signal.SIGKILL):
+        for pid in marked(mark):
+            with suppress(ProcessLookupError):
+                os.kill(pid, end)
+        time.sleep(2)
+
+
+def marked(mark: str) -> list[int]:
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and int(entry.name) != os.getpid():
+            with suppress(OSError):
+                if f"{MARK}={mark}".encode() in (entry / "environ").read_bytes():
+                    found.append(int(entry.name))
+    return found
+
+
+def is_taken(port: int) -> bool:
+    with socket.socket() as there:
+        return there.connect_ex(("127.0.0.1", port)) == 0 or there.connect_ex((own_address(), port)) == 0
+
+
+def command(environment: dict[str, str], program: str, *words: str, cwd: Path) -> str:
+    """Run a command to its end; what it said."""
+    module = {"vimi-data": "cli.data", "vimi-train": "cli.train"}[program]
+    code = f"from {module} import main; main()"
+    result = subprocess.run(
+        [sys.executable, "-c", code, *words],
+        env=environment, cwd=cwd, capture_output=True, text=True, timeout=500, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout[-1000:] + result.stderr[-3000:]
+    return result.stdout + result.stderr
