@@ -7,9 +7,9 @@ encode them beforehand. Both read the same fields.
 
 from collections.abc import Sequence
 from itertools import product
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeInt, field_validator
+from pydantic import Field, field_validator
 
 from infra.config import Config, Incidental, Location, NameOrFolder
 from model.condition import KINDS
@@ -22,14 +22,14 @@ class BucketConfig(Config):
 
     media: Literal["video", "image"] = "video"
     """Which rows it takes."""
-    num_frames: int | None = Field(default=None, ge=1)
+    num_frames: int | None = Field(default=None, ge=1, le=4096)
     """Frames; None = the model's for video, 1 for images, which then have a sigma_in of their own. Snap Video
     shows an image as a video of copies: for that, say as many as a video has."""
-    height_px: int | None = Field(default=None, ge=4)
+    height_px: int | None = Field(default=None, ge=4, le=8192)
     """Height in pixels; None = the model's."""
-    width_px: int | None = Field(default=None, ge=4)
+    width_px: int | None = Field(default=None, ge=4, le=8192)
     """Width in pixels; None = the model's."""
-    weight: float = Field(default=1.0, ge=0)
+    weight: float = Field(default=1.0, ge=0, le=1e6)
     """Share of the micro-batches. Snap Video takes as many videos as images (2048 + 2048 a step)."""
 
 
@@ -41,11 +41,11 @@ class InputConfig(Config):
     buckets: tuple[BucketConfig, ...] = (BucketConfig(),)
     """Shapes of micro-batches; each micro-batch holds one of them on all workers, so that their work is alike.
     A row goes to the bucket of its medium with the nearest shape, size and length."""
-    num_frames: int = Field(default=16, ge=1)
+    num_frames: int = Field(default=16, ge=1, le=4096)
     """Frames of a video; 16 (Snap Video, VIMI)."""
-    height_px: int = Field(default=36, ge=4)
+    height_px: int = Field(default=36, ge=4, le=8192)
     """Height of the training videos, pixels; 36 (Snap Video's base model)."""
-    width_px: int = Field(default=64, ge=4)
+    width_px: int = Field(default=64, ge=4, le=8192)
     """Width of the training videos, pixels; 64 (Snap Video's base model)."""
     autoencoder: NameOrFolder | None = None
     """Folder or hub id of an autoencoder of diffusers (or of a pipeline that holds one): the generator works in
@@ -53,7 +53,7 @@ class InputConfig(Config):
     Snap Video and VIMI."""
     encoder: PromptEncoderConfig = PromptEncoderConfig()
     """The frozen prompt encoder."""
-    documents: tuple[NonNegativeInt, ...] = Field(default=(0, 1, 2), min_length=1)
+    documents: tuple[Annotated[int, Field(ge=0, le=1000)], ...] = Field(default=(0, 1, 2), min_length=1)
     """Retrieved documents a sample, drawn uniformly from these numbers; RA-CM3 (2211.12561): 0, 1 or 2."""
     dropout: dict[str, float] = Field(default_factory=lambda: {"all": 0.1})
     """Probability that a sample does without a kind of condition (text, retrieved, subject, frame, or all).

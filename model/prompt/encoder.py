@@ -57,11 +57,11 @@ class PromptEncoderConfig(Config):
     layer: Literal["last", "penultimate"] | int = "penultimate"
     """mllm: hidden states after the final norm (last), before the last layer (penultimate), or at an index:
     0 = embeddings, n = after layer n, negative = from the end. VIMI does not say; penultimate is usual."""
-    max_tokens: int = Field(default=2048, ge=8)
+    max_tokens: int = Field(default=2048, ge=8, le=1_000_000)
     """Most tokens of a prompt; longer ones are cut as `model.prompt.select.fit` says."""
-    patch_grid: int | None = Field(default=None, ge=1)
+    patch_grid: int | None = Field(default=None, ge=1, le=256)
     """clip: average the patches of a picture to at most n x n tokens; None = all patches."""
-    batch_size: Incidental[int] = Field(default=1, ge=1)
+    batch_size: Incidental[int] = Field(default=1, ge=1, le=65536)
     """Prompts (clip: texts or pictures) per forward. 1 makes the tokens of a prompt the same to the last bit
     whatever it is batched with, which exact resume needs; more is faster on a GPU."""
 

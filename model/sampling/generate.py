@@ -7,7 +7,7 @@ same files, whatever else is asked for with it.
 import hashlib
 import time
 from dataclasses import replace
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field
@@ -35,6 +35,9 @@ from model.training.config import WEIGHTS, StageConfig, config_of
 from model.training.parallel import pick_device
 from model.training.state import check_average, restore_generator
 
+Side = Annotated[int, Field(ge=1, le=65536)]
+"""Of a picture, pixels."""
+
 
 class UpsampleConfig(Config):
     """The cascade's second stage."""
@@ -43,9 +46,9 @@ class UpsampleConfig(Config):
     """Folder of an upsampler's run, or one of its checkpoints."""
     ema: str = WEIGHTS
     """As in the base model's config."""
-    num_steps: int = Field(default=40, ge=1)
+    num_steps: int = Field(default=40, ge=1, le=100_000)
     """Sampling steps; 40 (Snap Video)."""
-    level: float = Field(default=0.1, ge=0)
+    level: float = Field(default=0.1, ge=0, le=1000)
     """Noise put on the small video, which hides what the base model got wrong. Snap Video searches it and
     prints no value; 0.1 is ours."""
     guidance: GuidanceConfig = GuidanceConfig()
@@ -67,21 +70,21 @@ class SampleConfig(Config):
     """JSONL file of prompts (model/sampling/requests.py)."""
     prompts_uri: Location | None = None
     """Folder of prompt shards: their documents and pictures come with them."""
-    rows: int = Field(default=4, ge=1)
+    rows: int = Field(default=4, ge=1, le=1_000_000)
     """How many prompts of `prompts_uri`."""
     num_documents: int | None = Field(default=None, ge=0)
     """Retrieved documents that stay in each prompt; null = all."""
     ema: str = WEIGHTS
     """`weights`, a stored average by name (power-0.05, half-life-...), or `power-<sigma_rel>` of any width,
     reconstructed from the stored ones (EDM2)."""
-    seeds: tuple[int, ...] = (0,)
+    seeds: tuple[Annotated[int, Field(ge=0, lt=2**63)], ...] = (0,)
     """One video for each prompt and seed."""
-    num_steps: int = Field(default=256, ge=1)
+    num_steps: int = Field(default=256, ge=1, le=100_000)
     """Sampling steps; 256 (Snap Video's base model; good from 64)."""
     guidance: GuidanceConfig = GuidanceConfig()
-    fps: float = Field(default=24.0, gt=0)
+    fps: float = Field(default=24.0, gt=0, le=1000)
     """Frame rate to condition on and to write, for prompts that don't bring their own; 24 (VIMI)."""
-    original_size_px: tuple[int, int] = (288, 512)
+    original_size_px: tuple[Side, Side] = (288, 512)
     """(height, width) of the original to condition on, likewise; VIMI's output size."""
     num_frames: int | None = Field(default=None, ge=1)
     """Frames; null = as trained."""

@@ -32,14 +32,14 @@ class GuidanceConfig(Config):
 
     scheme: Literal["none", "cfg", "retrieval", "alchemist", "phantom"] = "cfg"
     """cfg: classifier-free guidance, as Snap Video; the others weigh text and pictures apart."""
-    weight: float = 4.0
+    weight: float = Field(default=4.0, ge=-1000, le=1000)
     """1 = no guidance (cfg). Snap Video sweeps 0 to 16 and does not state its choice; 4 is ours."""
-    image_weight: float = 1.0
+    image_weight: float = Field(default=1.0, ge=-1000, le=1000)
     """Of the pictures, in schemes that weigh them apart."""
     threshold: float | None = Field(default=0.995, gt=0, le=1)
     """Quantile of dynamic thresholding, which Snap Video uses; 0.995 is Imagen's. null = off, and always
     off in latents, which have no bounds."""
-    oscillate_from: int | None = None
+    oscillate_from: int | None = Field(default=None, ge=0)
     """Step from which the weight oscillates with 1, which Snap Video does; null = constant."""
 
 

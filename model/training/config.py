@@ -39,10 +39,10 @@ class OptimConfig(Config):
     """lamb, adamw, muon, or package.module:function of your own (`model.optim`). Snap Video trains with LAMB
     (2402.14797, section 4.1). Muon for the blocks' matrices with AdamW for the rest learns small models
     sooner; its state is smaller, its step dearer."""
-    lr: float = Field(default=5e-3, gt=0)
+    lr: float = Field(default=5e-3, gt=0, le=10)
     """Peak learning rate: 5e-3 for LAMB (Snap Video); 1e-4 is its Adam baselines'. Muon's updates have AdamW's
     size."""
-    weight_decay: float = Field(default=0.01, ge=0)
+    weight_decay: float = Field(default=0.01, ge=0, le=100)
     """Snap Video."""
     warmup_samples: int = Field(default=10_000 * 4096, ge=0)
     """Linear warm-up; 10,000 steps of 4,096 samples (Snap Video). Capped at a tenth of the run."""
@@ -57,7 +57,7 @@ class OptimConfig(Config):
 class ValidationConfig(Config):
     """Loss with each checkpoint on a fixed grid: sigma quantile x retrieval on/off x medium."""
 
-    num_samples: int = Field(default=16, ge=0)
+    num_samples: int = Field(default=16, ge=0, le=1_000_000)
     """Rows of each medium; 0 switches validation off."""
     held_out_frac: float = Field(default=0.01, ge=0, lt=1)
     """Share of the parent videos whose clips are kept from training, chosen by the hash of the parent, so
@@ -109,7 +109,7 @@ class StageConfig(InputConfig):
     """Folder or URI of the run."""
     samples: int = Field(default=550_000 * 4096, ge=1)
     """Training length in samples; Snap Video's base model: 550,000 steps of 4,096."""
-    batch_size: int = Field(default=4096, ge=1)
+    batch_size: int = Field(default=4096, ge=1, le=10_000_000)
     """Samples of an optimizer step over all workers; Snap Video: 2,048 videos + 2,048 images."""
     accumulation: int = Field(default=1, ge=1)
     """Micro-batches of a step, one after the other; the result stays the same but for rounding."""
@@ -143,7 +143,7 @@ class StageConfig(InputConfig):
     """Samples between two times that a few videos are sampled while training; None = only at the end, 0 =
     never."""
     checkpoint: Incidental[CheckpointConfig] = CheckpointConfig()
-    loader_threads: Incidental[int] = Field(default=2, ge=1)
+    loader_threads: Incidental[int] = Field(default=2, ge=1, le=256)
     """Threads a rank that read and decode; PyAV and pyarrow release the GIL."""
     parallel: Incidental[ParallelConfig] = ParallelConfig()
     log_every_samples: Incidental[int] = Field(default=80, ge=1)
@@ -163,8 +163,8 @@ class StageConfig(InputConfig):
     def _fields_of_the_process(cls, value: dict[str, float]) -> dict[str, float]:
         for name, number in value.items():
             one_of(name, NOISE)
-            if name != "log_mean" and number <= 0:
-                raise ValueError(f"{name} {number}; legal: above 0")
+            if not (0 if name != "log_mean" else -100) < number <= 100:
+                raise ValueError(f"{name} {number}; legal: above 0 (log_mean: above -100), at most 100")
         return value
 
     @field_validator("ema")
@@ -281,7 +281,7 @@ class Stage2Config(StageConfig):
     ours; null takes the shards' own."""
     samples: int = Field(default=200_000 * 3072, ge=1)
     """UNIMO-G's second stage (2401.13388), the nearest recipe in print: 200,000 steps of 3,072."""
-    batch_size: int = Field(default=3072, ge=1)
+    batch_size: int = Field(default=3072, ge=1, le=10_000_000)
     """UNIMO-G's second stage."""
     optim: OptimConfig = OptimConfig(lr=1e-3)
     """A fifth of stage 1's learning rate: the ratio of UNIMO-G's stages (5e-5 to 1e-5)."""

@@ -12,7 +12,7 @@ import torch
 from infra.errors import ConfigError
 from infra.run_folder import COMMITTED, RunFolder
 from infra.storage import exists, join, read_bytes, write_bytes
-from model.backbones.presets import PRESETS
+from model.backbones.presets import PRESETS, preset
 from model.condition import ConditionConfig
 from model.data.shards import Shards, index_shards, open_parquet, open_shards
 from model.edm import sigma_in
@@ -24,6 +24,9 @@ from model.training.build import backbone_of, describe_space, make_plan, measure
 from model.training.checkpoint import find_checkpoint, read_facts
 from model.training.config import Stage2Config, StageConfig, config_of
 from model.training.metrics import TRACKERS
+
+DEPTHS = ("num_blocks", "layers_per_block")
+"""Fields of a backbone that multiply its layers."""
 
 
 @dataclass(frozen=True)
@@ -69,16 +72,39 @@ def check_backbone(config: StageConfig, space: Space) -> None:
     if config.preset not in PRESETS and ":" not in config.preset:
         raise ConfigError(f"preset {config.preset!r}", legal=", ".join(PRESETS))
     try:
-        backbone_of(config, space)
+        named = preset(config.preset)
+        for name, value in config.backbone.items():
+            check_size(name, value, getattr(named, name, None))
+        backbone = backbone_of(config, space)
+        with torch.device("meta"):
+            backbone.build()
     except ConfigError:
         raise
-    except (ValueError, TypeError) as error:
-        raise ConfigError(f"backbone: {error}") from None
+    except (ValueError, TypeError, ArithmeticError, RuntimeError) as error:
+        raise ConfigError(
+            f"backbone {config.backbone}: {error}", legal="sizes that a network can have"
+        ) from None
     for bucket in config.shapes:
         if bucket.num_frames > config.num_frames:
             raise ConfigError(
                 f"bucket of {bucket.num_frames} frames", legal=f"at most num_frames {config.num_frames}"
             )
+
+
+def check_size(name: str, value: Any, default: Any) -> None:
+    """Refuse numbers that would build nothing, or without end; what else is legal the backbone knows.
+
+    Raises:
+        ConfigError: a count below 1 or beyond any network's, a share outside of [0, 1].
+    """
+    if isinstance(default, bool) or not isinstance(default, int | float):
+        return
+    most = 128 if name in DEPTHS else 65536
+    if isinstance(default, float):
+        if not isinstance(value, int | float) or not 0 <= value <= 1:
+            raise ConfigError(f"backbone.{name} = {value!r}", legal="a share in [0, 1]")
+    elif not isinstance(value, int) or not 1 <= value <= most:
+        raise ConfigError(f"backbone.{name} = {value!r}", legal=f"a whole number from 1 to {most}")
 
 
 def check_workers(config: StageConfig, workers: int | tuple[int, int], num_groups: int) -> None:

@@ -6,6 +6,7 @@ its own and stops those alone.
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -58,17 +59,21 @@ def fake_cluster(
     words = [
         *("start", "--head", f"--port={PORT}", "--num-cpus=0", "--num-gpus=0", f"--temp-dir={folder}"),
         *(f"--autoscaling-config={folder / 'cluster.json'}", "--object-store-memory=200000000"),
-        *("--disable-usage-stats", "--ray-client-server-port=0", "--metrics-export-port=0"),
+        *("--disable-usage-stats", "--metrics-export-port=0"),
         f"--include-dashboard={'true' if dashboard_port else 'false'}",
         *([f"--dashboard-port={dashboard_port}"] if dashboard_port else []),
     ]
     ray = Path(sys.executable).parent / "ray"
     try:
-        subprocess.run([str(ray), *words], env=environment, check=True, capture_output=True, timeout=180)
+        started = subprocess.run(
+            [str(ray), *words], env=environment, capture_output=True, text=True, timeout=180, check=False
+        )
+        assert started.returncode == 0, started.stdout[-1000:] + started.stderr[-2000:]
         address = f"{own_address()}:{PORT}"
         yield {**environment, "RAY_ADDRESS": address}
     finally:
         stop(mark)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def own_address() -> str:

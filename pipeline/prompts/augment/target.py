@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 from PIL.Image import Resampling
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from infra.config import Config
 from infra.pictures import decode_picture
@@ -22,6 +22,9 @@ GUARD_FRAMES = 16
 another middle, is still known. Ours."""
 CRF = 18
 """x264's constant rate factor where a `video` target has to be cut out of a longer file. Ours."""
+
+MAX_BYTES = 1 << 28
+"""Of one row's frames. Ours; row groups of a few rows stay below Arrow's 2 GB."""
 
 
 class TargetConfig(Config):
@@ -39,6 +42,15 @@ class TargetConfig(Config):
     fps: float | None = Field(default=6.0, gt=0, le=1000)
     """Frames per second of the stored frames, taken from the clip's middle (VIMI's samples: 6). A clip
     too short for that is spread over its whole length at a higher rate; None = always the whole clip."""
+
+    @model_validator(mode="after")
+    def _fits_a_row(self) -> "TargetConfig":
+        size = 3 * self.num_frames * self.height_px * self.width_px
+        if self.kind == TargetKind.FRAMES and size > MAX_BYTES:
+            raise ValueError(
+                f"frames of {size:,} bytes in a row; legal: up to {MAX_BYTES:,}, or kind video or reference"
+            )
+        return self
 
 
 @dataclass(frozen=True)
