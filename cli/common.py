@@ -143,7 +143,7 @@ def execute(job: Job, *, path: Path | None, overrides: list[str] | None, dry_run
     check = getattr(module, "check", None)
     plan = check(config) if check else None
     if job.bare is not None and path is None:
-        job.bare(config, plan)
+        job.bare(config, str(plan or ""))
     if dry_run:
         print(config.to_yaml().rstrip())
         print(f"# config hash {config.hash()}; nothing was started")

@@ -96,12 +96,13 @@ def _start(**options: Any) -> Any:
         VimiError: a session of this machine did not start in time.
     """
     import ray
+    from ray.exceptions import AuthenticationError
 
     try:
         return ray.init(logging_level=logging.ERROR, **options)
     except Exception as error:
         text = " ".join(str(error).split())
-        if isinstance(error, ray.exceptions.AuthenticationError):
+        if isinstance(error, AuthenticationError):
             raise ConfigError(
                 f"the Ray cluster at {options['address']!r} asks for its token, which is not here",
                 cure="put what `ray get-auth-token` prints there into RAY_AUTH_TOKEN, with RAY_AUTH_MODE=token",
@@ -156,7 +157,11 @@ def awaited() -> str:
         for demand in (*demands.ray_task_actor_demand, *demands.placement_group_demand)
         for bundle in demand.bundles_by_count
     ]
-    totals = [node.resource_usage.usage for node in (*status.active_nodes, *status.idle_nodes)]
+    totals = [
+        node.resource_usage.usage
+        for node in (*status.active_nodes, *status.idle_nodes)
+        if node.resource_usage is not None
+    ]
     nodes = [{part.resource_name: part.total for part in usage} for usage in totals]
     short = {
         " and ".join(f"{v:g} {k}" for k, v in sorted(part.bundle.items()) if not k.startswith("bundle_group"))

@@ -10,9 +10,9 @@ from typer.testing import CliRunner
 
 from cli import data, train
 from cli.common import next_commands, tell
-from tests.model.conftest import tiny_encoder, trained_run  # noqa: F401 - fixtures
+from tests.model.conftest import tiny_encoder, trained_run  # noqa: F401 # pyright: ignore[reportUnusedImport]
 from tests.model.prompt_tables import prompt_row, write_shards
-from tests.pipeline.conftest import write_video  # noqa: F401 - a fixture
+from tests.pipeline.conftest import write_video  # noqa: F401 # pyright: ignore[reportUnusedImport]
 
 APPS = {"vimi-data": data.app, "vimi-train": train.app}
 

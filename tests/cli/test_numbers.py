@@ -16,10 +16,10 @@ from infra.config import Config, set_dotted
 from infra.errors import ConfigError
 from infra.fields import ConfigField, type_text, walk
 from pipeline.prompts.augment.target import TargetConfig
-from tests.model.conftest import tiny_encoder, tiny_stage, trained_run  # noqa: F401 - fixtures
+from tests.model.conftest import tiny_encoder, tiny_stage, trained_run  # noqa: F401 # pyright: ignore[reportUnusedImport]
 from tests.model.prompt_tables import prompt_row, write_shards
-from tests.pipeline.conftest import write_video  # noqa: F401 - a fixture
-from tests.pipeline.prompts.augment.conftest import world  # noqa: F401 - a fixture
+from tests.pipeline.conftest import write_video  # noqa: F401 # pyright: ignore[reportUnusedImport]
+from tests.pipeline.prompts.augment.conftest import world  # noqa: F401 # pyright: ignore[reportUnusedImport]
 
 VALUES = (0, -1, 1e9, math.nan, math.inf)
 MAPPINGS = {"noise": "sigma_data", "dropout": "all", "tasks": "subject_driven", "proportions": "subject_driven"}

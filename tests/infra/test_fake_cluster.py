@@ -10,7 +10,7 @@ import pytest
 
 from tests.infra.fake_cluster import ROOT, command, fake_cluster
 from tests.model.runs import free_port
-from tests.pipeline.conftest import write_video  # noqa: F401 - a fixture
+from tests.pipeline.conftest import write_video  # noqa: F401 # pyright: ignore[reportUnusedImport]
 
 
 def corpus(folder: Path, write: Any) -> None:
