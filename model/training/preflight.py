@@ -82,7 +82,7 @@ def check_backbone(config: StageConfig, space: Space) -> None:
         raise
     except (ValueError, TypeError, ArithmeticError, RuntimeError) as error:
         raise ConfigError(
-            f"backbone {config.backbone}: {error}", legal="sizes that a network can have"
+            f"backbone: {config.backbone}: {error}", legal="sizes that a network can have"
         ) from None
     for bucket in config.shapes:
         if bucket.num_frames > config.num_frames:
