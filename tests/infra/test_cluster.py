@@ -106,6 +106,7 @@ def test_the_image_does_not_run_as_root() -> None:
 
 def test_a_ray_that_does_not_start_or_answer_is_a_line_with_a_cure(monkeypatch: pytest.MonkeyPatch) -> None:
     import ray
+    from ray.exceptions import AuthenticationError
 
     def init(**_: object) -> None:
         raise Exception("The current node timed out during startup. This could happen because ...")
@@ -124,7 +125,7 @@ def test_a_ray_that_does_not_start_or_answer_is_a_line_with_a_cure(monkeypatch: 
         pass
 
     def stranger(**_: object) -> None:
-        raise ray.exceptions.AuthenticationError("no token")
+        raise AuthenticationError("no token")
 
     monkeypatch.setattr(ray, "init", stranger)
     there = ray_session(RayConfig(address="10.0.0.1:6379"))
