@@ -161,4 +161,4 @@ def test_the_base_of_the_walk_is_legal(legal: dict[str, Any]) -> None:
 
 def test_frames_that_no_row_can_hold_are_refused_together() -> None:
     with pytest.raises(ConfigError, match="bytes in a row"):
-        TargetConfig.load(options={"num_frames": 1024, "height_px": 8192, "width_px": 8192})
+        TargetConfig.load(options={"num_frames": 1024, "height_px": 4096, "width_px": 4096})
