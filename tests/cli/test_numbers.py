@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from cli.reference import config_class, jobs
+from infra.claim import open_job
 from infra.config import Config, set_dotted
 from infra.errors import ConfigError
 from infra.fields import ConfigField, type_text, walk
+from pipeline.clips.crawl import CrawlConfig
 from pipeline.prompts.augment.target import TargetConfig
 from tests.model.conftest import tiny_encoder, tiny_stage, trained_run  # noqa: F401 # pyright: ignore[reportUnusedImport]
 from tests.model.prompt_tables import prompt_row, write_shards
@@ -72,7 +73,8 @@ def legal(world: Any, trained_run: Any, tiny_encoder: Any, tmp_path_factory: Any
     )
     videos = str(Path(world.rows[0]["local_uri"]).parent)
     crawl = {"sources": [{"kind": "folder", "path": videos, "name": "v"}], "out": out}
-    (Path(world.clips) / "config.yaml").write_text(yaml.safe_dump(crawl))  # as a crawl leaves it
+    here = CrawlConfig.load(options={**crawl, "out": world.clips})
+    open_job(world.clips, job="crawl", config=here, inputs={})  # a crawl leaves its config there
     clips, offline = [world.clips], {"name": "offline"}
     return {
         "vimi-data crawl": crawl,
