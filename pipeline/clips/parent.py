@@ -15,7 +15,7 @@ from infra.pictures import decode_picture, open_picture, upright_size
 from infra.storage import filesystem, is_remote
 from pipeline.clips.filters import FRAMES_PER_CLIP, FilterConfig, judge_by_facts, judge_by_frames
 from pipeline.clips.shots import find_shots
-from pipeline.clips.sources.base import Cut, Item
+from pipeline.clips.sources.base import Cut, Item, is_url, without_credentials
 from pipeline.clips.table import Row
 from pipeline.media.frames import MAX_PIXELS, VideoInfo, clip_times, decode_frames, probe
 from pipeline.media.phash import phash64
@@ -74,7 +74,8 @@ def dead_rows(parent: Item, found: dict[str, Any], status: Status, error: str) -
     rows = []
     for cut in parent.cuts:
         row = _row(parent, found, cut, cut.start_s or 0.0, cut.end_s or 0.0, parent.media)
-        rows.append(_with_fate(row, cut) or {**row, "status": status.value, "error": error})
+        reason = error.encode("utf-8", "backslashreplace").decode()  # it may quote a name that is not UTF-8
+        rows.append(_with_fate(row, cut) or {**row, "status": status.value, "error": reason})
     return rows
 
 
@@ -156,25 +157,30 @@ def _judge(row: Row, frames: np.ndarray, filters: FilterConfig) -> None:
 
 
 def _row(parent: Item, found: dict[str, Any], cut: Cut, start_s: float, end_s: float, media: str) -> Row:
-    source = found.get("source_sha256") or parent.uri
+    uri, local_uri = _public(parent.uri), found.get("local_uri")
+    source = found.get("source_sha256") or uri
     row = {
         "clip_id": clip_id(source, start_s, end_s, cut.caption),
         "media": "image" if media == "image" else "video",
         "caption": cut.caption,
-        "source_uri": parent.uri,
+        "source_uri": uri,
         "source_sha256": found.get("source_sha256"),
         "start_s": start_s,
         "end_s": end_s,
         "source_name": parent.source_name,
         "licence": parent.licence,
         "split": parent.split,
-        "local_uri": found.get("local_uri"),
+        "local_uri": local_uri and _public(local_uri),
         "etag": found.get("etag"),
         "last_modified": found.get("last_modified"),
         "attempt": found.get("attempt", 1),
         "status": Status.OK.value,
     }
     return {key: value for key, value in row.items() if value is not None}
+
+
+def _public(uri: str) -> str:
+    return without_credentials(uri) if is_url(uri) else uri
 
 
 def _with_fate(row: Row, cut: Cut) -> Row | None:

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 import av
 import numpy as np
 from av.container import InputContainer
-from av.error import FFmpegError
+from av.error import ArgumentError, FFmpegError
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
@@ -30,6 +30,11 @@ Source = str | Path | bytes | BinaryIO
 Size = tuple[int, int] | None
 MAX_PIXELS = 8192 * 8192
 """A larger picture is refused before its decoder allocates anything."""
+FORMATS = ("mov", "matroska", "avi", "mpeg", "mpegts", "flv", "asf", "ogg", "yuv4mpegpipe")
+"""ffmpeg's demuxers that strangers' files may reach: containers whose bytes are all their own. Others run
+scripts or open what they name: concat, hls, dash, sdp, imf, image sequences, ..."""
+SAFE = {"format_whitelist": ",".join(FORMATS), "protocol_whitelist": "file,pipe"}
+"""Options of `av.open`: ffmpeg looks at the bytes, and refuses what they turn out to be if it is not listed."""
 TOLERANCE_S = 0.0005
 """Slack of a wanted time: containers round presentation times, Matroska's to whole milliseconds."""
 
@@ -143,18 +148,27 @@ def opened(source: Source) -> Iterator[tuple[InputContainer, VideoStream]]:
     """The container and its first real video stream, one decoder thread.
 
     Raises:
-        RowError: empty, not a video, audio only, or too large a picture.
+        RowError: empty, of no listed format, audio only, or too large a picture.
     """
     file, owned = _file(source)
     try:
-        with av.open(file, mode="r", metadata_errors="ignore") as container:
-            assert isinstance(container, InputContainer)
+        with _open(file) as container:
             yield container, _video_stream(container)
     except FFmpegError as error:
         raise RowError(Status.UNDECODABLE, f"container: {error}") from error
     finally:
         if owned:
             owned.close()  # PyAV keeps a reference to a file object: its memory would leak
+
+
+def _open(file: Any) -> InputContainer:
+    try:
+        container = av.open(file, mode="r", metadata_errors="ignore", options=SAFE)
+    except ArgumentError as error:  # what ffmpeg answers to a format that is not on the list
+        reason = f"no container that is read here ({', '.join(FORMATS)}), or a damaged one: {error.strerror}"
+        raise RowError(Status.UNDECODABLE, reason) from error
+    assert isinstance(container, InputContainer)
+    return container
 
 
 def _file(source: Source) -> tuple[Any, Any]:

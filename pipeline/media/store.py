@@ -6,15 +6,18 @@ A `local_uri` is a path, an object-store URI, or one of those with a fragment th
     corpus/t.parquet#row=17&column=image      one cell of a Parquet table
     corpus/t.tar#offset=1536&size=80211       one member of an uncompressed tar archive
 
+A file whose own name ends like a piece is written with "#file" behind it (`file_uri`); all other names are
+taken as they are: `Funny cat #shorts.mp4`, `What is this?.mp4`.
+
 So nothing is copied out of the corpus, and every later job reads it through the two calls here.
 """
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qsl
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -24,6 +27,10 @@ from infra.pictures import PictureError
 from infra.storage import filesystem, is_remote, read_bytes
 from pipeline.schema import RowError, Status
 
+PIECE = re.compile(
+    r"(?P<uri>.+)#(?:row=(?P<row>[0-9]{1,18})&column=(?P<column>.+)|offset=(?P<offset>[0-9]{1,18})&size=(?P<size>[0-9]{1,18})|file)",
+    re.DOTALL,
+)
 IMAGE_SIGNATURES = (
     (b"\xff\xd8\xff", "jpeg"),
     (b"\x89PNG\r\n\x1a\n", "png"),
@@ -37,7 +44,8 @@ IMAGE_SIGNATURES = (
 
 def open_media(local_uri: str) -> str | bytes:
     """What `pipeline.media.frames` takes: the path itself, or the bytes of a piece."""
-    return read_media(local_uri) if _fragment(local_uri)[1] else local_uri
+    uri, piece = _fragment(local_uri)
+    return read_media(local_uri) if piece else uri
 
 
 def read_media(local_uri: str) -> bytes:
@@ -68,6 +76,11 @@ def row_errors() -> Iterator[None]:
         raise RowError(Status.UNREACHABLE, str(error)) from error
 
 
+def file_uri(path: str) -> str:
+    """The `local_uri` of a whole file, whatever it is called."""
+    return f"{path}#file" if PIECE.fullmatch(path) else path
+
+
 def cell_uri(parquet_uri: str, row: int, column: str) -> str:
     return f"{parquet_uri}#row={row}&column={column}"
 
@@ -95,11 +108,10 @@ def looks_like_text(head: bytes) -> bool:
 
 
 def _fragment(local_uri: str) -> tuple[str, dict[str, str]]:
-    uri, _, text = local_uri.rpartition("#")
-    piece = dict(parse_qsl(text))
-    if uri and ({"row", "column"} <= piece.keys() or {"offset", "size"} <= piece.keys()):
-        return uri, piece
-    return local_uri, {}
+    match = PIECE.fullmatch(local_uri)
+    if match is None:
+        return local_uri, {}
+    return match["uri"], {key: text for key, text in match.groupdict().items() if text and key != "uri"}
 
 
 def _read_cell(uri: str, row: int, column: str) -> bytes:

@@ -1,6 +1,7 @@
 """Interprets HTTP answers: status codes, validators, ranges, robots.txt (RFC 9309), opt-outs from training."""
 
 import re
+import ssl
 import time
 from email.utils import parsedate_to_datetime
 from pathlib import Path
@@ -18,6 +19,7 @@ TRANSIENT = (
     httpx.WriteError,
     httpx.CloseError,
     httpx.RemoteProtocolError,
+    ssl.SSLError,  # a record that is damaged on the way comes as it is
 )
 """Faults that a retry may cure: time-outs, refused and reset connections, bodies cut short."""
 TRANSIENT_CODES = frozenset({408, 425, 429, 500, 502, 503, 504})
@@ -25,6 +27,8 @@ GONE_CODES = frozenset({404, 410})
 OPT_OUTS = frozenset({"noai", "noimageai"})
 """Directives of X-Robots-Tag by which a site declines machine learning; img2dataset honours them too."""
 MAX_CRAWL_DELAY_S = 60.0
+MAX_HEADER_CHARS = 1000
+"""Longer validators are not kept. Ours."""
 AGENT_LINE = re.compile(r"\s*user[- ]?agent[\s:]+([^#]*)", re.IGNORECASE)
 
 
@@ -73,10 +77,14 @@ def conditions(known: Record | None, part: Path, validator: str | None) -> dict[
 
 def validator(response: httpx.Response) -> str | None:
     """What If-Range may carry: a strong ETag, else the date."""
-    etag = response.headers.get("etag")
-    if etag and not etag.startswith("W/"):
-        return etag
-    return response.headers.get("last-modified")
+    etag = told(response, "etag")
+    return etag if etag and not etag.startswith("W/") else told(response, "last-modified")
+
+
+def told(response: httpx.Response, header: str) -> str | None:
+    """A header that may be stored and sent back as it is; None if it isn't there, or is odd."""
+    value = response.headers.get(header, "")
+    return value if value.isascii() and value.isprintable() and 0 < len(value) <= MAX_HEADER_CHARS else None
 
 
 def starts_at(response: httpx.Response) -> int | None:

@@ -19,10 +19,12 @@ from pipeline.clips.fetch.answers import (
     check_opt_out,
     conditions,
     starts_at,
+    told,
     validator,
 )
-from pipeline.clips.fetch.store import MediaStore, note_validator, read_validator, size_bytes
+from pipeline.clips.fetch.store import MediaStore, note_validator, open_own, read_validator, size_bytes
 from pipeline.clips.fetch.web import FetchConfig, Web, read_at_most
+from pipeline.clips.sources.base import without_credentials
 from pipeline.media.store import looks_like_text
 from pipeline.schema import RowError, Status
 
@@ -56,6 +58,7 @@ class Fetcher:
     def close(self) -> None:
         self.runner.run(self.web.client.aclose())
         self.runner.close()
+        self.store.close()
 
     async def _fetch_all(self, urls: list[str]) -> list[Found]:
         limit = asyncio.Semaphore(self.config.concurrency)
@@ -65,7 +68,7 @@ class Fetcher:
                 try:
                     return await self._with_retries(url, self._download)
                 except RowError as error:
-                    return {"status": error.status.value, "error": str(error)}
+                    return {"status": error.status.value, "error": without_credentials(str(error))}
 
         distinct = list(dict.fromkeys(urls))
         found = dict(zip(distinct, await asyncio.gather(*map(one, distinct)), strict=True))
@@ -123,7 +126,7 @@ class Fetcher:
                 raise RowError(Status.UNREACHABLE, "the server sent another range than asked for")
             note_validator(part, validator(response))
             await self._save(response, part, append=resumed)
-            etag, changed = response.headers.get("etag"), response.headers.get("last-modified")
+            etag, changed = told(response, "etag"), told(response, "last-modified")
         return self.store.commit(url, part, etag=etag, last_modified=changed).found()
 
     async def _save(self, response: httpx.Response, part: Path, *, append: bool) -> None:
@@ -131,7 +134,7 @@ class Fetcher:
         announced = size + announced_bytes(response)
         if announced > limit:
             raise RowError(Status.TOO_LARGE, f"{announced:,} bytes, more than {limit:,}")
-        with part.open("ab" if append else "wb") as file:
+        with open_own(part, "ab" if append else "wb") as file:
             async for chunk in response.aiter_raw():
                 if size < 512 and looks_like_text(chunk[:512] if size == 0 else b""):
                     raise RowError(Status.WRONG_TYPE, f"text, not media: {chunk[:40]!r}")

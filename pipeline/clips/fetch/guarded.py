@@ -14,11 +14,11 @@ import httpx
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 NAT64 = ipaddress.ip_network("64:ff9b::/96")
-NOT_PUBLIC = [
-    ipaddress.ip_network(text) for text in ("::/96", "::ffff:0:0:0/96", "fec0::/10", "64:ff9b:1::/48")
-]
-"""Ranges that Python calls global though they lead inward: IPv4-compatible and translated addresses, old
-site-local ones, NAT64 of a local network (RFC 4291, 6145, 3879, 8215)."""
+GLOBAL_UNICAST = ipaddress.ip_network("2000::/3")
+"""All of IPv6 that is handed out (RFC 4291). Outside lie, some of them global to Python: IPv4-compatible and
+translated addresses, old site-local ones, NAT64 of a local network (RFC 4291, 6145, 3879, 8215)."""
+ISATAP = frozenset({0x00005EFE, 0x02005EFE})
+"""Interface ids of tunnels inside a network, before the IPv4 address that they lead to (RFC 5214)."""
 MAX_HOSTS = 256
 """Hosts whose connections are kept open."""
 
@@ -86,13 +86,13 @@ class GuardedTransport(httpx.AsyncBaseTransport):
 
 
 def is_public(address: Address) -> bool:
-    """Is this a unicast address of the public internet, also when wrapped in IPv6?"""
+    """Is this a unicast address of the public internet, and one that is wrapped in it too?"""
     if isinstance(address, ipaddress.IPv6Address):
-        if address in NAT64:
-            return is_public(ipaddress.IPv4Address(address.packed[-4:]))
-        inner = address.ipv4_mapped or address.sixtofour or (address.teredo or (None, None))[1]
-        if inner is not None:
-            return is_public(inner)
-        if any(address in network for network in NOT_PUBLIC):
+        last = ipaddress.IPv4Address(address.packed[-4:])
+        if address.ipv4_mapped or address in NAT64:
+            return is_public(last)
+        is_tunnel = int.from_bytes(address.packed[8:12], "big") in ISATAP
+        inner = last if is_tunnel else address.sixtofour  # Teredo's are not global to Python
+        if address not in GLOBAL_UNICAST or (inner and not is_public(inner)):
             return False
-    return address.is_global and not address.is_multicast
+    return address.is_global and not (address.is_multicast or address.is_reserved)

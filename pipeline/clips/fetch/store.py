@@ -9,15 +9,16 @@ import fcntl
 import hashlib
 import json
 import os
+import secrets
 import tempfile
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from infra.storage import absolute, exists, is_remote, join, read_json, write_bytes, write_json
+from pipeline.clips.sources.base import without_credentials
 from pipeline.media.store import image_kind
 
 
@@ -42,8 +43,8 @@ class MediaStore:
 
     def __init__(self, folder: str) -> None:
         self.folder = absolute(folder)
-        local = Path(tempfile.gettempdir()) / "vimi-partial" if is_remote(self.folder) else Path(self.folder)
-        self.parts = local / "partial"
+        self.private = tempfile.TemporaryDirectory(prefix="vimi-") if is_remote(self.folder) else None
+        self.parts = Path(self.private.name if self.private else self.folder) / "partial"
 
     def known(self, url: str) -> Record | None:
         """The record of an address that was fetched before, if its bytes are still there."""
@@ -64,20 +65,25 @@ class MediaStore:
         """
         self.parts.mkdir(parents=True, exist_ok=True)
         part = self.parts / _key(url)
-        with part.open("ab") as lock:
+        with ExitStack() as stack:
             try:
+                lock = stack.enter_context(open_own(part, "ab"))
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 held = part.exists() and os.fstat(lock.fileno()).st_ino == part.stat().st_ino
-            except OSError:
+            except OSError:  # held by another, or a link that somebody put there
                 held = False
             if not held:
-                part = part.with_name(f"{part.name}-{os.getpid()}-{time.monotonic_ns()}")
+                part = part.with_name(f"{part.name}-{secrets.token_hex(8)}")
             try:
                 yield part
             finally:
                 if not held or (part.exists() and not part.stat().st_size):
                     part.unlink(missing_ok=True)
                     part.with_suffix(".validator").unlink(missing_ok=True)
+
+    def close(self) -> None:
+        if self.private is not None:
+            self.private.cleanup()
 
     def commit(self, url: str, part: Path, *, etag: str | None, last_modified: str | None) -> Record:
         """Name a finished download by its content and remember its address."""
@@ -94,12 +100,12 @@ class MediaStore:
             Path(uri).parent.mkdir(parents=True, exist_ok=True)
             part.replace(uri)
         part.with_suffix(".validator").unlink(missing_ok=True)
-        record = Record(url, uri, digest, size, etag, last_modified)
-        self._write_record(record)
+        record = Record(without_credentials(url), uri, digest, size, etag, last_modified)
+        self._write_record(url, record)
         return record
 
-    def _write_record(self, record: Record) -> None:
-        place = self._record_uri(record.url)
+    def _write_record(self, url: str, record: Record) -> None:
+        place = self._record_uri(url)
         if is_remote(self.folder):
             write_json(place, asdict(record))
             return
@@ -114,22 +120,30 @@ class MediaStore:
         return join(self.folder, "urls", key[:2], f"{key}.json")
 
 
+def open_own(path: Path, mode: str) -> Any:
+    """Open a file of our own by a name that others could foresee: a link there is an error, not followed."""
+    return open(path, mode, opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW, 0o666))
+
+
 def size_bytes(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
 def read_validator(part: Path) -> str | None:
     """The validator of the part that is there already."""
-    note = part.with_suffix(".validator")
-    return note.read_text() if note.exists() else None
+    try:
+        with open_own(part.with_suffix(".validator"), "r") as file:
+            return file.read() or None
+    except (OSError, ValueError):
+        return None
 
 
 def note_validator(part: Path, validator: str | None) -> None:
     note = part.with_suffix(".validator")
+    note.unlink(missing_ok=True)
     if validator:
-        note.write_text(validator)
-    else:
-        note.unlink(missing_ok=True)
+        with open_own(note, "x") as file:
+            file.write(validator)
 
 
 def _key(url: str) -> str:

@@ -95,7 +95,7 @@ class Web:
         for _ in range(MAX_REDIRECTS + 1):
             parts = split_address(url)
             delay_s = await self._ask_robots(parts) if robots and self.config.honour_robots else None
-            async with self._limit(parts.netloc, delay_s):
+            async with self._limit(parts.netloc.rpartition("@")[2].lower(), delay_s):
                 response = await self._send(url, headers)
                 try:
                     target = response.headers.get("location")
@@ -140,7 +140,7 @@ class Web:
             self.robots[origin] = asyncio.ensure_future(self._read_robots(origin))
         try:
             return await asyncio.shield(self.robots[origin])
-        except RowError:
+        except Exception:
             self.robots.pop(origin, None)  # the next try asks again
             raise
 

@@ -8,10 +8,20 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from infra.errors import ConfigError
-from pipeline.clips.sources.base import READERS, Cut, Item, Reader, SourceConfig, register
+from pipeline.clips.sources.base import (
+    READERS,
+    Cut,
+    Item,
+    Reader,
+    SourceConfig,
+    is_text,
+    register,
+    without_credentials,
+)
 from pipeline.clips.sources.files import FolderReader, TarReader
 from pipeline.clips.sources.page import PageReader
 from pipeline.clips.sources.tables import ManifestReader, UrlReader
+from pipeline.schema import Status
 
 __all__ = ["Cut", "Item", "Reader", "SourceConfig", "open_source", "read_items", "register", "source_from_path"]
 
@@ -34,8 +44,11 @@ def open_source(config: SourceConfig) -> Reader:
 
 def read_items(config: SourceConfig, reader: Reader) -> Iterator[Item]:
     """The reader's items, with what the config says about all of them filled in."""
-    name = config.name or config.path.rstrip("/").rpartition("/")[2]
+    name = config.name or without_credentials(config.path).rstrip("/").rpartition("/")[2]
     for item in reader.items():
+        if not is_text(item.uri):
+            uri = item.uri.encode("utf-8", "backslashreplace").decode()
+            item = Item(uri, status=Status.BAD_ROW.value, error="the name is not UTF-8")
         yield replace(
             item,
             source_name=name,

@@ -1,22 +1,26 @@
 """The corpus reader interface: yields parents, each with the clips that the corpus lists in it."""
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import pyarrow.fs as pafs
-from pydantic import Field, field_validator
+from pydantic import Field, field_serializer, field_validator
 
 from infra.config import Config
 from infra.errors import ConfigError
-from infra.storage import absolute, exists, filesystem, list_files
+from infra.storage import absolute, exists, filesystem, is_remote, list_files
 
 VIDEO_SUFFIXES = frozenset(
     {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".m2ts", ".mts", ".flv"}
     | {".wmv", ".3gp", ".ogv", ".y4m", ".vob"}
 )
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"})
+CREDENTIALS = re.compile(r"(?<=://)[^/?#]*@")
+"""Name and password in an address."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,11 @@ class SourceConfig(Config):
     """For pages: how many links away from the first page, on the same site."""
     max_pages: int = Field(default=1000, ge=1, le=1_000_000)
     """For pages: stop looking after so many."""
+
+    @field_serializer("path")
+    def _public(self, path: str) -> str:
+        """The config is stored with the output; a name and password in an address are not."""
+        return without_credentials(path) if is_url(path) else path
 
     @field_validator("kind")
     @classmethod
@@ -144,6 +153,9 @@ def require_path(path: str) -> str:
 
 def names_in(folder: str) -> list[str]:
     """Names of the files at the top of a folder; [] for a file, or for nothing."""
+    if not is_remote(folder):  # Arrow can't say names that are not UTF-8
+        place = Path(absolute(folder))
+        return sorted(file.name for file in place.iterdir() if file.is_file()) if place.is_dir() else []
     files = list_files(folder, recursive=False) if is_folder(folder) else []
     return [file.rpartition("/")[2] for file in files]
 
@@ -154,7 +166,17 @@ def is_folder(path: str) -> bool:
 
 
 def is_url(uri: str) -> bool:
-    return uri.startswith(("http://", "https://"))
+    return uri[:8].lower().startswith(("http://", "https://"))
+
+
+def without_credentials(text: str) -> str:
+    """An address, or a message that names one, as it may be stored: nobody's name and password in it."""
+    return CREDENTIALS.sub("", text)
+
+
+def is_text(value: str) -> bool:
+    """Can it be written as UTF-8? Names and captions of strangers may hold half of a surrogate pair."""
+    return not any("\ud800" <= c <= "\udfff" for c in value)
 
 
 def suffix_of(uri: str) -> str:

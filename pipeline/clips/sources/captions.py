@@ -7,14 +7,16 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from pipeline.clips.sources.base import Cut
+from pipeline.clips.sources.base import Cut, is_text
 from pipeline.schema import Status
 
 SIDECAR_SUFFIXES = (".txt", ".json", ".vtt", ".srt")
 CAPTION_KEYS = ("caption", "text", "title", "description")
+MAX_CAPTION_CHARS = 10_000
+"""Longer texts are no captions: nothing that reads them sees more than some hundred words. Ours."""
 CUE_TIMES = re.compile(r"(\S+)\s+-->\s+(\S+)")
 TAG = re.compile(r"<[^>]*>")
-CLOCK = re.compile(r"^(?:(\d+):)?(\d{1,2}):(\d{1,2}(?:[.,]\d+)?)$")
+CLOCK = re.compile(r"^(?:(\d{1,9}):)?(\d{1,2}):(\d{1,2}(?:[.,]\d+)?)$")
 
 
 def read_sidecar(name: str, data: bytes) -> tuple[Cut, ...]:
@@ -33,7 +35,7 @@ def read_sidecar(name: str, data: bytes) -> tuple[Cut, ...]:
 def _read_json(data: bytes) -> tuple[Cut, ...]:
     try:
         value = json.loads(data.decode("utf-8-sig"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         return (Cut(status=Status.BAD_CAPTION.value, error=f"sidecar is not JSON: {error}"),)
     if isinstance(value, str):
         return (make_cut(value),)
@@ -68,7 +70,7 @@ def _parallel(times: Any, captions: Any) -> tuple[Cut, ...]:
     return tuple(
         make_cut(caption, *pair)
         if isinstance(pair, list | tuple) and len(pair) == 2
-        else Cut(status=Status.BAD_RANGE.value, error=f"range {pair!r} is not [start, end]")
+        else Cut(status=Status.BAD_RANGE.value, error=f"range {_short(pair)} is not [start, end]")
         for pair, caption in zip(times, captions, strict=True)
     )
 
@@ -119,9 +121,11 @@ def clean_caption(value: Any) -> tuple[str | None, str | None]:
         value = value[0]
     if not isinstance(value, str):
         return None, f"caption is a {type(value).__name__}, not text"
-    if any("\ud800" <= c <= "\udfff" for c in value):
+    if not is_text(value):
         return None, "caption is not UTF-8"
     text = " ".join(value.replace("\0", " ").split())
+    if len(text) > MAX_CAPTION_CHARS:
+        return None, f"caption of {len(text):,} characters, more than {MAX_CAPTION_CHARS:,}"
     return text or None, None
 
 
@@ -140,11 +144,18 @@ def parse_time(value: Any) -> float | None:
             return int(hours or 0) * 3600 + int(minutes) * 60 + float(seconds.replace(",", "."))
     try:
         seconds = float(value)
-    except (TypeError, ValueError):
-        raise ValueError(f"time {value!r} is not a number of seconds") from None
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError(f"time {_short(value)} is not a number of seconds") from None
     if not math.isfinite(seconds):
         raise ValueError(f"time {value!r} is not finite")
     return seconds
+
+
+def _short(value: Any) -> str:
+    try:
+        return repr(value)[:60]
+    except (ValueError, RecursionError):  # a whole number of more digits than Python prints
+        return f"of type {type(value).__name__}"
 
 
 def parse_list(value: Any) -> Any:
@@ -153,7 +164,7 @@ def parse_list(value: Any) -> Any:
         return value
     try:
         return json.loads(value)
-    except ValueError:
+    except (ValueError, RecursionError):
         pass
     try:
         return ast.literal_eval(value)

@@ -5,6 +5,7 @@ sample's media is a range of the archive (pipeline/media/store.py).
 """
 
 import hashlib
+import os
 import re
 import tarfile
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from typing import Any
 import pyarrow.fs as pafs
 
 from infra.errors import ConfigError
-from infra.storage import absolute, exists, filesystem, list_files, read_bytes, size_bytes
+from infra.storage import absolute, exists, filesystem, is_remote, read_bytes, size_bytes
 from pipeline.clips.sources.base import (
     Cut,
     Item,
@@ -27,7 +28,7 @@ from pipeline.clips.sources.base import (
     suffix_of,
 )
 from pipeline.clips.sources.captions import SIDECAR_SUFFIXES, read_sidecar
-from pipeline.media.store import member_uri
+from pipeline.media.store import file_uri, member_uri
 from pipeline.schema import Status
 
 BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
@@ -35,16 +36,17 @@ MAX_SIDECAR_BYTES = 16 << 20
 
 
 class FolderReader(Reader):
-    """Every media file below a folder, in name order; hidden files are none of our business."""
+    """Every media file below a folder, in name order; hidden files are none of our business.
+
+    Links are followed, but each folder is visited once: one that leads back up lists nothing twice.
+    """
 
     def __init__(self, config: SourceConfig) -> None:
         self.root = require_path(config.path)
-        fs, base = filesystem(self.root)
-        self.files: dict[str, pafs.FileInfo] = {}
-        for info in fs.get_file_info(pafs.FileSelector(base, recursive=True)):
-            relative = info.path[len(base) :].lstrip("/")
-            if info.type == pafs.FileType.File and not _hidden(relative):
-                self.files[relative] = info
+        try:
+            self.files = dict(_files_below(self.root))
+        except OSError as error:
+            raise ConfigError(f"can't look through {self.root}: {error}", cure="mend its permissions") from None
 
     @classmethod
     def recognise(cls, path: str) -> SourceConfig | None:
@@ -54,13 +56,13 @@ class FolderReader(Reader):
     def items(self) -> Iterator[Item]:
         for relative in sorted(self.files):
             if is_media(relative):
-                uri = f"{self.root}/{relative}"
+                uri = file_uri(f"{self.root}/{relative}")
                 yield Item(uri, media_of(relative), self._cuts(relative))
 
     def fingerprint(self) -> str:
         digest = hashlib.sha256()
-        for relative, info in sorted(self.files.items()):
-            digest.update(f"{relative}\0{info.size}\0{info.mtime_ns}\n".encode("utf-8", "replace"))
+        for relative, (size, mtime_ns) in sorted(self.files.items()):
+            digest.update(f"{relative}\0{size}\0{mtime_ns}\n".encode("utf-8", "surrogatepass"))
         return digest.hexdigest()[:16]
 
     def _cuts(self, relative: str) -> tuple[Cut, ...]:
@@ -68,12 +70,45 @@ class FolderReader(Reader):
         for suffix in SIDECAR_SUFFIXES:
             for name in (stem + suffix, relative + suffix):  # a.txt, or a.mp4.txt
                 if name in self.files:
-                    return read_sidecar(name, read_bytes(f"{self.root}/{name}"))
+                    return self._sidecar(name)
         return (Cut(),)
 
+    def _sidecar(self, name: str) -> tuple[Cut, ...]:
+        try:
+            if (self.files[name][0] or 0) > MAX_SIDECAR_BYTES:
+                raise OSError(f"more than {MAX_SIDECAR_BYTES:,} bytes")
+            return read_sidecar(name, read_bytes(f"{self.root}/{name}"))
+        except (OSError, ValueError) as error:  # or its name is not UTF-8
+            return (Cut(status=Status.BAD_CAPTION.value, error=f"sidecar: {error}"),)
 
-def _hidden(relative: str) -> bool:
-    return any(part.startswith(".") for part in relative.split("/"))
+
+def _files_below(root: str) -> Iterator[tuple[str, tuple[int | None, int | None]]]:
+    """(path below the root, (size, time of change)) of each file that is not hidden."""
+    if is_remote(root):
+        fs, base = filesystem(root)
+        for info in fs.get_file_info(pafs.FileSelector(base, recursive=True)):
+            relative = info.path[len(base) :].lstrip("/")
+            if info.type == pafs.FileType.File and "/." not in f"/{relative}":
+                yield relative, (info.size, info.mtime_ns)
+        return
+    home, visited = os.path.realpath(root), set[str]()
+    folders, links = [""], []
+    while folders or links:
+        folder = folders.pop() if folders else links.pop()  # a folder counts where it is, before its links
+        place = os.path.realpath(f"{root}/{folder}")
+        if place in visited or home.startswith(f"{place}/"):
+            continue
+        visited.add(place)
+        for entry in sorted(os.scandir(place), key=lambda entry: entry.name, reverse=True):
+            relative = f"{folder}{entry.name}"
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir():
+                (links if entry.is_symlink() else folders).append(f"{relative}/")
+            elif entry.is_file():
+                yield relative, (entry.stat().st_size, entry.stat().st_mtime_ns)
+            elif entry.is_symlink():  # it leads nowhere: a row that says so
+                yield relative, (None, None)
 
 
 class TarReader(Reader):
@@ -85,7 +120,8 @@ class TarReader(Reader):
         if names == [path]:
             require_path(path)
         if len(names) == 1 and not path.endswith(".tar"):
-            names = list_files(path, suffix=".tar")
+            root = absolute(path)
+            names = [f"{root}/{name}" for name in sorted(dict(_files_below(root))) if name.endswith(".tar")]
         if not names:
             raise ConfigError(f"no .tar below {path}", legal="uncompressed WebDataset archives")
         self.archives = [absolute(name) for name in names]
@@ -102,7 +138,7 @@ class TarReader(Reader):
             try:
                 with fs.open_input_file(path) as file, tarfile.open(fileobj=file, mode="r:") as archive:
                     yield from _samples(uri, archive)
-            except (tarfile.TarError, OSError, EOFError) as error:
+            except Exception as error:  # noqa: BLE001 - the row boundary: on hostile headers tarfile raises anything
                 yield Item(uri, "auto", status=Status.BAD_ROW.value, error=f"archive: {error}")
 
     def fingerprint(self) -> str:

@@ -2,17 +2,22 @@
 
 `<video>`, `<source>`, `og:video`; pictures with their alt texts or figure captions; links of the same
 site, to a given depth. What was found is written down once, so that a stopped crawl continues with it.
+
+Pages are cut into tags here, not by `html.parser`: that one takes quadratic time for tags and comments that
+never end. Each regular expression below consumes what it looks at, or looks through the rest once.
 """
 
+import html
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import suppress
-from html.parser import HTMLParser
+from dataclasses import replace
 from urllib.parse import urldefrag, urljoin, urlsplit
 
 from infra.storage import exists, join, read_bytes, write_bytes
 from pipeline.clips.sources.base import (
+    CREDENTIALS,
     Cut,
     Item,
     Reader,
@@ -21,13 +26,23 @@ from pipeline.clips.sources.base import (
     is_url,
     media_of,
     suffix_of,
+    without_credentials,
 )
-from pipeline.clips.sources.captions import clean_caption
-from pipeline.schema import RowError, content_id
+from pipeline.clips.sources.captions import MAX_CAPTION_CHARS, clean_caption
+from pipeline.schema import RowError, Status, content_id
 
 PAGE_SUFFIXES = frozenset({"", ".html", ".htm", ".php", ".asp", ".aspx", ".xhtml"})
-MAX_TITLE_CHARS = 10_000
-"""What of a page's title serves as a caption: it is cleaned once for each film. Ours."""
+MAX_FOUND = 10_000
+"""Links, and videos and pictures, that one page may have; more are counted in a row of its own. Ours."""
+MAX_ADDRESS_CHARS = 4096
+"""Longer addresses are none: servers refuse them. Ours."""
+TAG = re.compile(r"<(/?)([a-zA-Z][^\s/>]*+)")
+ATTRIBUTE = re.compile(
+    r"""[\s/]*+(?:(?P<end>>)|(?P<name>[^\s/>][^\s/>=]*+)"""
+    r"""(?:\s*+=\s*+(?:"(?P<a>[^"]*+)"|'(?P<b>[^']*+)'|(?P<c>[^\s>]*+)))?)"""
+)
+RAW = {name: re.compile(f"</{name}", re.IGNORECASE) for name in ("script", "style", "textarea", "title")}
+"""Elements whose content is text, whatever it looks like."""
 
 
 class PageReader(Reader):
@@ -36,7 +51,9 @@ class PageReader(Reader):
     needs_web = True
 
     def __init__(self, config: SourceConfig) -> None:
-        self.url, self.depth, self.max_pages = config.path, config.depth, config.max_pages
+        self.url, self.depth, self.max_pages = without_credentials(config.path), config.depth, config.max_pages
+        login = CREDENTIALS.search(config.path)
+        self.login = login[0] if login else ""
         self.found: list[Item] = []
 
     @classmethod
@@ -51,7 +68,8 @@ class PageReader(Reader):
             lines = [json.dumps(item.to_json(), ensure_ascii=False) for item in items]
             write_bytes(place, "\n".join(lines).encode())
         lines = read_bytes(place).decode().split("\n")
-        self.found = [Item.from_json(json.loads(line)) for line in lines if line]
+        items = [Item.from_json(json.loads(line)) for line in lines if line]
+        self.found = [replace(item, uri=self._with_login(item.uri)) for item in items]
 
     def items(self) -> Iterator[Item]:
         return iter(self.found)
@@ -59,19 +77,27 @@ class PageReader(Reader):
     def fingerprint(self) -> str:
         return content_id("page", self.url, self.depth, self.max_pages)[:16]
 
+    def _with_login(self, url: str) -> str:
+        """The address as it is asked for: what the user's own names for the site, and nobody else's."""
+        same = self.login and urlsplit(url).netloc == urlsplit(self.url).netloc
+        return url.replace("://", f"://{self.login}", 1) if same else url
+
     def _look_through(self, web: Web) -> Iterator[Item]:
-        """Breadth first, each page once; a page that can't be had is a row."""
+        """Breadth first, each page once; a page that can't be had, or has too much on it, is a row."""
         site = urlsplit(self.url).netloc
         seen, media, level = {self.url}, set(), [self.url]
         for depth in range(self.depth + 1):
             following: list[str] = []
             for url in level:
                 try:
-                    final, body = web.page(url)
+                    final, body = web.page(self._with_login(url))
                 except RowError as error:
                     yield Item(url, "auto", (Cut(),), status=error.status.value, error=f"page: {error}")
                     continue
-                page = parse_page(final, body)
+                page = parse_page(without_credentials(final), body)
+                if page.num_left_out:
+                    reason = f"page: {page.num_left_out:,} links, videos and pictures beyond {MAX_FOUND:,}"
+                    yield Item(url, "auto", (Cut(),), status=Status.TOO_LARGE.value, error=reason)
                 for item in page.items:
                     if item.uri not in media:
                         media.add(item.uri)
@@ -85,102 +111,167 @@ class PageReader(Reader):
 
 
 def parse_page(url: str, body: bytes) -> "Page":
-    """The media and links of a page; HTML that Python's parser gives up on is read up to there."""
+    """The media and links of a page."""
     page = Page(url)
-    with suppress(AssertionError):  # html.parser's answer to `<![<![`
-        page.feed(body.decode("utf-8", "replace"))
-        page.close()
+    for mark, name, values in tokens(body.decode("utf-8", "replace")):
+        if mark == "<":
+            page.open(name, values)
+        elif mark == "</":
+            page.close(name)
+        else:
+            page.read(name)
     page.finish()
     return page
 
 
-class Page(HTMLParser):
+def tokens(text: str) -> Iterator[tuple[str, str, dict[str, str]]]:
+    """("<", tag, attributes), ("</", tag, {}) and ("", text, {}) of HTML, in time linear in its length."""
+    place = 0
+    while place < len(text):
+        start = text.find("<", place)
+        if start != place:
+            yield "", text[place:start] if start > 0 else text[place:], {}
+        if start < 0:
+            return
+        tag = TAG.match(text, start)
+        if tag is None:
+            if text[start + 1 : start + 2] in ("!", "?", "/"):  # a comment or declaration
+                mark = "-->" if text.startswith("<!--", start) else ">"
+                end = text.find(mark, start + 2)
+                if end < 0:
+                    return
+                place = end + len(mark)
+            else:
+                place = start + 1
+            continue
+        name, values, place = tag[2].lower(), {}, tag.end()
+        while attribute := ATTRIBUTE.match(text, place):
+            place = attribute.end()
+            if attribute["end"]:
+                break
+            value = attribute["a"] or attribute["b"] or attribute["c"] or ""
+            values.setdefault(attribute["name"].lower(), value)
+        else:
+            return  # a tag that does not end
+        yield "<" + tag[1], name, values
+        if not tag[1] and name in RAW:
+            closing = RAW[name].search(text, place)
+            end = closing.start() if closing else len(text)
+            yield "", text[place:end], {}
+            place = end
+
+
+class Page:
     """Collects media with their captions, and links."""
 
     def __init__(self, url: str) -> None:
-        super().__init__(convert_charrefs=True)
         self.base = url
-        self.items: list[Item] = []
         self.links: list[str] = []
+        self.items: list[Item] = []
+        self.num_left_out = 0
+        self.num_links = 0
         self.title = ""
         self.meta: dict[str, str] = {}
         self.stack: list[str] = []
         self.inside: Counter[str] = Counter()  # the same, counted: a page may never close its tags
-        self.pending: list[tuple[str, str, str | None]] = []  # url, media, caption; of one figure
-        self.figcaption = ""
+        self.found: list[tuple[str, str, str | None]] = []  # url, media, caption
+        self.figure_at = 0
+        self.figcaption: list[str] = []
         self.video_title: str | None = None
 
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        values = {key: value or "" for key, value in attrs}
+    def open(self, tag: str, values: dict[str, str]) -> None:
+        if tag == "figure":
+            self._end_figure()
         if tag in ("figure", "figcaption", "title", "video", "picture"):
             self.stack.append(tag)
             self.inside[tag] += 1
-        if tag == "figure":
-            self._flush()
         if tag == "base" and values.get("href"):
             self.base = self._absolute(values["href"]) or self.base
         elif tag == "a" and values.get("href"):
-            link = self._absolute(values["href"])
-            self.links += [urldefrag(link)[0]] if link else []
+            self._link(values["href"])
         elif tag == "meta":
-            self.meta.setdefault(values.get("property") or values.get("name", ""), values.get("content", ""))
+            name = values.get("property") or values.get("name", "")
+            self.meta.setdefault(name, _unescape(values.get("content", "")))
         elif tag == "video":
-            self.video_title = values.get("title") or values.get("aria-label")
+            self.video_title = _caption(values.get("title") or values.get("aria-label"))
             self._add(values.get("src"), "video", self.video_title)
         elif tag == "source" and self.inside["video"]:
             self._add(values.get("src"), "video", self.video_title)
         elif tag == "img":
-            self._add(values.get("src"), "image", values.get("alt") or values.get("title"))
+            self._add(values.get("src"), "image", _caption(values.get("alt") or values.get("title")))
 
-    def handle_endtag(self, tag: str) -> None:
+    def close(self, tag: str) -> None:
+        if tag == "figure":
+            self._end_figure()
         while self.inside[tag]:
             closed = self.stack.pop()
             self.inside[closed] -= 1
             if closed == tag:
                 break
-        if tag == "figure":
-            self._flush()
 
-    def handle_data(self, data: str) -> None:
+    def read(self, text: str) -> None:
         if self.inside["figcaption"]:
-            self.figcaption += data
-        elif self.inside["title"]:
-            self.title += data
+            self.figcaption.append(text)
+        elif self.inside["title"] and not self.title:
+            self.title = _unescape(text)
 
     def finish(self) -> None:
-        self._flush()
-        caption = self.meta.get("og:title") or self.meta.get("og:description") or self.title
+        self._end_figure()
         for name in ("og:video:secure_url", "og:video:url", "og:video"):
             if self.meta.get(name):
-                self._add(self.meta[name], "video", caption)
+                caption = self.meta.get("og:title") or self.meta.get("og:description")
+                self._add(self.meta[name], "video", _caption(caption))
                 break
-        self._flush()
+        title = clean_caption((self.meta.get("og:title") or self.title)[:MAX_CAPTION_CHARS])[0]
+        for url, media, caption in self.found:
+            kind = media if media_of(url) == "auto" else media_of(url)
+            self.items.append(Item(url, kind, (Cut(caption or (title if media == "video" else None)),)))
 
     def _add(self, address: str | None, media: str, caption: str | None) -> None:
-        url = None if not address or address.startswith("data:") else self._absolute(address.strip())
-        if url:
-            self.pending.append((url, media, caption))
-        if not self.inside["figure"]:
-            self._flush()
+        if not address or address.startswith("data:"):
+            return
+        if len(self.found) >= MAX_FOUND:
+            self.num_left_out += 1
+            return
+        url = self._absolute(address)
+        if url and is_url(url):
+            self.found.append((url, media, caption))
+
+    def _link(self, address: str) -> None:
+        self.num_links += 1
+        if self.num_links > MAX_FOUND:
+            self.num_left_out += 1
+            return
+        link = self._absolute(address)
+        self.links += [urldefrag(link)[0]] if link else []
 
     def _absolute(self, address: str) -> str | None:
         """The address below the page's base; None for one that is none, such as `http://[x`."""
+        if len(address) > MAX_ADDRESS_CHARS:
+            return None
         try:
-            url = urljoin(self.base, address)
+            url = urljoin(self.base, _unescape(address).strip())
             urlsplit(url)
         except ValueError:
             return None
-        return url
+        return without_credentials(url)
 
-    def _flush(self) -> None:
+    def _end_figure(self) -> None:
         """A figure's caption describes what it shows; without one the alt text or title does."""
-        shared, _ = clean_caption(self.figcaption)
-        for url, media, own in self.pending:
-            caption = shared or clean_caption(own)[0] or (self._title() if media == "video" else None)
-            if is_url(url):
-                kind = media if media_of(url) == "auto" else media_of(url)
-                self.items.append(Item(url, kind, (Cut(caption),)))
-        self.pending, self.figcaption = [], ""
+        shared = _caption("".join(self.figcaption)) if self.figcaption else None
+        if shared and self.inside["figure"]:
+            self.found[self.figure_at :] = [
+                (url, media, shared) for url, media, _ in self.found[self.figure_at :]
+            ]
+        self.figcaption, self.figure_at = [], len(self.found)
 
-    def _title(self) -> str | None:
-        return clean_caption((self.meta.get("og:title") or self.title)[:MAX_TITLE_CHARS])[0]
+
+def _caption(text: str | None) -> str | None:
+    return clean_caption(_unescape(text or ""))[0]
+
+
+def _unescape(text: str) -> str:
+    try:
+        return html.unescape(text)
+    except ValueError:  # a character whose number has thousands of digits
+        return text

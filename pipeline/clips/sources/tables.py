@@ -22,14 +22,16 @@ from pipeline.clips.sources.base import (
     Item,
     Reader,
     SourceConfig,
+    is_text,
     is_url,
     media_of,
     names_in,
     require_path,
     suffix_of,
+    without_credentials,
 )
 from pipeline.clips.sources.captions import CAPTION_KEYS, cuts_of, make_cut
-from pipeline.media.store import cell_uri
+from pipeline.media.store import cell_uri, file_uri
 from pipeline.schema import Status
 
 COLUMNS: dict[str, tuple[str, ...]] = {
@@ -48,6 +50,8 @@ COLUMNS: dict[str, tuple[str, ...]] = {
 MANIFESTS = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
 LISTINGS = ("captions.jsonl", "metadata.jsonl", "metadata.csv", "metadata.parquet")
 """Tables that, lying at the top of a folder, describe it (Hugging Face's imagefolder and ours)."""
+Row = dict[str, Any] | str
+"""A line of a table, or why it is none."""
 LOOK_AHEAD_ROWS = 1000
 """JSON lines need not all have the same keys: so many are looked at for the names of columns."""
 
@@ -89,7 +93,7 @@ class ManifestReader(Reader):
         return sha256_file(self.path)[:16]
 
     def _find_columns(self) -> dict[str, str]:
-        head = (row for row in islice(self._rows(), LOOK_AHEAD_ROWS) if "" not in row)
+        head = (row for row in islice(self._rows(), LOOK_AHEAD_ROWS) if isinstance(row, dict))
         names = list(dict.fromkeys(chain(*head, self.bytes_columns)))
         found = {}
         for ours, theirs in COLUMNS.items():
@@ -105,21 +109,23 @@ class ManifestReader(Reader):
             )
         return found
 
-    def _item(self, number: int, row: dict[str, Any]) -> Item:
+    def _item(self, number: int, row: Row) -> Item:
         place = f"{self.path}#line={number}"
-        if "" in row:  # a line that is no row at all
-            return _bad(place, Status.BAD_ROW, row[""])
+        if isinstance(row, str):
+            return _bad(place, Status.BAD_ROW, row)
         value = row.get(self.columns.get("uri", ""))
         ours = {name: row.get(column) for name, column in self.columns.items() if name != "uri"}
         texts = {name: ours.get(name) for name in ("split", "licence")}
-        extra = {k: str(v) if v is not None else None for k, v in texts.items()}
+        extra = {
+            k: str(v).encode("utf-8", "replace").decode() if v is not None else None for k, v in texts.items()
+        }
         cuts = cuts_of({k: v for k, v in ours.items() if k not in extra})
         if self.columns.get("uri") in self.bytes_columns:
             uri = cell_uri(self.path, number, self.columns["uri"])
             return Item(uri, "auto", cuts, **extra)
         if not isinstance(value, str) or not value.strip():
             return _bad(place, Status.BAD_ROW, f"no video or picture named: {value!r}", cuts)
-        if "\0" in value or any("\ud800" <= c <= "\udfff" for c in value):
+        if "\0" in value or not is_text(value):
             return _bad(place, Status.BAD_ROW, "the name is not UTF-8", cuts)
         return self._resolve(value.strip(), cuts, extra)
 
@@ -134,9 +140,9 @@ class ManifestReader(Reader):
             error = "the path leaves the manifest's folder; allow_outside_root permits it"
             return _bad(name, Status.REFUSED, error, cuts)
         uri = absolute(name) if outside else f"{self.root}/{name.removeprefix('./')}"
-        return Item(uri, media_of(uri), cuts, **extra)
+        return Item(uri if is_remote(uri) else file_uri(uri), media_of(uri), cuts, **extra)
 
-    def _rows(self) -> Iterator[dict[str, Any]]:
+    def _rows(self) -> Iterator[Row]:
         if self.path.endswith(".parquet"):
             return _parquet_rows(self.path, self.bytes_columns)
         if self.path.endswith((".jsonl", ".ndjson", ".json")):
@@ -175,7 +181,7 @@ class UrlReader(Reader):
 
 
 def _bad(uri: str, status: Status, error: str, cuts: tuple[Cut, ...] = (Cut(),)) -> Item:
-    return Item(uri, "auto", cuts, status=status.value, error=error)
+    return Item(without_credentials(uri), "auto", cuts, status=status.value, error=error)
 
 
 def text_lines(path: str) -> Iterator[str]:
@@ -185,27 +191,28 @@ def text_lines(path: str) -> Iterator[str]:
         yield from io.TextIOWrapper(stream, "utf-8-sig", "surrogateescape", newline="")
 
 
-def _csv_rows(path: str) -> Iterator[dict[str, Any]]:
+def _csv_rows(path: str) -> Iterator[Row]:
     csv.field_size_limit(1 << 30)  # Panda-70M's lists of captions are long
     delimiter = "\t" if path.removesuffix(".gz").endswith(".tsv") else ","
     lines = (line.replace("\0", "") for line in text_lines(path))
     reader = csv.DictReader(lines, delimiter=delimiter)
     for row in reader:
         if None in row:
-            yield {"": f"{len(row[None])} cells too many"}  # pyright: ignore[reportArgumentType]
+            yield f"{len(row[None])} cells too many"  # pyright: ignore[reportArgumentType]
         else:
             yield {key: value if value != "" else None for key, value in row.items()}
 
 
-def _jsonl_rows(path: str) -> Iterator[dict[str, Any]]:
+def _jsonl_rows(path: str) -> Iterator[Row]:
     for line in text_lines(path):
         if not line.strip():
             continue
         try:
             value = json.loads(line)
         except (ValueError, RecursionError) as error:
-            value = {"": f"not JSON: {error}"}
-        yield value if isinstance(value, dict) else {"": f"a {type(value).__name__}, not a mapping"}
+            yield f"not JSON: {error}"
+        else:
+            yield value if isinstance(value, dict) else f"a {type(value).__name__}, not a mapping"
 
 
 def _parquet_rows(path: str, skip: set[str]) -> Iterator[dict[str, Any]]:

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import os
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +21,10 @@ from pipeline.clips.filters import FilterConfig
 from pipeline.clips.parent import inspect_parent
 from pipeline.clips.sources import Item, Reader, SourceConfig, base, open_source, read_items, source_from_path
 from pipeline.clips.sources.captions import clean_caption, parse_time, read_sidecar
-from pipeline.media.store import read_media
+from pipeline.media.clip import read_frames
+from pipeline.media.frames import probe
+from pipeline.media.store import open_media, read_media
+from pipeline.schema import CLIPS
 
 
 def read(source: SourceConfig | Path | str) -> list[Item]:
@@ -243,11 +247,114 @@ def test_corpora_on_an_object_store_read_like_those_on_disk(s3_server, tmp_path,
     assert rows[0]["source_sha256"] == hashlib.sha256(film).hexdigest()
 
 
-def test_a_local_name_with_signs_of_an_address_is_a_name(tmp_path):
-    names = ["Dr. Who #2.mp4", "Funny cat #shorts.mp4", "What is this? part 1.mp4"]
-    for name in names:
-        (tmp_path / name).write_bytes(b"x")
-    assert [item.uri.removeprefix(f"{tmp_path}/") for item in read(tmp_path)] == names
+NAMES = [
+    *("Dr. Who #2.mp4", "Funny cat #shorts.mp4", "What is this? part 1.mp4", "a b%20c.mp4", "x #file.mp4"),
+    *("x#row=1&column=a.mp4", "x.parquet#row=0&column=image.mp4", "x.tar#offset=3&size=9.mp4"),
+]
+
+
+@pytest.mark.parametrize("kind", ["folder", "manifest"])
+def test_a_local_name_with_signs_of_an_address_is_a_name(tmp_path, write_video, kind):
+    film = write_video(tmp_path / "film.mp4").read_bytes()
+    root = tmp_path / "corpus #1&column=x"
+    for name in NAMES:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(film)
+    source = SourceConfig(kind="folder", path=str(root))
+    if kind == "manifest":
+        (root / "list.jsonl").write_text("\n".join(json.dumps({"video": name}) for name in NAMES))
+        source = SourceConfig(kind="manifest", path=f"{root}/list.jsonl")
+    items = read(source)
+    assert len(items) == len(NAMES)
+    for item in items:
+        (row,) = inspect_parent(
+            item.to_json(), {"local_uri": item.uri}, "whole", FilterConfig(require_caption=False)
+        )
+        assert (row["status"], read_media(row["local_uri"])) == ("ok", film)
+        assert probe(open_media(row["local_uri"])).num_frames == row["num_frames"]
+        assert len(read_frames({**row, "target": None}, (0.5,)).frames) == 1
+
+
+def test_pieces_of_files_in_folders_with_odd_names_are_found(tmp_path, write_picture):
+    root = tmp_path / "x#row=1&column=a"
+    picture = write_picture(root / "p.jpg").read_bytes()
+    pq.write_table(pa.table({"image #1": [picture]}), root / "t.parquet")
+    write_tar(root / "t.tar", {"0.jpg": picture})
+    sources = [
+        SourceConfig(kind="tar", path=f"{root}/t.tar"),
+        SourceConfig(kind="manifest", path=f"{root}/t.parquet", columns={"uri": "image #1"}),
+    ]
+    assert [read_media(item.uri) for source in sources for item in read(source)] == [picture] * 2
+
+
+def test_links_are_followed_but_no_folder_is_visited_twice(tmp_path):
+    root, elsewhere = tmp_path / "corpus", tmp_path / "elsewhere"
+    for name in ("a.mp4", "sub/b.mp4", "sub/deep/c.mp4"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(b"x")
+    elsewhere.mkdir()
+    (elsewhere / "d.mp4").write_bytes(b"x")
+    for link, target in {
+        **{"up": "..", "sub/self": root, "sub/deep/up": "..", "0": root / "sub", "far": elsewhere},
+        **{"far2": elsewhere, "linked.mp4": elsewhere / "d.mp4", "nowhere.mp4": root / "gone"},
+    }.items():
+        (root / link).symlink_to(target)
+    found = {item.uri.removeprefix(f"{root}/") for item in read(root)}
+    assert found == {
+        *("a.mp4", "sub/b.mp4", "sub/deep/c.mp4", "far/d.mp4", "linked.mp4", "nowhere.mp4"),
+    }
+    nowhere = Item(f"{root}/nowhere.mp4", "video")
+    (row,) = inspect_parent(nowhere.to_json(), {"local_uri": nowhere.uri}, "whole", FilterConfig())
+    assert row["status"] == "not_found"
+
+
+def test_names_that_are_not_utf8_and_sidecars_that_cannot_be_read_are_rows(tmp_path):
+    Path(os.fsdecode(bytes(tmp_path) + b"/caf\xe9.mp4")).write_bytes(b"x")
+    Path(os.fsdecode(bytes(tmp_path) + b"/caf\xe9.txt")).write_bytes(b"x")
+    (tmp_path / "a.mp4").write_bytes(b"x")
+    (tmp_path / "a.txt").symlink_to(tmp_path / "gone")
+    a, cafe = read(tmp_path)
+    assert (a.cuts[0].status, cafe.status) == ("bad_caption", "bad_row")
+    cafe.uri.encode()
+
+
+DEEP = "[" * 100_000
+ODD_ROWS = [
+    {"video": "a.mp4", "start": 10**400, "end": 2},
+    {"video": "a.mp4", "caption": DEEP},
+    {"video": "a.mp4", "timestamps": DEEP, "caption": "x"},
+    {"video": "a.mp4", "caption": "x", "split": "\ud800", "licence": ["\ud800"]},
+    {"video": "a.mp4", "caption": "x", "start": "9" * 4000 + ":00:00", "end": 2},
+    {"video": "a.mp4", "caption": "x" * 100_000},
+    {"video": "ftp://me:secret@host/a.mp4", "caption": "x"},
+    {"": 5},
+]
+
+
+@pytest.mark.parametrize("row", ODD_ROWS, ids=lambda row: repr(row)[:40])
+def test_odd_values_of_a_table_are_rows(tmp_path, row):
+    (tmp_path / "t.jsonl").write_text(json.dumps({"video": "a.mp4", "caption": "x"}) + "\n" + json.dumps(row))
+    items = read(tmp_path / "t.jsonl")
+    rows = [
+        row for i in items for row in inspect_parent(i.to_json(), {"local_uri": i.uri}, "whole", FilterConfig())
+    ]
+    table = pa.Table.from_pylist(rows, schema=CLIPS.remove(0).remove(0))
+    assert "secret" not in repr(table.to_pylist())
+
+
+def test_a_column_without_a_name_is_one_that_is_not_asked_for(tmp_path):
+    (tmp_path / "pandas.csv").write_text(",video,caption\n0,a.mp4,one\n1,b.mp4,two\n")
+    assert [item.cuts[0].caption for item in read(tmp_path / "pandas.csv")] == ["one", "two"]
+
+
+def test_a_caption_longer_than_any_is_a_row(tmp_path):
+    (tmp_path / "a.mp4").write_bytes(b"x")
+    (tmp_path / "a.txt").write_text("word " * 20_000)
+    (item,) = read(tmp_path)
+    assert (item.cuts[0].status, item.cuts[0].error) == (
+        "bad_caption",
+        "caption of 99,999 characters, more than 10,000",
+    )
 
 
 class NumberReader(Reader):
