@@ -129,13 +129,18 @@ def check_table_files(uri: str, certificate: Certificate, *, but: str = "\0") ->
     check_files(uri, [entry for entry in files if but not in entry.path])
 
 
+REWRITTEN = ("/_transactions/", "/latest_version_hint.json")
+"""Files of Lance that no reader of a certified version depends on."""
+
+
 def memory_files(uri: str, *others: str) -> list[FileEntry]:
     """The table's files as they lie there, for the certificate; and these others beside it.
 
-    What Lance needs of all versions: data, deletions, indexes, manifests, tags; not its log of transactions.
+    What Lance needs of all versions: data, deletions, indexes, manifests, tags; not what the next version
+    rewrites, its log of transactions and its hint of the latest version.
     """
     base = absolute(uri)
-    places = [p for p in list_files(join(base, LANCE_FOLDER)) if "/_transactions/" not in p]
+    places = [p for p in list_files(join(base, LANCE_FOLDER)) if not any(part in p for part in REWRITTEN)]
     places += [place for place in others if exists(place)]
     return file_entries(base, places)
 
