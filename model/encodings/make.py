@@ -26,7 +26,8 @@ from model.data.sample import read_pixels
 from model.data.shards import Shards
 from model.encodings.store import Encodings, Facts, latents_key, pack_prompts, to_bytes
 from model.latents import open_latents
-from model.prompt.encoder import load_prompt_encoder, prompt_key
+from model.prompt.encoder import prompt_key
+from model.prompt.load import load_prompt_encoder
 from model.prompt.select import select
 from model.space import PIXELS
 

@@ -28,7 +28,8 @@ from model.condition import EncodedPrompt, Prompt
 from model.data.batch import TargetKind
 from model.data.buckets import Bucket
 from model.data.shards import RowGroup
-from model.prompt.encoder import PromptEncoder, PromptEncoderConfig, load_prompt_encoder, prompt_key
+from model.prompt.encoder import PromptEncoder, PromptEncoderConfig, prompt_key
+from model.prompt.load import load_prompt_encoder
 from model.prompt.select import drop_empty
 
 JOB = "encode"

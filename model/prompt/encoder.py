@@ -1,7 +1,6 @@
-"""The prompt encoder interface: prompts -> tokens, each with its role and segment; loading and caching.
+"""The prompt encoder interface: prompts -> tokens, each with its role and segment; its config and its cache.
 
     PromptEncoderConfig            which frozen encoder: a language model that sees pictures, or a CLIP
-    load_prompt_encoder(config)    loads it
     RememberingEncoder             keeps the last prompts' tokens in memory, by content
 
 What outlives the process is made by `vimi-data encode` (model/encodings).
@@ -18,7 +17,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from infra.clip import ClipConfig, load_clip
+from infra.clip import ClipConfig
 from infra.config import Config, Incidental, NameOrFolder, canonical_json
 from model.condition import Beforehand, Condition, EncodedBatch, EncodedPrompt, Prompt, pad
 from model.data.batch import ROLES, role_number
@@ -208,23 +207,3 @@ class RememberingEncoder(PromptEncoder):
         while self.num_bytes > self.max_bytes:
             _, gone = self.remembered.popitem(last=False)
             self.num_bytes -= gone.num_bytes
-
-
-def load_prompt_encoder(
-    config: PromptEncoderConfig, device: str | torch.device = "cpu", *, remember: bool = True
-) -> PromptEncoder:
-    """Load the frozen encoder onto `device`.
-
-    Raises:
-        ConfigError: an unknown model, unreadable files, or a hub that can't be reached.
-    """
-    encoder: PromptEncoder
-    if config.clip is not None:
-        from model.prompt.clip_encoder import ClipPromptEncoder
-
-        encoder = ClipPromptEncoder(config, load_clip(config.clip, device, batch_size=config.batch_size))
-    else:
-        from model.prompt.mllm_encoder import load_mllm_encoder
-
-        encoder = load_mllm_encoder(config, device)
-    return RememberingEncoder(encoder) if remember else encoder

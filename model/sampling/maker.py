@@ -16,7 +16,8 @@ from infra.progress import say
 from model.generator import Generator
 from model.guidance import FULL, Guidance
 from model.latents import Latents, open_latents
-from model.prompt.encoder import PromptEncoder, load_prompt_encoder
+from model.prompt.encoder import PromptEncoder
+from model.prompt.load import load_prompt_encoder
 from model.prompt.select import select
 from model.sample import Denoiser, sample_ode, upsample
 from model.sampling.requests import SampleRequest

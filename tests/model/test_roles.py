@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from infra.run_folder import RunFolder
 from model.condition import Segment
 from model.data.batch import ROLES, role_number
-from model.prompt.encoder import PromptEncoderConfig, load_prompt_encoder
+from model.prompt.encoder import PromptEncoderConfig
+from model.prompt.load import load_prompt_encoder
 from model.prompt.pictures import reference_tensors
 from model.prompt.select import select
 from model.sampling.requests import parse_prompt

@@ -23,7 +23,7 @@ from infra.storage import Certificate, FileEntry, list_files, write_certificate
 from model.data.inputs import InputConfig
 from model.data.shards import open_shards
 from model.encodings.make import describe_inputs, make_row_encoder
-from model.prompt.encoder import load_prompt_encoder
+from model.prompt.load import load_prompt_encoder
 from model.training.config import Stage1Config
 from model.training.driver import check as check_stage
 from model.training.loop import Training

@@ -18,7 +18,8 @@ from model.data.inputs import InputConfig, variants
 from model.data.sample import read_sample
 from model.encodings.make import RowEncoder
 from model.encodings.store import Facts, StoredRow, pack_prompts
-from model.prompt.encoder import load_prompt_encoder, prompt_key
+from model.prompt.encoder import prompt_key
+from model.prompt.load import load_prompt_encoder
 from model.prompt.select import select
 from model.step import draw_dropped, draw_num_documents
 

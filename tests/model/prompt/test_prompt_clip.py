@@ -14,7 +14,8 @@ from infra.errors import DataError
 from model.condition import Prompt, Segment
 from model.data.batch import role_number
 from model.prompt.clip_encoder import ClipPromptEncoder
-from model.prompt.encoder import PromptEncoderConfig, load_prompt_encoder
+from model.prompt.encoder import PromptEncoderConfig
+from model.prompt.load import load_prompt_encoder
 
 OFFLINE = ClipConfig(name="offline", precision="fp32")
 

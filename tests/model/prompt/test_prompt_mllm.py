@@ -16,8 +16,9 @@ from infra.errors import ConfigError, DataError
 from model.condition import Prompt, Segment
 from model.data.batch import role_number
 from model.prompt import mllm_encoder
-from model.prompt.encoder import PromptEncoderConfig, load_prompt_encoder
+from model.prompt.encoder import PromptEncoderConfig
 from model.prompt.layout import Span
+from model.prompt.load import load_prompt_encoder
 from model.prompt.mllm_encoder import MllmPromptEncoder, batches_of
 from tests.model.prompt.tiny_mllms import FAMILIES, made
 

@@ -1,0 +1,24 @@
+"""Loads the frozen prompt encoder that a config names."""
+
+import torch
+
+from infra.clip import load_clip
+from model.prompt.clip_encoder import ClipPromptEncoder
+from model.prompt.encoder import PromptEncoder, PromptEncoderConfig, RememberingEncoder
+from model.prompt.mllm_encoder import load_mllm_encoder
+
+
+def load_prompt_encoder(
+    config: PromptEncoderConfig, device: str | torch.device = "cpu", *, remember: bool = True
+) -> PromptEncoder:
+    """Load the frozen encoder onto `device`.
+
+    Raises:
+        ConfigError: an unknown model, unreadable files, or a hub that can't be reached.
+    """
+    encoder: PromptEncoder
+    if config.clip is not None:
+        encoder = ClipPromptEncoder(config, load_clip(config.clip, device, batch_size=config.batch_size))
+    else:
+        encoder = load_mllm_encoder(config, device)
+    return RememberingEncoder(encoder) if remember else encoder
