@@ -24,20 +24,9 @@ from pipeline.prompts.augment.match import Match, Matcher, excluded, guarded_doc
 from pipeline.prompts.augment.target import Row, Target, make_target
 from pipeline.prompts.exclusion import Exclusion, read_exclusion
 from pipeline.prompts.guard import similarity_bound
-from pipeline.schema import CLIPS, PROMPTS, Role, RowError, Status, TargetKind, Task, prompt_id
+from pipeline.schema import CLIPS, ORIGIN, PROMPTS, Role, RowError, Status, TargetKind, Task, prompt_id
 from pipeline.shards import rejected_row, shard_name, write_shard
 
-ORIGIN = (
-    "source_uri",
-    "source_sha256",
-    "start_s",
-    "end_s",
-    "width_px",
-    "height_px",
-    "source_name",
-    "licence",
-    "split",
-)
 DECODE_TIMEOUT_S = 120.0
 """Time that decoding one clip may take; then its row is `timeout`. As in crawl. Ours."""
 DECODE_MEMORY_BYTES = 4 << 30
