@@ -28,11 +28,12 @@ from typing import Annotated, Any, NoReturn
 import typer
 from typer.core import TyperCommand
 
+from infra.certificate import Certificate
 from infra.cluster import CHECKOUT
 from infra.config import Config
 from infra.errors import ConfigError, VimiError, sentence
 from infra.progress import span
-from infra.storage import Certificate, absolute
+from infra.storage import absolute
 
 Fields = dict[str, Any]
 """Dotted config field -> value; None = the command line doesn't say."""

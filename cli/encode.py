@@ -9,8 +9,8 @@ from typing import Any
 
 from cli.common import shorten
 from cli.recipes import options, recipe, unused
+from infra.certificate import Certificate
 from infra.config import read_yaml
-from infra.storage import Certificate
 from model.data.inputs import InputConfig
 from model.encodings.make import describe_inputs, make_row_encoder
 from model.training.build import measure_space

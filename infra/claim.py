@@ -13,21 +13,10 @@ from typing import Any
 
 import yaml
 
+from infra.certificate import Certificate, read_certificate, read_sealed, write_sealed
 from infra.config import Config
 from infra.errors import ConfigError, DataError
-from infra.storage import (
-    Certificate,
-    absolute,
-    check_writable,
-    exists,
-    is_remote,
-    join,
-    read_bytes,
-    read_certificate,
-    read_sealed,
-    write_bytes,
-    write_sealed,
-)
+from infra.storage import absolute, check_writable, exists, is_remote, join, read_bytes, write_bytes
 
 JOB_FILE, CONFIG_FILE = "job.json", "config.yaml"
 CONFIG_HASH = "config_sha256"

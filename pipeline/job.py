@@ -25,17 +25,13 @@ from typing import Any, TypedDict, cast
 import pyarrow as pa
 from pydantic import Field
 
+from infra.certificate import Certificate, write_certificate
 from infra.claim import alone, open_job
 from infra.cluster import RayConfig, quiet_ray_data, ray_session
 from infra.config import Config, Incidental, Location, canonical_json
 from infra.errors import TooManyFailuresError
 from infra.progress import ProgressPrinter
-from infra.storage import (
-    Certificate,
-    delete,
-    list_files,
-    write_certificate,
-)
+from infra.storage import delete, list_files
 from infra.telemetry import JobMetrics
 from pipeline.journal import JournalWriter, Receipt, Receipts, Unit
 from pipeline.schema import Status, content_id

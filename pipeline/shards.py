@@ -19,18 +19,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from infra.certificate import Certificate, FileEntry, check_certified, check_files, read_certificate
 from infra.errors import ConfigError, DataError
-from infra.storage import (
-    Certificate,
-    FileEntry,
-    absolute,
-    check_certified,
-    check_files,
-    filesystem,
-    join,
-    read_certificate,
-    write_bytes,
-)
+from infra.storage import absolute, filesystem, join, write_bytes
 from pipeline.schema import REJECTED, Status
 
 PREFIX = "part-"
@@ -262,7 +253,7 @@ def _shard_certificate(uri: str) -> Certificate:
     try:
         certificate = read_certificate(uri)
     except DataError as error:
-        raise ConfigError(str(error), cure="make the shards again") from None
+        raise ConfigError(str(error)) from None
     if certificate is None:
         raise ConfigError(
             f"no certified shards at {uri}",

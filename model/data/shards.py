@@ -11,17 +11,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from infra.certificate import Certificate, check_certified, read_certificate
 from infra.errors import ConfigError, DataError
-from infra.storage import (
-    Certificate,
-    absolute,
-    check_certified,
-    exists,
-    filesystem,
-    is_remote,
-    join,
-    read_certificate,
-)
+from infra.storage import absolute, exists, filesystem, is_remote, join
 from model.data.batch import check_schema
 from model.data.buckets import KEY_COLUMNS, Bucket, streams_of
 

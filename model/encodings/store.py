@@ -21,9 +21,10 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from infra.certificate import Certificate, read_certificate
 from infra.config import canonical_json
 from infra.errors import ConfigError, DataError, TrainingError
-from infra.storage import Certificate, absolute, join, read_certificate
+from infra.storage import absolute, join
 from model.condition import EncodedPrompt, Prompt
 from model.data.batch import TargetKind
 from model.data.buckets import Bucket

@@ -12,21 +12,12 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
+from infra.certificate import Certificate, FileEntry, write_certificate
 from infra.claim import open_job
 from infra.config import Config, Incidental, Location
 from infra.errors import ConfigError, TrainingError
 from infra.run_folder import COMMITTED
-from infra.storage import (
-    Certificate,
-    FileEntry,
-    absolute,
-    exists,
-    join,
-    read_bytes,
-    read_json,
-    write_bytes,
-    write_certificate,
-)
+from infra.storage import absolute, exists, join, read_bytes, read_json, write_bytes
 from model.generator import Generator
 from model.training.build import make_generator, space_in
 from model.training.checkpoint import find_checkpoint

@@ -13,12 +13,13 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from infra.certificate import Certificate, FileEntry, write_certificate
 from infra.claim import open_job
 from infra.config import Config, Incidental, Location
 from infra.errors import ConfigError
 from infra.progress import ProgressPrinter
 from infra.run_folder import COMMITTED
-from infra.storage import Certificate, FileEntry, join, read_bytes, write_certificate, write_json
+from infra.storage import join, read_bytes, write_json
 from model.prompt.select import select
 from model.sampling.film import to_frames, write_video
 from model.sampling.maker import GuidanceConfig, Maker, open_maker

@@ -22,10 +22,11 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from infra.certificate import VERSION
 from infra.checkpoint_files import SafeReader, files_writer
 from infra.errors import ConfigError, TrainingError
 from infra.run_folder import COMMITTED, RunFolder
-from infra.storage import VERSION, delete, exists, join, list_files, read_json, write_json
+from infra.storage import delete, exists, join, list_files, read_json, write_json
 from model.optim import local_shard
 
 FORMAT = 2

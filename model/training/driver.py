@@ -18,12 +18,13 @@ from typing import Any
 import pyarrow as pa
 import torch
 
+from infra.certificate import Certificate, write_certificate
 from infra.claim import open_job
 from infra.cluster import ray_session
 from infra.errors import TrainingError
 from infra.progress import say
 from infra.run_folder import RunFolder
-from infra.storage import Certificate, delete, filesystem, is_remote, read_json, write_certificate, write_json
+from infra.storage import delete, filesystem, is_remote, read_json, write_json
 from model.training.checkpoint import last_line, read_facts
 from model.training.config import Stage1Config, Stage2Config, StageConfig, config_class
 from model.training.loop import NonFiniteError, Training

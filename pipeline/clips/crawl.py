@@ -11,9 +11,10 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from infra.certificate import Certificate
 from infra.config import Incidental, Location
 from infra.errors import ConfigError
-from infra.storage import Certificate, join
+from infra.storage import join
 from pipeline.clips.fetch.fetcher import Fetcher
 from pipeline.clips.fetch.web import FetchConfig
 from pipeline.clips.filters import FilterConfig, load_plugins

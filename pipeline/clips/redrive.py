@@ -11,10 +11,11 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from infra.certificate import Certificate, require_certificate
 from infra.claim import CONFIG_FILE, read_job_config
 from infra.config import Location, describe
 from infra.errors import ConfigError
-from infra.storage import Certificate, join, require_certificate
+from infra.storage import join
 from pipeline.clips.crawl import JOB, CrawlConfig, Worker, num_workers, write_table
 from pipeline.clips.fetch.web import FetchConfig
 from pipeline.clips.sources import Cut, Item

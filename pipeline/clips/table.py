@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from infra.storage import FileEntry, join
+from infra.certificate import FileEntry
+from infra.storage import join
 from pipeline.media.phash import hamming
 from pipeline.schema import CLIPS, Status
 from pipeline.shards import shard_name, write_shard

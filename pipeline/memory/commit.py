@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from infra.certificate import read_sealed, write_sealed
 from infra.errors import DataError
-from infra.storage import exists, join, read_bytes, read_sealed, write_sealed
+from infra.storage import exists, join, read_bytes
 from pipeline.journal import Receipt
 from pipeline.memory.store import TABLE, connect, first_line, open_table, upsert, vectors_numpy
 from pipeline.schema import memory_schema

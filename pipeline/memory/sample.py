@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from infra.certificate import Certificate, check_files
 from infra.errors import DataError
-from infra.storage import Certificate, check_files, delete, exists, join, list_files, read_bytes, write_bytes
+from infra.storage import delete, exists, join, list_files, read_bytes, write_bytes
 from pipeline.memory.recall import (
     Exact,
     IndexConfig,

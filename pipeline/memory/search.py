@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from infra.certificate import read_sealed
 from infra.clip import ClipConfig
 from infra.config import Config
 from infra.errors import ConfigError
 from infra.pictures import PictureError, decode_picture
-from infra.storage import absolute, check_writable, exists, join, read_bytes, read_sealed, write_bytes
+from infra.storage import absolute, check_writable, exists, join, read_bytes, write_bytes
 from pipeline.memory import Memory, model_column, open_memory, require_model
 from pipeline.memory.retrieve.bm25 import Hits
 from pipeline.memory.retrieve.documents import load_documents

@@ -14,18 +14,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from infra.certificate import Certificate, FileEntry, check_files, file_entries, require_certificate
 from infra.errors import ConfigError, DataError
-from infra.storage import (
-    Certificate,
-    FileEntry,
-    absolute,
-    check_files,
-    exists,
-    file_entries,
-    join,
-    list_files,
-    require_certificate,
-)
+from infra.storage import absolute, exists, join, list_files
 from pipeline.schema import check_table, content_id, memory_schema
 
 TABLE, LANCE_FOLDER = "documents", "lance"

@@ -14,9 +14,10 @@ from typing import Any, Protocol
 
 from pydantic import Field
 
+from infra.certificate import Certificate, FileEntry
 from infra.config import Incidental, Location
 from infra.errors import ConfigError, DataError
-from infra.storage import Certificate, FileEntry, join
+from infra.storage import join
 from pipeline.job import (
     JobConfig,
     Receipt,

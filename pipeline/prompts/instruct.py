@@ -14,16 +14,10 @@ from typing import Any
 
 from pydantic import Field, field_validator
 
+from infra.certificate import Certificate, FileEntry, require_certificate
 from infra.config import Incidental, Location
 from infra.errors import ConfigError
-from infra.storage import (
-    Certificate,
-    FileEntry,
-    join,
-    list_files,
-    require_certificate,
-    sha256_file,
-)
+from infra.storage import join, list_files, sha256_file
 from pipeline.job import JobConfig, count_fates, output_hash, refuse_failures, run_job, run_units
 from pipeline.journal import Receipt, Receipts, Unit
 from pipeline.prompts.subjects.finder import SubjectConfig, SubjectFinder

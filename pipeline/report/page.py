@@ -11,8 +11,9 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 
+from infra.certificate import require_certificate
 from infra.errors import ConfigError
-from infra.storage import absolute, check_writable, exists, join, require_certificate, write_bytes
+from infra.storage import absolute, check_writable, exists, join, write_bytes
 from pipeline.report.album import Album
 from pipeline.report.galleries import clip_cards, instruction_cards, prompt_cards, sample_cards
 from pipeline.report.provenance import fates, next_steps, provenance, summary

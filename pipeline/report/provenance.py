@@ -4,8 +4,8 @@ import json
 from datetime import UTC, datetime
 from typing import Any
 
+from infra.certificate import Certificate
 from infra.progress import span
-from infra.storage import Certificate
 from pipeline.report.read import Parts, ReportConfig
 from pipeline.schema import RETRIABLE
 

@@ -8,16 +8,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import Field
 
+from infra.certificate import Certificate, read_certificate
 from infra.config import Config, read_yaml
 from infra.run_folder import RunFolder
-from infra.storage import (
-    Certificate,
-    absolute,
-    exists,
-    is_remote,
-    join,
-    read_certificate,
-)
+from infra.storage import absolute, exists, is_remote, join
 from pipeline.shards import ShardSet, is_shard, open_part
 
 MAX_ROWS = 200_000

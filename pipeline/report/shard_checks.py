@@ -8,8 +8,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from infra.certificate import Certificate
 from infra.pictures import PictureError, decode_picture, open_picture
-from infra.storage import Certificate, exists, join, list_files, read_bytes, sha256_file, size_bytes
+from infra.storage import exists, join, list_files, read_bytes, sha256_file, size_bytes
 from pipeline.media.frames import probe
 from pipeline.schema import PROMPTS, REJECTED, Role, RowError, TargetKind, Task, check_table, prompt_id
 from pipeline.shards import REJECTED_FILE, ShardSet, group_sizes, is_shard

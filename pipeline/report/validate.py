@@ -15,10 +15,11 @@ from typing import Any
 
 import numpy as np
 
+from infra.certificate import Certificate, read_certificate
 from infra.claim import read_job_config
 from infra.config import Config
 from infra.errors import ConfigError, DataError, VimiError
-from infra.storage import Certificate, absolute, read_certificate
+from infra.storage import absolute
 from pipeline.memory import Memory, open_memory
 from pipeline.memory.embed.worker import row_doc_id
 from pipeline.memory.vectors import rows_or_zeros

@@ -34,9 +34,9 @@ from typing import Any
 
 import numpy as np
 
+from infra.certificate import require_certificate
 from infra.clip import Clip, ClipConfig, load_clip
 from infra.clip.preprocess import Preprocessing
-from infra.storage import require_certificate
 from pipeline.memory.embed.pictures import read_picture
 from pipeline.memory.embed.streams import settle_process
 from pipeline.memory.embed.worker import Embedder, clip_units, read_slice

@@ -29,7 +29,7 @@ import pyarrow.parquet as pq
 import torch
 from pyarrow.fs import LocalFileSystem
 
-from infra.storage import Certificate, write_certificate
+from infra.certificate import Certificate, write_certificate
 from model.data.buckets import Bucket
 from model.data.loader import Loader, RowGroups
 from model.data.plan import Plan

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from infra.storage import Certificate
+from infra.certificate import Certificate
 from pipeline.memory.commit import create_table
 from pipeline.memory.duplicates import find_duplicates
 from pipeline.memory.index import Finished, finish

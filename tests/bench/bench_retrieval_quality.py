@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
+from infra.certificate import read_certificate
 from infra.cluster import RayConfig, ray_session
-from infra.storage import read_certificate
 from pipeline.clips import crawl
 from pipeline.memory import build_index, open_memory
 from pipeline.memory.retrieve.documents import load_documents

@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from infra import storage
+from infra.certificate import Certificate, read_certificate, require_certificate, write_certificate
 from infra.claim import open_job
 from infra.config import Config, Incidental
 from infra.errors import ConfigError, DataError
@@ -15,9 +16,9 @@ class SomeConfig(Config):
     size: int = 1
 
 
-def certificate(**values: object) -> storage.Certificate:
+def certificate(**values: object) -> Certificate:
     base = {"job": "some", "config_hash": "0", "num_in": 3, "num_out": 3}
-    return storage.Certificate.model_validate({**base, **values})
+    return Certificate.model_validate({**base, **values})
 
 
 def test_written_bytes_come_back_and_leave_no_temporary_file(tmp_path: Path) -> None:
@@ -39,8 +40,8 @@ def test_join_never_leaves_its_folder(part: str) -> None:
 
 def test_certificate_refuses_rows_that_vanish(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="3 rows in"):
-        storage.write_certificate(str(tmp_path), certificate(num_out=1, dead={"empty": 1}))
-    assert storage.read_certificate(str(tmp_path)) is None
+        write_certificate(str(tmp_path), certificate(num_out=1, dead={"empty": 1}))
+    assert read_certificate(str(tmp_path)) is None
 
 
 def test_content_hash_ignores_when_and_how_long() -> None:
@@ -51,10 +52,10 @@ def test_content_hash_ignores_when_and_how_long() -> None:
 
 def test_uncertified_or_foreign_input_names_the_command_that_cures(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="vimi-data crawl"):
-        storage.require_certificate(str(tmp_path), job="crawl", made_by="vimi-data crawl")
-    storage.write_certificate(str(tmp_path), certificate(job="other"))
+        require_certificate(str(tmp_path), job="crawl", made_by="vimi-data crawl")
+    write_certificate(str(tmp_path), certificate(job="other"))
     with pytest.raises(ConfigError, match="made by 'other'"):
-        storage.require_certificate(str(tmp_path), job="crawl", made_by="vimi-data crawl")
+        require_certificate(str(tmp_path), job="crawl", made_by="vimi-data crawl")
 
 
 def test_same_claim_is_recognised_and_another_refused_with_the_field(tmp_path: Path) -> None:
@@ -63,7 +64,7 @@ def test_same_claim_is_recognised_and_another_refused_with_the_field(tmp_path: P
     assert open_job(out, job="some", config=SomeConfig(out="elsewhere"), inputs={}) is None
     with pytest.raises(ConfigError, match=r"config\.size: 1 there, 2 now"):
         open_job(out, job="some", config=SomeConfig(size=2), inputs={})
-    storage.write_certificate(out, certificate())
+    write_certificate(out, certificate())
     found = open_job(out, job="some", config=SomeConfig(), inputs={})
     assert found is not None
     assert found.num_out == 3

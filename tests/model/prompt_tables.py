@@ -9,7 +9,7 @@ import av
 import numpy as np
 from PIL import Image
 
-from infra.storage import Certificate, write_certificate
+from infra.certificate import Certificate, write_certificate
 from pipeline.schema import PROMPTS
 from pipeline.shards import shard_name, write_meta, write_shard
 

@@ -9,7 +9,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from infra.storage import Certificate, FileEntry, sha256_file, size_bytes, write_certificate
+from infra.certificate import Certificate, FileEntry, write_certificate
+from infra.storage import sha256_file, size_bytes
 from pipeline.schema import CLIPS, Status, clip_id
 
 

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 import ray
 
+from infra.certificate import Certificate, read_certificate
 from infra.cluster import RayConfig, ray_session
 from infra.errors import ConfigError, DataError, TooManyFailuresError
-from infra.storage import Certificate, read_certificate
 from pipeline.job import JobConfig, count_fates, refuse_failures, run_job, run_units
 from pipeline.journal import JournalWriter, Receipts, Unit
 

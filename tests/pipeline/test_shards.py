@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from infra.certificate import Certificate, FileEntry, write_certificate
 from infra.errors import ConfigError, DataError
-from infra.storage import Certificate, FileEntry, write_certificate
 from pipeline.schema import PROMPTS, check_table
 from pipeline.shards import (
     ShardSet,

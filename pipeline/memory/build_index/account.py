@@ -6,8 +6,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from infra.certificate import Certificate
 from infra.errors import DataError, TooManyFailuresError
-from infra.storage import Certificate, join, write_bytes
+from infra.storage import join, write_bytes
 from pipeline.journal import Receipt
 from pipeline.memory.build_index.preflight import JOB, BuildIndexConfig, Tables
 from pipeline.memory.duplicates import Duplicates

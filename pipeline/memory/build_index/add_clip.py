@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from infra.certificate import Certificate
 from infra.clip import ClipConfig, check_clip
 from infra.errors import ConfigError, DataError
 from infra.pictures import PictureError, decode_picture
-from infra.storage import Certificate, delete, join, read_bytes, write_bytes
+from infra.storage import delete, join, read_bytes, write_bytes
 from pipeline.job import JobConfig, carry_out, run_units
 from pipeline.journal import Receipt, Receipts, Unit
 from pipeline.memory import Memory, model_column, open_memory, open_table, sample

@@ -15,7 +15,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from infra.storage import Certificate, delete, exists, join, read_bytes, read_json, write_json
+from infra.certificate import Certificate
+from infra.storage import delete, exists, join, read_bytes, read_json, write_json
 from pipeline.job import carry_out, run_units
 from pipeline.journal import Receipt, Receipts, Unit
 from pipeline.memory import sample

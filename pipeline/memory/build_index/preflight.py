@@ -2,19 +2,12 @@
 
 from pydantic import Field
 
+from infra.certificate import Certificate, require_certificate
 from infra.claim import JOB_FILE, open_job
 from infra.clip import ClipConfig, check_clip
 from infra.config import Incidental, Location
 from infra.errors import ConfigError
-from infra.storage import (
-    Certificate,
-    delete,
-    exists,
-    join,
-    read_json,
-    require_certificate,
-    write_json,
-)
+from infra.storage import delete, exists, join, read_json, write_json
 from pipeline.job import JobConfig
 from pipeline.memory.embed.pictures import KEY_FRAMES
 from pipeline.memory.near_duplicates import DedupConfig

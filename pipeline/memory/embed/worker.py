@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
+from infra.certificate import Certificate
 from infra.clip import ClipConfig
-from infra.storage import Certificate, join, write_bytes
+from infra.storage import join, write_bytes
 from pipeline.journal import Receipt, Unit
 from pipeline.memory.embed.pictures import KEY_FRAMES, Picture, Row, read_picture
 from pipeline.memory.embed.streams import CPU_BATCH, GPU_BATCH, Streams, ahead, batches, settle_process

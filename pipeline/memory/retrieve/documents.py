@@ -16,18 +16,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.ipc as ipc
 
-from infra.errors import DataError
-from infra.storage import (
+from infra.certificate import (
     CERTIFICATE,
     Certificate,
     check_files,
     file_entries,
-    full_disk_told,
-    list_files,
     read_certificate,
-    user_cache,
     write_certificate,
 )
+from infra.errors import DataError
+from infra.storage import full_disk_told, list_files, user_cache
 from pipeline.memory import Memory
 from pipeline.memory.retrieve.analysis import Analysis
 from pipeline.memory.retrieve.bm25 import Bm25

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from infra.certificate import Certificate, FileEntry, require_certificate
 from infra.errors import ConfigError
-from infra.storage import Certificate, FileEntry, join, require_certificate
+from infra.storage import join
 from pipeline.job import count_fates, output_hash, refuse_failures, run_job, run_units
 from pipeline.journal import Receipts, Unit
 from pipeline.memory import Memory, open_memory

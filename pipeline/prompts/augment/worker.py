@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from infra.certificate import read_sealed
 from infra.claim import JOB_FILE
 from infra.clip import Clip, ClipConfig, load_clip
-from infra.storage import join, read_sealed
+from infra.storage import join
 from pipeline.journal import Receipt
 from pipeline.media.isolate import Isolated, IsolatedCrashError, IsolatedTimeoutError
 from pipeline.memory import Memory, open_memory, require_model

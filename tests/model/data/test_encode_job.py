@@ -18,8 +18,9 @@ import torch
 import yaml
 
 from cli.encode import EncodeConfig, check, options_of, run
+from infra.certificate import Certificate, FileEntry, write_certificate
 from infra.errors import ConfigError, TooManyFailuresError, TrainingError
-from infra.storage import Certificate, FileEntry, list_files, write_certificate
+from infra.storage import list_files
 from model.data.inputs import InputConfig
 from model.data.shards import open_shards
 from model.encodings.make import describe_inputs, make_row_encoder

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 
+from infra.certificate import read_certificate
 from infra.run_folder import RunFolder
-from infra.storage import read_certificate, read_json
+from infra.storage import read_json
 from model.training import driver
 from model.training.checkpoint import read_facts
 from model.training.config import Stage1Config

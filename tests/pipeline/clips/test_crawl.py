@@ -9,8 +9,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from infra.certificate import read_certificate
 from infra.errors import ConfigError, TooManyFailuresError
-from infra.storage import read_certificate
 from pipeline.clips import table as clips_table
 from pipeline.clips.crawl import CrawlConfig, check, run
 from pipeline.clips.sources import SourceConfig, source_from_path

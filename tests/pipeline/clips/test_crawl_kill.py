@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from infra.storage import read_certificate
+from infra.certificate import read_certificate
 from pipeline.clips import table
 from pipeline.clips.crawl import CrawlConfig, run
 from pipeline.clips.sources import source_from_path

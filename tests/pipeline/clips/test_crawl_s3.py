@@ -10,7 +10,8 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from infra.storage import filesystem, list_files, read_certificate, write_bytes
+from infra.certificate import read_certificate
+from infra.storage import filesystem, list_files, write_bytes
 from pipeline.journal import Receipts
 
 ROOT = Path(__file__).resolve().parents[3]

@@ -9,8 +9,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from infra.certificate import read_certificate
 from infra.errors import ConfigError
-from infra.storage import read_certificate
 from pipeline.clips import crawl, redrive
 from pipeline.clips.crawl import CrawlConfig
 from pipeline.clips.redrive import RedriveConfig

@@ -3,7 +3,7 @@
 import numpy as np
 import pyarrow as pa
 
-from infra.storage import Certificate, write_certificate
+from infra.certificate import Certificate, write_certificate
 from pipeline.memory.commit import create_table
 from pipeline.memory.store import memory_files, upsert, vectors_arrow, version_tag
 from pipeline.memory.vectors import unit

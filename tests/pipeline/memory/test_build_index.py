@@ -12,9 +12,10 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
+from infra.certificate import read_certificate, write_certificate
 from infra.clip import ClipConfig
 from infra.errors import ConfigError, DataError, TooManyFailuresError
-from infra.storage import exists, filesystem, read_certificate, write_certificate
+from infra.storage import exists, filesystem
 from pipeline.memory import open_memory
 from pipeline.memory.build_index import BuildIndexConfig, add_clip, check, run
 from pipeline.memory.build_index.add_clip import AddClipConfig

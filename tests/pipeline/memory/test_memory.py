@@ -10,8 +10,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from infra.certificate import write_sealed
 from infra.errors import ConfigError, DataError
-from infra.storage import join, write_bytes, write_sealed
+from infra.storage import join, write_bytes
 from pipeline.memory import open_memory, require_model
 from pipeline.memory.commit import LEDGER, STAGED, commit_staged, create_table
 from pipeline.memory.embed.worker import arrow_bytes

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from infra.certificate import Certificate
 from infra.errors import DataError
-from infra.storage import Certificate
 from pipeline.memory import sample
 from pipeline.memory.commit import create_table
 from pipeline.memory.index import build_vector_index, finish

@@ -10,9 +10,9 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
+from infra.certificate import write_sealed
 from infra.clip import Clip, ClipConfig, load_clip
 from infra.errors import ConfigError
-from infra.storage import write_sealed
 from pipeline.memory import Memory, open_memory
 from pipeline.memory.commit import create_table
 from pipeline.memory.index import finish

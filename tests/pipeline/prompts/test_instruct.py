@@ -14,9 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
+from infra.certificate import Certificate, read_certificate, write_certificate
 from infra.cluster import RayConfig
 from infra.errors import ConfigError, TooManyFailuresError
-from infra.storage import Certificate, read_certificate, write_certificate
 from pipeline.job import output_hash
 from pipeline.journal import JournalWriter
 from pipeline.prompts.instruct import InstructConfig, InstructWorker, check, input_hashes, plan_units, run

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from infra.certificate import Certificate, write_certificate
 from infra.errors import ConfigError
-from infra.storage import Certificate, write_certificate, write_json
+from infra.storage import write_json
 from pipeline.prompts.subjects.cutout import Picture
 from pipeline.prompts.subjects.entities import find_entities
 from pipeline.prompts.tasks import RECIPES, image, replace_words

@@ -11,8 +11,9 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
+from infra.certificate import Certificate, FileEntry, write_certificate, write_sealed
 from infra.claim import JOB_FILE
-from infra.storage import Certificate, FileEntry, sha256_file, write_certificate, write_sealed
+from infra.storage import sha256_file
 from pipeline.media.frames import decode_frames
 from pipeline.media.phash import phash64
 from pipeline.memory.commit import create_table

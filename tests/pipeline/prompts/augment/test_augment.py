@@ -7,8 +7,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from infra.certificate import Certificate
 from infra.errors import ConfigError
-from infra.storage import Certificate
 from pipeline.memory.embed.worker import row_doc_id
 from pipeline.prompts.augment import AugmentConfig, check, run
 from pipeline.report.validate import ValidateConfig, validate

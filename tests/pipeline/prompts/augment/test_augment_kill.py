@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from infra.storage import list_files, read_certificate
+from infra.certificate import read_certificate
+from infra.storage import list_files
 from pipeline.prompts.augment import AugmentConfig, run
 
 pytestmark = pytest.mark.ray

@@ -9,8 +9,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from infra.certificate import read_certificate, read_sealed, write_certificate, write_sealed
 from infra.errors import ConfigError
-from infra.storage import read_certificate, read_sealed, write_certificate, write_sealed
 from pipeline.prompts.augment import AugmentConfig, run
 from pipeline.report.shard_checks import Report
 from pipeline.report.validate import ValidateConfig, validate
