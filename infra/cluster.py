@@ -18,7 +18,8 @@ from typing import Any
 
 from pydantic import Field
 
-from infra.config import Config
+from infra.certificate import TRUST
+from infra.config import ALLOW_IMPORTS, Config
 from infra.errors import ConfigError, VimiError
 from infra.progress import say
 
@@ -59,7 +60,9 @@ def ray_session(config: RayConfig, env_vars: Mapping[str, str] | None = None) ->
     if config.dashboard or address != "local":
         os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")  # the dashboard's page of trainings
     with tempfile.TemporaryDirectory(prefix="vimi-ray-") as empty:
-        runtime_env = {"working_dir": empty, "env_vars": {**worker_environment(), **(env_vars or {})}}
+        switches = {name: os.environ[name] for name in (TRUST, ALLOW_IMPORTS) if name in os.environ}
+        env_vars = {**switches, **(env_vars or {})}
+        runtime_env = {"working_dir": empty, "env_vars": {**worker_environment(), **env_vars}}
         if address == "local":
             # No node of this machine is ever drained: a process less to start, and to start again.
             os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
@@ -76,7 +79,7 @@ def ray_session(config: RayConfig, env_vars: Mapping[str, str] | None = None) ->
                 print(f"  Ray's dashboard: {where}", file=sys.stderr, flush=True)
         else:
             # On a cluster the image holds the code: PYTHONPATH of this machine would be wrong there.
-            there: dict[str, Any] = {"working_dir": empty, "env_vars": dict(env_vars or {})}
+            there: dict[str, Any] = {"working_dir": empty, "env_vars": env_vars}
             if IN_A_JOB in os.environ:  # of `ray job submit`, whose --working-dir stays
                 del there["working_dir"]
                 os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")

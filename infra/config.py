@@ -7,8 +7,9 @@ lists and `null` mean what they mean in the file.
 
 import hashlib
 import json
+import os
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Self, TypeVar
 
@@ -21,6 +22,8 @@ from infra.errors import ConfigError, sentence
 from infra.fields import ConfigField, nearest, walk
 from infra.storage import absolute
 
+ALLOW_IMPORTS = "VIMI_ALLOW_IMPORTS"
+"""Environment variable: import paths, parted by commas, that the configs of others' outputs may name."""
 T = TypeVar("T")
 _INCIDENTAL = "incidental"
 Incidental = Annotated[T, _INCIDENTAL]
@@ -130,6 +133,26 @@ def _identity(value: Any, dumped: Any) -> Any:
 
 def canonical_json(value: Any) -> bytes:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+def refuse_imports(names: Iterable[str], *, of: str, own: Iterable[str] = ()) -> None:
+    """Refuse what the config of a checkpoint or a table would import: that runs whatever code lies there.
+
+    Args:
+        names: import paths, `package.module:name`, in the config that came with somebody's output.
+        of: where that config is from.
+        own: those of the user's own config, which says that they are wanted.
+
+    Raises:
+        ConfigError: one that neither the user's config nor `VIMI_ALLOW_IMPORTS` names.
+    """
+    allowed = {*own, *os.environ.get(ALLOW_IMPORTS, "").split(",")}
+    refused = sorted({*names} - allowed)
+    if refused:
+        raise ConfigError(
+            f"{of} asks for {', '.join(refused)}, and importing code of others runs it",
+            cure=f"if you trust it, set {ALLOW_IMPORTS}={','.join(refused)}",
+        )
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

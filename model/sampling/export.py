@@ -20,7 +20,7 @@ from infra.run_folder import COMMITTED
 from infra.storage import absolute, exists, join, read_bytes, read_json, write_bytes
 from model.generator import Generator
 from model.training.build import make_generator, space_in
-from model.training.checkpoint import find_checkpoint
+from model.training.checkpoint import find_checkpoint, read_facts
 from model.training.config import WEIGHTS, config_of
 from model.training.state import Restored, check_average, restore_generator, weights_of
 
@@ -40,6 +40,7 @@ class ExportConfig(Config):
 
 def check(config: ExportConfig) -> str:
     uri = find_checkpoint(config.run)
+    config_of(read_facts(uri), uri)
     check_average(uri, config.ema)
     return f"{config.ema} of {uri}"
 
@@ -99,7 +100,7 @@ def load_exported(folder: str) -> Generator:
     if not exists(place):
         raise ConfigError(f"no exported model at {folder}", cure="run `vimi-train export` first")
     facts = read_json(place)
-    model = make_generator(config_of(facts), facts["token_dim"], space_in(facts))
+    model = make_generator(config_of(facts, folder), facts["token_dim"], space_in(facts))
     model.load_state_dict(load(read_bytes(join(absolute(folder), WEIGHTS_FILE))))
     return model.eval()
 

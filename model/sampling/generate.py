@@ -100,7 +100,7 @@ def check(config: SampleConfig) -> str:
     uri = find_checkpoint(config.run)
     check_average(uri, config.ema)
     count = len(read_requests(config, read_facts(uri)["stage"])) * len(config.seeds)
-    base = config_of(read_facts(uri))
+    base = config_of(read_facts(uri), uri)
     if base.upsampler is not None:
         raise ConfigError(f"{uri} is an upsampler", cure="give a base model's run, and this one as --upsampler")
     frames = config.num_frames or base.num_frames
@@ -123,7 +123,7 @@ def check_cascade(upsampler: UpsampleConfig, frames: int, size_px: tuple[int, in
     """
     place = find_checkpoint(upsampler.run)
     check_average(place, upsampler.ema)
-    large: StageConfig = config_of(read_facts(place))
+    large: StageConfig = config_of(read_facts(place), place)
     taken = large.small_size_px
     if taken is None:
         raise ConfigError(

@@ -5,12 +5,13 @@ of three instruction tasks (figure 2). VIMI prints neither batch sizes nor steps
 a default comes from is said at each field.
 """
 
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from infra.cluster import RayConfig
-from infra.config import Config, Incidental, Location
+from infra.config import Config, Incidental, Location, refuse_imports
 from model.data.batch import TASKS
 from model.data.inputs import InputConfig
 from model.edm import Edm
@@ -295,6 +296,24 @@ def config_class(stage: str) -> type[Stage1Config] | type[Stage2Config]:
     return Stage2Config if stage == "stage2" else Stage1Config
 
 
-def config_of(facts: dict[str, Any]) -> StageConfig:
-    """The config that a checkpoint was trained by."""
+def imports_in(values: Mapping[str, Any]) -> list[str]:
+    """Import paths in a stage's config: a backbone or an optimizer from outside of this project."""
+    optim = values.get("optim")
+    names = (values.get("preset"), optim.get("name") if isinstance(optim, Mapping) else None)
+    return [name for name in names if isinstance(name, str) and ":" in name]
+
+
+def config_of(facts: Mapping[str, Any], uri: str, *, own: StageConfig | None = None) -> StageConfig:
+    """The config that a checkpoint was trained by.
+
+    Args:
+        facts: of the checkpoint.
+        uri: where it lies.
+        own: the user's, where there is one: what it imports, the checkpoint's may import too.
+
+    Raises:
+        ConfigError: it would import other code than this project's.
+    """
+    trusted = imports_in(own.model_dump()) if own is not None else []
+    refuse_imports(imports_in(facts["config"]), of=uri, own=trusted)
     return config_class(facts["stage"]).model_validate(facts["config"])

@@ -116,7 +116,7 @@ class Training:
         generator = make_generator(config, self.encoder.dim, self.targets.space)
         base = config.upsampler.start_from if config.upsampler else None
         if base is not None and self.run.latest_checkpoint() is None:
-            start_from_base(generator, base)
+            start_from_base(generator, config, base)
         return generator
 
     def _restore(self) -> int:

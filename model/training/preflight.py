@@ -160,7 +160,8 @@ def check_upsampler(config: StageConfig, base: str | None, shards: Shards) -> No
         ConfigError: only small frames, no source as large as the output, or no base model.
     """
     if base is not None:
-        find_checkpoint(base)
+        place = find_checkpoint(base)
+        config_of(read_facts(place), place, own=config)
     group = shards.groups[0]
     rows = open_parquet(group.uri).read_row_group(group.index, columns=SIZES).to_pylist()
     wanted = (config.height_px, config.width_px)
@@ -203,7 +204,7 @@ SAME = (
 def check_same_model(config: Stage2Config, start_from: str) -> None:
     """Refuse to finetune a checkpoint of another network, autoencoder or prompt encoder; names the fields."""
     facts = read_facts(start_from)
-    trained = config_of(facts)
+    trained = config_of(facts, start_from, own=config)
     differences = [
         f"{name}: {getattr(trained, name)!r} there, {getattr(config, name)!r} now"
         for name in SAME

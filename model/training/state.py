@@ -85,11 +85,12 @@ def facts_for(checkpoint: str, encoder: str, space: Space) -> dict[str, Any]:
     return facts
 
 
-def start_from_base(generator: Generator, base: str) -> list[str]:
+def start_from_base(generator: Generator, config: StageConfig, base: str) -> list[str]:
     """Copy a base model's weights into a fresh upsampler (Snap Video: "initialised from base").
 
     Args:
         generator: the upsampler.
+        config: its own.
         base: run of the base model, or one of its checkpoints.
 
     Returns:
@@ -98,7 +99,7 @@ def start_from_base(generator: Generator, base: str) -> list[str]:
     Raises:
         ConfigError: the base model works on another number of channels, or isn't there.
     """
-    restored = restore_generator(base, device=torch.device("cpu")).model
+    restored = restore_generator(base, device=torch.device("cpu"), own=config).model
     mine, theirs = generator.backbone_config, restored.backbone_config
     if (mine.out_channels, type(mine)) != (theirs.out_channels, type(theirs)):
         raise ConfigError(
@@ -122,18 +123,21 @@ class Restored:
         return space_in(self.facts)
 
 
-def restore_generator(run: str, *, ema: str = WEIGHTS, device: torch.device) -> Restored:
+def restore_generator(
+    run: str, *, ema: str = WEIGHTS, device: torch.device, own: StageConfig | None = None
+) -> Restored:
     """Load the generator of a run (its latest checkpoint) or of one checkpoint.
 
     Args:
         run: folder of a run, or one of its checkpoints.
         ema: `weights`, a stored average by name, or `power-<sigma_rel>` of another width.
         device: where it goes.
+        own: as in `config_of`.
     """
     uri = find_checkpoint(run)
     check_average(uri, ema)
     facts = read_facts(uri)
-    config = config_of(facts)
+    config = config_of(facts, uri, own=own)
     model = make_generator(config, facts["token_dim"], space_in(facts))
     stored = ema == WEIGHTS or ema in facts["emas"]
     load_state(uri, from_average(model, None if ema == WEIGHTS or not stored else ema))

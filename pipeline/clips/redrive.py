@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from infra.certificate import Certificate, require_certificate
 from infra.claim import CONFIG_FILE, read_job_config
-from infra.config import Location, describe
+from infra.config import Location, describe, refuse_imports
 from infra.errors import ConfigError
 from infra.storage import join
 from pipeline.clips.crawl import JOB, CrawlConfig, Worker, num_workers, write_table
@@ -79,6 +79,7 @@ def _crawl_config(config: RedriveConfig) -> CrawlConfig:
         raise ConfigError(describe(error, kind, place), cure="crawl again") from None
     if isinstance(saved, RedriveConfig):  # a redrive of a redrive
         saved = _crawl_config(saved)
+    refuse_imports(saved.filters.plugins, of=place)
     changes: dict[str, Any] = {"fetch": config.fetch} if config.fetch is not None else {}
     here = {"out": config.out, "ray": config.ray, "num_workers": config.num_workers, "max_failed_frac": 1.0}
     return saved.model_copy(update={**here, **changes})

@@ -9,10 +9,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from infra.certificate import read_certificate
+from infra.certificate import Certificate, read_certificate, write_certificate
+from infra.claim import open_job
+from infra.config import ALLOW_IMPORTS
 from infra.errors import ConfigError
 from pipeline.clips import crawl, redrive
 from pipeline.clips.crawl import CrawlConfig
+from pipeline.clips.filters import FilterConfig
 from pipeline.clips.redrive import RedriveConfig
 from pipeline.clips.sources import SourceConfig, source_from_path
 
@@ -134,6 +137,22 @@ def test_a_shared_media_folder_makes_a_second_crawl_conditional(ray_cluster, tmp
 def test_what_is_no_crawl_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="no certified crawl output"):
         redrive.check(RedriveConfig(clips=str(tmp_path / "nothing"), out=str(tmp_path / "out")))
+
+
+def test_filters_that_a_crawl_of_somebody_else_names_are_not_imported(tmp_path, monkeypatch):
+    (tmp_path / "strange_filter.py").write_text("raise RuntimeError('imported')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    source = SourceConfig(kind="folder", path=str(tmp_path))
+    theirs = CrawlConfig(
+        sources=(source,), out=str(tmp_path / "clips"), filters=FilterConfig(plugins=("strange_filter:judge",))
+    )
+    open_job(theirs.out, job=crawl.JOB, config=theirs, inputs={})
+    write_certificate(theirs.out, Certificate(job=crawl.JOB, config_hash="", num_in=0, num_out=0))
+    mine = RedriveConfig(clips=theirs.out, out=str(tmp_path / "again"))
+    with pytest.raises(ConfigError, match=r"config.yaml asks for strange_filter:judge.*cure: [^\n]*$"):
+        redrive.check(mine)
+    monkeypatch.setenv(ALLOW_IMPORTS, "strange_filter:judge")
+    redrive.check(mine)
 
 
 def test_a_page_becomes_clips(ray_cluster, tmp_path, site):
