@@ -14,6 +14,8 @@ from enum import StrEnum
 import pyarrow as pa
 
 SCHEMA_VERSION = 1
+MAX_CAPTION_CHARS = 10_000
+"""Longer texts are no captions: nothing that reads them sees more than some hundred words. Ours."""
 
 
 class Status(StrEnum):

@@ -8,12 +8,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from pipeline.clips.sources.base import Cut, is_text
-from pipeline.schema import Status
+from pipeline.schema import MAX_CAPTION_CHARS, Status
 
 SIDECAR_SUFFIXES = (".txt", ".json", ".vtt", ".srt")
 CAPTION_KEYS = ("caption", "text", "title", "description")
-MAX_CAPTION_CHARS = 10_000
-"""Longer texts are no captions: nothing that reads them sees more than some hundred words. Ours."""
 CUE_TIMES = re.compile(r"(\S+)\s+-->\s+(\S+)")
 TAG = re.compile(r"<[^>]*>")
 CLOCK = re.compile(r"^(?:(\d{1,9}):)?(\d{1,2}):(\d{1,2}(?:[.,]\d+)?)$")

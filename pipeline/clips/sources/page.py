@@ -28,8 +28,8 @@ from pipeline.clips.sources.base import (
     suffix_of,
     without_credentials,
 )
-from pipeline.clips.sources.captions import MAX_CAPTION_CHARS, clean_caption
-from pipeline.schema import RowError, Status, content_id
+from pipeline.clips.sources.captions import clean_caption
+from pipeline.schema import MAX_CAPTION_CHARS, RowError, Status, content_id
 
 PAGE_SUFFIXES = frozenset({"", ".html", ".htm", ".php", ".asp", ".aspx", ".xhtml"})
 MAX_FOUND = 10_000

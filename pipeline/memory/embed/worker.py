@@ -17,7 +17,16 @@ from pipeline.memory.embed.pictures import KEY_FRAMES, Picture, Row, read_pictur
 from pipeline.memory.embed.streams import CPU_BATCH, GPU_BATCH, Streams, ahead, batches, settle_process
 from pipeline.memory.store import id_filter, open_table, vectors_arrow
 from pipeline.memory.vectors import document_vector, frame_mean, unit
-from pipeline.schema import CLIPS, ORIGIN, RowError, Status, content_id, doc_id, memory_schema
+from pipeline.schema import (
+    CLIPS,
+    MAX_CAPTION_CHARS,
+    ORIGIN,
+    RowError,
+    Status,
+    content_id,
+    doc_id,
+    memory_schema,
+)
 from pipeline.shards import open_part
 
 if TYPE_CHECKING:
@@ -25,9 +34,6 @@ if TYPE_CHECKING:
 
 COLUMNS = ["clip_id", "media", "caption", *ORIGIN, "local_uri", "phash", "status", "error"]
 COPIED = ["media", "source_uri", "source_sha256", "start_s", "end_s", "source_name", "licence", "split"]
-MAX_CAPTION_CHARS = 4096
-"""Captions longer than this are refused: CLIP reads 77 tokens, and such a text upsets BM25's length
-normalisation. Ours."""
 Fate = tuple[Row, Status, str]
 
 

@@ -77,10 +77,12 @@ def test_every_bad_row_keeps_its_fate_and_no_good_row_is_lost(tmp_path: Path, cl
         clip_row(good[2], "unreachable upstream", status=Status.TIMEOUT),
         clip_row(good[3], "a blue wave"),
         clip_row(good[3], "a blue wave"),
+        clip_row(good[3], "word " * 1999),  # a crawl keeps it
         clip_row(good[4], "naïve 北京 🐈"),
     ]
     receipt, documents = run(tmp_path, rows, clip)
-    assert documents["text"].to_pylist() == ["a red wave", "a blue wave", "naïve 北京 🐈"]
+    long = ("word " * 1999).strip()
+    assert documents["text"].to_pylist() == ["a red wave", "a blue wave", long, "naïve 北京 🐈"]
     assert receipt["documents"] + sum(receipt["fates"].values()) == receipt["rows"] == len(rows)
     assert receipt["fates"] == {
         "bad_caption": 1,
@@ -93,7 +95,7 @@ def test_every_bad_row_keeps_its_fate_and_no_good_row_is_lost(tmp_path: Path, cl
         "too_large": 1,
         "undecodable": 3,
     }
-    assert receipt["notes"] == {"ok": 3, **receipt["fates"]}  # statuses: labels of the metric of rows
+    assert receipt["notes"] == {"ok": 4, **receipt["fates"]}  # statuses: labels of the metric of rows
     reasons = {rejected[1].rsplit("/")[-1]: rejected[2] for rejected in receipt["rejected"]}
     assert reasons["bomb.png"] == "too_large" and reasons["torn.mp4"] == "undecodable"
 
