@@ -42,10 +42,23 @@ def open_job(
         DataError: what claims it is damaged.
     """
     check_writable(out)
-    claim = {"job": job, "config": config.identity(), "inputs": inputs}
+    done = find_job(out, job=job, config=config, inputs=inputs, portable=portable)
+    place = join(out, JOB_FILE)
+    if not exists(place):
+        text = config.to_yaml().encode()
+        write_bytes(join(out, CONFIG_FILE), text)
+        claim = {"job": job, "config": config.identity(), "inputs": inputs}
+        write_sealed(place, {**claim, CONFIG_HASH: hashlib.sha256(text).hexdigest()})
+    return done
+
+
+def find_job(
+    out: str, *, job: str, config: Config, inputs: dict[str, str], portable: bool = False
+) -> Certificate | None:
+    """What `open_job` gives and refuses, without claiming the folder: nothing is written."""
     place = join(out, JOB_FILE)
     if exists(place):
-        saved = read_sealed(place)
+        saved, claim = read_sealed(place), {"job": job, "config": config.identity(), "inputs": inputs}
         saved.pop(CONFIG_HASH, None)
         if portable:
             saved, claim = _last_parts(saved), _last_parts(claim)
@@ -55,10 +68,6 @@ def open_job(
                 f"{out} holds the output of another {job} run ({'; '.join(differences)})",
                 cure="choose another --out, or delete that folder",
             )
-    else:
-        text = config.to_yaml().encode()
-        write_bytes(join(out, CONFIG_FILE), text)
-        write_sealed(place, {**claim, CONFIG_HASH: hashlib.sha256(text).hexdigest()})
     return read_certificate(out, job=job)
 
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 OFFLINE = "offline"
 HUB_PREFIX = "hf-hub:"
+HUB_CONFIG = "open_clip_config.json"
 MINILM_WORD = "MINILM_DIR"
 """In a local model config: stands for the folder of the MiniLM wheel."""
 
@@ -85,10 +86,14 @@ def load_clip(
     return Clip(**parts, device=device, precision=config.precision, batch_size=batch_size)
 
 
-def check_clip(config: ClipConfig) -> None:
+def check_clip(config: ClipConfig, *, reach: bool = True) -> None:
     """Refuse what can be refused without loading weights: names, tags, local files, a hub out of reach.
 
     Fetches nothing; asks the network (once, seconds) only when the weights are not in the local cache.
+
+    Args:
+        config: which CLIP.
+        reach: False = ask no network: weights that would have to be fetched are taken to be there.
 
     Raises:
         ConfigError: as `load_clip`.
@@ -100,11 +105,25 @@ def check_clip(config: ClipConfig) -> None:
         lite0_file()
     elif config.name.endswith(".json"):
         _read_model_config(config)
-    elif config.name.startswith(HUB_PREFIX):
-        repository = config.name.removeprefix(HUB_PREFIX)
-        require_hub_file(repository, ["open_clip_config.json"], wanted=config.name)
-    else:
-        _check_tag(config)
+    elif not config.name.startswith(HUB_PREFIX):
+        _check_tag(config, reach)
+    elif reach:
+        require_hub_file(config.name.removeprefix(HUB_PREFIX), [HUB_CONFIG], wanted=config.name)
+
+
+def clip_dim(config: ClipConfig) -> int | None:
+    """Width of its vectors, if that is known without asking the hub."""
+    if config.name.startswith(HUB_PREFIX):
+        return None
+    if config.name == OFFLINE:
+        from infra.clip.offline import WIDTH
+
+        return WIDTH
+    if config.name.endswith(".json"):
+        return _read_model_config(config)["model_cfg"]["embed_dim"]
+    from open_clip import get_model_config
+
+    return (get_model_config(config.model_name) or {}).get("embed_dim")
 
 
 def _offline() -> dict[str, Any]:
@@ -228,7 +247,7 @@ def _local_folder(name: str, beside: Path) -> str:
     return str(beside / name) if (beside / name).is_dir() else name
 
 
-def _check_tag(config: ClipConfig) -> None:
+def _check_tag(config: ClipConfig, reach: bool) -> None:
     from open_clip import get_pretrained_cfg, list_models, list_pretrained_tags_by_model
 
     name, models = config.model_name, list_models()
@@ -245,6 +264,8 @@ def _check_tag(config: ClipConfig) -> None:
             f"no weights {config.pretrained!r} for {name}",
             legal=f"{', '.join(tags) or 'no tags for this model'}, or the path of a checkpoint",
         )
+    if not reach:
+        return
     tag, wanted = get_pretrained_cfg(name, config.pretrained), f"{name}/{config.pretrained}"
     repository, _, file = tag.get("hf_hub", "").rpartition("/")
     if repository:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from infra.errors import DataError
+from infra.errors import ConfigError, DataError
 from pipeline.memory.recall import IndexConfig, K
 from pipeline.memory.retrieve.analysis import Analysis, lance_options
 from pipeline.memory.sample import Growth, Sample, answered, draw, recalls_of, verify, verify_grown
@@ -120,9 +120,8 @@ def build_vector_index(
         DataError: the declared recall isn't met; says what would meet it.
     """
     rows, dim = table.count_rows(), int(table.schema.field(column).type.list_size)
-    budget = config.max_index_bytes // max(len(config.columns), 1)
     best: tuple[float, Setting] | None = None
-    for number, first in enumerate(kinds(config, rows, dim, budget)):
+    for number, first in enumerate(kinds(config, rows, dim)):
         started_s = time.monotonic()
         make_index(table, column, first)
         build_s = time.monotonic() - started_s
@@ -141,7 +140,14 @@ def build_vector_index(
             settings = settings[settings.index(setting) + 1 :]
             if not settings:
                 break
-    raise DataError(_shortfall(column, config, best, rows, dim, budget))
+    assert best is not None
+    reached, setting = best
+    budget = config.max_index_bytes // len(config.columns)
+    raise DataError(
+        f"recall@{K} of {column}: {reached:.4f} with {_words(setting)}, declared {config.recall}; "
+        f"would meet it: kind=flat (exact; reads {Setting('flat').bytes_of(rows, dim):,} bytes a query), "
+        f"recall={max(reached - 0.01, 0):.2f}, or a larger max_index_bytes ({budget:,} for this column)"
+    )
 
 
 def _tune(
@@ -159,24 +165,6 @@ def _tune(
         if worst >= goal:
             return setting, worst
     return best
-
-
-def _shortfall(
-    column: str, config: IndexConfig, best: tuple[float, Setting] | None, rows: int, dim: int, budget: int
-) -> str:
-    flat = Setting("flat").bytes_of(rows, dim)
-    if best is None:
-        least = min(s.bytes_of(rows, dim) for s in (Setting("rq", 1), Setting("pq", 8)))
-        return (
-            f"no {config.kind} index of {column} fits {budget:,} bytes ({rows:,} x {dim}); would fit: "
-            f"max_index_bytes of at least {least * len(config.columns):,}, or kind=flat (no index in memory)"
-        )
-    reached, setting = best
-    return (
-        f"recall@{K} of {column}: {reached:.4f} with {_words(setting)}, declared {config.recall}; "
-        f"would meet it: kind=flat (exact; reads {flat:,} bytes a query), recall={max(reached - 0.01, 0):.2f}"
-        f", or a larger max_index_bytes ({budget:,} for this column)"
-    )
 
 
 def _words(setting: Setting) -> str:
@@ -224,8 +212,12 @@ def index_bytes(table: Any, column: str) -> int:
     return sum(i.size_bytes or 0 for i in table.list_indices() if i.columns == [column])
 
 
-def kinds(config: IndexConfig, rows: int, dim: int, budget: int) -> list[Setting]:
-    """Indexes to try, cheapest first, that fit the budget."""
+def kinds(config: IndexConfig, rows: int, dim: int) -> list[Setting]:
+    """Indexes of one column to try, cheapest first, of those that fit its share of `max_index_bytes`.
+
+    Raises:
+        ConfigError: none fits; says what would.
+    """
     if config.kind == "flat" or (config.kind == "auto" and rows <= EXACT_ROWS):
         return [Setting("flat")]
     tries = {
@@ -236,7 +228,19 @@ def kinds(config: IndexConfig, rows: int, dim: int, budget: int) -> list[Setting
     chosen = tries["rq"] + tries["hnsw"] if config.kind == "auto" else tries[config.kind]
     if dim % 8:
         chosen = [s for s in chosen if s.kind != "rq"]  # RaBitQ packs 8 dimensions to a byte
-    return [s for s in chosen if s.bytes_of(rows, dim) <= budget]
+    if not chosen:
+        raise ConfigError(f"index.kind=rq of {dim} dimensions", legal="a multiple of 8", cure="index.kind=auto")
+    budget = config.max_index_bytes // max(len(config.columns), 1)
+    found = [s for s in chosen if s.bytes_of(rows, dim) <= budget]
+    if not found:
+        least = min(s.bytes_of(rows, dim) for s in chosen)
+        raise ConfigError(
+            f"no {config.kind} index of {rows:,} documents x {dim} fits {budget:,} bytes, a column's share of "
+            f"index.max_index_bytes={config.max_index_bytes:,}",
+            cure=f"index.max_index_bytes of at least {least * len(config.columns):,}, or index.kind=flat "
+            "(no index in memory)",
+        )
+    return found
 
 
 def ladder(base: Setting) -> list[Setting]:

@@ -29,7 +29,7 @@ from pipeline.memory.build_index.account import (
     write_rejected,
     write_table,
 )
-from pipeline.memory.build_index.preflight import BUILD, BuildIndexConfig, Tables, begin, is_in, preflight
+from pipeline.memory.build_index.preflight import BUILD, BuildIndexConfig, Tables, begin, preflight
 from pipeline.memory.commit import STAGED, commit_staged, create_table, staged_rows
 from pipeline.memory.duplicates import Duplicates, drop, find_duplicates
 from pipeline.memory.embed.worker import Embedder, clip_units
@@ -48,13 +48,12 @@ def run(config: BuildIndexConfig) -> Certificate:
         DataError: no documents, two models in one memory, or a recall below the declared one.
         TooManyFailuresError: more rows failed than `max_failed_frac` allows.
     """
-    tables, base = preflight(config)
+    new, base = preflight(config)
     out = config.out
-    new = [(uri, table) for uri, table in tables if not is_in(base, table)]
     if base is not None and not new:
         delete(join(out, BUILD))
         return base
-    begin(out, new, base)
+    begin(config, new, base)
     key = content_id(config.clip.hash(), config.key_frames)
     units = list(clip_units(new, rows_per_unit=config.rows_per_unit, key=key))
     certificate = carry_out(

@@ -3,13 +3,14 @@
 from pydantic import Field
 
 from infra.certificate import Certificate, require_certificate
-from infra.claim import JOB_FILE, open_job
-from infra.clip import ClipConfig, check_clip
+from infra.claim import JOB_FILE, find_job, open_job
+from infra.clip import ClipConfig, check_clip, clip_dim
 from infra.config import Incidental, Location
 from infra.errors import ConfigError
 from infra.storage import delete, exists, join, read_json, write_json
 from pipeline.job import JobConfig
 from pipeline.memory.embed.pictures import KEY_FRAMES
+from pipeline.memory.index import kinds
 from pipeline.memory.near_duplicates import DedupConfig
 from pipeline.memory.recall import IndexConfig, K
 from pipeline.memory.store import LANCE_FOLDER, check_table_files, open_table
@@ -46,8 +47,8 @@ Tables = list[tuple[str, Certificate]]
 
 def check(config: BuildIndexConfig) -> str:
     """Refuse what can be refused; the plan in words (what `--dry-run` prints)."""
-    tables, base = preflight(config)
-    rows = sum(table.num_out for uri, table in tables if not is_in(base, table))
+    new, base = preflight(config, reach=False)
+    rows = sum(table.num_out for _, table in new)
     there = f", beside {base.num_out:,} documents that are there" if base else ""
     return (
         f"up to {rows:,} documents{there}, embedded by {config.clip.name} in units of {config.rows_per_unit}; "
@@ -55,36 +56,43 @@ def check(config: BuildIndexConfig) -> str:
     )
 
 
-def preflight(config: BuildIndexConfig) -> tuple[Tables, Certificate | None]:
-    """Refuse what can be refused before Ray starts.
+def preflight(config: BuildIndexConfig, *, reach: bool = True) -> tuple[Tables, Certificate | None]:
+    """Refuse what can be refused before Ray starts; writes nothing.
+
+    Args:
+        config: of the build.
+        reach: False = the hub is not asked for the CLIP's weights.
 
     Returns:
-        The input tables with their certificates, and the memory's own if it is there.
+        The input tables that are new, with their certificates, and the memory's own if it is there.
 
     Raises:
         ConfigError: no or foreign input tables, an unknown CLIP, an output of something else, or a
-            memory that would grow without `grow`.
+            memory that would grow without `grow`; an index that will not fit `max_index_bytes`.
     """
     if not config.clips:
         raise ConfigError("no clips to build a memory of", cure="set clips to folders made by crawl")
     tables = [(uri, _input(uri)) for uri in config.clips]
-    check_clip(config.clip)
+    check_clip(config.clip, reach=reach)
     out = config.out
     if not exists(join(out, JOB_FILE)) and exists(join(out, LANCE_FOLDER)):
         raise ConfigError(
             f"{out} holds a LanceDB directory that this job didn't make", cure="choose another out"
         )
-    base = open_job(out, job=JOB, config=config, inputs={})
+    base = find_job(out, job=JOB, config=config, inputs={})
     if base is not None:
         check_table_files(out, base, but="/_refs/")  # a build that was killed may have moved a tag
         _check_table_is_there(out)
-        fresh = [uri for uri, table in tables if not is_in(base, table)]
-        if fresh and not config.grow:
-            raise ConfigError(
-                f"{out} is a finished memory of other tables than {', '.join(fresh)}",
-                cure="add them with --grow (grow=true), or choose another out",
-            )
-    return tables, base
+    fresh = [(uri, table) for uri, table in tables if not is_in(base, table)]
+    if base is not None and fresh and not config.grow:
+        raise ConfigError(
+            f"{out} is a finished memory of other tables than {', '.join(uri for uri, _ in fresh)}",
+            cure="add them with --grow (grow=true), or choose another out",
+        )
+    dim = clip_dim(config.clip)
+    if dim is not None and fresh:  # refused now, not once everything is embedded
+        kinds(config.index, sum(table.num_out for _, table in fresh) + (base.num_out if base else 0), dim)
+    return fresh, base
 
 
 def _input(uri: str) -> Certificate:
@@ -112,8 +120,10 @@ def is_in(base: Certificate | None, table: Certificate) -> bool:
     return base is not None and table.content_hash() in base.inputs.values()
 
 
-def begin(out: str, new: Tables, base: Certificate | None) -> None:
-    """Start a build or continue the one that was stopped; a fresh one starts from the certified version."""
+def begin(config: BuildIndexConfig, new: Tables, base: Certificate | None) -> None:
+    """Claim the folder; start a build or continue the one that was stopped, from the certified version."""
+    out = config.out
+    open_job(out, job=JOB, config=config, inputs={})
     claim, inputs = join(out, BUILD, "inputs.json"), [table.content_hash() for _, table in new]
     if exists(claim):
         if read_json(claim) != inputs:

@@ -20,6 +20,7 @@ from pipeline.memory import open_memory
 from pipeline.memory.build_index import BuildIndexConfig, add_clip, check, run
 from pipeline.memory.build_index.add_clip import AddClipConfig
 from pipeline.memory.near_duplicates import DedupConfig
+from pipeline.memory.recall import IndexConfig
 from pipeline.memory.retrieve.retrievers import RetrieveConfig
 from pipeline.memory.search import SearchConfig
 from pipeline.memory.search import run as search
@@ -176,6 +177,11 @@ def test_bad_inputs_are_refused_before_anything_starts(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no CLIP named 'ViT-Q'"):
         check(config(out, clips, clip=ClipConfig(name="ViT-Q")))
     assert "up to 1 documents" in check(config(out, clips))
+    assert "up to 1 documents" in check(config(out, clips, clip=ClipConfig()))  # the hub isn't asked
+    tight = IndexConfig(kind="rq", max_index_bytes=200)  # 1 x 384, three columns
+    with pytest.raises(ConfigError, match="max_index_bytes of at least 204"):
+        check(config(out, clips, index=tight))
+    assert not out.exists()
     table = pq.read_table(tmp_path / "clips" / "part-00000.parquet").drop_columns(["caption"])
     certificate = read_certificate(clips)
     assert certificate is not None

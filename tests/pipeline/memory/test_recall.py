@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from infra.certificate import Certificate
-from infra.errors import DataError
+from infra.errors import ConfigError, DataError
 from pipeline.memory import sample
 from pipeline.memory.commit import create_table
 from pipeline.memory.index import build_vector_index, finish
@@ -103,7 +103,7 @@ def test_a_recall_that_is_not_met_fails_the_build_and_says_what_would(tmp_path: 
     with pytest.raises(DataError, match=r"declared 0.999; would meet it: kind=flat"):
         build_vector_index(table, "image_embedding", strict)
     tight = IndexConfig(kind="hnsw", columns=("image_embedding",), max_index_bytes=1000)
-    with pytest.raises(DataError, match="max_index_bytes of at least"):
+    with pytest.raises(ConfigError, match="max_index_bytes of at least"):
         build_vector_index(table, "image_embedding", tight)
 
 
