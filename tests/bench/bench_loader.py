@@ -29,7 +29,7 @@ import pyarrow.parquet as pq
 import torch
 from pyarrow.fs import LocalFileSystem
 
-from infra.certificate import Certificate, write_certificate
+from infra.certificate import Certificate, FileEntry, file_entries, write_certificate
 from model.data.buckets import Bucket
 from model.data.loader import Loader, RowGroups
 from model.data.plan import Plan
@@ -37,7 +37,7 @@ from model.data.shards import index_shards, open_shards
 from model.training.driver import KEEP_MEMORY
 from model.training.preflight import read_index
 from pipeline.schema import PROMPTS
-from pipeline.shards import write_shard
+from pipeline.shards import write_meta, write_shard
 
 SHAPE = (16, 72, 72, 3)
 BATCH = 8
@@ -49,22 +49,18 @@ OURS = "ours (shuffled, prompts decoded)"
 def make_shards(folder: Path, rows: int, group_rows: int = 32, file_rows: int = 512) -> None:
     """Prompt shards of random frames, and the same rows as tar files."""
     rng = np.random.default_rng(0)
-    files, meta = [], []
+    files = []
     for number, first in enumerate(range(0, rows, file_rows)):
         count = min(file_rows, rows - first)
         table = [row(first + n, rng.integers(0, 256, SHAPE, dtype=np.uint8)) for n in range(count)]
         name = f"part-{number:05d}.parquet"
         files.append(write_shard(str(folder / name), table, PROMPTS, row_group_rows=group_rows))
-        meta += [
-            {"file": name, "row_group": g, "num_rows": min(group_rows, count - s), "first_row": first + s}
-            for g, s in enumerate(range(0, count, group_rows))
-        ]
         with tarfile.open(folder / f"part-{number:05d}.tar", "w") as tar:
             for item in table:
                 info = tarfile.TarInfo(item["prompt_id"] + ".bin")
                 info.size = len(item["target"]["data"])
                 tar.addfile(info, io.BytesIO(item["target"]["data"]))
-    pq.write_table(pa.Table.from_pylist(meta), folder / "meta.parquet")
+    files.append(write_meta(str(folder), files, row_group_rows=group_rows))
     certificate = Certificate(job="augment", config_hash="", num_in=rows, num_out=rows, files=files)
     write_certificate(str(folder), certificate)
 
@@ -198,7 +194,7 @@ def measure_wait(folder: Path, step_s: float = 0.05, steps: int = 60) -> None:
     print(f"steps of {step_s * 1e3:.0f} ms, batches of {BATCH}: {waited_s / worked_s:.2%} of it waits for data")
 
 
-def measure_seek(folder: Path, rows: int = 10_000_000, group_rows: int = 64) -> None:
+def measure_seek(folder: Path, rows: int = 10_000_000, group_rows: int = 50) -> None:
     """What a resume does before its first row, at position 10^9: manifest of `rows` rows, run's index, plan.
 
     Manifest and index are simulated: their files are whole, only the first shard exists.
@@ -208,14 +204,14 @@ def measure_seek(folder: Path, rows: int = 10_000_000, group_rows: int = 64) -> 
     place.mkdir()
     (place / "part-00000.parquet").symlink_to(folder / "part-00000.parquet")
     numbers = np.arange(count)
-    meta = {
-        "file": [f"part-{n // 100:05d}.parquet" for n in range(count)],
-        "row_group": numbers % 100,
-        "num_rows": np.full(count, group_rows),
-        "first_row": numbers * group_rows,
-    }
-    pq.write_table(pa.table(meta), place / "meta.parquet")
-    write_certificate(str(place), Certificate(job="augment", config_hash="", num_in=rows, num_out=rows))
+    files = [
+        FileEntry(path=f"part-{n:05d}.parquet", rows=100 * group_rows, num_bytes=0, sha256="")
+        for n in range(count // 100)
+    ]
+    meta = write_meta(str(place), files, row_group_rows=group_rows)
+    there = file_entries(str(folder), ["part-00000.parquet"])[0]
+    certificate = Certificate(job="augment", config_hash="", num_in=rows, num_out=rows, files=[there, meta])
+    write_certificate(str(place), certificate)
     index = {
         "group": numbers,
         "bucket": np.zeros(count, np.int32),
