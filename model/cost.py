@@ -208,14 +208,13 @@ def describe(name: str, *, prompt_tokens: int = 128, batch: int = 1, **changes: 
     """
     backbone, condition = preset(name, **changes), ConditionConfig()
     params = count_parameters(backbone, condition)
-    is_upsampler = backbone.in_channels > backbone.out_channels
     each = 4 * params["total"]
     return {
         "preset": name,
         "video": [backbone.num_frames, backbone.height_px, backbone.width_px],
         "sigma_in": sigma_in(backbone.num_frames, backbone.height_px, backbone.width_px),
         "parameters": params,
-        "tokens": {**backbone.tokens(), "condition": NUM_SCALARS + prompt_tokens + is_upsampler},
+        "tokens": {**backbone.tokens(), "condition": NUM_SCALARS + prompt_tokens + backbone.is_upsampler},
         "forward_flops": forward_flops(backbone, condition, prompt_tokens=prompt_tokens),
         "training_flops": training_flops(backbone, condition, prompt_tokens=prompt_tokens),
         "batch": batch,

@@ -35,8 +35,7 @@ class Generator(nn.Module):
 
     @property
     def is_upsampler(self) -> bool:
-        """The input carries the small video beside the noisy one."""
-        return self.backbone_config.in_channels > self.backbone_config.out_channels
+        return self.backbone_config.is_upsampler
 
     @property
     def blocks(self) -> nn.ModuleList:

@@ -31,6 +31,11 @@ class BackboneConfig(ABC):
     condition_dim: int = 768
     checkpoint: bool = False
 
+    @property
+    def is_upsampler(self) -> bool:
+        """The input carries the small video beside the noisy one."""
+        return self.in_channels > self.out_channels
+
     @abstractmethod
     def build(self) -> "Backbone":
         """The network, freshly drawn."""
@@ -40,7 +45,7 @@ class BackboneConfig(ABC):
         return {}
 
 
-class Backbone(nn.Module):
+class Backbone(nn.Module, ABC):
     """What the generator calls.
 
     Attributes:
@@ -56,6 +61,7 @@ class Backbone(nn.Module):
         """Shape of one sample's latents, which later evaluations are conditioned on; no latents here."""
         return 0, 0
 
+    @abstractmethod
     def forward(
         self,
         x: Tensor,
@@ -81,4 +87,3 @@ class Backbone(nn.Module):
         Returns:
             `b t out_channels h w` answer F, and the `b m d` latents after the last block.
         """
-        raise NotImplementedError

@@ -97,11 +97,6 @@ class Dit(Backbone):
         nn.init.zeros_(self.modulate.weight)
         nn.init.zeros_(self.head.weight)
 
-    @property
-    def z_shape(self) -> tuple[int, int]:
-        """No latents to carry over: zero of them."""
-        return 0, self.config.dim
-
     def forward(
         self,
         x: Tensor,
@@ -112,8 +107,8 @@ class Dit(Backbone):
         *,
         latents_only: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """As `Backbone.forward`; `z_prev` is ignored and an empty `b 0 d` comes back."""
-        t, height, width = x.shape[1], x.shape[-2], x.shape[-1]
+        """As `Backbone.forward`; `z_prev` is ignored and no latents come back."""
+        t, (height, width) = x.shape[1], x.shape[-2:]
         patches = self.embed(self._cut(x)) + self._places(t, height, width)
         if self.config.half_streams:
             patches = as_autocast(patches)

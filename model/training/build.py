@@ -48,7 +48,7 @@ def backbone_of(config: StageConfig, space: Space) -> BackboneConfig:
     """
     frames, channels, height, width = space.shape(config.num_frames, config.height_px, config.width_px)
     named = preset(config.preset)
-    if named.in_channels > named.out_channels and config.upsampler is None:
+    if named.is_upsampler and config.upsampler is None:
         raise ConfigError(
             f"preset {config.preset!r} is an upsampler",
             legal="upsampler: {small_size_px, ...} in the config with it",

@@ -23,7 +23,7 @@ def test_answer_has_the_shape_of_the_video_and_carries_no_latents(dit) -> None:
     x, tokens, mask = _inputs()
     f, z = dit(x, tokens, mask)
     assert f.shape == x.shape
-    assert z.shape == (2, *dit.z_shape) == (2, 0, 32)
+    assert z.shape == (2, *dit.z_shape) and not z.numel()
 
 
 def test_cutting_and_joining_is_the_identity(dit) -> None:
