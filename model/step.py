@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -230,8 +231,8 @@ def enlarge_small(small: Tensor, size: tuple[int, ...], noise: SmallVideo) -> Sm
 
 def has_latents(model: nn.Module) -> bool:
     """Whether self-conditioning means anything to this model (a DiT carries nothing over)."""
-    shape = getattr(model, "z_shape", None)
-    return shape is None or shape[0] > 0
+    bare: Any = getattr(model, "module", model)  # DDP's wrapper knows nothing of it
+    return bare.z_shape[0] > 0
 
 
 def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[object]:

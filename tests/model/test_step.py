@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from model.backbones.dit import DitConfig
 from model.condition import KINDS
 from model.edm import edm_for
 from model.generator import Generator, start_upsampler
@@ -153,6 +154,24 @@ def test_only_drawn_samples_are_self_conditioned(setting) -> None:
     without = losses(model, EDM, _videos(), condition, replace(some, self_conditioned=None))
     same = (with_first_pass - without).abs() < 1e-6
     assert torch.equal(same, ~some.self_conditioned)
+
+
+def test_a_model_without_latents_makes_no_first_pass_on_any_number_of_ranks(make_generator, setting) -> None:
+    class Wrapped(torch.nn.Module):  # as DistributedDataParallel wraps
+        def __init__(self, module: Generator) -> None:
+            super().__init__()
+            self.module = module
+
+        def forward(self, *args, **options):
+            passes.append(options.get("latents_only", False))
+            return self.module(*args, **options)
+
+    draws = draw(EDM, SHAPE, seed=0, indices=[0, 1, 2, 3], self_condition_rate=1.0)
+    dit = make_generator(DitConfig(num_frames=4, height_px=12, width_px=16, dim=32, head_dim=16, num_blocks=1))
+    for model, expected in ((dit, [False]), (setting[0], [True, False])):
+        passes: list[bool] = []
+        losses(Wrapped(model), EDM, _videos(), setting[1], draws)
+        assert passes == expected
 
 
 def test_validation_has_no_dropout(setting) -> None:
