@@ -270,13 +270,13 @@ def shorten(uri: str) -> str:
     return place[len(here) + 1 :] if place.startswith(here + "/") else place
 
 
-def fields_help(command: str, page: Path = PAGE) -> str:
+def fields_help(command: str) -> str:
     """What the page says of a command's fields, for a terminal."""
-    if not page.exists():
-        return f"Fields of the config: `make docs` writes {page}"
+    if not PAGE.exists():
+        return f"Fields of the config: `make docs` writes {PAGE}"
     width = min(shutil.get_terminal_size().columns, 112)
     lines: list[str] = []
-    for part in page.read_text(encoding="utf-8").split("\n## ")[1:]:
+    for part in PAGE.read_text(encoding="utf-8").split("\n## ")[1:]:
         title, _, body = part.partition("\n")
         if title == command or title.startswith(f"{command} --"):
             lines.append(f"Config of {title} (in the file of --config, or --set FIELD=VALUE):\n")

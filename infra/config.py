@@ -111,10 +111,9 @@ class Config(BaseModel):
             if not is_incidental(field)
         }
 
-    def hash(self, *, exclude: set[str] | None = None) -> str:
+    def hash(self) -> str:
         """16 hex digits of sha256 over the identity; equal configs hash equal on every machine."""
-        values = {name: value for name, value in self.identity().items() if name not in (exclude or ())}
-        return hashlib.sha256(canonical_json(values)).hexdigest()[:16]
+        return hashlib.sha256(canonical_json(self.identity())).hexdigest()[:16]
 
 
 def is_incidental(field: FieldInfo) -> bool:

@@ -177,10 +177,11 @@ def sha256_file(uri: str) -> str:
     return digest.hexdigest()
 
 
-def stream_bytes(uri: str, *, chunk_bytes: int = 1 << 20) -> Iterator[bytes]:
+def stream_bytes(uri: str) -> Iterator[bytes]:
+    """The file in pieces of a MiB."""
     fs, path = filesystem(uri)
     with fs.open_input_stream(path, compression=None) as stream:
-        while chunk := stream.read(chunk_bytes):
+        while chunk := stream.read(1 << 20):
             yield chunk
 
 

@@ -47,7 +47,6 @@ def test_hash_tells_configs_apart(name: str, depth: int) -> None:
     a = Outer(name=name, inner=Inner(depth=depth))
     assert a.hash() == Outer(name=name, inner=Inner(depth=depth)).hash()
     assert a.hash() != Outer(name=name + "x", inner=Inner(depth=depth)).hash()
-    assert a.hash(exclude={"name"}) == Outer(name="other", inner=Inner(depth=depth)).hash(exclude={"name"})
 
 
 @pytest.mark.parametrize(
