@@ -14,7 +14,7 @@ from torch import Tensor
 
 from infra.errors import ConfigError, DataError
 from model.condition import Beforehand, EncodedBatch, EncodedPrompt, Prompt, Segment, pad
-from pipeline.schema import ENCODINGS, PROMPTS, ROLES, TASKS, Role, TargetKind, check_table
+from pipeline.schema import PROMPTS, ROLES, TASKS, Role, TargetKind, check_table
 
 __all__ = [
     "ROLES",
@@ -94,9 +94,9 @@ class Batch:
         encoded = self.encoded.pin() if isinstance(self.encoded, EncodedBatch) else self.encoded
         return replace(self, encoded=encoded, **pinned)
 
-    def target(self, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
-        """`b t c h w` in [-1, 1] on `device`."""
-        return self.video.to(device, non_blocking=True).contiguous().to(dtype) / 127.5 - 1.0
+    def target(self, device: torch.device) -> Tensor:
+        """`b t c h w` float32 in [-1, 1] on `device`."""
+        return self.video.to(device, non_blocking=True).contiguous().float() / 127.5 - 1.0
 
 
 def collate(samples: list[Sample]) -> Batch:
@@ -145,12 +145,12 @@ def _stack(each: list[Tensor | None]) -> Tensor | None:
     return torch.stack(there) if len(there) == len(each) else None
 
 
-def check_schema(found: pa.Schema, where: str, *, encodings: bool = False) -> None:
-    """Raise ConfigError unless the file has the columns of PROMPTS (or of ENCODINGS)."""
+def check_schema(found: pa.Schema, where: str) -> None:
+    """Raise ConfigError unless the file has the columns of PROMPTS."""
     try:
-        check_table(found, ENCODINGS if encodings else PROMPTS, where)
+        check_table(found, PROMPTS, where)
     except ValueError as error:
-        cure = f"make them again with vimi-data {'encode' if encodings else 'augment'}"
+        cure = "make them again with vimi-data augment"
         raise ConfigError(str(error), legal="shards of this version", cure=cure) from None
 
 

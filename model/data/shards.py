@@ -87,9 +87,7 @@ Stream = tuple[int, str]
 """(number of the bucket, task)."""
 
 
-def index_shards(
-    shards: Shards, buckets: tuple[Bucket, ...], *, held_out_frac: float = 0.0, num_threads: int = 8
-) -> pa.Table:
+def index_shards(shards: Shards, buckets: tuple[Bucket, ...], *, held_out_frac: float = 0.0) -> pa.Table:
     """Rows of each stream in each row group: columns group, bucket, task, rows. Reads KEY_COLUMNS only."""
 
     def count(number: int) -> list[dict[str, Any]]:
@@ -101,7 +99,7 @@ def index_shards(
             for bucket, task in sorted(set(found))
         ]
 
-    with ThreadPoolExecutor(num_threads) as pool:
+    with ThreadPoolExecutor(8) as pool:  # most of the time waits for the file system
         rows = [row for part in pool.map(count, range(len(shards.groups))) for row in part]
     columns = [("group", pa.int64()), ("bucket", pa.int32()), ("task", pa.string()), ("rows", pa.int64())]
     return pa.Table.from_pylist(rows, schema=pa.schema(columns))
