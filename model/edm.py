@@ -108,14 +108,15 @@ class Edm:
 def sigma_in(num_frames: int, height_px: int, width_px: int) -> float:
     """sigma_in = s sqrt(T), s = longer side over EDM's 64 pixels (section 3.1).
 
-    4 for 16 x 36 x 64 and 32 for 16 x 288 x 512, the two values of the paper. Latents count as pixels.
+    4 for 16 x 36 x 64 and 32 for 16 x 288 x 512, the two values of the paper. Latents count as pixels: what
+    sigma_in makes up for is what neighbours share, and neighbouring latents share far less than pixels do.
     """
     return max(height_px, width_px) / 64 * math.sqrt(num_frames)
 
 
-def edm_for(num_frames: int, height_px: int, width_px: int, *, sigma_data: float = 1.0) -> Edm:
+def edm_for(num_frames: int, height_px: int, width_px: int) -> Edm:
     """The process for videos of this size; a lone picture has `num_frames` 1 unless repeated."""
-    return Edm(sigma_in=sigma_in(num_frames, height_px, width_px), sigma_data=sigma_data)
+    return Edm(sigma_in=sigma_in(num_frames, height_px, width_px))
 
 
 def _like(scalar: Tensor, x: Tensor) -> Tensor:

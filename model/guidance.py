@@ -47,9 +47,8 @@ def retrieval(
     text_weight: float,
     retrieved_weight: float,
     step: int,
-    text_share: float = 0.5,
 ) -> Tensor:
-    """Re-Imagen's interleaved guidance (2209.14491): each step strengthens text or neighbours.
+    """Re-Imagen's interleaved guidance (2209.14491): steps strengthen neighbours and text in turn.
 
     Args:
         full: estimate with everything.
@@ -57,11 +56,9 @@ def retrieval(
         no_retrieved: without the neighbours, text kept; guiding away from it alone is CM3's contrast.
         text_weight: 1 is no guidance.
         retrieved_weight: 1 is no guidance.
-        step: number of the sampling step.
-        text_share: share of the steps that strengthen the text, spread evenly.
+        step: number of the sampling step; the odd ones strengthen the text.
     """
-    strengthens_text = int((step + 1) * text_share) > int(step * text_share)
-    if strengthens_text:
+    if step % 2:
         return cfg(full, no_text, text_weight)
     return cfg(full, no_retrieved, retrieved_weight)
 
@@ -86,14 +83,14 @@ def phantom(
     return nothing + image_scale * (only_image - nothing) + text_scale * (full - only_image)
 
 
-def dynamic_threshold(x: Tensor, quantile: float = 0.995, floor: float = 1.0) -> Tensor:
+def dynamic_threshold(x: Tensor, quantile: float) -> Tensor:
     """Imagen's dynamic thresholding (2205.11487, section 2.3) of `b ...` estimates.
 
-    Clip to the quantile of |x| of each sample, at least `floor`, and divide by it over `floor`.
+    Clip to the quantile of |x| of each sample, at least 1, and divide by it.
     """
-    limits = _quantile(x.abs().flatten(1), quantile).clamp(min=floor)
+    limits = _quantile(x.abs().flatten(1), quantile).clamp(min=1)
     limits = limits.view(-1, *([1] * (x.ndim - 1))).to(x.dtype)
-    return x.clamp(-limits, limits) / (limits / floor)
+    return x.clamp(-limits, limits) / limits
 
 
 def oscillating(weight: float, step: int, *, start: int = 0, low: float = 1.0) -> float:

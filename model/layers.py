@@ -75,14 +75,14 @@ class FeedForward(nn.Module):
 
     layer: Tensor
 
-    def __init__(self, dim: int, *, dropout: float = 0.0, ratio: int = 4) -> None:
+    def __init__(self, dim: int, *, dropout: float = 0.0) -> None:
         super().__init__()
         self.dropout = dropout
         # A tensor, since torch.compile would take a plain number for a constant and each block for another.
         self.register_buffer("layer", layer_seed(0), persistent=False)
         self.norm = nn.LayerNorm(dim, eps=1e-6)
-        self.up = nn.Linear(dim, ratio * dim, bias=False)
-        self.down = nn.Linear(ratio * dim, dim, bias=False)
+        self.up = nn.Linear(dim, 4 * dim, bias=False)
+        self.down = nn.Linear(4 * dim, dim, bias=False)
 
     def forward(self, x: Tensor, keys: Tensor | None = None, modulation: Tensor | None = None) -> Tensor:
         """`b n dim` to `b n dim`; dropout only where sample `keys` (`b` int64) are given."""

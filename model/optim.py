@@ -21,8 +21,7 @@ from torch.optim.adamw import adamw as adamw_update
 
 from model.registry import named
 
-Betas = tuple[float, float]
-BETAS: Betas = (0.9, 0.99)
+BETAS = (0.9, 0.99)
 """Snap Video's (section 4.1)."""
 
 
@@ -30,17 +29,12 @@ class GroupOptimizer(Optimizer, ABC):
     """An optimizer that moves a group of parameters at once; the subclass says how."""
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One update of every parameter that has a gradient."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def step(self) -> None:  # type: ignore[override]
+        """One update of every parameter that has a gradient; there is no closure to evaluate."""
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             if params:
                 self.update(group, params)
-        return loss
 
     @abstractmethod
     def update(self, group: dict[str, Any], params: list[Tensor]) -> None:
@@ -70,14 +64,12 @@ class Lamb(GroupOptimizer):
         self,
         params: Iterable[Any],
         lr: float = 5e-3,
-        betas: Betas = BETAS,
+        betas: tuple[float, float] = BETAS,
         eps: float = 1e-6,
         weight_decay: float = 0.01,
     ) -> None:
-        defaults = {
-            "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "adapt": True,
-        }  # fmt: skip
-        super().__init__(params, defaults)
+        shared = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "adapt": True}
+        super().__init__(params, shared)
 
     def update(self, group: dict[str, Any], params: list[Tensor]) -> None:
         beta1, beta2 = group["betas"]
@@ -145,15 +137,18 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Of Newton and Schulz's quintic, tuned by Jordan et al. for the steepest start; singular values end in about
 [0.7, 1.2], which is as good as 1."""
 
+MOMENTUM = 0.95
+"""Of the hidden matrices, in Nesterov's form (Jordan et al.)."""
 
-def orthogonalized(x: Tensor, steps: int = 5) -> Tensor:
-    """`... m n` matrices with their singular values brought near 1 (Newton-Schulz, quintic steps)."""
+
+def orthogonalized(x: Tensor) -> Tensor:
+    """`... m n` matrices with their singular values brought near 1 (Newton-Schulz, five quintic steps)."""
     a, b, c = COEFFICIENTS
     tall = x.shape[-2] > x.shape[-1]
     y = x.mT if tall else x
     y = y.reshape(-1, *y.shape[-2:])
     y = y / y.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-12)
-    for _ in range(steps):
+    for _ in range(5):
         gram = y @ y.mT
         y = torch.baddbmm(y, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), y, beta=a)
     return (y.mT if tall else y).reshape(x.shape)
@@ -173,24 +168,10 @@ class Muon(GroupOptimizer):
     Args:
         groups: parameter groups; those with `hidden=True` hold matrices only and get orthogonal updates.
         lr, weight_decay: of both, decoupled.
-        momentum: of the hidden matrices (Jordan et al.: 0.95, Nesterov's form).
-        betas, eps: AdamW's.
     """
 
-    def __init__(
-        self,
-        groups: list[dict[str, Any]],
-        lr: float = 3e-3,
-        momentum: float = 0.95,
-        betas: Betas = BETAS,
-        eps: float = 1e-8,
-        weight_decay: float = 0.01,
-    ) -> None:
-        defaults = {
-            "lr": lr, "momentum": momentum, "betas": betas, "eps": eps, "weight_decay": weight_decay,
-            "hidden": False,
-        }  # fmt: skip
-        super().__init__(groups, defaults)
+    def __init__(self, groups: list[dict[str, Any]], *, lr: float, weight_decay: float) -> None:
+        super().__init__(groups, {"lr": lr, "weight_decay": weight_decay, "hidden": False})
 
     def update(self, group: dict[str, Any], params: list[Tensor]) -> None:
         (self._turn if group["hidden"] else self._adamw)(group, params)
@@ -201,11 +182,11 @@ class Muon(GroupOptimizer):
         return self.state[param]["exp_avg"]
 
     def _turn(self, group: dict[str, Any], params: list[Tensor]) -> None:
-        momentum, lr = group["momentum"], group["lr"]
+        lr = group["lr"]
         grads = [local_shard(p.grad) for p in params if p.grad is not None]
         means = [local_shard(self._momentum(p)) for p in params]
-        torch._foreach_lerp_(means, grads, 1 - momentum)
-        ahead = torch._foreach_lerp(grads, means, momentum)
+        torch._foreach_lerp_(means, grads, 1 - MOMENTUM)
+        ahead = torch._foreach_lerp(grads, means, MOMENTUM)
         whole = [_whole(p, update) for p, update in zip(params, ahead, strict=True)]
         torch._foreach_mul_([local_shard(p) for p in params], 1 - lr * group["weight_decay"])
         # Matrices of one shape in one product: a small model has dozens, each too small for a processor.
@@ -229,8 +210,8 @@ class Muon(GroupOptimizer):
             [local_shard(s["exp_avg_sq"]) for s in states],
             [],
             [s["step"] for s in states],
-            fused=True, amsgrad=False, maximize=False, beta1=group["betas"][0], beta2=group["betas"][1],
-            lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"],
+            fused=True, amsgrad=False, maximize=False, beta1=BETAS[0], beta2=BETAS[1],
+            lr=group["lr"], weight_decay=group["weight_decay"], eps=1e-8,
         )  # fmt: skip
 
 
@@ -257,30 +238,29 @@ def _own_part(param: Tensor, whole: Tensor) -> Tensor:
     return copy.redistribute(placements=param.placements).to_local()
 
 
-def lamb(model: nn.Module, *, lr: float = 5e-3, betas: Betas = BETAS, weight_decay: float = 0.01) -> Optimizer:
+def lamb(model: nn.Module, *, lr: float = 5e-3, weight_decay: float = 0.01) -> Optimizer:
     """Snap Video's optimizer (section 4.1)."""
     decayed, plain = parameter_groups(model, weight_decay)
-    return Lamb([decayed, {**plain, "adapt": False}], lr=lr, betas=betas, weight_decay=weight_decay)
+    return Lamb([decayed, {**plain, "adapt": False}], lr=lr, weight_decay=weight_decay)
 
 
-def adamw(model: nn.Module, *, lr: float = 1e-4, betas: Betas = BETAS, weight_decay: float = 0.01) -> Optimizer:
+def adamw(model: nn.Module, *, lr: float = 1e-4, weight_decay: float = 0.01) -> Optimizer:
     """AdamW over the same two groups; Snap Video's U-Net baselines take Adam at 1e-4."""
-    return torch.optim.AdamW(parameter_groups(model, weight_decay), lr=lr, betas=betas, fused=True)
+    return torch.optim.AdamW(parameter_groups(model, weight_decay), lr=lr, betas=BETAS, fused=True)
 
 
-def muon(model: nn.Module, *, lr: float = 3e-3, betas: Betas = BETAS, weight_decay: float = 0.01) -> Optimizer:
+def muon(model: nn.Module, *, lr: float = 3e-3, weight_decay: float = 0.01) -> Optimizer:
     """Muon over the matrices of `model.blocks`, AdamW over what is before and behind them."""
     inside = {id(p) for p in getattr(model, "blocks", model).parameters() if p.ndim == 2}
     decayed, plain = parameter_groups(model, weight_decay)
     hidden = [p for p in decayed["params"] if id(p) in inside]
     others = [p for p in decayed["params"] if id(p) not in inside]
     groups = [{**decayed, "params": hidden, "hidden": True}, {**decayed, "params": others}, plain]
-    return Muon([g for g in groups if g["params"]], lr=lr, betas=betas, weight_decay=weight_decay)
+    return Muon([g for g in groups if g["params"]], lr=lr, weight_decay=weight_decay)
 
 
-Constructor = Callable[..., Optimizer]
-"""`(model, *, lr, weight_decay)`; every tensor of the optimizer's state must start at zero."""
-OPTIMIZERS: dict[str, Constructor] = {"lamb": lamb, "adamw": adamw, "muon": muon}
+OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {"lamb": lamb, "adamw": adamw, "muon": muon}
+"""Each takes `(model, *, lr, weight_decay)`; every tensor of its state must start at zero."""
 
 
 def make_optimizer(name: str, model: nn.Module, *, lr: float, weight_decay: float) -> Optimizer:
@@ -304,12 +284,12 @@ def make_optimizer(name: str, model: nn.Module, *, lr: float, weight_decay: floa
     return optimizer
 
 
-def cosine_factor(step: int, warmup_steps: int, total_steps: int, floor_frac: float = 0.0) -> float:
+def cosine_factor(step: int, warmup_steps: int, total_steps: int) -> float:
     """Share of the learning rate at `step` (from 0); the first step of a warm-up is not zero."""
     if step < warmup_steps:
         return (step + 1) / warmup_steps
     progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
-    return floor_frac + (1 - floor_frac) * (1 + math.cos(math.pi * min(1.0, progress))) / 2
+    return (1 + math.cos(math.pi * min(1.0, progress))) / 2
 
 
 def set_learning_rate(

@@ -21,23 +21,15 @@ Denoise = Callable[[Tensor, Tensor, int], Tensor]
 
 
 @torch.no_grad()
-def sample_ode(
-    denoise: Denoise,
-    edm: Edm,
-    noise: Tensor,
-    *,
-    num_steps: int,
-    order: int = 2,
-) -> Tensor:
+def sample_ode(denoise: Denoise, edm: Edm, noise: Tensor, *, num_steps: int) -> Tensor:
     """EDM's deterministic sampler (Heun; 2206.00364 algorithm 1) on Snap Video's scaled signal.
 
     Args:
         denoise: the estimate of the clean video.
         edm: the process; its schedule is used.
         noise: `b t c h w` unit Gaussian.
-        num_steps: network steps; Snap Video takes 256 for the base and 40 for the upsampler. The
-            second order costs `2 num_steps - 1` evaluations.
-        order: 2, or 1 for Euler.
+        num_steps: Snap Video takes 256 for the base and 40 for the upsampler; `2 num_steps - 1`
+            evaluations.
 
     Returns:
         `b t c h w` videos on the scale of clean videos.
@@ -49,7 +41,7 @@ def sample_ode(
         now, then = sigmas[step], sigmas[step + 1]
         slope = edm.ode(x, denoise(x, now, step), now)
         ahead = x + ((then - now) * slope).to(x.dtype)
-        if order == 2 and step < num_steps - 1:
+        if step < num_steps - 1:  # the last goes to sigma = 0, where the slope has no value
             slope_ahead = edm.ode(ahead, denoise(ahead, then, step), then)
             ahead = x + ((then - now) * (slope + slope_ahead) / 2).to(x.dtype)
         x = ahead

@@ -7,7 +7,6 @@ a network can be built without loading the autoencoder.
 from dataclasses import dataclass
 
 from infra.errors import ConfigError
-from model.edm import sigma_in
 
 
 @dataclass(frozen=True)
@@ -54,15 +53,6 @@ class Space:
         first = 1 if self.is_causal else 0
         frames = first + (self.legal_frames(num_frames) - first) // self.factor_frames
         return frames, self.channels, height_px // f, width_px // f
-
-    def sigma_in(self, num_frames: int, height_px: int, width_px: int) -> float:
-        """Snap Video's sigma_in = s sqrt(T) of what the generator sees: latents count as pixels.
-
-        Neighbouring latents share far less than neighbouring pixels, and what they share is what
-        sigma_in makes up for (Snap Video section 3.1). So the *latent* grid and length go into the rule.
-        """
-        frames, _, height, width = self.shape(num_frames, height_px, width_px)
-        return sigma_in(frames, height, width)
 
 
 PIXELS = Space()

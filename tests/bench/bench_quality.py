@@ -135,7 +135,7 @@ def train(
             return seen
         warm = min(1.0, (step + 1) / 20)
         for group in optimizer.param_groups:
-            group["lr"] = lr * warm * cosine_factor(int(progress * 1e6), 0, 1_000_000, 0.02)
+            group["lr"] = lr * warm * (0.02 + 0.98 * cosine_factor(int(progress * 1e6), 0, 1_000_000))
         if len(left) < batch:
             left += torch.randperm(len(videos), generator=order).tolist()
         rows, left = torch.tensor(left[:batch], device=DEVICE), left[batch:]
@@ -169,8 +169,8 @@ def overfit(args: argparse.Namespace) -> None:
     model = Generator(preset("fit-tiny", **BY_HEART), CONDITION).to(DEVICE)
     ema = Ema(model, HalfLife(half_life=args.batch * 50))
     start, busy = time.perf_counter(), quiet_seconds()
-    edm = edm_for(FRAMES, HEIGHT, WIDTH, sigma_data=args.sigma_data)
-    edm = replace(edm, log_mean=args.log_mean, log_std=args.log_std)
+    noise = {"sigma_data": args.sigma_data, "log_mean": args.log_mean, "log_std": args.log_std}
+    edm = replace(edm_for(FRAMES, HEIGHT, WIDTH), **noise)
     seen = train(
         model, videos, condition, batch=args.batch, lr=args.lr, seconds=args.minutes * 60,
         wall_seconds=args.wall_minutes * 60, ema=ema, build=OPTIMIZERS[args.optimizer], edm=edm,

@@ -90,17 +90,13 @@ def test_phantom_climbs_from_nothing_over_images_to_text() -> None:
     assert phantom(full, image, nothing, image_scale=3, text_scale=7.5).tolist() == [7.5, 3, 0]
 
 
-@pytest.mark.parametrize("share", [0.0, 0.25, 0.5, 1.0])
-def test_retrieval_guidance_spreads_its_turns(share: float) -> None:
+def test_retrieval_guidance_takes_turns() -> None:
     full, without = torch.ones(1), torch.zeros(1)
     turns = [
-        retrieval(full, without, without, text_weight=10, retrieved_weight=2, step=i, text_share=share).item()
-        for i in range(40)
+        retrieval(full, without, without, text_weight=10, retrieved_weight=2, step=step).item()
+        for step in range(4)
     ]
-    assert turns.count(10) == 40 * share
-    assert set(turns) <= {2, 10}
-    if share == 0.5:
-        assert turns[:4] in ([2, 10, 2, 10], [10, 2, 10, 2])
+    assert turns == [2, 10, 2, 10]
 
 
 @settings(deadline=None, max_examples=30)
@@ -114,13 +110,13 @@ def test_thresholded_videos_stay_in_bounds(scale: float, quantile: float) -> Non
 
 def test_threshold_leaves_videos_within_bounds_alone() -> None:
     x = torch.rand(2, 3, 3, 8, 8) * 2 - 1
-    assert torch.equal(dynamic_threshold(x), x)
+    assert torch.equal(dynamic_threshold(x, 0.995), x)
 
 
 def test_threshold_is_per_sample() -> None:
     x = torch.randn(1, 2, 3, 8, 8) * 0.2
     both = torch.cat([x, x * 50])
-    assert torch.equal(dynamic_threshold(both)[:1], dynamic_threshold(x))
+    assert torch.equal(dynamic_threshold(both, 0.995)[:1], dynamic_threshold(x, 0.995))
 
 
 def test_guidance_oscillates_after_its_start() -> None:

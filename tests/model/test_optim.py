@@ -128,12 +128,12 @@ def test_norms_biases_and_tables_are_not_decayed(make_generator) -> None:
     assert len(decayed["params"]) + len(plain["params"]) == len(names)
 
 
-def test_cosine_warms_up_then_falls_to_its_floor() -> None:
-    factors = [cosine_factor(s, 10, 110, 0.1) for s in range(120)]
+def test_cosine_warms_up_then_falls_to_nothing() -> None:
+    factors = [cosine_factor(s, 10, 110) for s in range(120)]
     assert factors[0] == 0.1
     assert factors[9] == factors[10] == 1
-    assert factors[60] == pytest.approx(0.55)
-    assert factors[110] == factors[119] == pytest.approx(0.1)
+    assert factors[60] == pytest.approx(0.5)
+    assert factors[110] == factors[119] == 0
     assert all(a >= b for a, b in pairwise(factors[10:]))
 
 
