@@ -8,6 +8,7 @@ import csv
 import io
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import chain, groupby, islice
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from infra.errors import ConfigError
+from infra.errors import ConfigError, DataError, first_line
 from infra.storage import absolute, filesystem, is_remote, sha256_file
 from pipeline.clips.sources.base import (
     Cut,
@@ -67,8 +68,11 @@ class ManifestReader(Reader):
         unknown = sorted(set(config.columns) - set(COLUMNS))
         if unknown:
             raise ConfigError(f"columns of {config.path}: {unknown}", legal=", ".join(COLUMNS))
-        self.bytes_columns = _bytes_columns(self.path)
-        self.columns = self._find_columns()
+        try:
+            self.bytes_columns = _bytes_columns(self.path)
+            self.columns = self._find_columns()
+        except DataError as error:
+            raise ConfigError(str(error)) from None
 
     @classmethod
     def recognise(cls, path: str) -> SourceConfig | None:
@@ -143,11 +147,14 @@ class ManifestReader(Reader):
         return Item(uri if is_remote(uri) else file_uri(uri), media_of(uri), cuts, **extra)
 
     def _rows(self) -> Iterator[Row]:
-        if self.path.endswith(".parquet"):
-            return _parquet_rows(self.path, self.bytes_columns)
-        if self.path.endswith((".jsonl", ".ndjson", ".json")):
-            return _jsonl_rows(self.path)
-        return _csv_rows(self.path)
+        kind = suffix_of(self.path.removesuffix(".gz"))
+        with readable(self.path):
+            if kind == ".parquet":
+                yield from _parquet_rows(self.path, self.bytes_columns)
+            elif kind in (".jsonl", ".ndjson", ".json"):
+                yield from _jsonl_rows(self.path)
+            else:
+                yield from _csv_rows(self.path)
 
 
 class UrlReader(Reader):
@@ -165,7 +172,7 @@ class UrlReader(Reader):
         return SourceConfig(kind="urls", path=path) if is_list else None
 
     def items(self) -> Iterator[Item]:
-        for number, line in enumerate(text_lines(self.path)):
+        for number, line in enumerate(self._lines()):
             url, _, caption = line.strip().partition("\t")
             if not url or url.startswith("#"):
                 continue
@@ -176,12 +183,31 @@ class UrlReader(Reader):
                 place = f"{self.path}#line={number}"
                 yield Item(place, "auto", (Cut(),), status=Status.BAD_ROW.value, error="not an address")
 
+    def _lines(self) -> Iterator[str]:
+        with readable(self.path):
+            yield from text_lines(self.path)
+
     def fingerprint(self) -> str:
         return sha256_file(self.path)[:16]
 
 
 def _bad(uri: str, status: Status, error: str, cuts: tuple[Cut, ...] = (Cut(),)) -> Item:
     return Item(without_credentials(uri), "auto", cuts, status=status.value, error=error)
+
+
+@contextmanager
+def readable(path: str) -> Iterator[None]:
+    """Turn what a damaged table raises while it is read into one line.
+
+    Raises:
+        DataError: names the table.
+    """
+    try:
+        yield
+    except (OSError, EOFError, pa.ArrowException, csv.Error) as error:
+        raise DataError(
+            f"{path} can't be read: {first_line(error)}; cure: restore it, or leave it out"
+        ) from None
 
 
 def text_lines(path: str) -> Iterator[str]:
@@ -228,7 +254,8 @@ def _bytes_columns(path: str) -> set[str]:
     if not path.endswith(".parquet"):
         return set()
     fs, name = filesystem(path)
-    return {f.name for f in pq.read_schema(name, filesystem=fs) if _holds_bytes(f.type)}
+    with readable(path):
+        return {f.name for f in pq.read_schema(name, filesystem=fs) if _holds_bytes(f.type)}
 
 
 def _holds_bytes(kind: pa.DataType) -> bool:

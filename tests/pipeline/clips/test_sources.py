@@ -1,5 +1,6 @@
 """Readers of corpora: what each kind lists, and that a hostile or broken list costs rows, not runs."""
 
+import gzip
 import hashlib
 import io
 import json
@@ -14,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from infra.errors import ConfigError
+from infra.errors import ConfigError, DataError
 from infra.storage import write_bytes
 from pipeline.clips import crawl, sources
 from pipeline.clips.filters import FilterConfig
@@ -97,6 +98,24 @@ def test_tables_of_all_kinds_read_alike(tmp_path, kind):
     assert (a.uri, a.split, a.licence, a.source_name) == (f"{tmp_path}/a.mp4", "train", "CC0", "films")
     assert [(c.caption, c.start_s, c.end_s) for c in a.cuts] == [("one", 0.0, 1.5), ("two", 1.5, 3.0)]
     assert [(c.caption, c.start_s) for c in b.cuts] == [(None, None)]
+
+
+def test_a_damaged_table_is_refused_in_one_line(tmp_path):
+    rows = [{"video": f"{n}.mp4", "caption": hashlib.sha256(bytes([n])).hexdigest() * 9} for n in range(200)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "t.parquet", row_group_size=20)
+    text = "\n".join(json.dumps(row) for row in rows).encode()
+    (tmp_path / "t.jsonl.gz").write_bytes(gzip.compress(text))
+    lines = "\n".join(f"https://example.org/{row['caption']}" for row in rows).encode()
+    (tmp_path / "t.txt.gz").write_bytes(gzip.compress(lines))
+    for path in sorted(tmp_path.iterdir()):
+        data = path.read_bytes()
+        assert sum(1 for _ in read(path)) == 200
+        middle = len(data) // 2
+        for torn in (data[:middle], data[:middle] + bytes(64) + data[middle + 64 :], b"\x1f\x8b" + bytes(9)):
+            path.write_bytes(torn)
+            with pytest.raises((ConfigError, DataError), match="can't be read") as caught:
+                read(path)
+            assert "\n" not in str(caught.value) and path.name in str(caught.value)
 
 
 def test_bad_lines_are_rows_and_good_lines_survive(tmp_path):
