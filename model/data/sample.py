@@ -6,6 +6,7 @@ Targets come as raw frames (`frames`), as mp4 bytes (`video`) or as a range of a
 import io
 import math
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,9 @@ import torch
 from torch.nn import functional as F
 
 from infra.errors import DataError
+from infra.pictures import PictureError, decode_picture
 from infra.storage import absolute, is_remote
+from infra.videos import open_video
 from model.condition import Prompt
 from model.data.batch import Sample, TargetKind
 from model.data.buckets import Bucket
@@ -71,7 +74,7 @@ def read_pixels(row: dict[str, Any], bucket: Bucket) -> tuple[np.ndarray, float]
     """
     try:
         frames, fps = read_target(row, bucket)
-    except (OSError, ValueError) as error:  # PyAV's errors are OSError or ValueError
+    except (OSError, ValueError, PictureError) as error:  # PyAV's errors are OSError or ValueError
         raise DataError(f"prompt {row['prompt_id']}: {type(error).__name__}: {error}") from None
     frames = fit_frames(frames, bucket.height_px, bucket.width_px)
     return frames, float("inf") if bucket.media == "image" else fps
@@ -104,8 +107,25 @@ def read_target(row: dict[str, Any], bucket: Bucket) -> tuple[np.ndarray, float]
     uri = row["source_uri"]
     if is_remote(uri):
         raise DataError(f"target of prompt {row['prompt_id']} is a reference to {uri}: not a local file")
-    span_s = None if bucket.media == "image" else (row["start_s"] or 0.0, row["end_s"] or float("inf"))
-    return decode_video(absolute(uri), bucket.num_frames, span_s=span_s)
+    if bucket.media == "image":
+        return read_picture(absolute(uri), bucket.num_frames), 1.0
+    return decode_video(
+        f"file:{absolute(uri)}",  # ffmpeg would take "C:b.mp4" for a protocol
+        bucket.num_frames,
+        span_s=(row["start_s"] or 0.0, row["end_s"] or float("inf")),
+    )
+
+
+def read_picture(path: str, num_frames: int) -> np.ndarray:
+    """uint8 `t h w 3`: the picture of a local file, upright, as often as wanted.
+
+    Raises:
+        PictureError: no picture of a format that is read here.
+        OSError: no such file.
+    """
+    with Path(path).open("rb") as file:
+        picture = np.asarray(decode_picture(file))
+    return np.repeat(picture[None], num_frames, axis=0)
 
 
 def decode_video(
@@ -114,13 +134,13 @@ def decode_video(
     """`num_frames` frames spread evenly over a video (or a span of it), and their frame rate.
 
     Raises:
-        ValueError: no frame could be decoded.
+        ValueError: no container that is read here, or no frame could be decoded.
     """
-    import av
-
     start_s, end_s = span_s or (0.0, float("inf"))
     frames, times_s = [], []
-    with av.open(source, "r") as container:
+    with open_video(source) as container:
+        if not container.streams.video:
+            raise ValueError("no video stream")
         stream = container.streams.video[0]
         stream.thread_count = 1  # the loader has threads of its own
         base = stream.time_base or Fraction(1, 1000)

@@ -15,14 +15,14 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import av
 import numpy as np
 from av.container import InputContainer
-from av.error import ArgumentError, FFmpegError
+from av.error import FFmpegError
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
 from infra.storage import filesystem, is_remote
+from infra.videos import UnlistedContainerError, open_video
 from pipeline.media.plan import PlanError, planned_frames
 from pipeline.schema import RowError, Status
 
@@ -30,11 +30,6 @@ Source = str | Path | bytes | BinaryIO
 Size = tuple[int, int] | None
 MAX_PIXELS = 8192 * 8192
 """A larger picture is refused before its decoder allocates anything."""
-FORMATS = ("mov", "matroska", "avi", "mpeg", "mpegts", "flv", "asf", "ogg", "yuv4mpegpipe")
-"""ffmpeg's demuxers that strangers' files may reach: containers whose bytes are all their own. Others run
-scripts or open what they name: concat, hls, dash, sdp, imf, image sequences, ..."""
-SAFE = {"format_whitelist": ",".join(FORMATS), "protocol_whitelist": "file,pipe"}
-"""Options of `av.open`: ffmpeg looks at the bytes, and refuses what they turn out to be if it is not listed."""
 TOLERANCE_S = 0.0005
 """Slack of a wanted time: containers round presentation times, Matroska's to whole milliseconds."""
 
@@ -163,12 +158,9 @@ def opened(source: Source) -> Iterator[tuple[InputContainer, VideoStream]]:
 
 def _open(file: Any) -> InputContainer:
     try:
-        container = av.open(file, mode="r", metadata_errors="ignore", options=SAFE)
-    except ArgumentError as error:  # what ffmpeg answers to a format that is not on the list
-        reason = f"no container that is read here ({', '.join(FORMATS)}), or a damaged one: {error.strerror}"
-        raise RowError(Status.UNDECODABLE, reason) from error
-    assert isinstance(container, InputContainer)
-    return container
+        return open_video(file)
+    except UnlistedContainerError as error:
+        raise RowError(Status.UNDECODABLE, str(error)) from error
 
 
 def _file(source: Source) -> tuple[Any, Any]:

@@ -2,8 +2,10 @@
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from infra.errors import ConfigError, DataError
+from infra.pictures import ORIENTATION
 from model.data.batch import check_schema, collate, read_prompt
 from model.data.buckets import Bucket, streams_of
 from model.data.sample import fit_frames, read_sample
@@ -57,6 +59,35 @@ def test_fewer_frames_play_slower(make_row) -> None:
 def test_picture_is_one_frame_of_infinite_rate(make_row) -> None:
     sample = sample_of(make_row(0, media="image"), Bucket("image", 1, 24, 40))
     assert sample.video.shape == (1, 3, 24, 40) and sample.fps == float("inf")
+
+
+def test_a_picture_that_is_referred_to_is_read_upright(make_row, tmp_path) -> None:
+    path = tmp_path / "20%: a #picture?.png"
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    Image.new("RGB", (24, 40), "red").save(path, exif=exif)
+    row = make_row(0, media="image", kind="reference") | {"source_uri": str(path)}
+    sample = sample_of(row, Bucket("image", 1, 24, 40))
+    assert sample.video.shape == (1, 3, 24, 40) and sample.fps == float("inf")
+    assert (sample.video[0].permute(1, 2, 0).numpy() == (255, 0, 0)).all()
+    path.write_bytes(b"no picture")
+    with pytest.raises(DataError, match=row["prompt_id"]):
+        sample_of(row, Bucket("image", 1, 24, 40))
+
+
+@pytest.mark.parametrize("kind", ["video", "reference"])
+def test_a_target_that_names_other_files_opens_none(make_row, tmp_path, kind: str) -> None:
+    film = tmp_path / "film.mp4"
+    film.write_bytes(make_row(2, kind="video")["target"]["data"])
+    script = f"ffconcat version 1.0\n# é\nfile '{film.name}'\n".encode("latin-1")
+    row = make_row(0, kind=kind)
+    if kind == "video":
+        row["target"]["data"] = script.replace(film.name.encode(), str(film).encode())
+    else:
+        (tmp_path / "clip.mp4").write_bytes(script)
+        row["source_uri"] = str(tmp_path / "clip.mp4")
+    with pytest.raises(DataError, match="no container that is read here"):
+        sample_of(row)
 
 
 def test_other_sizes_cover_and_crop() -> None:

@@ -12,10 +12,11 @@ import pytest
 from av.error import ArgumentError
 from av.format import ContainerFormat
 
+from infra.videos import FORMATS, SAFE
 from pipeline.clips.filters import FilterConfig
 from pipeline.clips.parent import inspect_parent
 from pipeline.clips.sources import Item
-from pipeline.media.frames import FORMATS, SAFE, probe
+from pipeline.media.frames import probe
 from pipeline.schema import RowError
 
 FILM = "@film@"
