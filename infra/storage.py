@@ -38,7 +38,8 @@ def absolute(uri: str | Path) -> str:
 def filesystem(uri: str | Path) -> tuple[pafs.FileSystem, str]:
     """The pyarrow filesystem of `uri` and the path in it.
 
-    S3 endpoints other than AWS's come from `AWS_ENDPOINT_URL`, as in the other AWS tools.
+    What follows the bucket is a key as it is: `#`, `?`, `%` and spaces are letters of it, as the other AWS and
+    Google tools take them. S3 endpoints other than AWS's come from `AWS_ENDPOINT_URL`, as in those.
 
     Raises:
         ConfigError: a scheme that pyarrow doesn't know.
@@ -52,8 +53,11 @@ def filesystem(uri: str | Path) -> tuple[pafs.FileSystem, str]:
         return pafs.S3FileSystem(
             endpoint_override=host, scheme=scheme, allow_bucket_creation=True
         ), text.removeprefix("s3://")
+    scheme, _, rest = text.partition("://")
+    bucket, slash, key = rest.partition("/")
     try:
-        return pafs.FileSystem.from_uri(text)
+        fs, place = pafs.FileSystem.from_uri(f"{scheme}://{bucket}")  # of a whole URI it would cut the key
+        return fs, place + slash + key
     except (ValueError, OSError, ImportError) as error:
         raise ConfigError(
             f"can't open {text}: {error}", legal="a local path, s3://, gs://, hdfs:// or file://"

@@ -10,13 +10,14 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 import pyarrow as pa
 
 from infra.certificate import Certificate, FileEntry, check_files, file_entries, require_certificate
 from infra.errors import ConfigError, DataError
-from infra.storage import absolute, exists, join, list_files
+from infra.storage import absolute, exists, is_remote, join, list_files
 from pipeline.schema import check_table, content_id, memory_schema
 
 TABLE, LANCE_FOLDER = "documents", "lance"
@@ -162,7 +163,10 @@ def connect(uri: str) -> Any:
     import lancedb
 
     try:
-        return lancedb.connect(join(absolute(uri), LANCE_FOLDER), storage_options=_storage_options(uri))
+        place = join(absolute(uri), LANCE_FOLDER)
+        # Lance takes an object store's place for a URL: unquoted, two memories "a#1" and "a#2" would be one.
+        place = quote(place, safe=":/") if is_remote(place) else place
+        return lancedb.connect(place, storage_options=_storage_options(uri))
     except (OSError, RuntimeError, ValueError) as error:
         raise ConfigError(f"can't open a LanceDB directory at {uri}: {first_line(error)}") from None
 

@@ -84,3 +84,36 @@ def test_s3_urls_work_against_a_real_server(s3_server: str) -> None:
     assert storage.exists(place)
     storage.delete(place)
     assert not storage.exists(place)
+
+
+ODD_NAMES = [
+    "a b",
+    "Funny cat #1",
+    "who?",
+    "who?region=x",
+    "50%",
+    "50%25",
+    "%2e%2e",
+    "a+b&c=d",
+    "é",
+    "#",
+    "?",
+    "a#/b?",
+]
+
+
+def test_names_of_keys_are_taken_as_they_are(s3_server: str) -> None:
+    places = sorted(f"s3://bucket/in it #1?/{name}/a.bin" for name in ODD_NAMES)
+    for place in places:
+        storage.write_bytes(place, place.encode())
+    assert storage.list_files("s3://bucket/in it #1?") == places
+    assert [storage.read_bytes(place).decode() for place in places] == places
+    storage.delete(places[0])
+    assert [storage.exists(place) for place in places] == [False] + [True] * (len(places) - 1)
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
+def test_a_google_key_is_taken_as_it_is_and_its_bucket_alone_read_as_an_address(name: str) -> None:
+    fs, path = storage.filesystem(f"gs://anonymous@bucket/folder/{name}")
+    assert (type(fs).__name__, path) == ("GcsFileSystem", f"bucket/folder/{name}")
+    assert storage.filesystem("gs://anonymous@bucket")[1] == "bucket"

@@ -47,17 +47,17 @@ def test_a_killed_crawl_on_an_object_store_equals_an_unbroken_one_on_disk(s3_ser
         write_video(tmp_path / "corpus" / f"{number:02d}.mp4", seed=number, size_px=(64, 64))
         (tmp_path / "corpus" / f"{number:02d}.txt").write_text(f"film {number}")
     for file in (tmp_path / "corpus").iterdir():
-        write_bytes(f"s3://bucket/corpus/{file.name}", file.read_bytes())
+        write_bytes(f"s3://bucket/cats #1?/{file.name}", file.read_bytes())
     local = start(str(tmp_path / "corpus"), "--out", str(tmp_path / "clips"))
     assert local.wait(timeout=240) == 0
-    broken = start("s3://bucket/corpus", "--out", "s3://bucket/clips")
+    broken = start("s3://bucket/cats #1?", "--out", "s3://bucket/clips 100%")
     deadline_s = time.monotonic() + 240
-    while not len(Receipts("s3://bucket/clips")) and time.monotonic() < deadline_s:
+    while not len(Receipts("s3://bucket/clips 100%")) and time.monotonic() < deadline_s:
         time.sleep(0.2)
     os.killpg(broken.pid, signal.SIGKILL)
     broken.wait()
-    assert start("s3://bucket/corpus", "--out", "s3://bucket/clips").wait(timeout=240) == 0
-    found = rows("s3://bucket/clips")
+    assert start("s3://bucket/cats #1?", "--out", "s3://bucket/clips 100%").wait(timeout=240) == 0
+    found = rows("s3://bucket/clips 100%")
     assert found == rows(str(tmp_path / "clips"))
     assert [row["status"] for row in found] == ["ok"] * NUM_VIDEOS
-    assert not list_files("s3://bucket/clips/journal")
+    assert not list_files("s3://bucket/clips 100%/journal")

@@ -255,14 +255,18 @@ def test_corpora_on_an_object_store_read_like_those_on_disk(s3_server, tmp_path,
     film = write_video(tmp_path / "a.mp4").read_bytes()
     picture = write_picture(tmp_path / "b.jpg").read_bytes()
     write_tar(tmp_path / "t.tar", {"000.jpg": picture, "000.txt": b"a picture"})
-    files = {"in/a.mp4": film, "in/a.txt": b"a film", "t.tar": (tmp_path / "t.tar").read_bytes()}
-    for name, data in files.items():
-        write_bytes(f"s3://corpus/{name}", data)
-    items = [*read("s3://corpus/in"), *read("s3://corpus/t.tar")]
-    assert [item.uri.partition("#")[0] for item in items] == ["s3://corpus/in/a.mp4", "s3://corpus/t.tar"]
+    pq.write_table(pa.table({"image": [picture], "caption": ["a cell"]}), tmp_path / "t.parquet")
+    folder, name = "s3://corpus/in 100% #1?", "Funny cat #2, 50%25?"
+    files = {f"{name}.mp4": film, f"{name}.txt": b"a film"}
+    files |= {f"t/{f}": (tmp_path / f).read_bytes() for f in ("t.tar", "t.parquet")}
+    for file, data in files.items():
+        write_bytes(f"{folder}/{file}", data)
+    items = [i for i in read(folder) if i.uri == f"{folder}/{name}.mp4"]
+    items += [*read(f"{folder}/t/t.tar"), *read(f"{folder}/t/t.parquet")]
     settings = ("whole", FilterConfig())
     rows = [row for i in items for row in inspect_parent(i.to_json(), {"local_uri": i.uri}, *settings)]
-    assert [(row["status"], row["caption"]) for row in rows] == [("ok", "a film"), ("ok", "a picture")]
+    assert [row["status"] for row in rows] == ["ok"] * 3
+    assert [row["caption"] for row in rows] == ["a film", "a picture", "a cell"]
     assert rows[0]["source_sha256"] == hashlib.sha256(film).hexdigest()
 
 

@@ -278,7 +278,7 @@ def test_a_memory_in_an_object_store_is_built_grows_and_is_searched(
     """In a process of its own: the workers' environment must name the store before Ray starts."""
     first, second = corpus(tmp_path / "one", range(9)), corpus(tmp_path / "two", range(6, 12))
     filesystem("s3://memories/x")[0].create_dir("memories")
-    out = "s3://memories/waves"
+    out = "s3://memories/waves #1? 100%25"
     assert build_in_process(first, out).wait(240) == 0
     before = read_certificate(out)
     assert before is not None and before.num_out == 9
@@ -286,7 +286,7 @@ def test_a_memory_in_an_object_store_is_built_grows_and_is_searched(
     grown = read_certificate(out)
     assert grown is not None and (grown.num_out, grown.filtered) == (12, {"filtered_duplicate": 3})
     assert open_memory(out, version=before.facts["memory_version"]).num_documents == 9
-    retrieve, found = RetrieveConfig(retriever="bm25", k=3), "s3://memories/found"
+    retrieve, found = RetrieveConfig(retriever="bm25", k=3), "s3://memories/found #1? 100%25"
     question = SearchConfig(memory=out, text="a wave number 7", out=found, retrieve=retrieve)
     assert search(question)[0]["text"] == "a wave number 7"
     assert exists(f"{found}/search.html")

@@ -44,6 +44,18 @@ def test_documents_are_inserted_once(tmp_path: Path) -> None:
     assert len(ids) == len(set(ids)) == 60
 
 
+def test_memories_on_an_object_store_are_told_apart_by_every_letter_of_their_names(s3_server: str) -> None:
+    write_bytes("s3://memories/marker", b"")  # makes the bucket
+    places = [f"s3://memories/waves{odd}" for odd in (" #1", " #2", "?1", "?2", "50%", "50%25", "%20#1")]
+    for number, place in enumerate(places):
+        make_memory(place, documents(10 + number, start=100 * number))
+    for number, place in enumerate(places):
+        table = open_memory(place).table
+        assert table.count_rows() == 10 + number
+        ids = sorted_columns(table, ["doc_id"])["doc_id"].to_pylist()
+        assert ids == sorted(documents(10 + number, start=100 * number)["doc_id"].to_pylist())
+
+
 @settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_a_commit_killed_anywhere_ends_in_the_same_table(tmp_path: Path, data: st.DataObject) -> None:
