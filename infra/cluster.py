@@ -113,7 +113,8 @@ def _start(**options: Any) -> Any:
         if isinstance(error, ConnectionError):
             raise ConfigError(
                 f"no Ray cluster answers at {options['address']!r}: {text[:200]}",
-                cure="start it (docs/cluster.md), mend RAY_ADDRESS or ray.address, or set its RAY_AUTH_TOKEN",
+                cure="start it, mend RAY_ADDRESS or ray.address, or bring its token: RAY_AUTH_TOKEN and "
+                "RAY_AUTH_MODE=token (docs/cluster.md)",
             ) from None
         if "timed out during startup" in text:
             raise VimiError(

