@@ -1,3 +1,5 @@
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -6,7 +8,7 @@ from hypothesis import strategies as st
 
 from infra import storage
 from infra.certificate import Certificate, read_certificate, require_certificate, write_certificate
-from infra.claim import open_job
+from infra.claim import alone, open_job
 from infra.config import Config, Incidental
 from infra.errors import ConfigError, DataError
 
@@ -68,6 +70,39 @@ def test_same_claim_is_recognised_and_another_refused_with_the_field(tmp_path: P
     found = open_job(out, job="some", config=SomeConfig(), inputs={})
     assert found is not None
     assert found.num_out == 3
+
+
+def test_a_folder_is_held_by_one_process_and_the_other_is_told(tmp_path: Path) -> None:
+    out = str(tmp_path)
+    told = pytest.raises(ConfigError, match=r"^another process works on [^\n]*; cure: wait[^\n]*$")
+    with alone(out), told, alone(out):
+        pass
+    with alone(out):
+        pass
+
+
+def test_the_cache_is_a_folder_that_nobody_else_can_have_filled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever could write there could put reversed vectors in it."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    cache = storage.user_cache()
+    assert cache == tmp_path / "vimi" and cache.stat().st_mode & 0o777 == 0o700
+    cache.chmod(0o755)
+    assert storage.user_cache().stat().st_mode & 0o777 == 0o700, "nobody needs to read it"
+    wrong: list[Callable[[], object]] = [lambda: cache.chmod(0o720), lambda: cache.chmod(0o702)]
+    if os.getuid() == 0:
+        wrong.append(lambda: os.chown(cache, 12345, 12345))
+    for spoil in wrong:
+        spoil()
+        with pytest.raises(DataError, match="others may write there; cure: set XDG_CACHE_HOME"):
+            storage.user_cache()
+        os.chown(cache, os.getuid(), os.getgid())
+        cache.chmod(0o700)
+    cache.rename(tmp_path / "elsewhere")
+    cache.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(DataError, match="is a link"):
+        storage.user_cache()
 
 
 def test_unwritable_output_is_refused(tmp_path: Path) -> None:

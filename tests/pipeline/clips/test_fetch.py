@@ -12,6 +12,7 @@ import pytest
 from pipeline.clips.fetch import fetcher as fetching
 from pipeline.clips.fetch import web
 from pipeline.clips.fetch.fetcher import Fetcher
+from pipeline.clips.fetch.store import MediaStore
 from pipeline.clips.fetch.web import FetchConfig
 from pipeline.clips.sources import SourceConfig, open_source
 from pipeline.schema import RowError
@@ -100,6 +101,18 @@ def test_a_download_that_breaks_off_is_resumed_where_it_stopped(fetch, site):
     assert Path(found["local_uri"]).read_bytes() == BODY
     assert site.ranges == [None, "bytes=50000-"]
     assert site.sent_bytes - len(site.robots) == len(BODY)
+
+
+def test_a_link_that_waits_where_a_download_would_grow_is_not_followed(site, fetch, tmp_path):
+    """The name of that place is a hash of the address, which anybody can work out."""
+    with MediaStore(str(tmp_path / "media")).partial(site.url + "/good") as part:
+        pass
+    victim = tmp_path / "victim"
+    victim.write_bytes(b"mine")
+    part.symlink_to(victim)
+    (found,) = fetch("/good")
+    assert Path(found["local_uri"]).read_bytes() == BODY
+    assert victim.read_bytes() == b"mine" and part.is_symlink()
 
 
 def test_a_second_crawl_transfers_only_what_changed(fetch, site):
