@@ -61,6 +61,12 @@ def sample(
     image: Annotated[list[str] | None, typer.Option(help="Picture for the next <image>; repeat it.")] = None,
     out: Out = None,
     prompts_file: Annotated[str | None, typer.Option(help="JSONL file of prompts.")] = None,
+    documents: Annotated[
+        str | None, typer.Option(help="right, none or shuffled: whose documents each prompt gets.")
+    ] = None,
+    no_retrieval: Annotated[
+        bool, typer.Option("--no-retrieval", help="The same prompts without documents.")
+    ] = False,
     seed: Annotated[list[int] | None, typer.Option(help="One video for each prompt and seed.")] = None,
     steps: Annotated[int | None, typer.Option(help="Sampling steps.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance weight; 1 = none.")] = None,
@@ -77,6 +83,7 @@ def sample(
         "images": image or None,
         "out": out,
         "prompts_file": prompts_file,
+        "documents": "none" if no_retrieval else documents,
         "seeds": seed or None,
         "num_steps": steps,
         "guidance.weight": guidance,

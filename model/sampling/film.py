@@ -2,14 +2,19 @@
 
 import hashlib
 import io
+from collections.abc import Sequence
 from fractions import Fraction
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
+from infra.pictures import PictureError, decode_picture
 from infra.storage import join, write_bytes
+
+ABOVE_GAP_PX = 8
+"""Between the pictures above the frames of a contact sheet and the frames."""
 
 
 def to_frames(video: Tensor) -> np.ndarray:
@@ -43,19 +48,46 @@ def encode_mp4(frames: np.ndarray, fps: float, *, scale: int = 1, crf: int = 12)
     return buffer.getvalue()
 
 
-def contact_sheet(frames: np.ndarray, *, columns: int = 8, scale: int = 1, gap_px: int = 2) -> bytes:
-    """PNG of all frames of uint8 `t h w 3`, in rows, on white."""
+def contact_sheet(
+    frames: np.ndarray, *, columns: int = 8, scale: int = 1, gap_px: int = 2, above: Sequence[bytes] = ()
+) -> bytes:
+    """PNG of all frames of uint8 `t h w 3`, in rows, on white; and of encoded pictures in a row above them."""
     frames = frames.repeat(scale, axis=1).repeat(scale, axis=2)
-    count, height, width, _ = frames.shape
-    columns = min(columns, count)
-    rows = -(-count // columns)
-    sheet = np.full((rows * (height + gap_px) - gap_px, columns * (width + gap_px) - gap_px, 3), 255, np.uint8)
-    for number, frame in enumerate(frames):
-        top, left = (number // columns) * (height + gap_px), (number % columns) * (width + gap_px)
-        sheet[top : top + height, left : left + width] = frame
+    shown = [_fitted(picture, *frames.shape[1:3]) for picture in above]
+    parts = [_grid(np.stack(shown), columns, gap_px)] if shown else []
+    parts.append(_grid(frames, columns, gap_px))
+    space = ABOVE_GAP_PX if shown else 0
+    sheet = np.full(
+        (sum(part.shape[0] for part in parts) + space, max(part.shape[1] for part in parts), 3), 255, np.uint8
+    )
+    sheet[: parts[0].shape[0], : parts[0].shape[1]] = parts[0]
+    sheet[-parts[-1].shape[0] :, : parts[-1].shape[1]] = parts[-1]
     buffer = io.BytesIO()
     Image.fromarray(sheet).save(buffer, format="PNG", optimize=False)
     return buffer.getvalue()
+
+
+def _grid(tiles: np.ndarray, columns: int, gap_px: int) -> np.ndarray:
+    """uint8 `h w 3` of tiles `n h w 3` in rows, on white."""
+    count, height, width, _ = tiles.shape
+    columns = min(columns, count)
+    rows = -(-count // columns)
+    sheet = np.full((rows * (height + gap_px) - gap_px, columns * (width + gap_px) - gap_px, 3), 255, np.uint8)
+    for number, tile in enumerate(tiles):
+        top, left = (number // columns) * (height + gap_px), (number % columns) * (width + gap_px)
+        sheet[top : top + height, left : left + width] = tile
+    return sheet
+
+
+def _fitted(picture: bytes, height: int, width: int) -> np.ndarray:
+    """An encoded picture, whole, on white, uint8 `h w 3`; white alone if it can't be read."""
+    tile = Image.new("RGB", (width, height), "white")
+    try:
+        shown = ImageOps.contain(decode_picture(picture), (width, height))
+    except PictureError:
+        return np.asarray(tile)
+    tile.paste(shown, ((width - shown.width) // 2, (height - shown.height) // 2))
+    return np.asarray(tile)
 
 
 def scale_to_look_at(width_px: int, wanted_px: int = 320) -> int:
@@ -64,9 +96,16 @@ def scale_to_look_at(width_px: int, wanted_px: int = 320) -> int:
 
 
 def write_video(
-    folder: str, name: str, frames: np.ndarray, fps: float
+    folder: str, name: str, frames: np.ndarray, fps: float, *, above: Sequence[bytes] = ()
 ) -> tuple[dict[str, str], dict[str, bytes]]:
     """Write mp4 and contact sheet of uint8 `t h w 3` frames, enlarged to be looked at.
+
+    Args:
+        folder: of the files.
+        name: of the files, without ending.
+        frames: the video.
+        fps: frames per second.
+        above: encoded pictures to show above the frames: the documents that the prompt retrieved.
 
     Returns:
         What samples.json says of them, and the files by name.
@@ -74,7 +113,7 @@ def write_video(
     scale = scale_to_look_at(frames.shape[2])
     files = {
         f"{name}.mp4": encode_mp4(frames, fps, scale=scale),
-        f"{name}.png": contact_sheet(frames, scale=max(1, scale // 2)),
+        f"{name}.png": contact_sheet(frames, scale=max(1, scale // 2), above=above),
     }
     for path, data in files.items():
         write_bytes(join(folder, path), data)

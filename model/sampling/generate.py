@@ -17,10 +17,18 @@ from infra.certificate import Certificate, FileEntry, write_certificate
 from infra.claim import open_job
 from infra.config import Config, Incidental, Location
 from infra.errors import ConfigError
-from infra.progress import ProgressPrinter
+from infra.progress import ProgressPrinter, say
 from infra.run_folder import COMMITTED
-from infra.storage import join, read_bytes, write_json
-from model.prompt.select import select
+from infra.storage import join, read_bytes, write_bytes, write_json
+from model.sampling.documents import (
+    Documents,
+    choose_documents,
+    cut_documents,
+    describe_documents,
+    document_pictures,
+    num_shared,
+    retrieved,
+)
 from model.sampling.film import to_frames, write_video
 from model.sampling.maker import GuidanceConfig, Maker, open_maker
 from model.sampling.requests import (
@@ -73,8 +81,14 @@ class SampleConfig(Config):
     """Folder of prompt shards: their documents and pictures come with them."""
     rows: int = Field(default=4, ge=1, le=1_000_000)
     """How many prompts of `prompts_uri`."""
+    split: str | None = None
+    """Only rows of this split of `prompts_uri` (train, val, test, as the corpus names them); null = all."""
     num_documents: int | None = Field(default=None, ge=0)
-    """Retrieved documents that stay in each prompt; null = all."""
+    """Retrieved documents that stay in each prompt, best first; null = what was given by hand, and of a
+    shard's row as many as the run has learned with at most."""
+    documents: Documents = "right"
+    """Whose documents each prompt gets: its own (right), none, or those of another prompt (shuffled, another
+    shuffle for each seed): the controls, with the same noise."""
     ema: str = WEIGHTS
     """`weights`, a stored average by name (power-0.05, half-life-...), or `power-<sigma_rel>` of any width,
     reconstructed from the stored ones (EDM2)."""
@@ -99,10 +113,10 @@ def check(config: SampleConfig) -> str:
     """Refuse what can't work before anything is loaded; the plan in words."""
     uri = find_checkpoint(config.run)
     check_average(uri, config.ema)
-    count = len(read_requests(config, read_facts(uri)["stage"])) * len(config.seeds)
     base = config_of(read_facts(uri), uri)
     if base.upsampler is not None:
         raise ConfigError(f"{uri} is an upsampler", cure="give a base model's run, and this one as --upsampler")
+    count = len(plan_videos(config, base))
     frames = config.num_frames or base.num_frames
     if frames > base.num_frames:
         raise ConfigError(f"num_frames {config.num_frames}", legal=f"at most {base.num_frames}, as trained")
@@ -136,13 +150,13 @@ def check_cascade(upsampler: UpsampleConfig, frames: int, size_px: tuple[int, in
         )
 
 
-def read_requests(config: SampleConfig, stage: str) -> list[SampleRequest]:
-    """All prompts that the config asks for, of a model of this stage.
+def read_requests(config: SampleConfig, base: StageConfig) -> list[SampleRequest]:
+    """All prompts that the config asks for, of a model that `base` trained, each once.
 
     Raises:
         ConfigError: none, or one that can't be read.
     """
-    instruct, images = stage == "stage2", list(config.images)
+    instruct, images = base.stage == "stage2", list(config.images)
     prompts = []
     for text in config.prompts:
         mine = [images.pop(0) for _ in range(min(text.count("<image>"), len(images)))]
@@ -154,29 +168,62 @@ def read_requests(config: SampleConfig, stage: str) -> list[SampleRequest]:
     fps, size = config.fps, config.original_size_px
     requests = [SampleRequest(prompt, fps, size) for prompt in prompts]
     if config.prompts_uri:
-        requests += requests_in_shards(config.prompts_uri, config.rows, fps=fps, original_size_px=size)
+        rows = requests_in_shards(
+            config.prompts_uri, config.rows, fps=fps, original_size_px=size, split=config.split
+        )
+        requests += [cut_documents(row, max(base.documents)) for row in rows]
     if not requests:
         raise ConfigError("no prompts", cure='give a prompt ("A dog runs."), prompts_file or prompts_uri')
+    if config.num_documents is not None:
+        requests = [cut_documents(request, config.num_documents) for request in requests]
     return requests
+
+
+def plan_videos(config: SampleConfig, base: StageConfig) -> list[SampleRequest]:
+    """One request for each prompt and seed, with the documents that the config chooses.
+
+    Raises:
+        ConfigError: no prompts, or nothing to shuffle.
+    """
+    requests = read_requests(config, base)
+    if config.documents == "shuffled":
+        having = sum(bool(retrieved(request.prompt)) for request in requests)
+        if having < 2:
+            raise ConfigError(
+                f"documents shuffled: {having} of {len(requests)} prompts have documents",
+                legal="at least two, of a run that learned with documents",
+                cure="give prompts of shards with more --set rows=N",
+            )
+    turns = [
+        [replace(request, seed=seed) for request in choose_documents(requests, config.documents, seed)]
+        for seed in config.seeds
+    ]
+    return [request for prompt in zip(*turns, strict=True) for request in prompt]
 
 
 def run(config: SampleConfig) -> Certificate:
     """Make the videos; the same command finds them made."""
     check(config)
     uri = find_checkpoint(config.run)
-    requests = read_requests(config, read_facts(uri)["stage"])
+    base = config_of(read_facts(uri), uri)
+    work = plan_videos(config, base)
     inputs = {
         "checkpoint": _hash_of_checkpoint(uri),
-        "prompts": hashlib.sha256("".join(prompt_hash(r.prompt) for r in requests).encode()).hexdigest()[:16],
+        "prompts": hashlib.sha256("".join(prompt_hash(r.prompt) for r in work).encode()).hexdigest()[:16],
     }
     if config.upsampler is not None:
         inputs["upsampler"] = _hash_of_checkpoint(find_checkpoint(config.upsampler.run))
+    if config.documents == "shuffled":
+        own = plan_videos(config.model_copy(update={"documents": "right"}), base)
+        if shared := num_shared(own, work):
+            say(
+                f"  note: {shared} of {len(work)} shuffled prompts hold a document of their own: too few others"
+            )
     done = open_job(config.out, job="sample", config=config, inputs=inputs)
     if done is not None:
         return done
     started_s = time.monotonic()
     sampler = Sampler(config, uri)
-    work = [replace(request, seed=seed) for request in requests for seed in config.seeds]
     progress = ProgressPrinter("sample", len(work), unit="videos")
     entries, files = [], []
     for number, request in enumerate(work):
@@ -185,7 +232,7 @@ def run(config: SampleConfig) -> Certificate:
         files += written
         progress.add()
     progress.close()
-    facts = {"run": config.run, "checkpoint": uri, "ema": config.ema}
+    facts = {"run": config.run, "checkpoint": uri, "ema": config.ema, "documents": config.documents}
     write_json(join(config.out, "samples.json"), {**facts, "samples": entries})
     certificate = Certificate(
         job="sample",
@@ -218,11 +265,19 @@ class Sampler:
     def make(self, name: str, request: SampleRequest) -> tuple[dict[str, Any], list[FileEntry]]:
         """Sample one video and write its files; (entry of samples.json, files of the certificate)."""
         config, guidance = self.config, self.config.guidance
-        said, files = write_video(config.out, name, to_frames(self.video(request)), request.fps)
+        pictures = document_pictures(name, request.prompt)
+        frames = to_frames(self.video(request))
+        said, files = write_video(config.out, name, frames, request.fps, above=list(pictures.values()))
+        for path, data in pictures.items():
+            write_bytes(join(config.out, path), data)
         entry = {
             "prompt": describe_prompt(request.prompt),
             "task": request.task,
             "prompt_id": request.prompt_id,
+            "clip_id": request.clip_id,
+            "documents": config.documents,
+            "documents_of": request.documents_of,
+            "retrieved": describe_documents(name, request),
             "seed": request.seed,
             "fps": request.fps,
             "num_steps": config.num_steps,
@@ -233,14 +288,13 @@ class Sampler:
         }
         return entry, [
             FileEntry(path=p, rows=1, num_bytes=len(d), sha256=hashlib.sha256(d).hexdigest())
-            for p, d in files.items()
+            for p, d in (files | pictures).items()
         ]
 
     @torch.no_grad()
     def video(self, request: SampleRequest) -> Tensor:
         """`t c h w` pixels in about [-1, 1]."""
         config = self.config
-        request = replace(request, prompt=select(request.prompt, config.num_documents))
         size, frames = config.size_px, config.num_frames
         video = self.base.film(request, num_steps=config.num_steps, num_frames=frames, size_px=size)
         if self.upsampler is None or config.upsampler is None:

@@ -13,11 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow.compute as pc
+
 from infra.errors import ConfigError
 from infra.storage import absolute, exists, read_bytes
 from model.condition import Prompt, Segment
 from model.data.batch import ROLES, TASKS, Role, read_prompt
 from model.data.shards import open_parquet, open_shards
+from model.prompt.select import documents
 
 PLACEHOLDER = "<image>"
 
@@ -31,7 +34,9 @@ class SampleRequest:
         fps: frame rate to condition on and to write.
         original_size_px: (height, width) to condition on.
         seed: of the noise.
-        task, prompt_id: of the shard's row, if it is one.
+        task, prompt_id, clip_id: of the shard's row, if it is one.
+        origins: where its documents come from, best first: doc_id, rank, score, retriever, memory_version.
+        documents_of: the prompt whose documents these are, if they are not its own.
     """
 
     prompt: Prompt
@@ -40,6 +45,9 @@ class SampleRequest:
     seed: int = 0
     task: str | None = None
     prompt_id: str | None = None
+    clip_id: str | None = None
+    origins: tuple[dict[str, Any], ...] = ()
+    documents_of: str | None = None
 
 
 def parse_prompt(text: str, images: Sequence[str], *, instruct: bool = False) -> Prompt:
@@ -143,8 +151,16 @@ def _beside(place: str, folder: Path) -> str:
     return prefix + (path if Path(path).is_absolute() or "://" in path else str(folder / path))
 
 
+ROW_COLUMNS = [
+    *("prompt_id", "clip_id", "task", "split", "segments", "target", "fps", "height_px", "width_px"),
+    "memory_version",
+]
+ORIGIN = ("doc_id", "rank", "score", "retriever", "clip_similarity")
+"""What is told of where a document comes from, beside the memory's version."""
+
+
 def requests_in_shards(
-    uri: str, rows: int, *, fps: float, original_size_px: tuple[int, int]
+    uri: str, rows: int, *, fps: float, original_size_px: tuple[int, int], split: str | None = None
 ) -> list[SampleRequest]:
     """The first `rows` prompts of a certified folder, tasks in turn, so that each task is seen.
 
@@ -153,28 +169,66 @@ def requests_in_shards(
         rows: how many.
         fps: for rows that don't bring their own, as pictures do.
         original_size_px: likewise.
+        split: only rows of this split of the corpus; None = all.
+
+    Raises:
+        ConfigError: no row of that split; names those that are there.
     """
+    shards = open_shards(uri)
+    num_tasks = (
+        1 if shards.certificate.job == "augment" else len(shards.certificate.facts.get("tasks") or TASKS)
+    )
     by_task: dict[str, list[SampleRequest]] = {}
-    for group in open_shards(uri).groups:
-        columns = ["prompt_id", "task", "segments", "target", "fps", "height_px", "width_px"]
-        file = open_parquet(group.uri)
-        for row in file.read_row_group(group.index, columns=columns).to_pylist():
-            own = (row["target"] or {}).get("fps") or row["fps"]
-            request = SampleRequest(
-                prompt=read_prompt(row),
-                fps=own if own and math.isfinite(own) else fps,
-                original_size_px=(row["height_px"], row["width_px"]) if row["height_px"] else original_size_px,
-                task=row["task"],
-                prompt_id=row["prompt_id"],
-            )
-            by_task.setdefault(row["task"], []).append(request)
-        if all(len(found) >= rows for found in by_task.values()) and len(by_task) > 2:
+    splits: set[str] = set()
+    for group in shards.groups:
+        table = open_parquet(group.uri).read_row_group(group.index, columns=ROW_COLUMNS)
+        splits.update(str(name) for name in table["split"].to_pylist())
+        if split is not None:
+            table = table.filter(pc.fill_null(pc.equal(table["split"], split), False))
+        for row in table.to_pylist():
+            found = by_task.setdefault(row["task"], [])
+            if len(found) < rows:
+                found.append(_request(row, fps, original_size_px))
+        if len(by_task) == num_tasks and all(len(found) == rows for found in by_task.values()):
             break
+    if not by_task:
+        raise ConfigError(f"no prompt of split {split!r} in {uri}", legal=", ".join(sorted(splits)))
     turns = [list(found) for _, found in sorted(by_task.items())]
     chosen: list[SampleRequest] = []
     while len(chosen) < rows and any(turns):
         chosen += [found.pop(0) for found in turns if found]
     return chosen[:rows]
+
+
+def _request(row: dict[str, Any], fps: float, original_size_px: tuple[int, int]) -> SampleRequest:
+    """One row of PROMPTS as a request."""
+    own = (row["target"] or {}).get("fps") or row["fps"]
+    prompt = read_prompt(row)
+    return SampleRequest(
+        prompt=prompt,
+        fps=own if own and math.isfinite(own) else fps,
+        original_size_px=(row["height_px"], row["width_px"]) if row["height_px"] else original_size_px,
+        task=row["task"],
+        prompt_id=row["prompt_id"],
+        clip_id=row["clip_id"],
+        origins=origins_in(row["segments"], prompt, row["memory_version"]),
+    )
+
+
+def origins_in(
+    segments: Sequence[dict[str, Any]], prompt: Prompt, memory_version: str | None
+) -> tuple[dict[str, Any], ...]:
+    """Where each document of a stored prompt comes from, best first.
+
+    Args:
+        segments: as augment stores them.
+        prompt: the same, read.
+        memory_version: tag of the memory that they were found in.
+    """
+    stored = [segments[places[0]].get("document") or {} for places in documents(prompt)]
+    return tuple(
+        {**{name: one.get(name) for name in ORIGIN}, "memory_version": memory_version} for one in stored
+    )
 
 
 def prompt_hash(prompt: Prompt) -> str:

@@ -26,7 +26,7 @@ TASK_TITLES = {
     Task.VIDEO_PREDICTION: "Video prediction",
     Task.TEXT_TO_VIDEO: "Text-to-video generation",
 }
-SAMPLE_FACTS = {"seed": "seed", "num_steps": "steps", "guidance": "guidance"}
+SAMPLE_FACTS = {"documents": "documents", "seed": "seed", "num_steps": "steps", "guidance": "guidance"}
 Card = dict[str, Any]
 
 
@@ -213,7 +213,7 @@ def _sample_card(
 ) -> Card:
     video = _file(uri, entry.get("video") or f"sample-{number:03d}.mp4")
     sheet = _file(uri, entry.get("sheet") or f"sample-{number:03d}.png")
-    segments = find_segments(shards, entry.get("prompt_id"))
+    segments = _as_sampled(uri, entry, find_segments(shards, entry.get("prompt_id")))
     instruction, line = prompt_line(segments, album) if segments else ("", [])
     facts = [f"{name} {entry[key]}" for key, name in SAMPLE_FACTS.items() if entry.get(key) is not None]
     return {
@@ -225,6 +225,23 @@ def _sample_card(
         "sheet": album.picture(sheet, side_px=1280),
         "facts": " · ".join([label, *facts]),
     }
+
+
+def _as_sampled(uri: str, entry: Card, stored: list[Card]) -> list[Card]:
+    """The prompt's segments with the documents that the video was made with: found for it, none, or others'."""
+    if entry.get("retrieved") is None or not (stored or entry["retrieved"]):
+        return stored
+    found: list[Card] = []
+    for rank, document in enumerate(entry["retrieved"], start=1):
+        told = {"role": Role.RETRIEVED.value, "document": {"rank": rank}}
+        if document.get("text"):
+            found.append({"type": "text", "text": document["text"], **told})
+        if document.get("picture"):
+            found.append({"type": "image", "text": None, "image": _file(uri, document["picture"]), **told})
+    words = {"type": "text", "role": Role.CAPTION.value, "text": entry.get("prompt")}
+    own = [segment for segment in stored if segment["role"] != Role.RETRIEVED] or [words]
+    instructions = sum(segment["role"] == Role.INSTRUCTION for segment in own)
+    return [*own[:instructions], *found, *own[instructions:]]
 
 
 def _file(uri: str, name: Any) -> bytes | None:

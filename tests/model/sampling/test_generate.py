@@ -12,8 +12,10 @@ from PIL import Image
 
 from infra.errors import ConfigError
 from infra.storage import read_json
-from model.sampling.generate import SampleConfig, check, run
-from model.sampling.requests import describe_prompt, parse_prompt, requests_in_shards
+from model.prompt.select import documents
+from model.sampling.documents import retrieved
+from model.sampling.generate import SampleConfig, check, plan_videos, run
+from model.sampling.requests import SampleRequest, describe_prompt, parse_prompt, requests_in_shards
 from model.training.config import Stage1Config
 from model.training.state import restore_generator
 
@@ -127,9 +129,101 @@ def test_rows_of_shards_sample(trained: Stage1Config, tmp_path: Path) -> None:
     assert entry["task"] == "pretrain" and entry["prompt"].endswith("square moves to the right")
 
 
+def of_shards(trained: Stage1Config, out: Path, **changes: Any) -> SampleConfig:
+    return values(trained, out, **{"prompts": [], "prompts_uri": trained.prompts, "rows": 12} | changes)
+
+
+def plan(trained: Stage1Config, out: Path, **changes: Any) -> list[SampleRequest]:
+    return plan_videos(of_shards(trained, out, **changes), trained)
+
+
+def texts_of(requests: list[SampleRequest]) -> list[list[str | None]]:
+    return [[s.text for s in request.prompt if s.role == "retrieved" and s.text] for request in requests]
+
+
+def test_right_none_and_shuffled_differ_in_documents_alone(trained: Stage1Config, tmp_path: Path) -> None:
+    right, none, shuffled = (
+        plan(trained, tmp_path, documents=choice, seeds=[3, 4]) for choice in ("right", "none", "shuffled")
+    )
+    assert [r.seed for r in right] == [3, 4] * 12
+    for one, two, three in zip(right, none, shuffled, strict=True):
+        assert one.seed == two.seed == three.seed
+        assert one.prompt_id == two.prompt_id == three.prompt_id and one.clip_id is not None
+        assert [s for s in one.prompt if s.role != "retrieved"] == list(two.prompt)
+        assert [s for s in three.prompt if s.role != "retrieved"] == list(two.prompt)
+        assert [s.role for s in one.prompt] == [s.role for s in three.prompt]
+        assert retrieved(one.prompt) and not retrieved(two.prompt)
+        assert one.documents_of is None and two.origins == () and three.documents_of != three.prompt_id
+    # Four colours of three prompts each: nobody gets a document of his own colour, and all are handed out.
+    for seed in (0, 1):
+        pairs = list(zip(texts_of(right[seed::2]), texts_of(shuffled[seed::2]), strict=True))
+        assert all(own != other for own, other in pairs)
+        assert sorted(own for own, _ in pairs) == sorted(other for _, other in pairs)
+    assert texts_of(shuffled[0::2]) != texts_of(shuffled[1::2])
+    assert shuffled == plan(trained, tmp_path, documents="shuffled", seeds=[3, 4])
+
+
+def test_documents_that_are_chosen_are_told_and_shown(trained: Stage1Config, tmp_path: Path) -> None:
+    sheets = {}
+    for choice in ("right", "none", "shuffled"):
+        certificate = run(of_shards(trained, tmp_path / choice, rows=2, documents=choice))
+        facts = read_json(str(tmp_path / choice / "samples.json"))
+        assert facts["documents"] == choice
+        for entry in facts["samples"]:
+            assert entry["documents"] == choice and entry["clip_id"].startswith("clip-")
+            sheets[choice] = Image.open(tmp_path / choice / entry["sheet"]).size[1]
+            for document in entry["retrieved"]:
+                assert document["text"].endswith("thing") and document["retriever"] == "bm25"
+                assert document["rank"] == 1 and document["memory_version"] == "test-1"
+                assert Image.open(tmp_path / choice / document["picture"]).size == (16, 12)
+                assert document["picture"] in {file.path for file in certificate.files}
+        texts = [[d["text"] for d in entry["retrieved"]] for entry in facts["samples"]]
+        assert texts == {"none": [[], []]}.get(choice, texts) and (choice == "none" or all(texts))
+    assert sheets["right"] == sheets["shuffled"] > sheets["none"]
+
+
+def test_no_documents_are_the_prompt_cut_to_none(trained: Stage1Config, tmp_path: Path) -> None:
+    run(of_shards(trained, tmp_path / "none", rows=1, documents="none"))
+    run(of_shards(trained, tmp_path / "cut", rows=1, num_documents=0))
+    one, two = (read_json(str(tmp_path / n / "samples.json"))["samples"][0] for n in ("none", "cut"))
+    assert one["frames_sha256"] == two["frames_sha256"]
+
+
+def test_rows_have_as_many_documents_as_the_run_learned_with(
+    trained: Stage1Config, tmp_path: Path, make_shards, make_row
+) -> None:
+    row = make_row(0)
+    row["segments"] = [*row["segments"][:2] * 4, row["segments"][2]]
+    folder = str(make_shards(rows=[row]))
+    for number, expected in ((None, max(trained.documents)), (3, 3), (0, 0)):
+        planned = plan(trained, tmp_path, prompts_uri=folder, num_documents=number)
+        assert [len(documents(request.prompt)) for request in planned] == [expected]
+        assert len(planned[0].origins) == expected
+
+
+def test_rows_of_one_split(trained: Stage1Config, tmp_path: Path, make_shards, make_row) -> None:
+    rows = [make_row(n) | {"split": (None, "train", "test")[n % 3]} for n in range(12)]
+    folder = str(make_shards(rows=rows))
+    found = plan(trained, tmp_path, prompts_uri=folder, split="test")
+    assert {request.prompt_id for request in found} == {
+        row["prompt_id"] for row in rows if row["split"] == "test"
+    }
+    with pytest.raises(ConfigError, match=r"no prompt of split 'val' in .*; legal: None, test, train"):
+        plan(trained, tmp_path, prompts_uri=folder, split="val")
+
+
+def test_a_shuffle_that_cannot_part_the_documents_says_so(
+    trained: Stage1Config, tmp_path: Path, make_shards, make_row, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = str(make_shards(rows=[make_row(n) for n in (0, 4)]))  # both red
+    run(of_shards(trained, tmp_path / "out", prompts_uri=folder, documents="shuffled"))
+    assert "2 of 2 shuffled prompts hold a document of their own" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"documents": "shuffled"}, "0 of 1 prompts have documents; legal: at least two"),
         ({"prompts": []}, "no prompts"),
         ({"run": "/nowhere"}, "no committed checkpoint at /nowhere"),
         ({"num_frames": 99}, "num_frames 99; legal: at most 4"),

@@ -21,9 +21,10 @@ from pipeline.prompts.tasks import RECIPES, image, replace_words
 from pipeline.prompts.tasks import text as text_segment
 from pipeline.report import ReportConfig, check, run
 from pipeline.report.album import Album
+from pipeline.report.galleries import sample_cards
 from pipeline.report.statistics import _random_similarities, refusals
 from pipeline.schema import CLIPS, PROMPTS, Role, Task, content_id
-from pipeline.shards import shard_name, write_meta, write_shard
+from pipeline.shards import ShardSet, shard_name, write_meta, write_shard
 from tests.pipeline.memory.memory_tables import documents, make_memory
 
 HOSTILE = "A red dog <script>alert('x')</script> is in the grass \"><img src=x onerror=alert(1)> & so on"
@@ -232,6 +233,27 @@ def test_page_says_what_became_of_each_row(page: str):
 def test_first_and_last_previews_of_a_run_are_shown(page: str):
     assert "stage1 at 8 samples" in page and "stage1 at 48 samples" in page
     assert "stage1 at 16 samples" not in page
+
+
+def test_a_video_is_shown_with_the_documents_it_was_made_with(parts: dict[str, Any], tmp_path: Path) -> None:
+    """Not with those that its row of the shards holds: `--documents shuffled` gives it others."""
+    shards = ShardSet(parts["prompts"])
+    stored = shards.read_row_group(0, ["prompt_id"])["prompt_id"][0].as_py()
+    (tmp_path / "sample-000-retrieved-1.png").write_bytes(picture(5))
+    document = {"text": "a thing of another prompt", "picture": "sample-000-retrieved-1.png"}
+    entries = [
+        {"prompt": "a dog", "prompt_id": stored, "retrieved": [document]},
+        {"prompt": "a dog", "prompt_id": stored, "retrieved": []},
+        {"prompt": "a cat", "prompt_id": None, "retrieved": [document]},
+    ]
+    write_json(str(tmp_path / "samples.json"), {"samples": entries})
+    lines = [card["line"] for card in sample_cards(str(tmp_path), [shards], Album(max_bytes=10**6))]
+    for line in (lines[0], lines[2]):
+        found = [piece for piece in line if piece["role"] == "retrieved"]
+        assert [piece.get("text") for piece in found] == ["a thing of another prompt", None]
+        assert found[1]["picture"].startswith("data:image/webp")
+    assert {piece["role"] for piece in lines[1]} == {"caption"}
+    assert lines[2][-1] == {"text": "a cat", "role": "caption"}
 
 
 @pytest.mark.parametrize("name", ["clips", "prompts", "instructions", "runs", "samples"])

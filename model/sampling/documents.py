@@ -1,0 +1,129 @@
+"""Retrieved documents of the prompts that are sampled: their own, none, or those of another prompt.
+
+The control that tells whether a model reads its documents is the same prompt and noise with the documents of
+another one: *shuffled*. All else being equal, the three choices are paired, video by video.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+from infra.pictures import PictureError, open_picture
+from model.condition import Prompt
+from model.data.batch import Role
+from model.prompt.select import documents, keep_documents
+from model.sampling.requests import SampleRequest, describe_prompt, prompt_hash
+
+Documents = Literal["right", "none", "shuffled"]
+
+
+def retrieved(prompt: Prompt) -> Prompt:
+    """The segments of its documents, best first."""
+    return tuple(segment for segment in prompt if segment.role == Role.RETRIEVED)
+
+
+def with_retrieved(prompt: Prompt, found: Prompt) -> Prompt:
+    """The prompt with these documents in place of its own; where it has none, behind its instruction."""
+    instructions = sum(segment.role == Role.INSTRUCTION for segment in prompt)
+    place = next((n for n, segment in enumerate(prompt) if segment.role == Role.RETRIEVED), instructions)
+    own = [segment for segment in prompt if segment.role != Role.RETRIEVED]
+    return (*own[:place], *found, *own[place:])
+
+
+def cut_documents(request: SampleRequest, number: int) -> SampleRequest:
+    """The request with its first `number` documents."""
+    return replace(
+        request, prompt=keep_documents(request.prompt, number), origins=request.origins[: max(number, 0)]
+    )
+
+
+def choose_documents(requests: Sequence[SampleRequest], choice: Documents, seed: int) -> list[SampleRequest]:
+    """The requests with their own documents, with none, or each with those of another.
+
+    Args:
+        requests: in any order.
+        choice: which documents.
+        seed: of the shuffle.
+    """
+    if choice == "right":
+        return list(requests)
+    if choice == "none":
+        return [cut_documents(request, 0) for request in requests]
+    givers = [requests[giver] for giver in derange(requests, seed)]
+    return [
+        replace(
+            mine,
+            prompt=with_retrieved(mine.prompt, retrieved(giver.prompt)),
+            origins=giver.origins,
+            documents_of=giver.prompt_id or describe_prompt(giver.prompt),
+        )
+        for mine, giver in zip(requests, givers, strict=True)
+    ]
+
+
+def derange(requests: Sequence[SampleRequest], seed: int) -> list[int]:
+    """Whose documents each request gets: a permutation without a fixed point, a function of seed and prompts.
+
+    Two prompts may have found the same document, which would be no control: such pairs are parted again
+    wherever another pair can be made.
+    """
+    marks = [_marks(request.prompt) for request in requests]
+    order = sorted(range(len(requests)), key=lambda n: _draw(requests[n], seed))
+    giver = {mine: order[(place + 1) % len(order)] for place, mine in enumerate(order)}
+
+    def clash(mine: int, other: int) -> bool:
+        return mine == other or not marks[mine].isdisjoint(marks[other])
+
+    for mine in order:
+        if clash(mine, giver[mine]):
+            for other in order:
+                if not clash(mine, giver[other]) and not clash(other, giver[mine]):
+                    giver[mine], giver[other] = giver[other], giver[mine]
+                    break
+    return [giver[mine] for mine in range(len(requests))]
+
+
+def num_shared(requests: Sequence[SampleRequest], shuffled: Sequence[SampleRequest]) -> int:
+    """How many of the shuffled requests still hold a document of their own."""
+    pairs = zip(requests, shuffled, strict=True)
+    return sum(not _marks(mine.prompt).isdisjoint(_marks(other.prompt)) for mine, other in pairs)
+
+
+def _marks(prompt: Prompt) -> set[str | bytes | None]:
+    """Texts and pictures of the documents: what two prompts have in common when they found the same thing."""
+    return {part for segment in retrieved(prompt) for part in (segment.text, segment.image) if part}
+
+
+def _draw(request: SampleRequest, seed: int) -> bytes:
+    name = request.prompt_id or prompt_hash(request.prompt)
+    return hashlib.sha256(f"{seed}/{name}/documents".encode()).digest()
+
+
+def document_pictures(name: str, prompt: Prompt) -> dict[str, bytes]:
+    """File beside the video `name` -> picture of a document, best first, as the model is given it."""
+    found = {}
+    for rank, places in enumerate(documents(prompt), start=1):
+        for image in (prompt[place].image for place in places):
+            if image:
+                found[f"{name}-retrieved-{rank}.{_ending(image)}"] = image
+    return found
+
+
+def _ending(image: bytes) -> str:
+    """Of a file that holds the picture."""
+    try:
+        return (open_picture(image).format or "bin").lower()
+    except PictureError:
+        return "bin"
+
+
+def describe_documents(name: str, request: SampleRequest) -> list[dict[str, Any]]:
+    """What samples.json says of each document, best first: origin, text, file of its picture."""
+    found = []
+    files = {file.partition(".")[0]: file for file in document_pictures(name, request.prompt)}
+    for rank, places in enumerate(documents(request.prompt), start=1):
+        text = next((s.text for s in (request.prompt[place] for place in places) if s.type == "text"), None)
+        origin = request.origins[rank - 1] if rank <= len(request.origins) else {}
+        found.append({**origin, "text": text, "picture": files.get(f"{name}-retrieved-{rank}")})
+    return found
