@@ -165,17 +165,18 @@ def read_requests(config: SampleConfig, base: StageConfig) -> list[SampleRequest
         raise ConfigError(f"{len(images)} images too many", legal="one for each <image> of the prompts")
     if config.prompts_file:
         prompts += prompts_in_file(config.prompts_file, instruct=instruct)
-    fps, size = config.fps, config.original_size_px
+    fps, size, number = config.fps, config.original_size_px, config.num_documents
     requests = [SampleRequest(prompt, fps, size) for prompt in prompts]
+    if number is not None:
+        requests = [cut_documents(request, number) for request in requests]
     if config.prompts_uri:
         rows = requests_in_shards(
             config.prompts_uri, config.rows, fps=fps, original_size_px=size, split=config.split
         )
-        requests += [cut_documents(row, max(base.documents)) for row in rows]
+        number = max(base.documents) if number is None else number
+        requests += [cut_documents(row, number) for row in rows]
     if not requests:
         raise ConfigError("no prompts", cure='give a prompt ("A dog runs."), prompts_file or prompts_uri')
-    if config.num_documents is not None:
-        requests = [cut_documents(request, config.num_documents) for request in requests]
     return requests
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow.compute as pc
+import pyarrow as pa
 
 from infra.errors import ConfigError
 from infra.storage import absolute, exists, read_bytes
@@ -182,9 +182,10 @@ def requests_in_shards(
     splits: set[str] = set()
     for group in shards.groups:
         table = open_parquet(group.uri).read_row_group(group.index, columns=ROW_COLUMNS)
-        splits.update(str(name) for name in table["split"].to_pylist())
+        names = table["split"].to_pylist()
+        splits.update(map(str, names))
         if split is not None:
-            table = table.filter(pc.fill_null(pc.equal(table["split"], split), False))
+            table = table.filter(pa.array([name == split for name in names], pa.bool_()))
         for row in table.to_pylist():
             found = by_task.setdefault(row["task"], [])
             if len(found) < rows:
