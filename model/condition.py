@@ -107,6 +107,7 @@ class Condition:
         original_size_px: `b 2` (height, width) of the target before it was resized.
         references: `b n c h w` in [-1, 1], reference pictures of `plus` mode.
         reference_mask: `b n` bool, True where the reference is real.
+        reference_role: `b n` int64, number of the reference's role; 0 where masked.
     """
 
     tokens: Tensor
@@ -117,13 +118,14 @@ class Condition:
     original_size_px: Tensor
     references: Tensor | None = None
     reference_mask: Tensor | None = None
+    reference_role: Tensor | None = None
 
     def __len__(self) -> int:
         return self.tokens.shape[0]
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "Condition":
         """Move to `device`; `dtype` is for tokens and references only (fps stays float32)."""
-        references, present = self.references, self.reference_mask
+        references, present, shown_as = self.references, self.reference_mask, self.reference_role
         return Condition(
             tokens=self.tokens.to(device, dtype, non_blocking=True),
             mask=self.mask.to(device, non_blocking=True),
@@ -133,6 +135,7 @@ class Condition:
             original_size_px=self.original_size_px.to(device, non_blocking=True),
             references=None if references is None else references.to(device, dtype),
             reference_mask=None if present is None else present.to(device),
+            reference_role=None if shown_as is None else shown_as.to(device),
         )
 
     def select(self, rows: Tensor) -> "Condition":
@@ -161,6 +164,7 @@ def concat_conditions(conditions: list[Condition]) -> Condition:
         **{name: stack(name, None) for name in ("fps", "original_size_px")},
         references=stack("references", count) if count else None,
         reference_mask=stack("reference_mask", count) if count else None,
+        reference_role=stack("reference_role", count) if count else None,
     )
 
 
@@ -176,7 +180,7 @@ class ConditionConfig:
         token_dim: width `e` of the frozen encoder's states (T5-11B and CLIP ViT-H: 1024).
         mode: `faithful` reads references through the frozen encoder only, as VIMI's figures show;
             `plus` also reads their pixel patches.
-        num_roles: roles of segments that have an embedding.
+        num_roles: roles of segments and references that have an embedding.
     """
 
     token_dim: int = 1024
@@ -207,7 +211,7 @@ class ConditionEmbedder(nn.Module):
         self.sigma = nn.Linear(NUM_FEATURES, dim)
         self.fps = nn.Linear(NUM_FEATURES, dim)
         self.size = nn.Linear(2 * NUM_FEATURES, dim)
-        self.references = ReferenceEmbedder(dim) if config.mode == "plus" else None
+        self.references = ReferenceEmbedder(config.num_roles, dim) if config.mode == "plus" else None
         for table in (self.role, self.segment):
             nn.init.normal_(table.weight, std=0.02)
 
@@ -223,8 +227,11 @@ class ConditionEmbedder(nn.Module):
         """
         tokens = [self._scalars(sigma, condition), self._prompt(condition)]
         masks = [condition.mask.new_ones(len(condition), NUM_SCALARS), condition.mask]
-        if self.references is not None and condition.references is not None:
-            extra, extra_mask = self.references(condition.references, condition.reference_mask)
+        pictures, present, role = condition.references, condition.reference_mask, condition.reference_role
+        if self.references is not None and pictures is not None:
+            if present is None or role is None:
+                raise ValueError("references without reference_mask or reference_role")
+            extra, extra_mask = self.references(pictures, present, role)
             tokens.append(extra)
             masks.append(extra_mask)
         return torch.cat([t.to(tokens[0].dtype) for t in tokens], dim=1), torch.cat(masks, dim=1)
@@ -244,18 +251,24 @@ class ConditionEmbedder(nn.Module):
 
 
 class ReferenceEmbedder(nn.Module):
-    """Patches of reference pictures, with their place and their picture's index (`plus` mode)."""
+    """Patches of reference pictures, each with its place, its picture's index and role (`plus` mode).
 
-    def __init__(self, dim: int) -> None:
+    The role tells a retrieved document from the subject, the background and the first frame of an
+    instruction: without it a model could only guess from the order what a picture is for.
+    """
+
+    def __init__(self, num_roles: int, dim: int) -> None:
         super().__init__()
         self.patch = nn.Linear(3 * REFERENCE_PATCH_PX**2, dim)
         self.place = nn.Linear(2 * NUM_FEATURES, dim)
         self.index = nn.Embedding(MAX_REFERENCES, dim)
+        self.role = nn.Embedding(num_roles, dim)
         self.norm = nn.LayerNorm(dim)
-        nn.init.normal_(self.index.weight, std=0.02)
+        for table in (self.index, self.role):
+            nn.init.normal_(table.weight, std=0.02)
 
-    def forward(self, pictures: Tensor, present: Tensor | None) -> tuple[Tensor, Tensor]:
-        """`b n c h w` pictures and `b n` mask to `b (n p) dim` tokens and `b (n p)` mask."""
+    def forward(self, pictures: Tensor, present: Tensor, role: Tensor) -> tuple[Tensor, Tensor]:
+        """`b n c h w` pictures, `b n` mask and roles to `b (n p) dim` tokens and `b (n p)` mask."""
         b, n, c, h, w = pictures.shape
         p = REFERENCE_PATCH_PX
         if h % p or w % p:
@@ -266,9 +279,8 @@ class ReferenceEmbedder(nn.Module):
         grid = pictures.reshape(b, n, c, h // p, p, w // p, p).permute(0, 1, 3, 5, 2, 4, 6)
         patches = grid.reshape(b, n, (h // p) * (w // p), c * p * p).to(dtype)
         places = self.place(_grid_features(h // p, w // p, pictures.device).to(dtype))
-        tokens = self.norm(self.patch(patches) + places + self.index.weight[:n, None])
-        if present is None:
-            present = torch.ones(b, n, dtype=torch.bool, device=tokens.device)
+        each = self.index.weight[:n] + self.role(role)
+        tokens = self.norm(self.patch(patches) + places + each[:, :, None])
         return tokens.flatten(1, 2), present.repeat_interleave(tokens.shape[2], dim=1)
 
 

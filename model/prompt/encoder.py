@@ -21,6 +21,7 @@ from infra.clip import ClipConfig
 from infra.config import Config, Incidental, NameOrFolder, canonical_json
 from model.condition import Beforehand, Condition, EncodedBatch, EncodedPrompt, Prompt, pad
 from model.data.batch import ROLES, role_number
+from model.prompt.pictures import References
 
 HASHED_ROLES = 6
 """Roles whose order is part of an encoder's identity. Later ones are appended: the others keep their number."""
@@ -117,7 +118,7 @@ class PromptEncoder(ABC):
         *,
         fps: Tensor,
         original_size_px: Tensor,
-        references: tuple[Tensor, Tensor] | None = None,
+        references: References | None = None,
         encoded: Beforehand = (),
     ) -> Condition:
         """The generator's condition.
@@ -130,7 +131,6 @@ class PromptEncoder(ABC):
             encoded: as in `encode`.
         """
         batch = self.encode(prompts, encoded)
-        pictures, present = references or (None, None)
         return Condition(
             tokens=batch.tokens,
             mask=batch.mask,
@@ -138,8 +138,9 @@ class PromptEncoder(ABC):
             segment=batch.segment,
             fps=fps,
             original_size_px=original_size_px,
-            references=pictures,
-            reference_mask=present,
+            references=references.pictures if references else None,
+            reference_mask=references.mask if references else None,
+            reference_role=references.role if references else None,
         )
 
 

@@ -4,6 +4,7 @@ A picture that can't be decoded refuses its prompt: a DataError, at the boundary
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -49,7 +50,19 @@ def _tame(image: Image.Image) -> Image.Image:
     return image
 
 
-def reference_tensors(prompts: Sequence[Prompt], size_px: tuple[int, int]) -> tuple[Tensor, Tensor]:
+@dataclass(frozen=True)
+class References:
+    """The pictures of a batch's prompts that the generator sees itself; what is masked is zero."""
+
+    pictures: Tensor
+    """`b n 3 h w` in [-1, 1], in the prompt's order; n is the most that any prompt has."""
+    mask: Tensor
+    """`b n` bool, True = there."""
+    role: Tensor
+    """`b n` int64, number of the segment's role."""
+
+
+def reference_tensors(prompts: Sequence[Prompt], size_px: tuple[int, int]) -> References:
     """Decode the prompts' pictures for the generator itself (`plus` mode; UniVideo table 6).
 
     Of more than MAX_REFERENCES a prompt, retrieved pictures are left out first, then the last ones.
@@ -58,22 +71,20 @@ def reference_tensors(prompts: Sequence[Prompt], size_px: tuple[int, int]) -> tu
         prompts: as given to the encoder, after `select`.
         size_px: (height, width) of every reference.
 
-    Returns:
-        `b n 3 h w` in [-1, 1], in the prompt's order, and the `b n` bool mask; n is the most that any
-        prompt has (0 when none has a picture). What is masked is zero.
-
     Raises:
         PictureError: an undecodable picture.
     """
     chosen = [_chosen(prompt) for prompt in prompts]
     most = max(map(len, chosen), default=0)
-    references = torch.zeros(len(prompts), most, 3, *size_px)
+    pictures = torch.zeros(len(prompts), most, 3, *size_px)
     mask = torch.zeros(len(prompts), most, dtype=torch.bool)
+    role = torch.zeros(len(prompts), most, dtype=torch.long)
     for row, segments in enumerate(chosen):
         for place, segment in enumerate(segments):
-            references[row, place] = _reference(segment, size_px)
+            pictures[row, place] = _reference(segment, size_px)
             mask[row, place] = True
-    return references, mask
+            role[row, place] = role_number(segment.role)
+    return References(pictures, mask, role)
 
 
 def _chosen(prompt: Prompt) -> list[Segment]:

@@ -86,8 +86,9 @@ def make_plan(config: StageConfig, index: pa.Table, num_groups: int) -> Plan:
 
 
 def reference_size(height_px: int, width_px: int) -> tuple[int, int]:
-    """(height, width) of reference pictures in `plus` mode: whole patches."""
-    return height_px - height_px % REFERENCE_PATCH_PX, width_px - width_px % REFERENCE_PATCH_PX
+    """(height, width) of reference pictures in `plus` mode: whole patches, at least one."""
+    height, width = (max(1, side // REFERENCE_PATCH_PX) for side in (height_px, width_px))
+    return height * REFERENCE_PATCH_PX, width * REFERENCE_PATCH_PX
 
 
 class Conditioner:
@@ -238,10 +239,11 @@ def heaviest_batch(
     batch = Batch([0] * count, names, names, [()] * count, pixels, fps, size)
     if has_latents:
         batch = replace(batch, latents=torch.zeros(count, *space.shape(*sizes)))
-    pictures = None
+    pictures, shown = None, None
     if config.references == "plus":
         side = reference_size(config.height_px, config.width_px)
         pictures = torch.zeros(count, MAX_REFERENCES, 3, *side)
+        shown = torch.ones(count, MAX_REFERENCES, dtype=torch.bool)
     return batch, Condition(
         tokens=torch.zeros(count, length, encoder.dim, dtype=encoder.dtype),
         mask=torch.ones(count, length, dtype=torch.bool),
@@ -250,5 +252,6 @@ def heaviest_batch(
         fps=fps,
         original_size_px=size,
         references=pictures,
-        reference_mask=None if pictures is None else torch.ones(pictures.shape[:2], dtype=torch.bool),
+        reference_mask=shown,
+        reference_role=None if shown is None else shown.long(),
     )

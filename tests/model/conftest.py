@@ -49,6 +49,7 @@ def make_condition() -> Callable[..., Condition]:
             original_size_px=torch.randint(100, 1000, (batch, 2), generator=g),
             references=pictures if references else None,
             reference_mask=torch.ones(batch, references, dtype=torch.bool) if references else None,
+            reference_role=torch.randint(6, (batch, references), generator=g) if references else None,
         )
 
     return make

@@ -1,6 +1,7 @@
 """What a condition is, how batches of them are joined, and how they are embedded."""
 
 from dataclasses import replace
+from itertools import combinations
 
 import pytest
 import torch
@@ -93,8 +94,23 @@ def test_equal_references_differ_by_index(make_condition) -> None:
     embedder = ConditionEmbedder(ConditionConfig(token_dim=24, mode="plus"), 32)
     condition = make_condition(references=2)
     condition.references[:, 1] = condition.references[:, 0]
+    condition.reference_role[:, 1] = condition.reference_role[:, 0]
     tokens, _ = embedder(SIGMA, condition)
     assert not torch.allclose(tokens[:, -8:-4], tokens[:, -4:])
+
+
+def test_the_same_picture_in_another_role_gives_other_tokens(make_condition) -> None:
+    embedder = ConditionEmbedder(ConditionConfig(token_dim=24, mode="plus"), 32)
+    condition = make_condition(references=2)
+    shown_as = {
+        role: embedder(SIGMA, _replace(condition, reference_role=torch.full((2, 2), number)))[0]
+        for number, role in enumerate(ROLES)
+        if ROLES[role].kind != "text"
+    }
+    assert len(shown_as) > 3
+    for one, other in combinations(shown_as.values(), 2):
+        assert torch.equal(one[:, :-8], other[:, :-8])
+        assert not torch.isclose(one[:, -8:], other[:, -8:]).all(dim=-1).any()
 
 
 def test_faithful_leaves_reference_pixels_out(embedder, make_condition) -> None:
@@ -106,6 +122,8 @@ def test_odd_references_are_refused(make_condition) -> None:
     odd = _replace(make_condition(references=1), references=torch.zeros(2, 1, 3, 15, 16))
     with pytest.raises(ValueError, match="15x16"):
         embedder(SIGMA, odd)
+    with pytest.raises(ValueError, match="reference_role"):
+        embedder(SIGMA, _replace(make_condition(references=1), reference_role=None))
     many = make_condition(references=9)
     with pytest.raises(ValueError, match="legal: at most 8"):
         embedder(SIGMA, many)
@@ -132,6 +150,7 @@ def test_select_takes_rows_in_order(make_condition) -> None:
     picked = condition.select(torch.tensor([2, 0]))
     assert torch.equal(picked.tokens, condition.tokens[[2, 0]])
     assert torch.equal(picked.references, condition.references[[2, 0]])
+    assert torch.equal(picked.reference_role, condition.reference_role[[2, 0]])
 
 
 def test_a_hidden_prompt_leaves_rate_and_size(embedder, make_condition) -> None:

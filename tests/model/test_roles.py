@@ -45,7 +45,7 @@ def test_a_new_role_is_asked_for_encoded_dropped_and_shown(
     assert (encoded.role[encoded.segment == 1] == role_number(style)).all()
     assert role_number(style) == len(ROLES) - 1
     assert select(prompt, dropped=frozenset({"subject"})) == prompt[:1]
-    assert reference_tensors([prompt], (16, 16))[1].tolist() == [[True]]
+    assert reference_tensors([prompt], (16, 16)).role.tolist() == [[role_number(style)]]
 
 
 def test_a_run_from_before_a_role_goes_on_and_learns_it(
@@ -54,12 +54,14 @@ def test_a_run_from_before_a_role_goes_on_and_learns_it(
     shutil.copytree(trained_run.out, tmp_path / "run")
     config = trained_run.model_copy(update={"out": str(tmp_path / "run")})
     training = Training(config, read_index(config.out))
-    table = training.model.get_parameter("embedder.role.weight")
-    assert training.position == 8 and len(table) == len(ROLES)
-    assert table[-1].abs().sum() > 0  # as drawn
-    before = table.detach().clone()
+    assert training.position == 8
+    tables = [training.model.get_parameter(f"embedder.{name}role.weight") for name in ("", "references.")]
+    before = [table.detach().clone() for table in tables]
     training.step()
-    assert not torch.equal(table[:-1], before[:-1])
+    for table, drawn in zip(tables, before, strict=True):
+        assert len(table) == len(ROLES)
+        assert drawn[-1].abs().sum() > 0  # as drawn
+        assert not torch.equal(table[:-1], drawn[:-1])
     training.close()
 
 
@@ -69,7 +71,7 @@ def test_shorter_tables_fill_the_first_rows_and_leave_the_new_ones(
     tmp_path_factory: pytest.TempPathFactory, there: int, more: int, width: int
 ) -> None:
     run = str(tmp_path_factory.mktemp("run"))
-    names = ["model.embedder.role.weight", "optim.embedder.role.weight.exp_avg"]
+    names = ["model.embedder.role.weight", "optim.embedder.references.role.weight.exp_avg"]
     saved = {name: torch.randn(there, width) for name in names}
     writer = CheckpointWriter(RunFolder(run))
     writer.save(saved, {"position": 4})

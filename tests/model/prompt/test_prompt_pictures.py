@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from model.condition import Segment
+from model.data.batch import role_number
 from model.prompt.pictures import PictureError, decode_picture, reference_tensors
 
 
@@ -95,20 +96,27 @@ def test_references_are_in_prompt_order_scaled_and_masked() -> None:
         (Segment("text", "caption", "x"),),
         (picture("first_frame", (255, 0, 0)),),
     ]
-    references, mask = reference_tensors(prompts, (32, 48))
-    assert references.shape == (3, 2, 3, 32, 48)
-    assert mask.tolist() == [[True, True], [False, False], [True, False]]
-    assert references[0, 0].eq(1).all() and references[0, 1, :, 16, 24].eq(-1).all()
-    assert references[2, 0, :, 0, 0].tolist() == [1, -1, -1]
-    assert not references[1].any()
+    references = reference_tensors(prompts, (32, 48))
+    pictures = references.pictures
+    assert pictures.shape == (3, 2, 3, 32, 48)
+    assert references.mask.tolist() == [[True, True], [False, False], [True, False]]
+    assert pictures[0, 0].eq(1).all() and pictures[0, 1, :, 16, 24].eq(-1).all()
+    assert pictures[2, 0, :, 0, 0].tolist() == [1, -1, -1]
+    assert not pictures[1].any()
+
+
+def test_references_bear_the_role_of_their_segment() -> None:
+    roles = ["retrieved", "subject", "background", "first_frame"]
+    shown = reference_tensors([tuple(picture(role, (9, 9, 9)) for role in roles), ()], (16, 16))
+    assert shown.role.tolist() == [[role_number(role) for role in roles], [0] * 4]
 
 
 def test_subjects_are_shown_whole_on_white_and_scenes_fill_the_frame() -> None:
     wide = {"width": 120, "height": 30}
-    references, _ = reference_tensors(
+    shown = reference_tensors(
         [(picture("subject", (0, 0, 0), **wide), picture("background", (0, 0, 0), **wide))], (32, 32)
     )
-    subject, scene = references[0, 0, 0], references[0, 1, 0]
+    subject, scene = shown.pictures[0, 0, 0], shown.pictures[0, 1, 0]
     assert subject[0].eq(1).all() and subject[16].eq(-1).all()
     assert scene.eq(-1).all()
 
@@ -120,12 +128,11 @@ def test_too_many_references_keep_the_most_important(monkeypatch: pytest.MonkeyP
         picture("background", (0, 255, 0)),
         picture("subject", (0, 0, 255)),
     )
-    references, _ = reference_tensors([prompt], (16, 16))
-    middle = references[0, :, :, 8, 8]
+    middle = reference_tensors([prompt], (16, 16)).pictures[0, :, :, 8, 8]
     np.testing.assert_allclose(middle.numpy(), [[-1, 1, -1], [-1, -1, 1]], atol=0.01)
 
 
 def test_no_pictures_at_all_give_no_references() -> None:
-    references, mask = reference_tensors([()], (16, 16))
-    assert references.shape == (1, 0, 3, 16, 16) and mask.shape == (1, 0)
-    assert references.dtype == torch.float32
+    shown = reference_tensors([()], (16, 16))
+    assert shown.pictures.shape == (1, 0, 3, 16, 16) and shown.mask.shape == shown.role.shape == (1, 0)
+    assert shown.pictures.dtype == torch.float32
