@@ -25,6 +25,51 @@ def main() -> None:
     run_app(app, "vimi-data")
 
 
+def _world(config: Any) -> str:
+    names = [unused(name) for name in ("clips", "pictures", "memory", "prompts")]
+    clips, pictures, memory, prompts = names
+    sizes = {"num_frames": config.frames, "height_px": config.size_px, "width_px": config.size_px}
+    target = "".join(f" --set target.{name}={size}" for name, size in sizes.items())
+    k = 1 + config.distractors
+    return (
+        f"vimi-data crawl {{c.out}}/videos.jsonl --out {clips}\n"
+        f"vimi-data crawl {{c.out}}/pictures.jsonl --out {pictures}\n"
+        f"vimi-data build-index {pictures} --out {memory} --clip offline\n"
+        f"vimi-data augment {clips} --memory {memory} --retriever bm25 -k {k} --out {prompts}{target}"
+    )
+
+
+@command(app, Job("pipeline.world.make:WorldConfig", then=_world))
+def world(
+    out: Out = None,
+    size: Annotated[int | None, typer.Option(help="Side of the clips as they are trained on, pixels.")] = None,
+    frames: Annotated[int | None, typer.Option(help="Frames of a clip.")] = None,
+    nouns: Annotated[int | None, typer.Option(help="Nouns for training.")] = None,
+    unseen: Annotated[int | None, typer.Option(help="Nouns that training never sees.")] = None,
+    distractors: Annotated[
+        int | None, typer.Option(help="Documents for each noun that name it and show another thing.")
+    ] = None,
+    background: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Pattern of the clips' backgrounds: plain, gradient, waves, stripes, clouds; repeat it."
+        ),
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="The same seed gives the same bytes.")] = None,
+) -> Fields:
+    """Make a small corpus in which only a retrieved picture tells what a noun looks like."""
+    return {
+        "out": out,
+        "size_px": size,
+        "frames": frames,
+        "nouns": nouns,
+        "unseen": unseen,
+        "distractors": distractors,
+        "backgrounds": background or None,
+        "seed": seed,
+    }
+
+
 def _build(config: Any) -> str:
     return f"vimi-data build-index {{c.out}} --out {unused('memory')}{clip_option()}"
 

@@ -77,6 +77,7 @@ def legal(world: Any, trained_run: Any, tiny_encoder: Any, tmp_path_factory: Any
     open_job(world.clips, job="crawl", config=here, inputs={})  # a crawl leaves its config there
     clips, offline = [world.clips], {"name": "offline"}
     return {
+        "vimi-data world": {"out": out},
         "vimi-data crawl": crawl,
         "vimi-data redrive": {"clips": world.clips, "out": out},
         "vimi-data build-index": {"clips": clips, "out": out, "clip": offline},
