@@ -46,8 +46,6 @@ TRAVEL = 0.36
 """Way of a thing from the first frame to the last, share of the side: six pixels of sixteen. Ours."""
 ASIDE = 0.1
 """Most that a clip's way lies aside of the middle, and that its middle lies ahead. Ours."""
-PICTURE_SIZES = (0.4, 0.8)
-"""Of a thing in a document. Ours."""
 
 
 def _syllables(text: str) -> tuple[str, ...]:
@@ -171,9 +169,9 @@ def draw_motion(random: np.random.Generator) -> Motion:
     return Motion(direction, size, (float(start[0]), float(start[1])), (float(end[0]), float(end[1])))
 
 
-def draw_place(random: np.random.Generator) -> tuple[float, tuple[float, float]]:
-    """(size, (y, x)) of a thing in a document: whole, anywhere."""
-    size = random.uniform(*PICTURE_SIZES)
+def draw_place(random: np.random.Generator, sizes: tuple[float, float]) -> tuple[float, tuple[float, float]]:
+    """(size, (y, x)) of a thing in a document: whole, anywhere; its size lies between the two given."""
+    size = random.uniform(*sizes)
     y, x = random.uniform(-0.5, 0.5, 2) * (1 - size)
     return size, (float(y), float(x))
 

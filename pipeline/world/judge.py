@@ -19,6 +19,7 @@ import numpy as np
 from pipeline.world.concepts import DIRECTIONS, GROUND_COLOURS, HUES
 from pipeline.world.draw import shape_mask
 
+Numbers = Sequence[float] | np.ndarray
 EDGE_SHARE = 1 / 8
 """Width of the edges that the background is estimated from, share of the side. Ours."""
 FULL_STEP = 60.0
@@ -54,13 +55,13 @@ def judge_video(frames: np.ndarray, *, size: float, shapes: Sequence[str]) -> Se
     ground = background_plane(frames)
     weights = thing_weights(frames, ground)
     shape, places = match_shape(weights, size=size, shapes=tuple(sorted(shapes)))
-    middle = tuple(float(level) for level in ground.mean(axis=(0, 1)))
+    red, green, blue = ground.mean(axis=(0, 1)).tolist()
     return Seen(
         colour=name_colour(frames, weights),
         shape=shape,
         direction=name_direction(centres(weights)),
-        background=name_background(middle),
-        background_rgb=middle,
+        background=name_background((red, green, blue)),
+        background_rgb=(red, green, blue),
         places=places,
     )
 
@@ -162,7 +163,7 @@ class Difference:
     """Pairs, or groups of them."""
 
 
-def paired(one: Sequence[float], other: Sequence[float], groups: Sequence[str] | None = None) -> Difference:
+def paired(one: Numbers, other: Numbers, groups: Sequence[str] | None = None) -> Difference:
     """Mean of `one - other` with its standard error.
 
     Args:

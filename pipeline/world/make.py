@@ -20,7 +20,8 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Annotated, Any
 
 import av
 import numpy as np
@@ -75,6 +76,7 @@ PLACE = " in a room"
 """Ends some captions: a place that instruct can show by a picture of the clip's background."""
 
 Row = dict[str, Any]
+Share = Annotated[float, Field(gt=0.05, le=1)]
 
 
 class WorldConfig(Config):
@@ -100,9 +102,12 @@ class WorldConfig(Config):
     blick"."""
     backgrounds: tuple[str, ...] = Field(default=("plain", "gradient"), min_length=1)
     """Patterns of the clips' backgrounds: plain, gradient, waves, stripes, clouds."""
-    picture_backgrounds: tuple[str, ...] = Field(default=("waves", "stripes", "clouds"), min_length=1)
-    """Patterns of the documents' backgrounds, in turn over the documents of a noun. A third of the pictures on
-    plain ones, and on gradients, look like copies of their clips to the guard: their hashes or vectors meet."""
+    picture_backgrounds: tuple[str, ...] = Field(default=("clouds",), min_length=1)
+    """Patterns of the documents' backgrounds. To the guard and the offline CLIP a third of the pictures on
+    plain ones and on gradients are copies of their clips, 2 % of those on waves and stripes, none on clouds (of
+    100 each, at the default sizes)."""
+    picture_sizes: tuple[Share, Share] = (0.78, 1.0)
+    """Least and largest size of a thing in a document, shares of the side; 0.6 to 0.75 in the clips."""
     shapes: tuple[str, ...] = Field(default=("square", "disc", "diamond", "cross", "triangle"), min_length=1)
     """Shapes of things: square, disc, diamond, cross, triangle, ring, star, bar."""
     textures: tuple[str, ...] = Field(default=tuple(TEXTURES), min_length=1)
@@ -123,7 +128,9 @@ class WorldConfig(Config):
         return value
 
     @model_validator(mode="after")
-    def _words_suffice(self) -> "WorldConfig":
+    def _can_be_made(self) -> "WorldConfig":
+        if self.picture_sizes[0] > self.picture_sizes[1]:
+            raise ValueError(f"picture_sizes {list(self.picture_sizes)}; legal: the smaller one first")
         count = (self.nouns + self.unseen) * (1 + self.distractors)
         if count > MAX_NOUNS:
             raise ValueError(f"{count:,} nouns with those of the distractors; legal: up to {MAX_NOUNS:,}")
@@ -234,8 +241,8 @@ def make_all(config: WorldConfig) -> Iterator[Made]:
 
 def make_noun(config: WorldConfig, number: int, noun: str, strangers: list[str]) -> Made:
     """The clips and documents of one noun, and those of its distractors."""
-    looks = {"shapes": config.shapes, "textures": config.textures}
-    concept = draw_concept(noun, generator(config.seed, 1, number), **looks)
+    draw = partial(draw_concept, shapes=config.shapes, textures=config.textures)
+    concept = draw(noun, generator(config.seed, 1, number))
     files: dict[str, bytes] = {}
     shown, lines, hashes = [], [], []
     seen = number >= config.unseen
@@ -250,9 +257,7 @@ def make_noun(config: WorldConfig, number: int, noun: str, strangers: list[str])
     told = [(concept, noun, f"a {noun}")]
     for place, other in enumerate(strangers):
         random = generator(config.seed, 3, number, place)
-        told.append(
-            (draw_concept(other, random, **looks, unlike=concept), other, f"a {other}, unlike a {noun}")
-        )
+        told.append((draw(other, random, unlike=concept), other, f"a {other}, unlike a {noun}"))
     documents, rows = [], []
     for place, (thing, name, text) in enumerate(told):
         path = f"pictures/{name}.jpg"
@@ -289,14 +294,12 @@ def _draw_clip(config: WorldConfig, concept: Concept, random: np.random.Generato
 
 def _draw_document(config: WorldConfig, concept: Concept, hashes: list[int], stream: tuple[int, int]) -> bytes:
     """A JPEG of the thing that is no copy of a frame of the clips, judged as the guard judges."""
-    patterns = config.picture_backgrounds
-    pattern = patterns[sum(stream) % len(patterns)]
     theirs = np.array(hashes, np.uint64)
     theirs = np.concatenate([theirs, theirs ^ np.uint64(mirror_mask())])
     for attempt in range(TRIES):
         random = generator(config.seed, 4, *stream, attempt)
-        size, place = draw_place(random)
-        _, ground = draw_ground(random, (pattern,), behind=concept.look)
+        size, place = draw_place(random, config.picture_sizes)
+        _, ground = draw_ground(random, config.picture_backgrounds, behind=concept.look)
         drawn = picture(concept.look, ground, size=size, place=place, side_px=config.picture_px)
         if np.bitwise_count(theirs ^ np.uint64(phash64(drawn))).min() >= MIN_BITS:
             return _jpeg(drawn)

@@ -72,7 +72,9 @@ RETRIEVERS: dict[str, Retriever] = {
     "hybrid": Retriever(_hybrid, needs_words=True, needs_vectors=True),
 }
 MAX_CHOSEN_SIMILARITY = 0.9
-"""A candidate whose picture is closer (cosine) than this to one already chosen is skipped. RA-CM3: 0.9."""
+"""A candidate whose picture is closer (cosine) than this to one already chosen is skipped. RA-CM3: 0.9, as for
+copies of the clip; so where the memory says that only more is a copy (`guard.similarity_bound`), that counts:
+to a small CLIP half of all simple pictures are closer than 0.9."""
 
 
 class RetrieveConfig(Config):

@@ -175,7 +175,8 @@ class Matcher:
         allowed = np.flatnonzero(verdicts == Verdict.ALLOWED)
         docs, scores = hits.docs[allowed], hits.scores[allowed]
         vectors = self.documents.image[docs]
-        chosen, repeated = spread(vectors, self.retrieve.k, max_similarity=MAX_CHOSEN_SIMILARITY)
+        alike = max(MAX_CHOSEN_SIMILARITY, self.guard.max_similarity or 0.0)
+        chosen, repeated = spread(vectors, self.retrieve.k, max_similarity=alike)
         last = int(allowed[max(chosen)]) if len(chosen) == self.retrieve.k else len(hits)
         refused = Counter(count(verdicts[:last])) + Counter({"repeated": repeated})
         similarities: list[float | None] = [None] * len(chosen)
