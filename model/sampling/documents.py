@@ -106,11 +106,11 @@ def document_pictures(name: str, prompt: Prompt) -> dict[str, bytes]:
     for rank, places in enumerate(documents(prompt), start=1):
         for image in (prompt[place].image for place in places):
             if image:
-                found[f"{name}-retrieved-{rank}.{_ending(image)}"] = image
+                found[f"{name}-retrieved-{rank}.{ending_of(image)}"] = image
     return found
 
 
-def _ending(image: bytes) -> str:
+def ending_of(image: bytes) -> str:
     """Of a file that holds the picture."""
     try:
         return (open_picture(image).format or "bin").lower()

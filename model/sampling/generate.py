@@ -30,6 +30,7 @@ from model.sampling.documents import (
     retrieved,
 )
 from model.sampling.film import to_frames, write_video
+from model.sampling.kept import keep_segments
 from model.sampling.maker import GuidanceConfig, Maker, open_maker
 from model.sampling.requests import (
     SampleRequest,
@@ -266,13 +267,16 @@ class Sampler:
     def make(self, name: str, request: SampleRequest) -> tuple[dict[str, Any], list[FileEntry]]:
         """Sample one video and write its files; (entry of samples.json, files of the certificate)."""
         config, guidance = self.config, self.config.guidance
-        pictures = document_pictures(name, request.prompt)
+        documents = document_pictures(name, request.prompt)
+        segments, pictures = keep_segments(name, request.prompt)
         frames = to_frames(self.video(request))
-        said, files = write_video(config.out, name, frames, request.fps, above=list(pictures.values()))
+        said, files = write_video(config.out, name, frames, request.fps, above=list(documents.values()))
+        pictures |= documents
         for path, data in pictures.items():
             write_bytes(join(config.out, path), data)
         entry = {
             "prompt": describe_prompt(request.prompt),
+            "segments": segments,
             "task": request.task,
             "prompt_id": request.prompt_id,
             "clip_id": request.clip_id,

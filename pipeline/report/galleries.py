@@ -197,7 +197,8 @@ def sample_cards(
 
     Args:
         folder: output of `vimi-train sample`.
-        shards: where prompts that were taken from shards can be found again, pictures and all.
+        shards: where prompts that were taken from shards can be found again, with what is known of their
+            documents; of others the folder keeps the pictures itself.
         album: the budget.
         label: where they come from; None = the folder's name.
     """
@@ -213,7 +214,8 @@ def _sample_card(
 ) -> Card:
     video = _file(uri, entry.get("video") or f"sample-{number:03d}.mp4")
     sheet = _file(uri, entry.get("sheet") or f"sample-{number:03d}.png")
-    segments = _as_sampled(uri, entry, find_segments(shards, entry.get("prompt_id")))
+    stored = find_segments(shards, entry.get("prompt_id")) or own_segments(uri, entry)
+    segments = _as_sampled(uri, entry, stored)
     instruction, line = prompt_line(segments, album) if segments else ("", [])
     facts = [f"{name} {entry[key]}" for key, name in SAMPLE_FACTS.items() if entry.get(key) is not None]
     return {
@@ -248,6 +250,15 @@ def _file(uri: str, name: Any) -> bytes | None:
     """A file of the folder; names come from a file, so only their last part counts."""
     place = join(uri, str(name).rpartition("/")[2] or "-")
     return read_bytes(place) if exists(place) else None
+
+
+def own_segments(uri: str, entry: Card) -> list[Card]:
+    """The segments of a prompt that is kept beside its video, as those of PROMPTS; [] when it is not."""
+    kept = entry.get("segments") or []
+    pictures = [_file(uri, segment["picture"]) if segment["picture"] else None for segment in kept]
+    return [
+        {**segment, "image": picture, "document": None} for segment, picture in zip(kept, pictures, strict=True)
+    ]
 
 
 def find_segments(shards: Sequence[ShardSet], prompt_id: str | None) -> list[Card]:

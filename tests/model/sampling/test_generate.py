@@ -89,7 +89,12 @@ def test_pictures_fill_the_placeholders(trained: Stage1Config, tmp_path: Path) -
         ("image", "background"), ("text", "caption"),
     ]  # fmt: skip
     assert describe_prompt(prompt).endswith("A <subject> is playing in a <background> .")
-    assert run(values(trained, tmp_path / "out", prompts=[text], images=images)).num_out == 1
+    certificate = run(values(trained, tmp_path / "out", prompts=[text], images=images))
+    (entry,) = read_json(str(tmp_path / "out" / "samples.json"))["samples"]
+    kept = [segment["picture"] for segment in entry["segments"]]
+    assert kept == [None, "sample-000-subject-1.png", None, "sample-000-background-2.png", None]
+    assert (tmp_path / "out" / kept[1]).read_bytes() == (tmp_path / "dog.png").read_bytes()
+    assert {kept[1], kept[3]} < {file.path for file in certificate.files}
     with pytest.raises(ConfigError, match=r"2 <image> in .* and 1 images"):
         check(values(trained, tmp_path / "out2", prompts=[text], images=images[:1]))
     with pytest.raises(ConfigError, match="1 images too many"):

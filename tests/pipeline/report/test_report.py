@@ -256,6 +256,31 @@ def test_a_video_is_shown_with_the_documents_it_was_made_with(parts: dict[str, A
     assert lines[2][-1] == {"text": "a cat", "role": "caption"}
 
 
+def test_a_prompt_of_two_pictures_is_shown_with_its_pictures(tmp_path: Path) -> None:
+    segments = [("text", "caption", "A"), ("image", "subject", None), ("text", "caption", "is playing in a")]
+    kept: list[dict[str, Any]] = []
+    for number, (kind, role, words) in enumerate([*segments, ("image", "background", None)]):
+        file = f"sample-000-{role}-{number}.jpg" if kind == "image" else None
+        if file:
+            (tmp_path / file).write_bytes(picture(number))
+        kept.append({"type": kind, "role": role, "text": words, "picture": file})
+    entry = {
+        "prompt": "A <subject> is playing in a <background>",
+        "prompt_id": None,
+        "segments": kept,
+        "retrieved": [],
+    }
+    write_json(str(tmp_path / "samples.json"), {"samples": [entry]})
+    page = Path(run(ReportConfig(out=str(tmp_path / "page.html"), samples=(str(tmp_path),)))).read_text()
+    line = re.search(r'<p class="line">.*?</p>', page, re.DOTALL)
+    assert line is not None and "&lt;subject&gt;" not in line[0]
+    shown = re.findall(r'words caption">([^<]*)<|inset (\w+)"><img src="data:image/webp', line[0])
+    assert shown == [("A", ""), ("", "subject"), ("is playing in a", ""), ("", "background")]
+    (tmp_path / kept[1]["picture"]).unlink()
+    run(ReportConfig(out=str(tmp_path / "page.html"), samples=(str(tmp_path),)))
+    assert '<span class="missing">no picture</span>' in (tmp_path / "page.html").read_text()
+
+
 @pytest.mark.parametrize("name", ["clips", "prompts", "instructions", "runs", "samples"])
 def test_one_part_alone_makes_a_page(name: str, parts: dict[str, Any], tmp_path: Path):
     Page(make_page(tmp_path / "one.html", **{name: parts[name]}))
