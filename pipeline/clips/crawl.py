@@ -24,12 +24,10 @@ from pipeline.clips.sources.base import is_url
 from pipeline.clips.table import write_clips
 from pipeline.job import JobConfig, count_fates, refuse_failures, run_job, run_units
 from pipeline.journal import Receipt, Receipts, Unit
-from pipeline.media.isolate import Isolated, IsolatedCrashError, IsolatedTimeoutError
-from pipeline.schema import Status, content_id
+from pipeline.media.isolate import Isolated
+from pipeline.schema import RowError, content_id
 
 JOB = "crawl"
-MEMORY_BYTES = 4 << 30
-"""Heap of the process that decodes; a file that wants more is a row, not a dead worker. Ours."""
 MIN_ROWS = 500
 """Rows that must have been seen before too many failures stop a crawl in the middle. Ours."""
 
@@ -146,7 +144,7 @@ class Worker:
     def __init__(self, config: CrawlConfig, workers: int = 1) -> None:
         self.config, self.workers = config, workers
         self.fetcher: Fetcher | None = None
-        self.child = Isolated(timeout_s=config.timeout_s, memory_bytes=MEMORY_BYTES)
+        self.child = Isolated(timeout_s=config.timeout_s)
 
     def __call__(self, payload: dict[str, Any]) -> Receipt:
         items = payload["items"]
@@ -174,10 +172,8 @@ class Worker:
         settings = (self.config.shots, self.config.filters)
         try:
             return self.child.call("pipeline.clips.parent:inspect_parent", item, found, *settings)
-        except IsolatedTimeoutError as error:
-            return dead_rows(Item.from_json(item), found, Status.TIMEOUT, str(error))
-        except IsolatedCrashError as error:
-            return dead_rows(Item.from_json(item), found, Status.CRASHED, str(error))
+        except RowError as error:
+            return dead_rows(Item.from_json(item), found, error.status, str(error))
 
 
 def make_fetcher(config: CrawlConfig, workers: int = 1) -> Fetcher:

@@ -23,6 +23,7 @@ from importlib import import_module
 from typing import Any
 
 from infra.cluster import CHECKOUT
+from pipeline.schema import RowError, Status
 
 START = (
     "import sys; sys.path.insert(0, sys.argv[1]); from pipeline.media.isolate import serve; serve(sys.argv[2])"
@@ -38,25 +39,15 @@ KILL_TRIES = 10
 reason, since the child's own memory is bounded; only what is killed each time is to blame."""
 START_TRIES = 10
 """Children that may die before their first call; no row is to blame for those."""
-
-
-class IsolatedTimeoutError(Exception):
-    """The call ran past its time; its child is gone and the next call starts another."""
-
-
-class IsolatedCrashError(Exception):
-    """The child died each time: a crash in native code, or the kernel took it for its memory."""
-
-    def __init__(self, message: str, *, tries: int = 1) -> None:
-        super().__init__(message)
-        self.tries = tries
+MEMORY_BYTES = 4 << 30
+"""Heap of a child that decodes; a file that wants more is a row, not a dead worker. Ours."""
 
 
 class Isolated:
     """One child process, started when first needed."""
 
-    def __init__(self, *, timeout_s: float, memory_bytes: int) -> None:
-        self.timeout_s, self.memory_bytes = timeout_s, memory_bytes
+    def __init__(self, *, timeout_s: float, memory_bytes: int | None = None) -> None:
+        self.timeout_s, self.memory_bytes = timeout_s, memory_bytes or MEMORY_BYTES
         self.child: subprocess.Popen[bytes] | None = None
 
     def call(self, function: str, *args: Any) -> Any:
@@ -65,8 +56,8 @@ class Isolated:
         A child that dies is replaced and the call repeated, for it may not have been the call's fault.
 
         Raises:
-            IsolatedTimeoutError: it took longer than `timeout_s`.
-            IsolatedCrashError: the child died each time.
+            RowError: `TIMEOUT` = it took longer than `timeout_s`; `CRASHED` = the child died each time, of a
+                fault in native code, or because the kernel took it for its memory.
             RuntimeError: no child can be started here at all.
             Exception: whatever the function raised, MemoryError included.
         """
@@ -77,8 +68,7 @@ class Isolated:
             except _Died as death:
                 crashes, kills = crashes + (not death.killed), kills + death.killed
                 if crashes == CRASH_TRIES or kills == KILL_TRIES:
-                    tries = crashes + kills
-                    raise IsolatedCrashError(f"{death}, {tries} times", tries=tries) from None
+                    raise RowError(Status.CRASHED, f"{death}, {crashes + kills} times") from None
 
     def _call_once(self, function: str, args: tuple[Any, ...]) -> Any:
         child = self.child or self._start()
@@ -114,14 +104,14 @@ class Isolated:
                 reason = self._verdict(child, error)
         raise RuntimeError(f"no process for decoding can be started: {reason} ({START_TRIES} tries)")
 
-    def _verdict(self, child: subprocess.Popen[bytes], error: BaseException) -> "IsolatedTimeoutError | _Died":
+    def _verdict(self, child: subprocess.Popen[bytes], error: BaseException) -> "RowError | _Died":
         late = isinstance(error, TimeoutError)
         with suppress(subprocess.TimeoutExpired):
             child.wait(timeout=0 if late else 2)
         code = child.returncode
         self.close()
         if late or code == -signal.SIGALRM:
-            return IsolatedTimeoutError(f"still running after {self.timeout_s:g} s")
+            return RowError(Status.TIMEOUT, f"still running after {self.timeout_s:g} s")
         name = signal.Signals(-code).name if code is not None and code < 0 else f"exit code {code}"
         return _Died(f"the process died: {name}", killed=code == -signal.SIGKILL)
 

@@ -167,7 +167,7 @@ def report(rows: list[dict[str, Any]], found: dict[str, str], wall_s: float) -> 
 def clean_cost(paths: list[str], what: str) -> None:
     """The price of isolation when nothing is bad: wall time in the child against in this process."""
     settings = ("whole", FilterConfig())
-    child = Isolated(timeout_s=60, memory_bytes=4 << 30)
+    child = Isolated(timeout_s=60)
     items = [(Item(path, "video").to_json(), {"local_uri": path}, *settings) for path in paths]
     inspect_parent(*items[0])
     child.call("pipeline.clips.parent:inspect_parent", *items[0])

@@ -13,7 +13,7 @@ from infra.claim import JOB_FILE
 from infra.clip import Clip, ClipConfig, load_clip
 from infra.storage import join
 from pipeline.journal import Receipt
-from pipeline.media.isolate import Isolated, IsolatedCrashError, IsolatedTimeoutError
+from pipeline.media.isolate import MEMORY_BYTES, Isolated
 from pipeline.memory import Memory, open_memory, require_model
 from pipeline.memory.embed.pictures import read_picture
 from pipeline.memory.embed.worker import read_slice
@@ -30,8 +30,6 @@ from pipeline.shards import rejected_row, shard_name, write_shard
 
 DECODE_TIMEOUT_S = 120.0
 """Time that decoding one clip may take; then its row is `timeout`. As in crawl. Ours."""
-DECODE_MEMORY_BYTES = 4 << 30
-"""Heap of the process that decodes. As in crawl. Ours."""
 
 
 class AugmentWorker:
@@ -89,7 +87,7 @@ class AugmentWorker:
 
     @cached_property
     def decoder(self) -> Isolated:
-        return Isolated(timeout_s=DECODE_TIMEOUT_S, memory_bytes=DECODE_MEMORY_BYTES)
+        return Isolated(timeout_s=DECODE_TIMEOUT_S)
 
     @cached_property
     def clip(self) -> Clip:
@@ -133,12 +131,8 @@ class AugmentWorker:
             return make_target(row, self.config.target)
         try:
             return self.decoder.call("pipeline.prompts.augment.target:make_target", row, self.config.target)
-        except IsolatedTimeoutError as error:
-            raise RowError(Status.TIMEOUT, str(error)) from None
-        except IsolatedCrashError as error:
-            raise RowError(Status.CRASHED, str(error)) from None
         except MemoryError:
-            raise RowError(Status.TOO_LARGE, f"needs more than {DECODE_MEMORY_BYTES:,} bytes") from None
+            raise RowError(Status.TOO_LARGE, f"needs more than {MEMORY_BYTES:,} bytes") from None
 
     def match(self, rows: list[Row], targets: list[Target]) -> list[Match]:
         if not rows or not self.config.retrieve.k:

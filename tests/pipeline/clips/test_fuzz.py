@@ -19,7 +19,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from infra.errors import ConfigError
-from pipeline.clips import crawl
 from pipeline.clips.crawl import CrawlConfig, Worker
 from pipeline.clips.fetch import answers
 from pipeline.clips.fetch.fetcher import Fetcher
@@ -28,6 +27,7 @@ from pipeline.clips.parent import inspect_parent, look_at_image
 from pipeline.clips.sources import SourceConfig, open_source, read_items
 from pipeline.clips.sources.base import CREDENTIALS
 from pipeline.clips.sources.page import parse_page
+from pipeline.media import isolate
 from pipeline.media.isolate import GRACE_S
 from pipeline.schema import CLIPS, RowError, Status
 
@@ -134,7 +134,7 @@ def media(tmp_path_factory, write_video, write_picture) -> dict[str, list[bytes]
 @pytest.mark.parametrize("seconds", FORMS)
 @pytest.mark.parametrize("kind", ["probe", "ffconcat", "pictures"])
 def test_no_file_costs_more_than_its_row(tmp_path, media, kind, seconds, monkeypatch):
-    monkeypatch.setattr(crawl, "MEMORY_BYTES", MEMORY_BYTES)
+    monkeypatch.setattr(isolate, "MEMORY_BYTES", MEMORY_BYTES)
     worker = Worker(CrawlConfig(sources=(), out=str(tmp_path / "out"), timeout_s=LIMIT_S))
     path = tmp_path / "a.mp4"
 
