@@ -201,7 +201,7 @@ class ShardSet:
 
     def __init__(self, uri: str) -> None:
         self.uri = absolute(uri)
-        self.certificate = _shard_certificate(self.uri)
+        self.certificate = shard_certificate(self.uri)
         with self._open_file(META_FILE) as file:
             self._meta = file.read()
         self._first_rows = self._meta["first_row"].to_numpy()
@@ -249,7 +249,12 @@ class ShardSet:
         self.__init__(uri)
 
 
-def _shard_certificate(uri: str) -> Certificate:
+def shard_certificate(uri: str) -> Certificate:
+    """The certificate of a folder of prompt shards.
+
+    Raises:
+        ConfigError: nothing certified there, or the output of another job.
+    """
     try:
         certificate = read_certificate(uri)
     except DataError as error:

@@ -13,7 +13,7 @@ from pipeline.media.clip import read_frames, target_frames
 from pipeline.media.frames import clip_times, decode_frames, probe
 from pipeline.report.album import Album
 from pipeline.report.read import read_columns, spread
-from pipeline.schema import Media, Role, RowError, Status, TargetKind, Task
+from pipeline.schema import TASKS, Media, Role, RowError, Status, TargetKind
 from pipeline.shards import ShardSet
 
 NUM_CLIPS, NUM_PROMPTS, NUM_INSTRUCTIONS, NUM_SAMPLES = 12, 8, 4, 12
@@ -21,11 +21,6 @@ NUM_CLIPS, NUM_PROMPTS, NUM_INSTRUCTIONS, NUM_SAMPLES = 12, 8, 4, 12
 STRIP_FRAMES, TARGET_FRAMES = 5, 16
 CLIP_COLUMNS = ["clip_id", "media", "caption", "source_uri", "local_uri", "start_s", "end_s"]
 CLIP_COLUMNS += ["width_px", "height_px", "fps", "status"]
-TASK_TITLES = {
-    Task.SUBJECT_DRIVEN: "Subject-driven generation",
-    Task.VIDEO_PREDICTION: "Video prediction",
-    Task.TEXT_TO_VIDEO: "Text-to-video generation",
-}
 SAMPLE_FACTS = {"documents": "documents", "seed": "seed", "num_steps": "steps", "guidance": "guidance"}
 Card = dict[str, Any]
 
@@ -145,13 +140,13 @@ def instruction_cards(shards: ShardSet | None, album: Album) -> list[Card]:
         for place, task in enumerate(shards.read_row_group(group, ["task"])["task"].to_pylist()):
             by_task.setdefault(task, []).append((group, place))
     sections = []
-    for task in (task for task in TASK_TITLES if task in by_task):
+    for task in [*(task for task in TASKS if task in by_task), *sorted(by_task.keys() - TASKS.keys())]:
         places = by_task[task]
-        shift = len(sections) * len(places) // (3 * NUM_INSTRUCTIONS)  # each task shows other clips
+        shift = len(sections) * len(places) // (len(by_task) * NUM_INSTRUCTIONS)  # each task shows other clips
         chosen = [places[(i + shift) % len(places)] for i in spread(len(places), NUM_INSTRUCTIONS)]
         rows = [shards.read_row_group(group).slice(place, 1).to_pylist()[0] for group, place in chosen]
         cards = [_instruction_card(row, album) for row in rows]
-        sections.append({"task": task.value, "title": TASK_TITLES[task], "total": len(places), "cards": cards})
+        sections.append({"task": str(task), "total": len(places), "cards": cards})
     return sections
 
 

@@ -1,6 +1,7 @@
 """Where the page's contents come from, what became of every row, and what to run next."""
 
 import json
+import shlex
 from datetime import UTC, datetime
 from typing import Any
 
@@ -101,31 +102,43 @@ def _size(num_bytes: float) -> str:
 
 
 def next_steps(config: ReportConfig, parts: Parts) -> list[dict[str, str]]:
-    """Commands that make sense now, each with its reason."""
+    """Commands that make sense now, each with its reason; words in capitals are for the reader to choose."""
     steps: list[tuple[str, str]] = []
     found = {job: certificate for job, (_, certificate) in parts.certificates.items()}
-    clips, memory = config.clips or "CLIPS", config.memory or "MEMORY"
-    prompts, instructions = config.prompts or "PROMPTS", config.instructions or "INSTRUCTIONS"
-    if "crawl" in found:
-        lost = sum(n for status, n in found["crawl"].dead.items() if status in {s.value for s in RETRIABLE})
-        if lost:
-            steps.append((f"vimi-data redrive {clips}", f"{lost:,} rows failed; a retry may cure them."))
+    clips, memory, prompts, instructions, run = (
+        shlex.quote(place) if place else name
+        for place, name in [
+            (config.clips, "CLIPS"),
+            (config.memory, "MEMORY"),
+            (config.prompts, "PROMPTS"),
+            (config.instructions, "INSTRUCTIONS"),
+            (config.runs[-1] if config.runs else None, "RUN"),
+        ]
+    )
+    train = "--config CONFIG --out OUT"
+    lost = sum(n for status, n in found["crawl"].dead.items() if status in RETRIABLE) if "crawl" in found else 0
+    if lost:
+        reason = f"{lost:,} rows failed; a retry may cure them."
+        steps.append((f"vimi-data redrive {clips} --out OUT", reason))
     if not config.clips and not found:
-        steps.append(("vimi-data crawl", "Start from your own videos."))
+        steps.append(("vimi-data crawl VIDEOS --out CLIPS", "Start from your own videos."))
     if not config.memory:
-        steps.append((f"vimi-data build-index {clips}", "Make the memory that captions are looked up in."))
+        reason = "Make the memory that captions are looked up in."
+        steps.append((f"vimi-data build-index {clips} --out MEMORY", reason))
     elif not config.prompts:
-        steps.append((f"vimi-data augment {clips} {memory}", "Give every caption its in-context examples."))
+        reason = "Give every caption its in-context examples."
+        steps.append((f"vimi-data augment {clips} --memory {memory} --out PROMPTS", reason))
     if config.prompts:
         steps.append((f"vimi-data validate {prompts}", "Prove the shards from scratch before they travel."))
         if not config.runs:
-            steps.append((f"vimi-train stage1 {prompts}", "Pretrain the generator on these prompts."))
+            steps.append((f"vimi-train stage1 {prompts} {train}", "Pretrain the generator on these prompts."))
         if not config.instructions:
-            steps.append((f"vimi-data instruct {prompts}", "Make the three tasks of stage 2."))
+            reason = "Make the three tasks of stage 2."
+            steps.append((f"vimi-data instruct {prompts} --out INSTRUCTIONS", reason))
     if config.instructions and len(config.runs) < 2:
-        steps.append((f"vimi-train stage2 {instructions}", "Tune the generator on these instructions."))
+        reason = "Tune the generator on these instructions."
+        steps.append((f"vimi-train stage2 {instructions} --from {run} {train}", reason))
     if config.runs and not config.samples:
-        steps.append((f"vimi-train sample {config.runs[-1]}", "See what the generator has learnt."))
-    if config.runs:
-        steps.append((f"vimi-train evaluate {config.runs[-1]}", "Measure it: FVD, CLIP similarity, subjects."))
+        reason = "See what the generator has learnt."
+        steps.append((f'vimi-train sample {run} "A dog runs on grass." --out SAMPLES', reason))
     return [{"command": command, "reason": reason} for command, reason in steps]

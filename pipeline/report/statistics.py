@@ -86,21 +86,10 @@ def _prompt_charts(parts: Parts, shards: ShardSet) -> list[Chart]:
         charts.append(_histogram(f"Score of the documents ({name})", "score", [(name, scores, "one")]))
     counts = Counter(_read_shards(shards, ["num_documents"])["num_documents"].to_pylist())
     charts.append(_bars("Documents of a prompt", {str(k): counts[k] for k in sorted(counts)}, "prompts"))
-    refused = refusals(parts.certificates["augment"][1].facts)
-    if refused:
+    counted = parts.certificates["augment"][1].facts.get("refused", {})
+    if refused := {reason: count for reason, count in counted.items() if count}:
         charts.append(_bars("Documents that the guard refused", refused, "candidates"))
     return charts
-
-
-def refusals(facts: dict[str, Any]) -> dict[str, int]:
-    """Reason -> count of refused documents, wherever the certificate keeps them."""
-    for name in ("refused", "rejected", "guard", "rejections", "refusals"):
-        found = facts.get(name)
-        if isinstance(found, dict):
-            counts = {str(k): v for k, v in found.items() if isinstance(v, int) and not isinstance(v, bool)}
-            if counts:
-                return {k: v for k, v in counts.items() if v and k != "allowed"}
-    return {}
 
 
 def _documents(shards: ShardSet) -> list[dict[str, Any]]:

@@ -18,7 +18,7 @@ import numpy as np
 from infra.certificate import Certificate, read_certificate
 from infra.claim import read_job_config
 from infra.config import Config
-from infra.errors import ConfigError, DataError, VimiError
+from infra.errors import DataError, VimiError
 from infra.storage import absolute
 from pipeline.memory import Memory, open_memory
 from pipeline.memory.embed.worker import row_doc_id
@@ -35,7 +35,7 @@ from pipeline.report.shard_checks import (
     check_target,
     read_rows,
 )
-from pipeline.shards import META_FILE, SHARD_JOBS, is_shard
+from pipeline.shards import META_FILE, is_shard, shard_certificate
 
 SAMPLED_TARGETS = 64
 """Targets that are decoded, evenly over the set; all are measured. Ours."""
@@ -68,7 +68,12 @@ def validate(config: ValidateConfig) -> Report:
         ConfigError: there is nothing certified at that place.
     """
     uri, report = absolute(config.prompts), Report()
-    certificate = _certificate(uri, report)
+    certificate = shard_certificate(uri)
+    report.checked["certificate"] = 1
+    try:
+        certificate.check()
+    except DataError as error:
+        report.add("certificate", str(error))
     whole = check_files(uri, certificate, report)
     if META_FILE not in whole:
         return report
@@ -90,26 +95,6 @@ def validate(config: ValidateConfig) -> Report:
         report.add("ids", f"{twice} stands {seen[twice]} times")
     check_guard(uri, [name for name in shards if name in whole], config, certificate, report)
     return report
-
-
-def _certificate(uri: str, report: Report) -> Certificate:
-    try:
-        certificate = read_certificate(uri)
-    except DataError as error:
-        raise ConfigError(str(error), cure="make the shards again") from None
-    if certificate is None or certificate.job not in SHARD_JOBS:
-        made = f"was made by {certificate.job!r}" if certificate else "holds no certificate"
-        raise ConfigError(
-            f"{uri} {made}",
-            legal="the output folder of `vimi-data augment` or `vimi-data instruct`",
-            cure="run that command first, or again if it was stopped",
-        )
-    try:
-        certificate.check()
-    except DataError as error:
-        report.add("certificate", str(error))
-    report.checked["certificate"] = 1
-    return certificate
 
 
 def check_guard(

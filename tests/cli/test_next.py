@@ -6,10 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from cli import data, train
 from cli.common import next_commands, tell
+from infra.certificate import Certificate
+from pipeline.report.provenance import next_steps
+from pipeline.report.read import Parts, ReportConfig
 from tests.model.conftest import tiny_encoder, trained_run  # noqa: F401 # pyright: ignore[reportUnusedImport]
 from tests.model.prompt_tables import prompt_row, write_shards
 from tests.pipeline.conftest import write_video  # noqa: F401 # pyright: ignore[reportUnusedImport]
@@ -109,3 +113,17 @@ def test_without_a_config_a_small_corpus_is_not_trained_for_the_papers_length(
     found = re.search(r"add (--config .*); or --set", told[0])
     assert found is not None and not (tmp_path / "run").exists()
     Shell()(f"vimi-train {shlex.join(words)} {found[1]}", dry=True)
+
+
+@pytest.mark.parametrize("made", range(6))
+def test_the_report_proposes_commands_that_there_are(made: int) -> None:
+    """Each is parsed by the program's own command line, which refuses words that it doesn't know."""
+    folders = {"clips": "my clips", "memory": "m", "prompts": "p", "instructions": "i", "runs": ("r",)}
+    config = ReportConfig.model_validate({"out": "o", **dict(list(folders.items())[:made])})
+    crawl = Certificate(job="crawl", config_hash="", num_in=2, num_out=1, dead={"timeout": 1})
+    certificates = {"crawl": ("my clips", crawl)} if config.clips else {}
+    steps = next_steps(config, Parts(None, None, None, None, [], (), certificates))
+    assert steps
+    for step in steps:
+        program, name, *words = shlex.split(step["command"])
+        get_command(APPS[program]).commands[name].make_context(name, words)  # type: ignore[attr-defined]

@@ -22,7 +22,7 @@ from pipeline.prompts.tasks import text as text_segment
 from pipeline.report import ReportConfig, check, run
 from pipeline.report.album import Album
 from pipeline.report.galleries import sample_cards
-from pipeline.report.statistics import _random_similarities, refusals
+from pipeline.report.statistics import _random_similarities
 from pipeline.schema import CLIPS, PROMPTS, Role, Task, content_id
 from pipeline.shards import ShardSet, shard_name, write_meta, write_shard
 from tests.pipeline.memory.memory_tables import documents, make_memory
@@ -331,8 +331,3 @@ def test_random_pairs_come_from_different_documents(tmp_path: Path):
     assert (found == _random_similarities(str(tmp_path / "many"))).all()
     make_memory(str(tmp_path / "one"), documents(1))
     assert len(_random_similarities(str(tmp_path / "one"))) == 0
-
-
-def test_refusals_are_found_by_reason():
-    assert refusals({"refused": {"self": 3, "sibling": 0}}) == {"self": 3}
-    assert refusals({"k": 4}) == {}

@@ -151,7 +151,7 @@ def test_a_wrong_schema_is_found(good: Path, tmp_path: Path) -> None:
 
 
 def test_a_folder_that_is_not_certified_is_refused(good: Path, world: Any, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="holds no certificate"):
+    with pytest.raises(ConfigError, match="no certified shards"):
         check(tmp_path)
     with pytest.raises(ConfigError, match="made by 'crawl'"):
         check(Path(world.clips))
