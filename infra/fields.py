@@ -5,6 +5,7 @@ import types
 import typing
 from collections.abc import Iterator
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any, Literal
 
 from pydantic import BaseModel
@@ -104,6 +105,8 @@ def type_text(annotation: Any) -> str:
     if origin in (tuple, list):
         inner = [type_text(part) for part in parts if part is not Ellipsis]
         return f"list of {inner[0]}".replace("group", "groups") if len(inner) == 1 else f"[{', '.join(inner)}]"
+    if isinstance(annotation, type) and issubclass(annotation, Enum):
+        return " | ".join(str(member.value) for member in annotation)
     if origin is dict:
         return f"mapping of {type_text(parts[0])} to {type_text(parts[1])}"
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):

@@ -170,17 +170,7 @@ _ORIGIN = [
     _field("split", pa.string(), "train, val or test if the corpus states one"),
 ]
 
-ORIGIN = (
-    "source_uri",
-    "source_sha256",
-    "start_s",
-    "end_s",
-    "width_px",
-    "height_px",
-    "source_name",
-    "licence",
-    "split",
-)
+ORIGIN = tuple(field.name for field in _ORIGIN)
 """Columns that say where a clip comes from: they go with it into the memory and the prompts."""
 
 CLIPS = pa.schema(
