@@ -153,19 +153,9 @@ def _picture(data: bytes, config: TargetConfig) -> Target:
 
 def _video(row: Row, source: str | bytes, config: TargetConfig) -> Target:
     start_s, end_s = row["start_s"] or 0.0, row["end_s"] or 0.0
-    data, frames = cut_mp4(source, start_s, end_s, crf=CRF)
+    target = cut_mp4(source, start_s, end_s, crf=CRF)
     size = covering_size(row["height_px"] or 1, row["width_px"] or 1, config)
     looked_at = decode_frames(
         source, clip_times(start_s, end_s, GUARD_FRAMES), size_px=(2 * size[0], 2 * size[1])
     )
-    return Target(
-        {
-            "kind": TargetKind.VIDEO.value,
-            "data": data,
-            "num_frames": frames.num_frames,
-            "height_px": frames.height_px,
-            "width_px": frames.width_px,
-            "fps": frames.fps,
-        },
-        frame_hashes(looked_at),
-    )
+    return Target(target, frame_hashes(looked_at))
