@@ -12,10 +12,10 @@ import numpy as np
 import pyarrow as pa
 
 from infra.certificate import read_sealed, write_sealed
-from infra.errors import DataError
+from infra.errors import DataError, first_line
 from infra.storage import exists, join, read_bytes
 from pipeline.journal import Receipt
-from pipeline.memory.store import TABLE, connect, first_line, open_table, upsert, vectors_numpy
+from pipeline.memory.store import TABLE, connect, open_table, upsert, vectors_numpy
 from pipeline.schema import memory_schema
 
 STAGED, LEDGER = "staged", "committed.json"
@@ -104,6 +104,3 @@ def first_of_each(rows: pa.Table) -> pa.Table:
     if len(firsts) == len(rows):
         return rows
     return rows.take(firsts.sort())
-
-
-__all__ = ["LEDGER", "STAGED", "commit_staged", "create_table", "first_of_each", "staged_rows"]

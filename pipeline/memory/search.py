@@ -12,8 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from infra.certificate import read_sealed
-from infra.clip import ClipConfig
 from infra.config import Config
 from infra.errors import ConfigError
 from infra.pictures import PictureError, decode_picture
@@ -24,6 +22,7 @@ from pipeline.memory.retrieve.documents import load_documents
 from pipeline.memory.retrieve.indexes import ArrayIndex, LanceIndex, check_indexes, uses_arrays
 from pipeline.memory.retrieve.retrievers import Index, RetrieveConfig
 from pipeline.memory.search_page import picture_grid, picture_page
+from pipeline.memory.store import clip_configs
 from pipeline.memory.vectors import document_vector
 
 if TYPE_CHECKING:
@@ -218,31 +217,25 @@ def run(config: SearchConfig) -> list[dict[str, Any]]:
     return rows
 
 
-def load_memory_clip(memory: Memory, name: str | None = None, *, device: str = "cpu") -> "Clip":
+def load_memory_clip(memory: Memory, name: str | None) -> "Clip":
     """A CLIP that embedded the memory, as its own config names it.
 
     Args:
         memory: an open memory.
-        name: name or hash of one that was added; None = the first.
-        device: where it computes.
+        name: name or hash of one of them; None = the one that it was built with.
 
     Raises:
         ConfigError: the memory doesn't say, or that model can't be loaded.
     """
     from infra.clip import load_clip
 
-    place = join(memory.uri, "job.json")
-    if not exists(place):
-        raise ConfigError(f"{memory.uri} doesn't name its CLIP", cure="give the clip in the config")
-    configs = {"": read_sealed(place)["config"]["clip"]}
-    added = memory.certificate.facts.get("clips", {})
-    configs |= {model_hash: model["config"] for model_hash, model in added.items()}
-    found = [c for h, c in configs.items() if name is None or c["name"] == name or (h and h.startswith(name))]
+    configs = clip_configs(memory)
+    found = [clip for key, clip in configs.items() if name is None or clip.name == name or key.startswith(name)]
     if not found:
         raise ConfigError(
-            f"no CLIP {name!r} in {memory.uri}", legal=", ".join(c["name"] for c in configs.values())
+            f"no CLIP {name!r} in {memory.uri}", legal=", ".join(c.name for c in configs.values())
         )
-    return load_clip(ClipConfig.model_validate(found[0]), device)
+    return load_clip(found[0], "cpu")
 
 
 def _rows(memory: Memory, hits: list[Hit]) -> list[dict[str, Any]]:

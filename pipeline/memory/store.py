@@ -15,8 +15,17 @@ from urllib.parse import quote
 import numpy as np
 import pyarrow as pa
 
-from infra.certificate import Certificate, FileEntry, check_files, file_entries, require_certificate
-from infra.errors import ConfigError, DataError
+from infra.certificate import (
+    Certificate,
+    FileEntry,
+    check_files,
+    file_entries,
+    read_sealed,
+    require_certificate,
+)
+from infra.claim import JOB_FILE
+from infra.clip import ClipConfig
+from infra.errors import ConfigError, DataError, first_line
 from infra.storage import absolute, exists, is_remote, join, list_files
 from pipeline.schema import check_table, content_id, memory_schema
 
@@ -152,6 +161,20 @@ def require_model(memory: Memory, model_hash: str, *, name: str) -> None:
         )
 
 
+def clip_configs(memory: Memory) -> dict[str, ClipConfig]:
+    """Model hash -> config of each CLIP whose vectors the memory holds; the one that it was built with first.
+
+    Raises:
+        ConfigError: the memory doesn't say.
+    """
+    claim = join(memory.uri, JOB_FILE)
+    if not exists(claim):
+        raise ConfigError(f"{memory.uri} doesn't name its CLIP", cure="give the clip in the config")
+    found = {memory.model_hash: read_sealed(claim)["config"]["clip"]}
+    found |= {added: facts["config"] for added, facts in memory.certificate.facts.get("clips", {}).items()}
+    return {model_hash: ClipConfig.model_validate(values) for model_hash, values in found.items()}
+
+
 def connect(uri: str) -> Any:
     """The LanceDB database below a memory folder.
 
@@ -259,11 +282,6 @@ def vectors_arrow(vectors: np.ndarray) -> pa.Array:
 
 def empty_table(schema: pa.Schema, names: Sequence[str]) -> pa.Table:
     return pa.schema([schema.field(name) for name in names]).empty_table()
-
-
-def first_line(error: BaseException) -> str:
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0][:300]
 
 
 def _check_schema(table: Any, dim: int, uri: str) -> None:

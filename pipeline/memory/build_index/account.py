@@ -7,8 +7,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from infra.certificate import Certificate
-from infra.errors import DataError, TooManyFailuresError
+from infra.errors import DataError
 from infra.storage import join, write_bytes
+from pipeline.job import refuse_failures
 from pipeline.journal import Receipt
 from pipeline.memory.build_index.preflight import JOB, BuildIndexConfig, Tables
 from pipeline.memory.duplicates import Duplicates
@@ -86,14 +87,12 @@ def one_model(receipts: list[Receipt], base: Certificate | None, out: str) -> di
 
 
 def check_failures(receipts: list[Receipt], config: BuildIndexConfig) -> None:
-    good = sum(receipt["rows_ok"] for receipt in receipts)
-    failed = sum(1 for r in receipts for rejected in r["rejected"] if Status(rejected[2]).is_dead)
-    if failed > config.max_failed_frac * good:
-        first = next(r["rejected"][0] for r in receipts if r["rejected"])
-        raise TooManyFailuresError(
-            f"{failed} of {good} good clips could not be embedded, more than max_failed_frac="
-            f"{config.max_failed_frac} allows; the first: {first[1]}: {first[2]} ({first[3]})"
-        )
+    """Raise TooManyFailuresError if too many of the clips that the crawl found good can't be embedded."""
+    rejected = [dict(zip(REJECTED.names, row, strict=True)) for r in receipts for row in r["rejected"]]
+    counts = Counter(row["status"] for row in rejected)
+    counts[Status.OK] = sum(receipt["rows_ok"] for receipt in receipts) - counts.total()
+    what = "good clips could not be embedded"
+    refuse_failures(counts, config.max_failed_frac, what=what, rejected=rejected)
 
 
 def volume(receipts: list[Receipt]) -> dict[str, Any]:

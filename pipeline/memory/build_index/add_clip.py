@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from infra.certificate import Certificate
 from infra.clip import ClipConfig, check_clip
-from infra.errors import ConfigError, DataError
+from infra.errors import ConfigError, DataError, first_line
 from infra.pictures import PictureError, decode_picture
 from infra.storage import delete, join, read_bytes, write_bytes
 from pipeline.job import JobConfig, carry_out, run_units
@@ -30,7 +30,7 @@ from pipeline.memory.embed.streams import CPU_BATCH, GPU_BATCH, Streams, ahead, 
 from pipeline.memory.embed.worker import arrow_bytes, image_vectors, start_texts
 from pipeline.memory.index import build_id_index, build_vector_index
 from pipeline.memory.recall import IndexConfig
-from pipeline.memory.store import EMBEDDINGS, first_line, memory_files, tag_table, vectors_arrow, version_tag
+from pipeline.memory.store import EMBEDDINGS, memory_files, tag_table, vectors_arrow, version_tag
 from pipeline.memory.vectors import document_vector
 from pipeline.schema import RowError, Status, content_id
 

@@ -8,8 +8,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from infra.certificate import read_sealed
-from infra.claim import JOB_FILE
 from infra.clip import Clip, ClipConfig, load_clip
 from infra.storage import join
 from pipeline.journal import Receipt
@@ -19,6 +17,7 @@ from pipeline.memory.embed.pictures import read_picture
 from pipeline.memory.embed.worker import read_slice
 from pipeline.memory.retrieve.documents import Documents, load_documents
 from pipeline.memory.retrieve.indexes import open_search
+from pipeline.memory.store import clip_configs
 from pipeline.memory.vectors import frame_mean
 from pipeline.prompts.augment.config import AugmentConfig
 from pipeline.prompts.augment.match import Match, Matcher, excluded, guarded_documents, own_documents
@@ -223,9 +222,7 @@ class AugmentWorker:
 
 def clip_config(config: AugmentConfig, memory: Memory) -> ClipConfig:
     """The CLIP to load: the one that was asked for, else the one that the memory was built with."""
-    if config.clip is not None:
-        return config.clip
-    return ClipConfig.model_validate(read_sealed(join(memory.uri, JOB_FILE))["config"]["clip"])
+    return config.clip or next(iter(clip_configs(memory).values()))
 
 
 def clip_picture_vector(row: Row, clip: Clip) -> np.ndarray | None:
