@@ -104,6 +104,15 @@ def crop_extreme(image: Image.Image, *, max_aspect: int) -> Image.Image:
     return image.crop((left, top, left + min(width, limit), top + min(height, limit)))
 
 
+def fit_inside(image: Image.Image, side_px: int) -> Image.Image:
+    """Shrink to at most `side_px` on the longer side; never enlarge."""
+    scale = side_px / max(image.size)
+    if scale >= 1:
+        return image
+    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    return image.resize(size, Image.Resampling.LANCZOS)
+
+
 def _decode(image: Image.Image, on_white: bool, shrink_to_px: tuple[int, int] | None) -> Image.Image:
     turn = TURNS.get(_orientation(image))
     size = (shrink_to_px[1], shrink_to_px[0]) if shrink_to_px else None

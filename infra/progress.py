@@ -70,6 +70,17 @@ def span(seconds: float) -> str:
     return f"{seconds / 86400:.1f} days"
 
 
+def bytes_in_words(num_bytes: float) -> str:
+    """812 bytes, 12.3 kB, 1.5 TB."""
+    if num_bytes < 1000:
+        return f"{num_bytes:.0f} bytes"
+    for unit in ("kB", "MB", "GB", "TB"):
+        num_bytes /= 1000
+        if num_bytes < 1000:
+            return f"{num_bytes:.1f} {unit}"
+    return f"{num_bytes / 1000:,.1f} PB"
+
+
 def say(text: str) -> None:
     """Print a line for the person at the terminal, now."""
     print(text, file=sys.stderr, flush=True)

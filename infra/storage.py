@@ -82,7 +82,8 @@ def exists(uri: str) -> bool:
     return fs.get_file_info(path).type != pafs.FileType.NotFound
 
 
-def size_bytes(uri: str) -> int:
+def size_bytes(uri: str | Path) -> int:
+    """Size of a file; 0 where there is none."""
     fs, path = filesystem(uri)
     return fs.get_file_info(path).size or 0
 

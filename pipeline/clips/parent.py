@@ -12,7 +12,7 @@ import numpy as np
 
 from infra.errors import DataError
 from infra.pictures import decode_picture, open_picture, upright_size
-from infra.storage import filesystem, is_remote
+from infra.storage import filesystem, is_remote, stream_bytes
 from pipeline.clips.filters import FRAMES_PER_CLIP, FilterConfig, judge_by_facts, judge_by_frames
 from pipeline.clips.shots import find_shots
 from pipeline.clips.sources.base import Cut, Item, is_url, without_credentials
@@ -193,14 +193,11 @@ def _set_fate(row: Row, fate: tuple[Status, str] | None) -> None:
 
 
 def _head_and_sha256(media: str | bytes) -> tuple[bytes, str]:
-    if isinstance(media, bytes):
-        return media[:4096], hashlib.sha256(media).hexdigest()
-    with _open(media) as file:
-        digest, head = hashlib.sha256(), b""
-        while chunk := file.read(1 << 20):
-            head = head or chunk[:4096]
-            digest.update(chunk)
-        return head, digest.hexdigest()
+    digest, head = hashlib.sha256(), b""
+    for chunk in [media] if isinstance(media, bytes) else stream_bytes(media):
+        head = head or chunk[:4096]
+        digest.update(chunk)
+    return head, digest.hexdigest()
 
 
 def _open(uri: str) -> Any:

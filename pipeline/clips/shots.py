@@ -21,8 +21,8 @@ MAX_SHOT_S = 20.0
 """Longer shots are cut into equal parts of at most this; ours."""
 
 
-def find_shots(source: Source, *, max_s: float | None = MAX_SHOT_S) -> list[tuple[float, float]]:
-    """Shots of a video as [start, end] in seconds; those longer than `max_s` are cut into equal parts.
+def find_shots(source: Source) -> list[tuple[float, float]]:
+    """Shots of a video as [start, end] in seconds; those longer than `MAX_SHOT_S` are cut into equal parts.
 
     Raises:
         RowError: the video can't be decoded.
@@ -34,7 +34,7 @@ def find_shots(source: Source, *, max_s: float | None = MAX_SHOT_S) -> list[tupl
     step_s = (times_s[-1] - times_s[0]) / max(len(times_s) - 1, 1)
     ends_s = [*times_s[1:], times_s[-1] + step_s]
     shots = [(times_s[first], ends_s[last]) for first, last in shot_ranges(probabilities > THRESHOLD)]
-    return [part for shot in shots for part in split_long(*shot, max_s)]
+    return [part for shot in shots for part in split_long(*shot, MAX_SHOT_S)]
 
 
 def shot_ranges(is_change: np.ndarray) -> list[tuple[int, int]]:
@@ -55,9 +55,9 @@ def shot_ranges(is_change: np.ndarray) -> list[tuple[int, int]]:
     return ranges or ([(0, len(is_change) - 1)] if len(is_change) else [])
 
 
-def split_long(start_s: float, end_s: float, max_s: float | None) -> list[tuple[float, float]]:
+def split_long(start_s: float, end_s: float, max_s: float) -> list[tuple[float, float]]:
     """Equal parts of [start_s, end_s], none longer than `max_s`."""
-    parts = 1 if max_s is None else max(1, int(np.ceil((end_s - start_s) / max_s - 1e-9)))
+    parts = max(1, int(np.ceil((end_s - start_s) / max_s - 1e-9)))
     edges = [start_s + (end_s - start_s) * i / parts for i in range(parts)] + [end_s]
     return list(pairwise(edges))
 

@@ -185,7 +185,7 @@ def hits(exact: Exact, answers: Sequence[Sequence[str | tuple[str, float]]], *, 
     return found
 
 
-def lower_bound(recalls: np.ndarray, *, z: float = Z_95) -> float:
+def lower_bound(recalls: np.ndarray) -> float:
     """One-sided 95 % lower bound of the mean recall.
 
     Wilson's bound with as many trials as the queries are worth: a mean of values in [0, 1] varies at
@@ -195,6 +195,7 @@ def lower_bound(recalls: np.ndarray, *, z: float = Z_95) -> float:
     all found everything, a query counts as one trial. (Counting each of the k hits as one would promise
     too much: the hits of a query hang together.)
     """
+    z = Z_95
     n, p = len(recalls), float(np.mean(recalls)) if len(recalls) else 0.0
     if not n:
         return 0.0

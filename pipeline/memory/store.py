@@ -65,9 +65,9 @@ class Memory:
         """The named columns of all documents, in doc_id order whatever the history of the table."""
         return sorted_columns(self.table, columns)
 
-    def vectors(self, column: str, *, batch_rows: int = 8192) -> Iterator[tuple[pa.Array, np.ndarray]]:
+    def vectors(self, column: str) -> Iterator[tuple[pa.Array, np.ndarray]]:
         """Stream (doc_id, float16 [n d]) blocks of an embedding column, in table order."""
-        yield from stream_vectors(self.table, column, batch_rows=batch_rows)
+        yield from stream_vectors(self.table, column)
 
     def rows(self, doc_ids: Sequence[str], columns: Sequence[str]) -> pa.Table:
         """The named columns of these documents, in the order of `doc_ids`; unknown ids are left out."""

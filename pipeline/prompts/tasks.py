@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from infra.pictures import fit_inside
 from pipeline.media.clip import first_frame, read_frames
-from pipeline.prompts.subjects.cutout import Picture, encode, fit_inside
+from pipeline.prompts.subjects.cutout import Picture, encode
 from pipeline.prompts.subjects.finder import FRAME_FRACS, SIDE_PX, SubjectFinder
 from pipeline.schema import TASKS, Media, Role, RowError, Status, Task
 

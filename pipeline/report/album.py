@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from infra.pictures import PictureError, decode_picture
+from infra.pictures import PictureError, decode_picture, fit_inside
 
 Frames = Sequence[np.ndarray] | np.ndarray
 
@@ -33,7 +33,7 @@ class Album:
             opened = None if image is None else decode_picture(image)
         except PictureError:
             return None
-        return None if opened is None else self.add(_webp(_shrink(opened, side_px)), "image/webp")
+        return None if opened is None else self.add(_webp(fit_inside(opened, side_px)), "image/webp")
 
     def filmstrip(self, frames: Frames, *, height_px: int) -> str | None:
         """Frames side by side, with a gap of 2 px."""
@@ -48,7 +48,7 @@ class Album:
 
     def moving(self, frames: Frames, *, fps: float, side_px: int) -> dict[str, str | None]:
         """Frames as an animated picture, and the first one still for those who want no motion."""
-        images = [_shrink(Image.fromarray(frame), side_px) for frame in frames]
+        images = [fit_inside(Image.fromarray(frame), side_px) for frame in frames]
         still = self.add(_webp(images[0]), "image/webp")
         if len(images) == 1 or still is None:
             return {"moving": still, "still": still}
@@ -64,15 +64,6 @@ def _webp(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
     image.convert("RGB").save(buffer, "WEBP", quality=80, method=4)
     return buffer.getvalue()
-
-
-def _shrink(image: Image.Image, side_px: int) -> Image.Image:
-    scale = side_px / max(image.size)
-    if scale >= 1:
-        return image
-    return image.resize(
-        (max(1, round(image.width * scale)), max(1, round(image.height * scale))), Image.Resampling.LANCZOS
-    )
 
 
 def _to_height(image: Image.Image, height_px: int) -> Image.Image:

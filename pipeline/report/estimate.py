@@ -19,7 +19,7 @@ from pydantic import Field
 
 from infra.config import Config
 from infra.errors import ConfigError
-from infra.progress import span
+from infra.progress import bytes_in_words, span
 from pipeline.memory.vectors import Setting
 
 STORED = Path(__file__).with_name("estimate_profile.json")
@@ -159,11 +159,15 @@ def plan(config: PlanConfig) -> list[Line]:
     lines += [
         Line(
             "pictures on disk",
-            _bytes(IMAGE_BYTES * count),
+            bytes_in_words(IMAGE_BYTES * count),
             f"{IMAGE_BYTES:,} bytes each (mean of such JPEGs)",
         ),
-        Line("vectors on disk", _bytes(vectors_bytes), f"{COLUMNS} x {DIM} x float16 (schema)"),
-        Line("index in memory", _bytes(index_bytes), f"{COLUMNS} x (dim/8 + 20) bytes each (1-bit IVF_RQ)"),
+        Line("vectors on disk", bytes_in_words(vectors_bytes), f"{COLUMNS} x {DIM} x float16 (schema)"),
+        Line(
+            "index in memory",
+            bytes_in_words(index_bytes),
+            f"{COLUMNS} x (dim/8 + 20) bytes each (1-bit IVF_RQ)",
+        ),
         Line(
             "wall time",
             span(embed_s + sum(seconds.values())),
@@ -213,11 +217,3 @@ def load_profile(place: str | None) -> dict[str, Any]:
             cure="make one with tests/bench/bench_index.py --profile",
         ) from None
     return {**stored, **own} if points else stored
-
-
-def _bytes(count: float) -> str:
-    for unit in ("bytes", "kB", "MB", "GB", "TB"):
-        if count < 1000:
-            return f"{count:,.0f} {unit}" if unit == "bytes" else f"{count:,.1f} {unit}"
-        count /= 1000
-    return f"{count:,.1f} PB"

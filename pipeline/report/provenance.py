@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from infra.certificate import Certificate
-from infra.progress import span
+from infra.progress import bytes_in_words, span
 from pipeline.report.read import Parts, ReportConfig
 from pipeline.schema import RETRIABLE
 
@@ -87,18 +87,10 @@ def _origin(name: str, folder: str, certificate: Certificate) -> dict[str, Any]:
         "config_hash": certificate.config_hash,
         "content_hash": certificate.content_hash(),
         "files": f"{len(certificate.files):,}",
-        "size": _size(sum(entry.num_bytes for entry in certificate.files)),
+        "size": bytes_in_words(sum(entry.num_bytes for entry in certificate.files)),
         "inputs": certificate.inputs,
         "facts": json.dumps(certificate.facts, indent=1, ensure_ascii=False)[:6000],
     }
-
-
-def _size(num_bytes: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if num_bytes < 1000:
-            return f"{num_bytes:.3g} {unit}"
-        num_bytes /= 1000
-    return f"{num_bytes:.3g} TB"
 
 
 def next_steps(config: ReportConfig, parts: Parts) -> list[dict[str, str]]:

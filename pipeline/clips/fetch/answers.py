@@ -9,7 +9,8 @@ from pathlib import Path
 import httpx
 from protego import Protego
 
-from pipeline.clips.fetch.store import Record, size_bytes
+from infra.storage import size_bytes
+from pipeline.clips.fetch.store import Record
 from pipeline.schema import RowError, Status
 
 TRANSIENT = (

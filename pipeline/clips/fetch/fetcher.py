@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import httpx
 
+from infra.storage import size_bytes
 from pipeline.clips.fetch.answers import (
     TRANSIENT,
     announced_bytes,
@@ -22,7 +23,7 @@ from pipeline.clips.fetch.answers import (
     told,
     validator,
 )
-from pipeline.clips.fetch.store import MediaStore, note_validator, open_own, read_validator, size_bytes
+from pipeline.clips.fetch.store import MediaStore, note_validator, open_own, read_validator
 from pipeline.clips.fetch.web import FetchConfig, Web, read_at_most
 from pipeline.clips.sources.base import without_credentials
 from pipeline.media.store import looks_like_text

@@ -125,10 +125,6 @@ def open_own(path: Path, mode: str) -> Any:
     return open(path, mode, opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW, 0o666))
 
 
-def size_bytes(path: Path) -> int:
-    return path.stat().st_size if path.exists() else 0
-
-
 def read_validator(part: Path) -> str | None:
     """The validator of the part that is there already."""
     try:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
+from infra.pictures import fit_inside
 from pipeline.prompts.subjects.entities import Entity
 from pipeline.prompts.subjects.mask import SubjectMask
 from pipeline.schema import Role
@@ -126,13 +127,6 @@ def _smooth(x: np.ndarray) -> np.ndarray:
         one, two, three = (np.take(padded, range(i, i + x.shape[axis]), axis) for i in range(3))
         x = (one + 2 * two + three) / 4
     return x
-
-
-def fit_inside(picture: Image.Image, side_px: int) -> Image.Image:
-    """Shrink to at most `side_px` on the longer side; never enlarge."""
-    scale = min(1.0, side_px / max(picture.size))
-    size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
-    return picture if scale == 1.0 else picture.resize(size, Image.Resampling.LANCZOS)
 
 
 def encode(picture: Image.Image) -> bytes:

@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
 from infra.errors import ConfigError
+from infra.pictures import fit_inside
 from pipeline.prompts.subjects.cutout import (
     background_picture,
     content_box,
     encode,
     fill_hole,
-    fit_inside,
     subject_picture,
 )
 from pipeline.prompts.subjects.entities import background, find_entities, named_together, subjects
