@@ -18,17 +18,8 @@ from infra.certificate import Certificate, FileEntry
 from infra.config import Incidental, Location
 from infra.errors import ConfigError, DataError
 from infra.storage import join
-from pipeline.job import (
-    JobConfig,
-    Receipt,
-    Receipts,
-    Unit,
-    count_fates,
-    output_hash,
-    refuse_failures,
-    run_job,
-    run_units,
-)
+from pipeline.job import JobConfig, count_fates, output_hash, refuse_failures, run_job, run_units
+from pipeline.journal import Receipt, Receipts, Unit
 from pipeline.schema import ENCODINGS, Status
 from pipeline.shards import ShardSet, write_shard
 
