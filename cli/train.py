@@ -5,7 +5,8 @@ from typing import Annotated, Any
 
 import typer
 
-from cli.common import Fields, Job, Out, command, make_app, run_app
+from cli.common import Fields, Job, Out, command, make_app
+from cli.errors import run_app
 from cli.recipes import refuse_bare, unused
 
 app = make_app("Train the generator on prompt shards in two stages, sample videos from it, export it.")

@@ -16,7 +16,8 @@ import yaml
 from typer.testing import CliRunner
 
 from cli import data, train
-from cli.common import ours_in, quoted, tell
+from cli.common import quoted
+from cli.errors import ours_in, tell
 from infra.errors import DataError
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -10,7 +10,8 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from cli import data, train
-from cli.common import next_commands, tell
+from cli.common import next_commands
+from cli.errors import tell
 from infra.certificate import Certificate
 from pipeline.report.provenance import next_steps
 from pipeline.report.read import Parts, ReportConfig
