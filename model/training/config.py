@@ -159,6 +159,7 @@ class StageConfig(InputConfig):
     command line `1-8`) takes what the cluster has and changes with it (Ray Train's elasticity); ranks may
     then differ by one sample a micro-batch. Any number continues the same run with the same samples."""
     seed: int = 0
+    """Of the weights at the start, and of all draws; each draw is a function of (seed, sample)."""
 
     @field_validator("noise")
     @classmethod
