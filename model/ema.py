@@ -99,15 +99,6 @@ class Ema:
         averages = [local_shard(self.weights[name]) for name, _ in _trained(model)]
         torch._foreach_lerp_(averages, params, 1 - keep)
 
-    @torch.no_grad()
-    def swap(self, model: nn.Module) -> None:
-        """Exchange the model's parameters and the average; call it twice to come back."""
-        for name, p in _trained(model):
-            mine, theirs = local_shard(self.weights[name]), local_shard(p.detach())
-            kept = theirs.clone()
-            theirs.copy_(mine)
-            mine.copy_(kept)
-
 
 def _trained(model: nn.Module) -> Iterable[tuple[str, Tensor]]:
     return ((name, p) for name, p in model.named_parameters() if p.requires_grad)

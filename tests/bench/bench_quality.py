@@ -175,7 +175,7 @@ def overfit(args: argparse.Namespace) -> None:
         model, videos, condition, batch=args.batch, lr=args.lr, seconds=args.minutes * 60,
         wall_seconds=args.wall_minutes * 60, ema=ema, build=OPTIMIZERS[args.optimizer], edm=edm,
     )  # fmt: skip
-    ema.swap(model)
+    model.load_state_dict(ema.weights, strict=False)
     spent, wall = quiet_seconds() - busy, time.perf_counter() - start
     if args.save:
         torch.save(model.state_dict(), args.save)

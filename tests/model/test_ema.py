@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from model.ema import Ema, HalfLife, PowerFunction, Snapshot, gamma_of, mixing_weights, reconstruct
-from model.optim import adamw
-from tests.model.small_model import small_model, train_small
+from tests.model.small_model import small_model
 
 
 def test_half_life_halves() -> None:
@@ -92,16 +91,3 @@ def test_stored_profile_reconstructs_itself() -> None:
     weights = mixing_weights(snapshots, 1024, 0.1)
     expected = torch.tensor([0, 0, 0, 0, 0, 1.0], dtype=torch.float64)
     torch.testing.assert_close(weights, expected, atol=1e-6, rtol=0)
-
-
-def test_average_swaps_in_and_out() -> None:
-    model = small_model()
-    ema = Ema(model, HalfLife(10))
-    train_small(model, adamw(model, lr=0.1), 3)
-    ema.update(model, 5)
-    averaged = ema.weights["0.weight"].clone()
-    live = [p.detach().clone() for p in model.parameters()]
-    ema.swap(model)
-    assert torch.equal(model[0].weight, averaged)
-    ema.swap(model)
-    assert all(torch.equal(a, b) for a, b in zip(live, model.parameters(), strict=True))
