@@ -191,8 +191,9 @@ def check(config: SearchConfig) -> None:
     """Raise ConfigError for what can be refused before a model is loaded."""
     if not (config.text and config.text.strip()) and not config.image:
         raise ConfigError("nothing to search for", legal="words, --image, or both")
-    if config.image and not config.text and config.retrieve.retriever == "bm25":
-        raise ConfigError("bm25 compares words, the query is a picture", cure="--retriever clip")
+    if config.image and not config.text and not config.retrieve.method.needs_vectors:
+        compares = f"{config.retrieve.retriever} compares words"
+        raise ConfigError(f"{compares}, the query is a picture", cure="--retriever clip")
     if config.image and not exists(absolute(config.image)):
         raise ConfigError(f"no picture at {config.image}")
     if config.out:
@@ -204,7 +205,7 @@ def run(config: SearchConfig) -> list[dict[str, Any]]:
     """Answer, print the table, write the pictures; returns the rows of the table."""
     check(config)
     memory = open_memory(config.memory, version=config.version)
-    clip = None if config.retrieve.retriever == "bm25" else load_memory_clip(memory, config.clip)
+    clip = load_memory_clip(memory, config.clip) if config.retrieve.method.needs_vectors else None
     query = Query(config.text, read_bytes(absolute(config.image)) if config.image else None)
     hits = Searcher(memory, config.retrieve, clip)([query], config.filters)[0]
     rows = _rows(memory, hits)
@@ -247,10 +248,10 @@ def _print(rows: list[dict[str, Any]], config: SearchConfig, memory: Memory) -> 
     from rich.console import Console
     from rich.table import Table
 
-    how = config.retrieve.retriever
-    how += f" against {config.retrieve.against}" if how != "bm25" else ""
+    how, by_vectors = config.retrieve.retriever, config.retrieve.method.needs_vectors
+    how += f" against {config.retrieve.against}" if by_vectors else ""
     if not rows:
-        cause = "none shares a word with the question" if config.retrieve.retriever == "bm25" else "none passes"
+        cause = "none passes" if by_vectors else "none shares a word with the question"
         print(f"nothing found among {memory.num_documents:,} documents ({how}): {cause}")
         return
     table = Table(title=f"{len(rows)} of {memory.num_documents:,} documents, {how}", title_justify="left")

@@ -136,6 +136,8 @@ def test_a_retriever_from_elsewhere_is_one_entry(
     config = RetrieveConfig(retriever="runner-up")
     documents = load_documents(memory)
     assert open_search(config, documents, memory)(["a ball"], None, 3)[0].docs.shape == (3,)
+    with pytest.raises(ConfigError, match="runner-up compares words, the query is a picture"):
+        check(SearchConfig(memory=memory.uri, image="dog.jpg", retrieve=config))
 
 
 def test_the_command_prints_a_table_and_writes_pictures(
