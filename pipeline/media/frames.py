@@ -46,9 +46,6 @@ class VideoInfo:
     fps: float
     """Average frames per second."""
     num_frames: int
-    codec: str
-    container: str
-    has_audio: bool
 
 
 def clip_times(start_s: float, end_s: float, n: int) -> list[float]:
@@ -77,9 +74,6 @@ def probe(source: Source) -> VideoInfo:
             duration_s=duration_s,
             fps=fps,
             num_frames=num_frames,
-            codec=stream.codec_context.name,
-            container=container.format.name,
-            has_audio=bool(container.streams.audio),
         )
 
 
