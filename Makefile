@@ -5,7 +5,7 @@ READY := .venv/.ready
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint docs bench clean clean-demo
+.PHONY: help demo evidence test test-all lint docs bench clean clean-demo
 
 help: ## list the verbs
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -22,6 +22,9 @@ $(READY): pyproject.toml constraints.txt constraints-nodeps.txt
 
 demo: $(READY) ## corpus -> prompts -> two trainings -> video -> one HTML page; about 7 minutes, resumable
 	@$(BIN)/python -m cli.demo $(ARGS)
+
+evidence: $(READY) ## claims measured in a controlled world, with errors and a page; ARGS=--full for all of them
+	@$(BIN)/python -m cli.evidence $(ARGS)
 
 lint: $(READY) ## ruff, pyright, import floors, links of the docs
 	$(BIN)/ruff check .

@@ -252,6 +252,21 @@ def encode(
     }
 
 
+def _claims(rows: list[dict[str, Any]]) -> str:
+    from pipeline.world.evidence import table
+
+    return table(rows)
+
+
+@command(app, Job("pipeline.world.evidence:EvidenceConfig", closing=_claims, look="{c.out}/evidence.html"))
+def judge(
+    world: Annotated[str | None, typer.Option(help="Folder that `vimi-data world` made.")] = None,
+    out: Out = None,
+) -> Fields:
+    """Judge sampled videos of a world by image statistics: which claims hold, with errors, and a page."""
+    return {"world": world, "out": out}
+
+
 def _page(place: str) -> str:
     return f"report: one page, works offline -> {shorten(place)}\n  open it in a browser"
 

@@ -54,17 +54,22 @@ def run_demo() -> None:
     print(f"\nDone in {span(time.monotonic() - started_s)}. Open this page: {(CHECKOUT / PAGE)}")
 
 
-def run_step(step: str) -> None:
+def run_step(step: str, *, name: str = "demo", folder: Path = CHECKOUT) -> None:
     """Run one command of this checkout as a process of its own, as a user would.
+
+    Args:
+        step: program and arguments, as typed.
+        name: of the sequence, for the message when a step fails.
+        folder: where it is typed.
 
     Raises:
         SystemExit: with the command's exit code, when it fails.
     """
     program, *arguments = shlex.split(step)
     script = Path(sys.executable).parent / program
-    result = subprocess.run([str(script), *arguments], cwd=CHECKOUT, check=False)
+    result = subprocess.run([str(script), *arguments], cwd=folder, check=False)
     if result.returncode:
-        print(f"demo: `{step}` ended with exit code {result.returncode}", file=sys.stderr)
+        print(f"{name}: `{step}` ended with exit code {result.returncode}", file=sys.stderr)
         sys.exit(result.returncode)
 
 

@@ -23,6 +23,8 @@ from infra.errors import DataError
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
 JOBS = {
+    "world": ("pipeline.world.make", "WorldConfig"),
+    "judge": ("pipeline.world.evidence", "EvidenceConfig"),
     "crawl": ("pipeline.clips.crawl", "CrawlConfig"),
     "build": ("pipeline.memory.build_index", "BuildIndexConfig"),
     "augment": ("pipeline.prompts.augment", "AugmentConfig"),

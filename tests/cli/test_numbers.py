@@ -11,12 +11,15 @@ from typing import Any
 import pytest
 
 from cli.reference import config_class, jobs
+from infra.certificate import Certificate, write_certificate
 from infra.claim import open_job
 from infra.config import Config, set_dotted
 from infra.errors import ConfigError
 from infra.fields import ConfigField, type_text, walk
 from pipeline.clips.crawl import CrawlConfig
 from pipeline.prompts.augment.target import TargetConfig
+from pipeline.world.make import WorldConfig
+from pipeline.world.make import run as make_world
 from tests.model.conftest import tiny_encoder, tiny_stage, trained_run  # noqa: F401 # pyright: ignore[reportUnusedImport]
 from tests.model.prompt_tables import prompt_row, write_shards
 from tests.pipeline.conftest import write_video  # noqa: F401 # pyright: ignore[reportUnusedImport]
@@ -49,6 +52,16 @@ def is_number(field: ConfigField) -> bool:
     return any(word in ("int", "float") for word in type_text(field.info.annotation).split())
 
 
+def judged(folder: Path) -> dict[str, Any]:
+    """A claim about samples of a world."""
+    make_world(WorldConfig(out=str(folder / "world"), nouns=1, unseen=1, distractors=0))
+    write_certificate(folder / "sampled", Certificate(job="sample", config_hash="0", num_in=0, num_out=0))
+    sampled = {"samples": str(folder / "sampled"), "prompts": str(folder / "prompts")}
+    claim = {"words": "it is so", "measure": "colour", "of": "one", "at_least": 0.5}
+    where = {"world": str(folder / "world"), "out": str(folder / "judged")}
+    return {**where, "sets": {"one": sampled}, "claims": [claim]}
+
+
 def put(values: dict[str, Any], name: str, value: Any) -> None:
     """Set a dotted name; `sources[].depth` is one of the first item's."""
     group, is_list, last = name.partition("[].")
@@ -78,6 +91,7 @@ def legal(world: Any, trained_run: Any, tiny_encoder: Any, tmp_path_factory: Any
     clips, offline = [world.clips], {"name": "offline"}
     return {
         "vimi-data world": {"out": out},
+        "vimi-data judge": judged(folder),
         "vimi-data crawl": crawl,
         "vimi-data redrive": {"clips": world.clips, "out": out},
         "vimi-data build-index": {"clips": clips, "out": out, "clip": offline},

@@ -1,0 +1,94 @@
+"""`make evidence`: the commands that a user types, on a world in which only a retrieved picture tells.
+
+The quick form shows that retrieval helps, in about four minutes of training on two cores. The full form
+(`--full`) shows all claims, their controls too. What is judged and what should come out stands in
+infra/configs/evidence/judge*.yaml; a claim that fails is printed as failing. Each command continues or skips
+what an earlier, perhaps killed, run has finished.
+"""
+
+import sys
+import time
+
+from cli.demo import run_step
+from infra.cluster import CHECKOUT
+from infra.errors import ConfigError
+from infra.progress import span
+
+CONFIGS = CHECKOUT / "infra" / "configs" / "evidence"
+FOLDER = CHECKOUT / "evidence"
+CHOICES = ("right", "none", "shuffled")
+
+
+def main() -> None:
+    forms = {(): "quick", ("--full",): "full"}
+    try:
+        form = forms.get(tuple(sys.argv[1:]))
+        if form is None:
+            raise ConfigError(f"options {' '.join(sys.argv[1:])}", legal="none, or --full")
+        run_evidence(form)
+    except ConfigError as error:
+        print(f"evidence: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\nevidence: stopped; the same command continues where it was", file=sys.stderr)
+        sys.exit(130)
+
+
+def run_evidence(form: str) -> None:
+    started_s, folder = time.monotonic(), FOLDER / form
+    folder.mkdir(parents=True, exist_ok=True)
+    steps = full_steps() if form == "full" else quick_steps()
+    for number, step in enumerate(steps, start=1):
+        print(f"\n[{number}/{len(steps)}] $ {step}", flush=True)
+        run_step(step, name="evidence", folder=folder)
+    print(f"\nDone in {span(time.monotonic() - started_s)}. Open this page: {folder / 'evidence.html'}")
+
+
+def quick_steps() -> list[str]:
+    """The commands of the quick form, in order."""
+    return [
+        command("vimi-data world"),
+        command("vimi-data crawl", "crawl_clips"),
+        command("vimi-data crawl", "crawl_pictures"),
+        command("vimi-data build-index"),
+        command("vimi-data augment"),
+        command("vimi-train stage1"),
+        *(sample(choice, f"--documents {choice}") for choice in CHOICES),
+        command("vimi-data judge"),
+    ]
+
+
+def full_steps() -> list[str]:
+    """The commands of the full form, in order."""
+    longer = "--set samples=96000"
+    return [
+        command("vimi-data world", more="--distractors 2"),
+        command("vimi-data crawl", "crawl_clips"),
+        command("vimi-data crawl", "crawl_pictures"),
+        command("vimi-data build-index"),
+        command("vimi-data augment", more="-k 3"),
+        command("vimi-train stage1", more=longer),
+        command("vimi-train stage1", more=f"{longer} --out three --set documents=[3]"),
+        command("vimi-train stage1", more=f"{longer} --out faithful --set references=faithful"),
+        command("vimi-data instruct"),
+        command("vimi-train stage2"),
+        *(sample(choice, f"--documents {choice}") for choice in CHOICES),
+        *(sample(run, f"--set run={run}") for run in ("three", "faithful")),
+        sample("tuned", "--set run=stage2 --set prompts_uri=instructions --set rows=384"),
+        sample("untuned", "--set prompts_uri=instructions --set rows=384"),
+        command("vimi-data judge", "judge_full"),
+    ]
+
+
+def command(words: str, config: str = "", more: str = "") -> str:
+    """A command with its config of this folder, by default the one of its name."""
+    name = config or words.split()[-1].replace("-", "_")
+    return " ".join(filter(None, [words, f"--config {CONFIGS / name}.yaml", more]))
+
+
+def sample(name: str, how: str) -> str:
+    return command("vimi-train sample", more=f"--out samples/{name} {how}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,353 @@
+"""Judges sampled videos of the world and says which claims hold: a table with errors, and one page.
+
+Sets of samples (`vimi-train sample`) are read back by name; a sample's prompt leads to its clip, and the clip
+to the concept that it should show. A claim is about one set, or about one against another on the same prompts
+and seeds. Differences are paired, and prompts of one noun count once.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow.parquet as pq
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+from pydantic import Field, model_validator
+
+from infra.certificate import read_certificate, require_certificate
+from infra.config import Config, Location
+from infra.errors import ConfigError, DataError
+from infra.storage import check_writable, join, read_bytes, read_json, write_bytes, write_json
+from pipeline.media.clip import target_frames
+from pipeline.media.frames import clip_times, decode_frames, probe
+from pipeline.report.album import Album
+from pipeline.report.page import FOLDER as REPORT
+from pipeline.schema import Role
+from pipeline.shards import ShardSet
+from pipeline.world.concepts import CONCEPTS, HUES
+from pipeline.world.judge import Difference, Seen, judge_video, paired
+
+Measure = Literal["colour", "shape", "direction", "background", "place"]
+PLACE_SHARE = 0.1
+"""A thing starts at its place if it is seen within this share of the side. Ours."""
+ERRORS = 2.0
+"""Standard errors that a difference must be away from zero to be one. Ours."""
+JSON_FILE, PAGE_FILE = "evidence.json", "evidence.html"
+STRIP_PX = 96
+LOOKS: tuple[Measure, ...] = ("colour", "shape", "direction")
+"""What is told under a film strip."""
+ROWS = 16
+"""Rows of film strips on the page."""
+
+Row = dict[str, Any]
+
+
+class SampleSet(Config):
+    """Videos of one model under one condition."""
+
+    samples: Location
+    """Folder of `vimi-train sample`."""
+    prompts: Location
+    """Folder of the prompt shards that they were made for."""
+    title: str = ""
+    """Over its film strips; empty = the set's name."""
+
+
+class Claim(Config):
+    """What should be so."""
+
+    words: str = Field(min_length=1)
+    """The claim in words."""
+    measure: Measure
+    """What is judged: colour (nearest of 8), shape, direction, background (nearest of 6), place (of the thing
+    in the first frame)."""
+    of: str
+    """Name of the set that it is about."""
+    against: str | None = None
+    """Name of another set of the same prompts and seeds."""
+    task: str | None = None
+    """Only prompts of this task; null = all."""
+    at_least: float | None = Field(default=None, ge=0, le=1)
+    """Least share of `of` that must be right."""
+    at_most: float | None = Field(default=None, ge=0, le=1)
+    """Greatest share of `of` that may be right."""
+    difference: Literal["more", "none"] | None = None
+    """more: `of` is right more often than `against`, by two standard errors; none: it is not, which is what a
+    control must show."""
+
+    @model_validator(mode="after")
+    def _can_be_false(self) -> "Claim":
+        if (self.difference is None) != (self.against is None):
+            raise ValueError("give `against` and `difference` together, or neither")
+        if self.at_least is None and self.at_most is None and self.difference is None:
+            raise ValueError("a claim needs at_least, at_most or difference")
+        return self
+
+
+class EvidenceConfig(Config):
+    """What is judged, and what should come out."""
+
+    world: Location
+    """Folder of `vimi-data world`."""
+    sets: dict[str, SampleSet] = Field(min_length=1)
+    """Sampled videos by a name of your own."""
+    claims: tuple[Claim, ...]
+    """In the order of the table."""
+    out: Location
+    """Folder of `evidence.json` and `evidence.html`."""
+    strips: tuple[str, ...] = ()
+    """Sets whose film strips stand beside the truth, of the same prompts; none = all sets."""
+
+    @model_validator(mode="after")
+    def _sets_are_there(self) -> "EvidenceConfig":
+        named = [*self.strips, *(name for c in self.claims for name in (c.of, c.against) if name is not None)]
+        for name in named:
+            if name not in self.sets:
+                raise ValueError(f"set {name!r}; legal: {', '.join(self.sets)}")
+        return self
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One sampled video."""
+
+    noun: str
+    task: str
+    key: tuple[str, str, int]
+    """(clip, task, seed): pairs samples of two sets."""
+    right: dict[str, bool]
+    """Measure -> is it as it should be?"""
+    frames: np.ndarray
+    """uint8 `t h w 3` at the size that was sampled."""
+
+
+class World:
+    """What each clip of a world should show."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+        with pq.ParquetFile(join(folder, "concepts.parquet")) as file:
+            if not file.schema_arrow.equals(CONCEPTS):
+                raise DataError(f"{folder}/concepts.parquet is of another version; cure: make the world again")
+            self.rows = file.read().to_pylist()
+
+    @cached_property
+    def clips(self) -> dict[str, tuple[Row, Row]]:
+        """Name of a video's file -> (its noun's row, its clip)."""
+        return {clip["video"].rpartition("/")[2]: (row, clip) for row in self.rows for clip in row["clips"]}
+
+    @cached_property
+    def shapes(self) -> tuple[str, ...]:
+        return tuple(sorted({row["shape"] for row in self.rows}))
+
+
+def check(config: EvidenceConfig) -> None:
+    """Refuse what can't be judged.
+
+    Raises:
+        ConfigError: no world, or a folder without samples.
+    """
+    require_certificate(config.world, job="world", made_by="vimi-data world")
+    for found in config.sets.values():
+        certificate = read_certificate(found.samples)
+        if certificate is None or certificate.job != "sample":
+            raise ConfigError(f"no samples in {found.samples}", cure="run `vimi-train sample` first")
+    check_writable(config.out)
+
+
+def run(config: EvidenceConfig) -> list[Row]:
+    """Judge all sets, write `evidence.json` and the page.
+
+    Returns:
+        One row a claim: claim, measure, numbers with errors, n, holds.
+    """
+    check(config)
+    world = World(config.world)
+    prompts = {place: read_prompts(place) for place in {found.prompts for found in config.sets.values()}}
+    judged = {name: judge_set(found, prompts[found.prompts], world) for name, found in config.sets.items()}
+    rows = [decide(claim, judged) for claim in config.claims]
+    shares = {name: summarise(found) for name, found in judged.items()}
+    write_json(join(config.out, JSON_FILE), {"claims": rows, "sets": shares})
+    page = render(config, rows, judged, prompts)
+    write_bytes(join(config.out, PAGE_FILE), page.encode())
+    return rows
+
+
+def read_prompts(folder: str) -> dict[str, Row]:
+    """Prompt id -> its row."""
+    shards = ShardSet(folder)
+    columns = ["prompt_id", "clip_id", "task", "caption", "source_uri", "split", "segments", "target"]
+    rows = (row for group in range(len(shards)) for row in shards.read_row_group(group, columns).to_pylist())
+    return {row["prompt_id"]: row for row in rows if row["split"] != "train"}
+
+
+def judge_set(found: SampleSet, prompts: dict[str, Row], world: World) -> list[Judged]:
+    """Judge each video of a set.
+
+    Raises:
+        DataError: a sample whose prompt or clip is not of this world.
+    """
+    entries = read_json(join(found.samples, "samples.json"))["samples"]
+    return [judge_sample(found.samples, entry, prompts, world) for entry in entries]
+
+
+def judge_sample(folder: str, entry: Row, prompts: dict[str, Row], world: World) -> Judged:
+    """Judge one entry of samples.json."""
+    row = prompts.get(entry["prompt_id"])
+    name = str(row["source_uri"]).rpartition("/")[2] if row else ""
+    if row is None or name not in world.clips:
+        raise DataError(f"sample {entry['video']} of {folder} is of no held-out clip of {world.folder}")
+    concept, clip = world.clips[name]
+    frames = sampled_frames(join(folder, entry["video"]), row["target"])
+    seen = judge_video(frames, size=clip["size"], shapes=world.shapes)
+    return Judged(
+        noun=concept["noun"],
+        task=row["task"],
+        key=(row["clip_id"], row["task"], entry["seed"]),
+        right=compare(seen, concept, clip),
+        frames=frames,
+    )
+
+
+def sampled_frames(place: str, target: Row) -> np.ndarray:
+    """Frames of a sampled video at the size that it was made at: its file is enlarged to be looked at."""
+    data = read_bytes(place)
+    info = probe(data)
+    whole = decode_frames(data, clip_times(0, info.duration_s, info.num_frames))
+    height, width = target["height_px"], target["width_px"]
+    cells = whole.reshape(len(whole), height, info.height_px // height, width, info.width_px // width, 3)
+    return np.rint(cells.mean(axis=(2, 4))).astype(np.uint8)
+
+
+def compare(seen: Seen, concept: Row, clip: Row) -> dict[str, bool]:
+    """Each measure: is what is seen what should be?"""
+    off = np.abs(seen.places[0] - np.array(clip["start"])).max()
+    return {
+        "colour": seen.colour == concept["colour"],
+        "shape": seen.shape == concept["shape"],
+        "direction": seen.direction == clip["motion"],
+        "background": seen.background == clip["background"],
+        "place": bool(off <= PLACE_SHARE),
+    }
+
+
+def share(samples: Sequence[Judged], measure: str) -> Difference:
+    """Share of samples that are right, with the error of the mean over nouns."""
+    values = [float(sample.right[measure]) for sample in samples]
+    return paired(values, [0.0] * len(values), [sample.noun for sample in samples])
+
+
+def summarise(samples: Sequence[Judged]) -> Row:
+    """Shares of all measures in numbers."""
+    found = {measure: share(samples, measure) for measure in samples[0].right}
+    return {
+        "videos": len(samples),
+        "nouns": len({sample.noun for sample in samples}),
+        **{name: {"share": value.mean, "error": value.error} for name, value in found.items()},
+    }
+
+
+def decide(claim: Claim, judged: dict[str, list[Judged]]) -> Row:
+    """Whether a claim holds, and its numbers."""
+    own = {s.key: s for s in judged[claim.of] if claim.task in (None, s.task)}
+    other = {s.key: s for s in judged[claim.against] if claim.task in (None, s.task)} if claim.against else {}
+    keys = sorted(own.keys() & other.keys() if claim.against else own.keys())
+    if not keys:
+        raise DataError(f"no videos for the claim {claim.words!r}; cure: sample more rows, of the same prompts")
+    ours = share([own[key] for key in keys], claim.measure)
+    row: Row = {
+        "claim": claim.words,
+        "measure": claim.measure,
+        "of": claim.of,
+        "against": claim.against,
+        "share": ours.mean,
+        "error": ours.error,
+        "nouns": ours.count,
+        "videos": len(keys),
+    }
+    holds = [claim.at_least is None or ours.mean >= claim.at_least]
+    holds += [claim.at_most is None or ours.mean <= claim.at_most]
+    if claim.against is not None:
+        one, two = ([float(s[key].right[claim.measure]) for key in keys] for s in (own, other))
+        difference = paired(one, two, [own[key].noun for key in keys])
+        is_more = difference.mean > ERRORS * difference.error
+        holds.append(is_more == (claim.difference == "more"))
+        row |= {"difference": difference.mean, "difference_error": difference.error}
+        row["other_share"] = ours.mean - difference.mean
+    asked = {"at_least": claim.at_least, "at_most": claim.at_most, "difference": claim.difference}
+    return {**row, "asked": {k: v for k, v in asked.items() if v is not None}, "holds": all(holds)}
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The claims for a terminal, one a line."""
+    words = {True: "holds", False: "FAILS"}
+    return "\n".join(f"  {words[row['holds']]}  {row['claim']}: {numbers(row)}" for row in rows)
+
+
+def numbers(row: Row) -> str:
+    """A claim's numbers in words."""
+    text = f"{row['measure']} right {row['share']:.2f} ± {row['error']:.2f}"
+    if row["against"] is not None:
+        text += f", against {row['other_share']:.2f} ({row['against']}): "
+        text += f"{row['difference']:+.2f} ± {row['difference_error']:.2f}"
+    asked = row["asked"]
+    bounds = [f"{word} {asked[key]:.2f}" for key, word in (("at_least", "≥"), ("at_most", "≤")) if key in asked]
+    text += f" (asked: {', '.join(bounds)})" if bounds else ""
+    return f"{text}; {row['nouns']} nouns, {row['videos']} videos"
+
+
+def render(
+    config: EvidenceConfig, rows: list[Row], judged: dict[str, list[Judged]], prompts: dict[str, dict[str, Row]]
+) -> str:
+    """The page: claims, then film strips of the first set's prompts, a set a column."""
+    names = config.strips or tuple(config.sets)
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined
+    )
+    return environment.get_template("evidence.html").render(
+        style=Markup((REPORT / "style.css").read_text(encoding="utf-8")),
+        rows=[{**row, "numbers": numbers(row)} for row in rows],
+        names=[config.sets[name].title or name for name in names],
+        strips=film_strips([judged[name] for name in names], prompts[config.sets[names[0]].prompts]),
+        colours=len(HUES),
+        sets={name: summarise(samples) for name, samples in judged.items()},
+    )
+
+
+def film_strips(sets: Sequence[list[Judged]], prompts: dict[str, Row]) -> list[Row]:
+    """One row a noun: prompt, its picture, the true clip, and the same prompt's video of each set."""
+    album = Album(max_bytes=10_000_000)
+    by_key = {(row["clip_id"], row["task"]): row for row in prompts.values()}
+    found = [{sample.key: sample for sample in samples} for samples in sets]
+    first = {sample.noun: sample.key for sample in reversed(sets[0])}
+    strips = []
+    for key in list(reversed(first.values()))[:ROWS]:
+        row = by_key[key[:2]]
+        videos = [samples[key] for samples in found if key in samples]
+        strips.append(
+            {
+                "caption": row["caption"],
+                "picture": album.picture(_first_picture(row), side_px=STRIP_PX),
+                "truth": _strip(target_frames(row["target"]), album),
+                "videos": [
+                    {"strip": _strip(v.frames, album), "right": [name for name in LOOKS if v.right[name]]}
+                    for v in videos
+                ],
+            }
+        )
+    return strips
+
+
+def _first_picture(row: Row) -> bytes | None:
+    pictures = (s["image"] for s in row["segments"] if s["type"] == "image" and s["role"] != Role.INSTRUCTION)
+    return next(pictures, None)
+
+
+def _strip(frames: np.ndarray, album: Album) -> str | None:
+    """Film strip with square pixels, as they are."""
+    factor = max(1, STRIP_PX // frames.shape[1])
+    large = frames.repeat(factor, axis=1).repeat(factor, axis=2)
+    return album.filmstrip(large, height_px=large.shape[1])

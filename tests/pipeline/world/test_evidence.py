@@ -1,0 +1,147 @@
+"""Laws of the evidence: true videos prove the claims, others' videos fail them, and the page shows both."""
+
+import html.parser
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from infra.certificate import Certificate, write_certificate
+from infra.errors import ConfigError, DataError
+from infra.storage import read_json, write_json
+from model.sampling.film import write_video
+from pipeline.media.frames import decode_frames
+from pipeline.world.evidence import EvidenceConfig, check, run, table
+from pipeline.world.make import WorldConfig
+from pipeline.world.make import run as make_world
+from tests.model.prompt_tables import jpeg, prompt_row, write_shards
+
+SIDE, COUNT = 16, 10
+
+
+@dataclass(frozen=True)
+class Made:
+    """A world, prompts for its held-out clips, and three sets of videos."""
+
+    folder: Path
+    config: dict[str, Any]
+
+
+def write_set(folder: Path, prompts: list[dict[str, Any]], videos: list[np.ndarray]) -> dict[str, str]:
+    """What `vimi-train sample` leaves: videos enlarged to be looked at, samples.json, certificate."""
+    entries = []
+    for number, (row, frames) in enumerate(zip(prompts, videos, strict=True)):
+        said, _ = write_video(str(folder), f"sample-{number:03d}", frames, 6.0)
+        entries.append({"prompt_id": row["prompt_id"], "seed": 0, "fps": 6.0, **said})
+    write_json(str(folder / "samples.json"), {"samples": entries})
+    write_certificate(folder, Certificate(job="sample", config_hash="0", num_in=COUNT, num_out=COUNT))
+    return {"samples": str(folder), "prompts": str(folder.parent / "prompts")}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    folder = tmp_path_factory.mktemp("evidence")
+    world = folder / "world"
+    make_world(WorldConfig(out=str(world), nouns=1, unseen=COUNT, distractors=0, seed=7))
+    prompts, videos = [], []
+    for number, row in enumerate(pq.read_table(world / "concepts.parquet").to_pylist()):
+        if row["seen"]:
+            continue
+        (clip,) = row["clips"]
+        times_s = [(frame + 0.5) / 6 for frame in range(4)]
+        frames = decode_frames(str(world / clip["video"]), times_s, size_px=(SIDE, SIDE))
+        prompt = prompt_row(number, num_frames=4, height=SIDE, width=SIDE)
+        prompt["segments"][1]["image"] = jpeg(frames[0])
+        target = {**prompt["target"], "data": frames.tobytes()}
+        own = {"source_uri": str(world / clip["video"]), "split": "validation", "caption": clip["caption"]}
+        prompts.append({**prompt, **own, "target": target})
+        videos.append(frames)
+    write_shards(folder / "prompts", prompts, job="augment", group_rows=4, file_rows=16)
+    grey = [np.full_like(frames, 120) for frames in videos]
+    sets = {
+        "right": write_set(folder / "right", prompts, videos),
+        "shuffled": write_set(folder / "shuffled", prompts, [*videos[1:], videos[0]]),
+        "none": write_set(folder / "none", prompts, grey),
+    }
+    return Made(folder, {"world": str(world), "out": str(folder / "out"), "sets": sets})
+
+
+def claim(**values: Any) -> dict[str, Any]:
+    return {"words": "it <is> so", "measure": "colour", "of": "right", **values}
+
+
+MEASURES = ("colour", "shape", "direction", "background", "place")
+
+
+@pytest.fixture(scope="module")
+def rows(made: Made) -> dict[str, dict[str, Any]]:
+    """Claims of all kinds, decided at once."""
+    claims = [claim(words=f"true {m}", measure=m, at_least=1.0) for m in MEASURES]
+    claims += [claim(words=f"other {m}", measure=m, against="shuffled", difference="more") for m in MEASURES]
+    claims += [
+        claim(words="worse is more", of="shuffled", against="right", difference="more"),
+        claim(words="better is not more", against="none", difference="none"),
+        claim(words="too few", of="none", at_least=0.9),
+        claim(words="too many", at_most=0.5),
+        claim(words="few <enough>", of="shuffled", at_most=0.5),
+    ]
+    found = run(EvidenceConfig.model_validate({**made.config, "claims": claims}))
+    return {row["claim"]: row for row in found}
+
+
+@pytest.mark.parametrize("measure", MEASURES)
+def test_true_videos_are_right_and_more_often_than_others(rows: dict[str, Any], measure: str) -> None:
+    row = rows[f"true {measure}"]
+    assert row["holds"] and row["share"] == 1.0 and row["nouns"] == row["videos"] == COUNT
+    row = rows[f"other {measure}"]
+    assert row["holds"] == (row["difference"] > 2 * row["difference_error"])
+    if measure in ("colour", "shape", "direction"):
+        assert row["holds"] and row["other_share"] < 0.7
+
+
+def test_a_claim_that_is_not_so_fails(rows: dict[str, Any]) -> None:
+    for words in ("worse is more", "better is not more", "too few", "too many"):
+        assert not rows[words]["holds"]
+    assert rows["few <enough>"]["holds"]
+    assert table([rows["too few"]]).startswith("  FAILS  too few: colour right 0.")
+
+
+def test_the_page_shows_claims_and_strips_and_fetches_nothing(made: Made, rows: dict[str, Any]) -> None:
+    page = (made.folder / "out" / "evidence.html").read_text()
+    found: list[tuple[str, dict[str, str | None]]] = []
+    parser = html.parser.HTMLParser()
+    parser.handle_starttag = lambda tag, attrs: found.append((tag, dict(attrs)))
+    parser.feed(page)
+    policy = next(attrs for tag, attrs in found if attrs.get("http-equiv") == "Content-Security-Policy")
+    assert "default-src 'none'" in str(policy["content"])
+    assert not [tag for tag, _ in found if tag in ("script", "iframe", "video")]
+    assert all(str(attrs["src"]).startswith("data:") for tag, attrs in found if tag == "img")
+    assert page.count("frames of the sampled video") == 3 * COUNT
+    assert "few &lt;enough&gt;" in page and "few <enough>" not in page
+    holds = [row["holds"] for row in rows.values()]
+    assert page.count('class="holds"') == holds.count(True)
+    assert page.count('class="fails"') == holds.count(False)
+    told = read_json(str(made.folder / "out" / "evidence.json"))
+    assert [row["holds"] for row in told["claims"]] == holds
+    assert told["sets"]["right"]["colour"] == {"share": 1.0, "error": 0.0}
+
+
+def test_what_cannot_be_judged_is_refused(made: Made, tmp_path: Path) -> None:
+    for wrong in (
+        {"of": "best", "at_least": 1.0},
+        {"against": "none"},
+        {"difference": "more"},
+        {},
+        {"at_least": 2.0},
+    ):
+        with pytest.raises(ValueError):
+            EvidenceConfig.model_validate({**made.config, "claims": [claim(**wrong)]})
+    claims = [claim(at_least=1.0)]
+    for changes in ({"world": str(tmp_path)}, {"sets": {"right": {"samples": str(tmp_path), "prompts": "x"}}}):
+        with pytest.raises(ConfigError):
+            check(EvidenceConfig.model_validate({**made.config, **changes, "claims": claims}))
+    with pytest.raises(DataError, match="no videos for the claim"):
+        run(EvidenceConfig.model_validate({**made.config, "claims": [claim(at_least=0.1, task="none")]}))
