@@ -14,8 +14,11 @@ from infra.cluster import CHECKOUT
 from infra.errors import ConfigError
 from infra.progress import span
 
-CONFIGS = CHECKOUT / "infra" / "configs" / "evidence"
 FOLDER = CHECKOUT / "evidence"
+"""Each form has a folder of its own below it, where its commands are typed."""
+CONFIGS = "../../infra/configs/evidence"
+TOWARDS = "--set guidance.scheme=retrieval --set guidance.weight=1 --set guidance.image_weight={}"
+"""Guidance towards the documents alone."""
 CHOICES = ("right", "none", "shuffled")
 
 
@@ -70,10 +73,17 @@ def full_steps() -> list[str]:
         command("vimi-train stage1", more=longer),
         command("vimi-train stage1", more=f"{longer} --out three --set documents=[3]"),
         command("vimi-train stage1", more=f"{longer} --out faithful --set references=faithful"),
+        "vimi-data crawl world/pictures_shuffled.jsonl --out pictures-shuffled",
+        "vimi-data build-index pictures-shuffled --out memory-shuffled --clip offline",
+        command("vimi-data augment", more="--memory memory-shuffled --out prompts-shuffled"),
+        command("vimi-train stage1", more=f"{longer} --set prompts=prompts-shuffled --out misled"),
+        command("vimi-data augment", more="-k 0 --out prompts-empty"),
         command("vimi-data instruct"),
         command("vimi-train stage2"),
         *(sample(choice, f"--documents {choice}") for choice in CHOICES),
-        *(sample(run, f"--set run={run}") for run in ("three", "faithful")),
+        *(sample(run, f"--set run={run}") for run in ("three", "faithful", "misled")),
+        sample("empty", "--set prompts_uri=prompts-empty"),
+        *(sample(f"guided-{weight}", TOWARDS.format(weight)) for weight in (1, 2, 4)),
         sample("tuned", "--set run=stage2 --set prompts_uri=instructions --set rows=384"),
         sample("untuned", "--set prompts_uri=instructions --set rows=384"),
         command("vimi-data judge", "judge_full"),
@@ -83,7 +93,7 @@ def full_steps() -> list[str]:
 def command(words: str, config: str = "", more: str = "") -> str:
     """A command with its config of this folder, by default the one of its name."""
     name = config or words.split()[-1].replace("-", "_")
-    return " ".join(filter(None, [words, f"--config {CONFIGS / name}.yaml", more]))
+    return " ".join(filter(None, [words, f"--config {CONFIGS}/{name}.yaml", more]))
 
 
 def sample(name: str, how: str) -> str:

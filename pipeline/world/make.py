@@ -6,6 +6,7 @@ What a noun that training never saw looks like, only its document tells.
 
     videos/*.mp4, videos.jsonl       clips: id, path, caption, split
     pictures/*.jpg, pictures.jsonl   documents: id, path, caption
+    pictures_shuffled.jsonl          the same pictures, each with the text of another: a control
     concepts.parquet                 what each noun looks like, and how each clip shows it
 
 It goes through the commands like any other corpus, with the guard as it is: documents that the guard would take
@@ -17,7 +18,7 @@ import io
 import json
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -188,7 +189,12 @@ def _make(config: WorldConfig) -> Certificate:
             progress.add()
         files += [entry.result() for entry in pending]
     progress.close()
-    for path, lines in (("videos.jsonl", clips), ("pictures.jsonl", documents)):
+    manifests = {
+        "videos.jsonl": clips,
+        "pictures.jsonl": documents,
+        "pictures_shuffled.jsonl": with_texts_of_others(documents, 1 + config.distractors),
+    }
+    for path, lines in manifests.items():
         data = "".join(json.dumps(line) + "\n" for line in lines).encode()
         files.append(_write(config.out, path, data, rows=len(lines)))
     files.append(write_shard(join(config.out, "concepts.parquet"), rows, CONCEPTS, row_group_rows=4096))
@@ -210,6 +216,17 @@ def _make(config: WorldConfig) -> Certificate:
     )
     write_certificate(config.out, certificate)
     return certificate
+
+
+def with_texts_of_others(documents: Sequence[Row], step: int) -> list[Row]:
+    """The documents, each with the text of the one `step` places on: nothing fits any more.
+
+    Args:
+        documents: lines of pictures.jsonl, those of one noun together.
+        step: documents of one noun, so that a noun's own picture stands at the noun after it.
+    """
+    told = [*documents[step:], *documents[:step]]
+    return [{**line, "caption": other["caption"]} for line, other in zip(documents, told, strict=True)]
 
 
 def _write(out: str, path: str, data: bytes, rows: int = 1) -> FileEntry:

@@ -122,6 +122,18 @@ def test_a_distractor_names_its_noun_and_looks_unlike_it(tmp_path: Path) -> None
             assert not other["clips"]
 
 
+def test_shuffled_texts_stand_at_pictures_of_others(tmp_path: Path) -> None:
+    run(small(tmp_path))
+    own, shuffled = (
+        [json.loads(line) for line in (tmp_path / name).read_text().splitlines()]
+        for name in ("pictures.jsonl", "pictures_shuffled.jsonl")
+    )
+    assert [row["path"] for row in own] == [row["path"] for row in shuffled]
+    assert sorted(row["caption"] for row in own) == sorted(row["caption"] for row in shuffled)
+    words = [[{*row["caption"].replace(",", "").split()} for row in rows] for rows in (own, shuffled)]
+    assert not any(one & other - {"a", "unlike"} for one, other in zip(*words, strict=True))
+
+
 @given(seed=st.integers(0, 2**63 - 1))
 def test_no_two_nouns_have_one_stem(seed: int) -> None:
     stream, analyse = nouns(seed), analyser("english")
