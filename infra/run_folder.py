@@ -17,17 +17,16 @@ from infra.storage import exists, join, list_files, read_bytes, read_json
 
 COMMITTED = "committed.json"
 LOSS = "loss"
-VALIDATION = "val/loss "
-"""Before what a validation loss is of: `val/loss video retrieval on`."""
-VALIDATION_CELL = "val/cell "
-"""Before one noise level of it: `val/cell video retrieval on q0.35`."""
+VALIDATION = "val/"
+"""Before every number of a validation (`infra.validation_cells`)."""
 HELD_OUT = "val/held_out"
+"""1 if its rows were kept from training, 0 if there were none such."""
 VIDEOS = "videos"
 """How many videos were sampled."""
 
 
 def is_validation(record: dict[str, Any]) -> bool:
-    return HELD_OUT in record or any(name.startswith(VALIDATION) for name in record)
+    return any(name.startswith(VALIDATION) for name in record)
 
 
 @dataclass(frozen=True)

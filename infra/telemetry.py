@@ -4,12 +4,15 @@ Ray exports them with `ray_` before the name; infra/grafana/vimi.json plots them
 
     vimi_units_total{vimi_job}  vimi_rows_total{vimi_job, status}               jobs
     vimi_train_<number>{run}  vimi_train_step_s{run, part}
-    vimi_train_validation_loss{run, of}                                         trainings
+    vimi_train_validation_loss{run, of, documents, noise}
+    vimi_train_validation_gain{...}  vimi_train_validation_gain_error{...}      trainings
 
 A tag named `job` would be lost: Prometheus puts the name of its own scrape job there.
 """
 
 from collections.abc import Mapping
+
+from infra.validation_cells import Cell
 
 
 class JobMetrics:
@@ -42,12 +45,19 @@ class RunMetrics:
             name: Gauge(f"vimi_train_{name}", f"training: {name}", tag_keys=("run",)) for name in self.NAMES
         }
         self.step_s = Gauge("vimi_train_step_s", "seconds of a step by part", tag_keys=("run", "part"))
-        self.validation = Gauge(
-            "vimi_train_validation_loss", "validation loss by what it is of", tag_keys=("run", "of")
+        tags = ("run", "of", "documents", "noise")
+        self.loss = Gauge(
+            "vimi_train_validation_loss", "validation loss by documents and noise level", tag_keys=tags
+        )
+        self.gain = Gauge(
+            "vimi_train_validation_gain", "what the loss rises by without the right documents", tag_keys=tags
+        )
+        self.error = Gauge(
+            "vimi_train_validation_gain_error", "standard error of that, over the rows", tag_keys=tags
         )
 
     def publish(
-        self, record: Mapping[str, float], *, step_s: Mapping[str, float], validation: Mapping[str, float]
+        self, record: Mapping[str, float], *, step_s: Mapping[str, float], validation: Mapping[Cell, float]
     ) -> None:
         """Set those gauges of which there is news."""
         tags = {"run": self.run}
@@ -56,5 +66,7 @@ class RunMetrics:
                 gauge.set(float(record[name]), tags=tags)
         for part, seconds in step_s.items():
             self.step_s.set(seconds, tags={**tags, "part": part})
-        for of, loss in validation.items():
-            self.validation.set(loss, tags={**tags, "of": of})
+        for cell, value in validation.items():
+            gauge = self.error if cell.is_error else self.gain if cell.is_gain else self.loss
+            noise = "all" if cell.quantile is None else f"q{cell.quantile:g}"
+            gauge.set(value, tags={**tags, "of": cell.of, "documents": cell.documents, "noise": noise})

@@ -62,6 +62,19 @@ def keep_documents(prompt: Prompt, number: int | None) -> Prompt:
     return tuple(segment for place, segment in enumerate(prompt) if place not in gone)
 
 
+def retrieved(prompt: Prompt) -> Prompt:
+    """The segments of its documents, best first."""
+    return tuple(segment for segment in prompt if segment.role == Role.RETRIEVED)
+
+
+def with_retrieved(prompt: Prompt, found: Prompt) -> Prompt:
+    """The prompt with these documents in place of its own; where it has none, behind its instruction."""
+    instructions = sum(segment.role == Role.INSTRUCTION for segment in prompt)
+    place = next((n for n, segment in enumerate(prompt) if segment.role == Role.RETRIEVED), instructions)
+    own = [segment for segment in prompt if segment.role != Role.RETRIEVED]
+    return (*own[:place], *found, *own[place:])
+
+
 def restore_words(prompt: Prompt) -> Prompt:
     """Put the words of subject and background pictures back in their place, one caption again."""
     words = [

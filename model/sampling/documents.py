@@ -11,24 +11,10 @@ from typing import Any, Literal
 
 from infra.pictures import PictureError, open_picture
 from model.condition import Prompt
-from model.data.batch import Role
-from model.prompt.select import documents, keep_documents
+from model.prompt.select import documents, keep_documents, retrieved, with_retrieved
 from model.sampling.requests import SampleRequest, describe_prompt, prompt_hash
 
 Documents = Literal["right", "none", "shuffled"]
-
-
-def retrieved(prompt: Prompt) -> Prompt:
-    """The segments of its documents, best first."""
-    return tuple(segment for segment in prompt if segment.role == Role.RETRIEVED)
-
-
-def with_retrieved(prompt: Prompt, found: Prompt) -> Prompt:
-    """The prompt with these documents in place of its own; where it has none, behind its instruction."""
-    instructions = sum(segment.role == Role.INSTRUCTION for segment in prompt)
-    place = next((n for n, segment in enumerate(prompt) if segment.role == Role.RETRIEVED), instructions)
-    own = [segment for segment in prompt if segment.role != Role.RETRIEVED]
-    return (*own[:place], *found, *own[place:])
 
 
 def cut_documents(request: SampleRequest, number: int) -> SampleRequest:

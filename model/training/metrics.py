@@ -25,6 +25,7 @@ from PIL import Image
 from infra.run_folder import LOSS, VALIDATION, VIDEOS, RunFolder, is_validation
 from infra.storage import absolute, is_remote, write_bytes
 from infra.telemetry import RunMetrics
+from infra.validation_cells import cell_of, cells_of, validation_losses
 
 PASSES = ("data_s", "encode_s", "forward_s", "backward_s", "optimizer_s")
 PARTS = (*PASSES, "checkpoint_s")
@@ -90,11 +91,14 @@ class Tracker(Protocol):
 
 
 def grouped(name: str) -> str:
-    """`loss` -> `training/loss`, `val/cell video retrieval on q0.5` -> `validation by noise/video ...`."""
-    if name.startswith("val/"):
-        what, _, of = name.removeprefix("val/").partition(" ")
-        group = {"loss": "validation", "cell": "validation by noise"}.get(what, "validation rows")
-        return f"{group}/{of or what}"
+    """`loss` -> `training/loss`, `val/video documents none q0.9` -> `validation by noise/video ...`."""
+    if name.startswith(VALIDATION):
+        cell, what = cell_of(name), name.removeprefix(VALIDATION)
+        if cell is None:
+            return f"validation rows/{what}"
+        if cell.is_gain:
+            return f"gain by documents/{what}"
+        return f"{'validation' if cell.quantile is None else 'validation by noise'}/{what}"
     group = "seconds of a step" if name in PARTS else "speed" if name in SPEEDS else "training"
     return f"{group}/{name}"
 
@@ -168,9 +172,8 @@ class RayGauges:
 
     def write(self, position: int, numbers: Mapping[str, float]) -> None:
         by_part = {k.removesuffix("_s"): v for k, v in numbers.items() if k in PARTS}
-        losses = {k.removeprefix(VALIDATION): v for k, v in numbers.items() if k.startswith(VALIDATION)}
         now = {"samples": position} if LOSS in numbers else {}
-        self.metrics.publish({**numbers, **now}, step_s=by_part, validation=losses)
+        self.metrics.publish({**numbers, **now}, step_s=by_part, validation=cells_of(numbers))
 
     def show(self, position: int, pictures: Mapping[str, bytes]) -> None:
         """Numbers alone."""
@@ -248,9 +251,9 @@ def draw_curves(run: RunFolder) -> str | None:
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     axes.plot(*zip(*training, strict=True), label="training", color="0.6")
-    for name in sorted({k for r in records for k in r if k.startswith(VALIDATION)}):
+    for name in validation_losses(records):
         points = sorted((r["samples"], r[name]) for r in records if name in r)
-        axes.plot(*zip(*points, strict=True), marker="o", label=name.removeprefix("val/"))
+        axes.plot(*zip(*points, strict=True), marker="o", label=name.removeprefix(VALIDATION))
     axes.set(xlabel="samples", ylabel="loss", yscale="log")
     axes.legend(fontsize=7)
     buffer = io.BytesIO()

@@ -1,11 +1,13 @@
 """Validation loss by noise level, and sampled previews, while training.
 
-    Validation  the same rows, noise levels and noise every time: sigma quantile x retrieval on/off x medium
+    Validation  the same rows, noise levels and noise every time: noise level x documents x medium (x task)
     Preview     the same few prompts and noise every time, laid out as by `vimi-train sample`
 
-On means as many documents as training reads at most (`documents`), off means none. Noise is keyed by the
-prompt's id, so the numbers are equal to the last bit before and after a resume and for any number of ranks, and
-comparable between runs on the same shards. Neither draws from the training's randomness.
+Documents are a prompt's own, as many as training reads at most (right), none, or another row's (shuffled):
+wrong ones cost a model that reads them more than none do. The three differ in the documents alone, so the
+differences of a row are paired. Noise is keyed by the prompt's id, so the numbers are equal to the last bit
+before and after a resume and for any number of ranks, and comparable between runs on the same shards. Neither
+draws from the training's randomness.
 """
 
 import math
@@ -22,15 +24,17 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
-from infra.run_folder import HELD_OUT, VALIDATION, VALIDATION_CELL, RunFolder
+from infra.run_folder import HELD_OUT, RunFolder
 from infra.storage import join, read_bytes, read_json, write_json
-from model.data.batch import Batch, collate, read_prompt
+from infra.validation_cells import DOCUMENTS, Cell, rows_name
+from model.condition import Prompt
+from model.data.batch import TASKS, Batch, collate, read_prompt
 from model.data.buckets import VALIDATION as KEPT_BACK
 from model.data.order import permute_all
 from model.data.plan import Source, count_streams
 from model.data.sample import read_sample
 from model.encodings.store import StoredEncoder
-from model.prompt.select import select
+from model.prompt.select import retrieved, select, with_retrieved
 from model.sampling.film import to_frames, write_video
 from model.sampling.maker import GuidanceConfig, Maker
 from model.sampling.requests import SampleRequest, describe_prompt
@@ -40,6 +44,9 @@ from model.training.loop import Training
 
 QUANTILES = (0.1, 0.35, 0.65, 0.9)
 """Of the training's distribution of noise levels (ours)."""
+CHOICES: tuple[str, ...] = ("none", "right", "shuffled")
+"""Of documents: every row has the first, those with documents the second, and the third where another row has
+other ones."""
 NUM_VIDEOS = 4
 """Videos of a preview, from the rows that validation reads (ours)."""
 NUM_STEPS = 64
@@ -95,41 +102,93 @@ class Validation:
         self.rows = choose_rows(training, index, training.config.validation.num_samples)
 
     def run(self) -> dict[str, Any]:
-        """`val/loss` and one number per cell, e.g. `val/loss video retrieval on q0.35`; {} without rows."""
+        """Numbers named as `infra.validation_cells` says; {} without rows."""
         training, rows = self.training, self.rows
         # Each rank fills its own rows and sums are taken over all of them in one order, so the number of
         # ranks doesn't show in the last bit.
-        table = torch.zeros(len(rows), 2, len(QUANTILES), dtype=torch.float64)
+        table = torch.zeros(len(rows), len(CHOICES), len(QUANTILES), dtype=torch.float64)
+        facts = torch.zeros(len(rows), 2, dtype=torch.long)
         with evaluating(training.model):
             for first in range(0, len(rows), training.world_size):
                 # Sharded models run in step: a rank without a row of its own repeats the last one, uncounted.
                 mine = first + training.rank
-                source = rows[min(mine, len(rows) - 1)].source
-                for column, retrieval in enumerate((True, False)):
-                    found = self._losses(source, retrieval)
-                    if mine < len(rows):
-                        table[mine, column] = found
+                number = min(mine, len(rows) - 1)
+                prompts = self.prompts(number)
+                # As many passes for each row, for the same reason: what a row lacks is the choice before.
+                each = [prompts[min(n, len(prompts) - 1)] for n in range(len(CHOICES))]
+                found = torch.stack([self._losses(rows[number].source, prompt) for prompt in each])
+                if mine < len(rows):
+                    table[mine] = found
+                    facts[mine] = torch.tensor([self._task(number), len(prompts)])
         if training.world_size > 1 and rows:
-            table = table.to(training.device)
+            table, facts = table.to(training.device), facts.to(training.device)
             dist.all_reduce(table)
-        return self._record(table.cpu()) if rows else {}
+            dist.all_reduce(facts)
+        return self._record(table.cpu(), facts.tolist()) if rows else {}
 
-    def _record(self, table: Tensor) -> dict[str, Any]:
-        """Means over rows of `table`: losses, [rows, retrieval on/off, quantiles]."""
-        losses_of, cells = {}, {}
-        for medium in sorted({chosen.media for chosen in self.rows}):
-            rows = [n for n, chosen in enumerate(self.rows) if chosen.media == medium]
-            for column, documents in enumerate(("on", "off")):
-                means = table[rows, column].mean(0)
-                losses_of[f"{VALIDATION}{medium} retrieval {documents}"] = float(means.mean())
-                for quantile, mean in zip(QUANTILES, means.tolist(), strict=True):
-                    cells[f"{VALIDATION_CELL}{medium} retrieval {documents} q{quantile:g}"] = mean
-        return {HELD_OUT: int(any(chosen.held_out for chosen in self.rows)), **losses_of, **cells}
+    def prompts(self, number: int) -> list[Prompt]:
+        """A row's prompt with the documents of CHOICES, as far as there are such."""
+        whole, most = self._prompt(number), max(self.training.config.documents)
+        none, right = select(whole, 0), select(whole, most)
+        if none == right:
+            return [none]
+        found = self._other_documents(number, retrieved(right)) if self._encodes else None
+        return [none, right] if found is None else [none, right, with_retrieved(right, found)]
 
-    def _losses(self, source: Source, retrieval: bool) -> Tensor:
+    def _other_documents(self, number: int, own: Prompt) -> Prompt | None:
+        """The documents of the next row of the same medium that has some and shares none with this row; where
+        all share, of the next that has not the same.
+        """
+        rows, most, similar = self.rows, max(self.training.config.documents), None
+        for step in range(1, len(rows)):
+            other = (number + step) % len(rows)
+            if rows[other].media != rows[number].media:
+                continue
+            found = retrieved(select(self._prompt(other), most))
+            if found and set(found).isdisjoint(own):
+                return found
+            if found and similar is None and found != own:
+                similar = found
+        return similar
+
+    @property
+    def _encodes(self) -> bool:
+        """Whether prompts may be encoded that no encodings hold: a language model is not loaded for them."""
+        is_stored = isinstance(self.training.encoder, StoredEncoder)
+        return not is_stored or self.training.config.encoder.clip is not None
+
+    def _row(self, number: int) -> dict[str, Any]:
+        return self.training.loader.row_groups.row(self.rows[number].source, 0)
+
+    def _prompt(self, number: int) -> Prompt:
+        return read_prompt(self._row(number))
+
+    def _task(self, number: int) -> int:
+        """The place of its task among those of stage 2; -1 in stage 1."""
+        task = self._row(number)["task"]
+        return [*TASKS].index(task) if task in TASKS else -1
+
+    def _record(self, table: Tensor, facts: list[list[int]]) -> dict[str, Any]:
+        """Means over rows, by medium and in stage 2 also by task.
+
+        Args:
+            table: losses, [rows, CHOICES, QUANTILES].
+            facts: for each row its task and how many of CHOICES it has.
+        """
+        groups: dict[str, list[int]] = {}
+        for number, (chosen, (task, _)) in enumerate(zip(self.rows, facts, strict=True)):
+            groups.setdefault(chosen.media, []).append(number)
+            if task >= 0:
+                groups.setdefault(f"{chosen.media} {[*TASKS][task]}", []).append(number)
+        record: dict[str, Any] = {HELD_OUT: int(any(chosen.held_out for chosen in self.rows))}
+        for of, rows in sorted(groups.items()):
+            record |= summarise(of, table[rows, : max(facts[row][1] for row in rows)])
+        return record
+
+    def _losses(self, source: Source, prompt: Prompt) -> Tensor:
         """One row's loss at each quantile, with one noise: `quantiles` float64 on the CPU."""
         training, targets, device = self.training, self.training.targets, self.training.device
-        batch, count = self._read(source, retrieval), len(QUANTILES)
+        batch, count = self._read(source, prompt), len(QUANTILES)
         video = targets(batch)
         edm = targets.edm(video)
         key = int(batch.prompt_ids[0][:15], 16)
@@ -157,11 +216,33 @@ class Validation:
         )
         return each.double().cpu()
 
-    def _read(self, source: Source, retrieval: bool) -> Batch:
+    def _read(self, source: Source, prompt: Prompt) -> Batch:
         groups = self.training.loader.row_groups
         row = groups.row(source, 0)
-        prompt = select(read_prompt(row), max(self.training.config.documents) if retrieval else 0)
         return collate([read_sample(row, groups.buckets[source.bucket], position=0, prompt=prompt)])
+
+
+def summarise(of: str, losses: Tensor) -> dict[str, float]:
+    """Mean losses by documents and noise level, and what the right documents gain, with its standard error.
+
+    Args:
+        of: what the rows are.
+        losses: [rows, CHOICES or the first of them, QUANTILES].
+    """
+    record: dict[str, float] = {rows_name(of): len(losses)}
+    known = CHOICES[: losses.shape[1]]
+    wrong = [name for name in DOCUMENTS if name in known and name != "right"] if "right" in known else []
+    levels = {None: losses.mean(-1)} | dict(zip(QUANTILES, losses.unbind(-1), strict=True))
+    for quantile, level in levels.items():
+        loss_with = dict(zip(known, level.unbind(1), strict=True))
+        for name in (name for name in DOCUMENTS if name in known):
+            record[Cell(of, name, quantile).name] = float(loss_with[name].mean())
+        for name in wrong:
+            gain, cell = loss_with[name] - loss_with["right"], Cell(of, name, quantile, is_gain=True)
+            record[cell.name] = float(gain.mean())
+            if len(gain) > 1:
+                record[replace(cell, is_error=True).name] = float(gain.std()) / math.sqrt(len(gain))
+    return record
 
 
 class Preview:

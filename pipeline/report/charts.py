@@ -26,18 +26,20 @@ LOG_SPAN = 30
 STYLES: dict[str, dict[str, Any]] = {
     "raw": {"color": "kept", "linewidth": 0.9, "alpha": 0.3},
     "smooth": {"color": "kept", "linewidth": 1.6},
-    "v0": {"color": "dead", "linestyle": (0, (4, 3)), "marker": "o"},
+    "v0": {"color": "blue", "linestyle": (0, (4, 3)), "marker": "o"},
     "v1": {"color": "filtered", "linestyle": (0, (4, 3)), "marker": "o"},
-    "v2": {"color": "violet", "linestyle": (0, (4, 3)), "marker": "o"},
-    "v3": {"color": "blue", "linestyle": (0, (4, 3)), "marker": "o"},
+    "v2": {"color": "dead", "linestyle": (0, (4, 3)), "marker": "o"},
+    "v3": {"color": "violet", "linestyle": (0, (4, 3)), "marker": "o"},
+    "v4": {"color": "green", "linestyle": (0, (4, 3)), "marker": "o"},
+    "v5": {"color": "soft", "linestyle": (0, (4, 3)), "marker": "o"},
+    "none": {"color": "filtered", "linewidth": 1.4, "marker": "o"},
+    "shuffled": {"color": "dead", "linewidth": 1.4, "marker": "o"},
     "one": {"color": "kept", "alpha": 0.65},
     "two": {"color": "filtered", "alpha": 0.55},
 }
 """Name of a series' style -> how it is drawn; the colours are variables of style.css, as are the legend's."""
-HEX = {
-    f"#0000{number:02x}": name
-    for number, name in enumerate(("kept", "dead", "filtered", "violet", "blue", "line", "soft"), start=1)
-}
+NAMES = ("kept", "dead", "filtered", "violet", "green", "blue", "line", "soft")
+HEX = {f"#0000{number:02x}": name for number, name in enumerate(NAMES, start=1)}
 """Stand-ins of the stylesheet's colours while matplotlib draws."""
 COLOURS = {name: code for code, name in HEX.items()}
 UNWANTED = (
@@ -58,6 +60,8 @@ class Series:
     y: Sequence[float]
     style: str
     """A key of `STYLES`."""
+    error: Sequence[float] = ()
+    """Standard errors of the values; () = unknown."""
 
 
 def line_chart(series: Sequence[Series], *, x_label: str, y_label: str, title: str) -> Markup:
@@ -70,6 +74,18 @@ def line_chart(series: Sequence[Series], *, x_label: str, y_label: str, title: s
     for style, x, y in shown:
         single = {"marker": "o"} if len(x) == 1 else {}
         axes.plot(x, y, markersize=3.5, **{"linewidth": 0.9, **_style(style), **single})
+    return _svg(figure, title)
+
+
+def difference_chart(series: Sequence[Series], *, x_label: str, y_label: str, title: str) -> Markup:
+    """Differences with a bar of one standard error each way, about a line at zero."""
+    shown = [one for one in series if len(one.x)]
+    if not shown:
+        return Markup()
+    figure, axes = _figure(x_label, y_label)
+    axes.axhline(0, color=COLOURS["soft"], linewidth=0.9)
+    for one in shown:
+        axes.errorbar(one.x, one.y, one.error or None, capsize=2.5, markersize=3.5, **_style(one.style))
     return _svg(figure, title)
 
 

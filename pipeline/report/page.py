@@ -18,7 +18,7 @@ from pipeline.report.album import Album
 from pipeline.report.galleries import clip_cards, instruction_cards, prompt_cards, sample_cards
 from pipeline.report.provenance import fates, next_steps, provenance, summary
 from pipeline.report.read import Parts, ReportConfig, previews, read_parts
-from pipeline.report.statistics import distributions, loss_charts
+from pipeline.report.statistics import distributions, document_tables, loss_charts
 
 FOLDER, PAGE, TITLE = Path(__file__).parent, "report.html", "From corpus to video"
 
@@ -97,6 +97,7 @@ def gather(config: ReportConfig, parts: Parts, album: Album) -> dict[str, Any]:
         "instructions": instruction_cards(parts.instructions, album),
         "clips": clip_cards(config.clips, album),
         "losses": loss_charts(parts.runs),
+        "documents": document_tables(parts.runs),
         "distributions": distributions(parts),
         "provenance": provenance(parts),
         "next_steps": next_steps(config, parts),

@@ -1,10 +1,11 @@
 """The page's charts: distributions of the corpus and of what retrieval made of it, losses of the trainings.
 
-A record of `metrics.jsonl` is `{"samples": n, "loss": x, ...}`; validation losses are its keys
-`val/loss <what>`, e.g. `val/loss video retrieval on`.
+A record of `metrics.jsonl` is `{"samples": n, "loss": x, ...}`, or a validation's, whose keys
+`infra.validation_cells` names.
 """
 
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,8 +14,9 @@ import pyarrow.compute as pc
 from markupsafe import Markup
 
 from infra.run_folder import HELD_OUT, LOSS, VALIDATION
+from infra.validation_cells import DOCUMENTS, Cell, cells_of, rows_name, validation_losses
 from pipeline.memory.vectors import cosines, rows_or_zeros
-from pipeline.report.charts import Series, histogram, line_chart, short
+from pipeline.report.charts import Series, difference_chart, histogram, line_chart, short
 from pipeline.report.read import MAX_ROWS, Parts, Run, read_columns
 from pipeline.schema import Media, Status
 from pipeline.shards import ShardSet
@@ -25,7 +27,7 @@ PAIRS = 4000
 """Random pairs: enough for the mean's standard error to be below 0.002."""
 MAX_POINTS = 600
 """Points of a line: more can't be seen and only make the page heavy."""
-VALIDATION_STYLES = ("v0", "v1", "v2", "v3")
+VALIDATION_STYLES = ("v0", "v1", "v2", "v3", "v4", "v5")
 
 
 def distributions(parts: Parts) -> list[Chart]:
@@ -161,10 +163,11 @@ def loss_charts(runs: list[Run]) -> list[Chart]:
 
 def _loss_chart(run: Run) -> dict[str, Any]:
     train = curve(run.records, LOSS)
-    names = sorted({k for r in run.records for k in r if k.startswith(VALIDATION)}, key=lambda k: (len(k), k))
-    held_out = all(record.get(HELD_OUT, 1) for record in run.records)
-    kind = "validation, " if held_out else "training rows, "  # too few rows to hold any out
-    validation = [(kind + name.removeprefix(VALIDATION), curve(run.records, name)) for name in names]
+    kind = "validation, " if held_out(run.records) else "training rows, "
+    validation = [
+        (kind + name.removeprefix(VALIDATION), curve(run.records, name))
+        for name in validation_losses(run.records)
+    ]
     series = []
     if train:
         x, y = [p[0] for p in train], [p[1] for p in train]
@@ -175,6 +178,84 @@ def _loss_chart(run: Run) -> dict[str, Any]:
     chart = line_chart(series, x_label="samples", y_label="loss", title=f"Loss of {run.name}")
     legend = [(s.style, s.name) for s in series if s.name] if validation else []
     return {"name": run.name, "chart": chart, "legend": legend, "facts": _facts(run, train)}
+
+
+def held_out(records: list[dict[str, Any]]) -> bool:
+    """Whether validation read rows that were kept from training; a small corpus has none to spare."""
+    return all(record.get(HELD_OUT, 1) for record in records)
+
+
+def document_tables(runs: list[Run]) -> list[Chart]:
+    """The last validation of each run, by medium and task: loss by noise level and documents, with errors."""
+    return [table for run in runs for table in _document_tables(run)]
+
+
+def _document_tables(run: Run) -> list[Chart]:
+    last = next((record for record in reversed(run.records) if cells_of(record)), {})
+    cells = cells_of(last)
+    kind = "held-out rows" if held_out([last]) else "training rows"
+    tables = []
+    for of in dict.fromkeys(cell.of for cell in cells):
+        mine = {cell: value for cell, value in cells.items() if cell.of == of}
+        about = {
+            "title": f"{run.name}, {of.replace('_', ' ')}",
+            "note": f"{last.get(rows_name(of), '?')} {kind} at {last.get('samples', 0):,} samples",
+        }
+        tables.append(about | _document_table(run, of, mine))
+    return tables
+
+
+def _document_table(run: Run, of: str, cells: dict[Cell, float]) -> Chart:
+    """Chart of the gains and a table of all, of one medium or task."""
+    losses = [name for name in DOCUMENTS if Cell(of, name) in cells]
+    gains = [name for name in DOCUMENTS if Cell(of, name, is_gain=True) in cells]
+    levels = sorted({cell.quantile for cell in cells if cell.quantile is not None})
+    series = [_gain_series(of, name, levels, cells) for name in gains]
+    chart = difference_chart(
+        series,
+        x_label="quantile of the noise levels",
+        y_label="loss more than right",
+        title=f"What documents are worth to {run.name}, {of}",
+    )
+    rows = [
+        (
+            "all" if level is None else f"q{level:g}",
+            [
+                *(_cell_text(Cell(of, name, level), cells) for name in losses),
+                *(_cell_text(Cell(of, name, level, is_gain=True), cells) for name in gains),
+            ],
+        )
+        for level in (*levels, None)
+    ]
+    return {
+        "chart": chart,
+        "legend": [(one.style, one.name) for one in series],
+        "columns": [*losses, *(f"{name} − right" for name in gains)],
+        "rows": rows,
+    }
+
+
+def _gain_series(of: str, name: str, levels: list[float], cells: dict[Cell, float]) -> Series:
+    there = [Cell(of, name, level, is_gain=True) for level in levels]
+    there = [cell for cell in there if _number(cells.get(cell))]
+    errors = [cells.get(replace(cell, is_error=True)) for cell in there]
+    return Series(
+        f"{name} − right",
+        [cell.quantile or 0.0 for cell in there],
+        [cells[cell] for cell in there],
+        name,
+        [error for error in errors if error is not None] if None not in errors else (),
+    )
+
+
+def _cell_text(cell: Cell, cells: dict[Cell, float]) -> str:
+    """`0.3396`; of a gain `+0.0723 ± 0.0041`."""
+    value, error = cells.get(cell), cells.get(replace(cell, is_error=True))
+    if value is None:
+        return "–"
+    if not cell.is_gain:
+        return f"{value:.4f}"
+    return f"{value:+.4f}" + ("" if error is None else f" ± {error:.4f}")
 
 
 def curve(records: list[dict[str, Any]], key: str) -> Curve:

@@ -17,6 +17,7 @@ from urllib.parse import quote
 import pytest
 
 from infra.telemetry import JobMetrics, RunMetrics
+from infra.validation_cells import Cell
 from model.training.metrics import RayGauges
 from pipeline.clips.crawl import CrawlConfig, run
 from pipeline.clips.filters import FilterConfig
@@ -25,6 +26,13 @@ from tests.pipeline.conftest import write_video  # noqa: F401 # pyright: ignore[
 
 ROOT = Path(__file__).parents[2]
 WAIT_S = 90
+VALIDATED = [
+    Cell("video", "right").name,
+    Cell("video", "right", 0.9).name,
+    Cell("video", "none", 0.9, is_gain=True).name,
+    Cell("video", "none", 0.9, is_gain=True, is_error=True).name,
+]
+"""A number of validation for each query of the dashboard."""
 
 
 def queries() -> dict[str, list[str]]:
@@ -59,7 +67,8 @@ def test_grafana_asks_for_what_ray_exports(ray_cluster: None) -> None:
     JobMetrics("crawl").add(2, {"ok": 7, "timeout": 1})
     gauges = RayGauges("/runs/one")
     gauges.write(640, dict.fromkeys(RunMetrics.NAMES, 0.5) | {"data_s": 0.1})
-    gauges.write(320, {"val/loss video retrieval on": 0.7})  # a late validation does not turn the run back
+    late = dict(zip(VALIDATED, (0.7, 0.9, 0.2, 0.05), strict=True))
+    gauges.write(320, late)  # does not turn the run back
     endpoint = f"http://{metrics_endpoint()}/metrics"
     wanted, found = asked_by_grafana(), {}
     for _ in range(60):  # a process reports twice a second here
@@ -72,7 +81,11 @@ def test_grafana_asks_for_what_ray_exports(ray_cluster: None) -> None:
     assert value_of(found, "ray_vimi_rows_total", vimi_job="crawl", status="ok") >= 7
     assert value_of(found, "ray_vimi_train_samples", run="/runs/one") == 640
     assert value_of(found, "ray_vimi_train_step_s", run="/runs/one", part="data") == 0.1
-    assert value_of(found, "ray_vimi_train_validation_loss", of="video retrieval on") == 0.7
+    loss, gain = "ray_vimi_train_validation_loss", "ray_vimi_train_validation_gain"
+    assert value_of(found, loss, of="video", documents="right", noise="all") == 0.7
+    assert value_of(found, loss, of="video", documents="right", noise="q0.9") == 0.9
+    assert value_of(found, gain, of="video", documents="none", noise="q0.9") == 0.2
+    assert value_of(found, f"{gain}_error", of="video", documents="none", noise="q0.9") == 0.05
 
 
 def value_of(found: dict[str, str], name: str, **tags: str) -> float:
@@ -132,7 +145,8 @@ def test_each_panel_shows_a_series_and_the_failed_rows_of_a_crawl(
         options = {"sources": [source], "out": str(tmp_path / "clips"), "max_failed_frac": 0.9}
         certificate = run(CrawlConfig.load(options=options | {"filters": filters.model_dump()}))
         gauges = RayGauges("/runs/one")
-        gauges.write(640, dict.fromkeys(RunMetrics.NAMES, 0.5) | {"data_s": 0.1, "val/loss video": 0.7})
+        of_training = dict.fromkeys((*RunMetrics.NAMES, "data_s"), 0.5)
+        gauges.write(640, of_training | dict.fromkeys(VALIDATED, 0.1))
         if not asks_of_gpus():
             asked -= set(queries()["GPU utilisation"])
         deadline_s = time.monotonic() + WAIT_S

@@ -93,7 +93,7 @@ def test_mixed_buckets_train_validate_and_are_counted_at_their_own_cost(mixed: d
 
     assert cost(1, 12, 16) < cost(2, 12, 16) < cost(4, 12, 16)
     record = Validation(training, read_index(training.config.out)).run()
-    assert {"val/loss video retrieval on", "val/loss image retrieval off"} <= set(record)
+    assert {"val/video documents right", "val/image documents none"} <= set(record)
     training.close()
 
 

@@ -21,6 +21,7 @@ from cli.encode import EncodeConfig, check, options_of, run
 from infra.certificate import Certificate, FileEntry, write_certificate
 from infra.errors import ConfigError, TooManyFailuresError, TrainingError
 from infra.storage import list_files
+from infra.validation_cells import cells_of
 from model.data.inputs import InputConfig
 from model.data.shards import open_shards
 from model.encodings.make import describe_inputs, make_row_encoder
@@ -121,6 +122,10 @@ def test_training_from_encodings_is_the_same_to_the_bit(
     assert filmed[0] == filmed[1]
     assert "encoder" not in vars(stored.encoder)  # neither training nor a preview ever loads it
     assert (next(stored.batches).video.numel() == 0) == (kind in autoencoders)  # nor anything decoded
+    # Another row's documents are not among them: a CLIP is loaded for those, a language model is not.
+    validated = cells_of(Validation(stored, read_index(stored.config.out)).run())
+    assert ("shuffled" in {cell.documents for cell in validated}) == (kind != "mllm")
+    assert ("encoder" in vars(stored.encoder)) == (kind != "mllm")
     fresh.close()
     stored.close()
 
@@ -151,11 +156,11 @@ def test_training_with_the_jobs_encodings_equals_training_without(
     encode(values, tmp_path / "encoded")
     stored, found = train(values | {"out": str(tmp_path / "stored"), "encodings": str(tmp_path / "encoded")})
     assert found == pytest.approx(expected, rel=1e-4)  # another process may round otherwise
-    records = [Validation(t, read_index(t.config.out)).run() for t in (fresh, stored)]
-    assert records[0] == pytest.approx(records[1], rel=1e-3)
     assert stored.encoder.identity_hash == fresh.encoder.identity_hash
-    # A prompt that is not among them is encoded by the encoder itself, to the same tokens.
     assert "encoder" not in vars(stored.encoder)
+    records = [Validation(t, read_index(t.config.out)).run() for t in (fresh, stored)]
+    assert records[0] == pytest.approx(records[1], rel=1e-3, abs=1e-3)
+    # A prompt that is not among them is encoded by the encoder itself, to the same tokens.
     other = fresh.loader.read(0).prompt[::-1]
     assert torch.equal(stored.encoder.encode([other]).tokens, fresh.encoder.encode([other]).tokens)
     # What was trained from encodings, goes on without them.

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from model.condition import KINDS, Prompt, Segment
 from model.data.batch import ROLES
-from model.prompt.select import documents, fit, select
+from model.prompt.select import documents, fit, retrieved, select, with_retrieved
 
 ANY_SEGMENT = st.builds(
     Segment,
@@ -52,6 +52,21 @@ def test_documents_are_texts_with_their_pictures_in_rank_order() -> None:
 @pytest.mark.parametrize(("number", "kept"), [(0, 0), (1, 2), (2, 3), (3, 5), (4, 6), (9, 6), (None, 6)])
 def test_the_best_documents_stay(number: int | None, kept: int) -> None:
     assert select((*RETRIEVED, *SUBJECTS), number) == (*RETRIEVED[:kept], *SUBJECTS)
+
+
+@given(prompt=ANY_PROMPT, other=ANY_PROMPT)
+def test_swapped_documents_are_the_others_and_all_else_is_ones_own(prompt: Prompt, other: Prompt) -> None:
+    swapped = with_retrieved(prompt, retrieved(other))
+    assert retrieved(swapped) == retrieved(other)
+    assert select(swapped, dropped=frozenset({"retrieved"})) == select(prompt, dropped=frozenset({"retrieved"}))
+
+
+def test_swapped_documents_stand_where_ones_own_stood() -> None:
+    instruction, caption = text("instruction", "Generate"), text("caption", "A dog")
+    found = RETRIEVED[2:5]
+    assert with_retrieved((*RETRIEVED[:2], instruction, caption), found) == (*found, instruction, caption)
+    assert with_retrieved((instruction, *RETRIEVED[:2], caption), found) == (instruction, *found, caption)
+    assert with_retrieved((instruction, caption), found) == (instruction, *found, caption)
 
 
 def test_a_dropped_subject_leaves_its_word() -> None:

@@ -12,8 +12,7 @@ from PIL import Image
 
 from infra.errors import ConfigError
 from infra.storage import read_json
-from model.prompt.select import documents
-from model.sampling.documents import retrieved
+from model.prompt.select import documents, retrieved
 from model.sampling.generate import SampleConfig, check, plan_videos, run
 from model.sampling.requests import SampleRequest, describe_prompt, parse_prompt, requests_in_shards
 from model.training.config import Stage1Config

@@ -53,7 +53,7 @@ def test_tensorboard_shows_numbers_by_group_and_sampled_videos(tmp_path: Path) -
 
     for position in (0, 16):  # the second life begins where the first one's checkpoint was
         log = open_log(tmp_path, "tensorboard", position=position)
-        log.write(position + 16, RECORD | {"val/loss video retrieval on": 0.7})
+        log.write(position + 16, RECORD | {"val/video documents right": 0.7})
         if 16 not in log.shown:
             log.show(16, sheet())
         log.close()
@@ -61,7 +61,7 @@ def test_tensorboard_shows_numbers_by_group_and_sampled_videos(tmp_path: Path) -
     found = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     groups = {tag.partition("/")[0] for tag in found.Tags()["scalars"]}
     assert groups == {"training", "validation", "speed", "seconds of a step"}
-    assert [event.step for event in found.Scalars("validation/video retrieval on")] == [16, 32]
+    assert [event.step for event in found.Scalars("validation/video documents right")] == [16, 32]
     assert [event.step for event in found.Images("samples/0 A dog runs.")] == [16]
     assert [r["samples"] for r in RunFolder(str(tmp_path)).records() if "videos" in r] == [16]
 
@@ -115,6 +115,6 @@ def test_curves_are_drawn(tmp_path: Path) -> None:
     log = open_log(tmp_path)
     for samples in (8, 16):
         log.write(samples, RECORD)
-        log.write(samples, {"val/loss video retrieval on": 0.7})
+        log.write(samples, {"val/video documents right": 0.7})
     place = draw_curves(RunFolder(str(tmp_path)))
     assert place and Path(place).read_bytes().startswith(b"\x89PNG")

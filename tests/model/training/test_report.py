@@ -4,11 +4,13 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from infra.run_folder import RunFolder
 from infra.storage import read_json
 from model.training.metrics import MetricsLog
-from model.training.report import RunPrinter, progress_line, write_restart
+from model.training.report import RunPrinter, progress_line, validation_line, write_restart
+from model.training.validate import summarise
 from tests.model.training.test_metrics import RECORD
 
 
@@ -32,7 +34,7 @@ def test_driver_shows_each_record_once(tmp_path: Path, capsys: pytest.CaptureFix
     log.write(8, RECORD)
     with RunPrinter(RunFolder(str(tmp_path)), 100, position=8, every_s=0.01):
         log.write(16, RECORD)
-        log.write(16, {"val/loss video retrieval on": 0.7})
+        log.write(16, {"val/video documents right": 0.7})
         log.show(16, {"0 A dog runs.": b""})
     lines = capsys.readouterr().err.splitlines()
     assert [line.split(" samples")[0].strip() for line in lines] == [
@@ -40,6 +42,14 @@ def test_driver_shows_each_record_once(tmp_path: Path, capsys: pytest.CaptureFix
         "validation loss at 16",
         "videos sampled at 16",
     ]
+
+
+def test_validation_line_says_what_documents_gain_where_there_is_most_noise() -> None:
+    losses = torch.tensor([[[0.2, 0.2, 0.3, 0.5]] * 3, [[0.2, 0.2, 0.3, 0.7]] * 3]).double()
+    losses[:, 0, -1] += torch.tensor([0.1, 0.2])  # without documents
+    line = validation_line({"samples": 1600, "val/held_out": 1, **summarise("video", losses)})
+    assert "at 1,600 samples: video right 0.3250, none 0.3625, shuffled 0.3250 (q0.9: " in line
+    assert line.endswith("none - right +0.1500 ± 0.0500, shuffled - right +0.0000 ± 0.0000)")
 
 
 def test_progress_line_says_where_the_time_goes() -> None:

@@ -1,19 +1,24 @@
 """Laws of the validation loss: fixed, resumable to the bit, honest about held-out rows."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from infra.validation_cells import Cell, cells_of
 from model.data.shards import open_shards
+from model.prompt.select import retrieved
 from model.training.config import Stage1Config
 from model.training.driver import Looks
 from model.training.loop import Training
 from model.training.metrics import MetricsLog
 from model.training.preflight import prepare_index, read_index
 from model.training.report import Reporter
-from model.training.validate import QUANTILES, Preview, Validation
+from model.training.validate import QUANTILES, Preview, Validation, summarise
+from tests.model.conftest import shake
 from tests.model.runs import fingerprint
 
 Values = Callable[..., dict[str, Any]]
@@ -64,11 +69,81 @@ def test_grid_has_every_cell(stage_values: Values, make_shards, make_row) -> Non
         validation={"num_samples": 2},
     )
     training, validation = open_run(Stage1Config.model_validate(values))
+    shake(training.model)  # a fresh one says the same to every document: nothing
     record = validation.run()
-    cells = [k for k in record if k.startswith("val/cell")]
-    assert len(cells) == 2 * 2 * len(QUANTILES)  # medium x retrieval x quantile
-    assert record["val/held_out"] == 0
-    assert all(v > 0 for k, v in record.items() if k != "val/held_out")
+    cells = cells_of(record)
+    losses = {cell: loss for cell, loss in cells.items() if not cell.is_gain}
+    assert {cell.of for cell in cells} == {"video", "image"} and record["val/video rows"] == 2
+    assert len(losses) == 2 * 3 * (len(QUANTILES) + 1)  # medium x documents x quantile, and their mean
+    assert len(cells) == len(losses) + 2 * 2 * (len(QUANTILES) + 1) * 2  # gain and error of none and shuffled
+    assert record["val/held_out"] == 0 and all(loss > 0 for loss in losses.values())
+    for cell, loss in losses.items():
+        gain = cells.get(replace(cell, is_gain=True), 0.0)
+        assert gain == pytest.approx(loss - losses[replace(cell, documents="right")], abs=1e-9)
+        if cell.quantile is None:
+            each = [losses[replace(cell, quantile=quantile)] for quantile in QUANTILES]
+            assert loss == pytest.approx(sum(each) / len(each))
+    assert len({*losses.values()}) == len(losses)  # documents, level and medium all count
+    training.close()
+
+
+def test_errors_are_those_of_paired_differences() -> None:
+    """A row that is hard whatever its documents adds nothing to the error of what they gain."""
+    losses = torch.tensor([0.0, 100.0, 7.0])[:, None, None].repeat(1, 3, len(QUANTILES)).double()
+    losses[:, 0] += torch.tensor([0.1, 0.2, 0.3])[:, None]  # without documents
+    cells = cells_of(summarise("video", losses))
+    none = Cell("video", "none", QUANTILES[-1], is_gain=True)
+    assert cells[none] == pytest.approx(0.2)
+    assert cells[replace(none, is_error=True)] == pytest.approx(0.1 / 3**0.5)
+    shuffled = replace(none, documents="shuffled")
+    assert cells[shuffled] == cells[replace(shuffled, is_error=True)] == 0
+
+
+def test_one_row_has_no_error_and_nobody_elses_documents(stage_values: Values) -> None:
+    training, validation = open_run(Stage1Config.model_validate(stage_values(validation={"num_samples": 1})))
+    cells = cells_of(validation.run())
+    assert {cell.documents for cell in cells} == {"right", "none"}
+    assert not any(cell.is_error for cell in cells)
+    training.close()
+
+
+def test_shuffled_documents_are_another_rows_and_never_a_rows_own(
+    stage_values: Values, make_shards, make_row
+) -> None:
+    rows = [make_row(n, num_frames=4, height=12, width=16) for n in range(12)]
+    for row in rows[:3]:
+        row["segments"] = row["segments"][-1:]  # the guard left it no document
+    values = stage_values(prompts=str(make_shards(rows=rows, name="some")), validation={"num_samples": 12})
+    training, validation = open_run(Stage1Config.model_validate(values))
+    prompts = [validation.prompts(number) for number in range(12)]
+    assert sorted(map(len, prompts)) == [1] * 3 + [3] * 9
+    documents = [retrieved(each[1]) for each in prompts if len(each) == 3]
+    for none, right, shuffled in (each for each in prompts if len(each) == 3):
+        assert retrieved(shuffled) in documents and set(retrieved(shuffled)).isdisjoint(retrieved(right))
+        assert [s for s in shuffled if s.role != "retrieved"] == list(none)
+    assert [validation.prompts(number) for number in range(12)] == prompts  # the same each time
+    training.close()
+
+
+def test_tasks_are_validated_apart(stage_values: Values, make_shards, make_row) -> None:
+    tasks = ["text_to_video", "video_prediction", "subject_driven"]
+    rows = [make_row(n, task=tasks[n % 3], num_frames=4, height=12, width=16) for n in range(12)]
+    for row in rows:
+        if row["task"] != "text_to_video":
+            row["segments"] = row["segments"][-1:]
+    values = stage_values(prompts=str(make_shards(rows=rows, name="tasks")), validation={"num_samples": 12})
+    training, validation = open_run(Stage1Config.model_validate(values))
+    record = validation.run()
+    found: dict[str, set[str]] = {}
+    for cell in cells_of(record):
+        found.setdefault(cell.of, set()).add(cell.documents)
+    assert found == {
+        "video": {"right", "none", "shuffled"},
+        "video text_to_video": {"right", "none", "shuffled"},
+        "video video_prediction": {"none"},
+        "video subject_driven": {"none"},
+    }
+    assert record["val/video rows"] == 3 * record["val/video subject_driven rows"] == 12
     training.close()
 
 

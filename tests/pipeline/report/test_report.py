@@ -30,6 +30,24 @@ from tests.pipeline.memory.memory_tables import documents, make_memory
 HOSTILE = "A red dog <script>alert('x')</script> is in the grass \"><img src=x onerror=alert(1)> & so on"
 
 
+VALIDATED = {
+    "val/held_out": 0,
+    "val/video rows": 16,
+    "val/video documents right": 0.11,
+    "val/video documents none": 0.2,
+    "val/video documents right q0.1": 0.1,
+    "val/video documents right q0.9": 0.12,
+    "val/video documents none q0.1": 0.1,
+    "val/video documents none q0.9": 0.3,
+    "val/video none - right": 0.09,
+    "val/video none - right error": 0.02,
+    "val/video none - right q0.1": 0.0,
+    "val/video none - right q0.1 error": 0.001,
+    "val/video none - right q0.9": 0.18,
+    "val/video none - right q0.9 error": 0.04,
+    "val/video video_prediction documents none": 0.5,
+}
+"""A record of validation: documents help where there is much noise."""
 VOID = {"meta", "link", "img", "source", "br", "path", "use"}
 
 
@@ -166,7 +184,7 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     trained = root / "stage1"
     trained.mkdir()
     lines = [{"samples": n, "loss": 1.0 / n} for n in range(1, 50)]
-    lines += [{"samples": 48, "val/loss video retrieval on": 0.1, "val/loss video retrieval off": 0.2}]
+    lines += [{"samples": 48, **VALIDATED}]
     text = "\n".join(map(json.dumps, lines)) + '\n{"samples": 51, "lo'
     (trained / "metrics.jsonl").write_text(text)
     wanted = instructed[0]["prompt_id"]
@@ -223,10 +241,17 @@ def test_every_picture_has_words_for_those_who_cannot_see_it(page: str):
     assert '<html lang="en">' in page
 
 
+def test_page_shows_what_documents_are_worth_with_errors(page: str):
+    assert "stage1, video <small>16 training rows at 48 samples" in page
+    assert "<td>0.1200</td><td>0.3000</td><td>+0.1800 ± 0.0400</td>" in page
+    assert "stage1, video video prediction" in page and "<td>0.5000</td>" in page
+    assert 'aria-label="What documents are worth to stage1, video"' in page
+
+
 def test_page_says_what_became_of_each_row(page: str):
     for words in ("no subject", "undecodable", "unreachable", "c0ffee", "similar", "vimi-data redrive"):
         assert words in page
-    assert "retrieval off" in page
+    assert "documents none" in page
     assert "Generate a video with the text and first frame." in page
 
 
