@@ -95,6 +95,29 @@ def pad(prompts: Sequence[EncodedPrompt], dim: int, dtype: torch.dtype) -> Encod
 
 
 @dataclass(frozen=True)
+class References:
+    """The pictures of a batch's prompts that the generator sees itself; what is masked is zero."""
+
+    pictures: Tensor
+    """`b n 3 h w` in [-1, 1], in the prompt's order; n is the most that any prompt has."""
+    mask: Tensor
+    """`b n` bool, True = there."""
+    role: Tensor
+    """`b n` int64, number of the segment's role."""
+
+    def pin(self) -> "References":
+        """Page-locked copies, so that the move to the device overlaps the step."""
+        return References(**{name: part.pin_memory() for name, part in vars(self).items()})
+
+
+def concat_references(each: Sequence[References]) -> References:
+    """Stack batches with different numbers of references into one, the missing ones masked."""
+    most = max(one.mask.shape[1] for one in each)
+    padded = [[_pad_dim1(part, most) for part in vars(one).values()] for one in each]
+    return References(*map(torch.cat, zip(*padded, strict=True)))
+
+
+@dataclass(frozen=True)
 class Condition:
     """A batch of encoded prompts, right padded.
 
@@ -133,9 +156,9 @@ class Condition:
             segment=self.segment.to(device, non_blocking=True),
             fps=self.fps.to(device, non_blocking=True),
             original_size_px=self.original_size_px.to(device, non_blocking=True),
-            references=None if references is None else references.to(device, dtype),
-            reference_mask=None if present is None else present.to(device),
-            reference_role=None if shown_as is None else shown_as.to(device),
+            references=None if references is None else references.to(device, dtype, non_blocking=True),
+            reference_mask=None if present is None else present.to(device, non_blocking=True),
+            reference_role=None if shown_as is None else shown_as.to(device, non_blocking=True),
         )
 
     def select(self, rows: Tensor) -> "Condition":

@@ -13,7 +13,16 @@ import torch
 from torch import Tensor
 
 from infra.errors import ConfigError, DataError
-from model.condition import Beforehand, EncodedBatch, EncodedPrompt, Prompt, Segment, pad
+from model.condition import (
+    Beforehand,
+    EncodedBatch,
+    EncodedPrompt,
+    Prompt,
+    References,
+    Segment,
+    concat_references,
+    pad,
+)
 from pipeline.schema import PROMPTS, ROLES, TASKS, Role, TargetKind, check_table
 
 __all__ = [
@@ -57,6 +66,8 @@ class Sample:
     """The prompt's tokens, if they were made beforehand."""
     latents: Tensor | None = None
     """`t c h w` float32, likewise."""
+    references: References | None = None
+    """The prompt's pictures that the generator sees itself; None where it sees none."""
 
     @property
     def video(self) -> Tensor:
@@ -83,6 +94,8 @@ class Batch:
     thread, which shares the interpreter with those, has nothing left to do but to move them."""
     latents: Tensor | None = None
     """`b t c h w` float32 latents that were encoded beforehand, in place of `video`."""
+    references: References | None = None
+    """The prompts' pictures that the generator sees itself, decoded in the loader's threads too."""
 
     def __len__(self) -> int:
         return len(self.positions)
@@ -92,7 +105,8 @@ class Batch:
         names = ("video", "fps", "original_size_px", *(("latents",) if self.latents is not None else ()))
         pinned = {name: getattr(self, name).pin_memory() for name in names}
         encoded = self.encoded.pin() if isinstance(self.encoded, EncodedBatch) else self.encoded
-        return replace(self, encoded=encoded, **pinned)
+        references = self.references.pin() if self.references else None
+        return replace(self, encoded=encoded, references=references, **pinned)
 
     def target(self, device: torch.device) -> Tensor:
         """`b t c h w` float32 in [-1, 1] on `device`."""
@@ -110,6 +124,7 @@ def collate(samples: list[Sample]) -> Batch:
         original_size_px=torch.tensor([s.original_size_px for s in samples], dtype=torch.float32),
         encoded=_pad_all([s.encoded for s in samples]),
         latents=_stack([s.latents for s in samples]),
+        references=_concat([s.references for s in samples]),
     )
 
 
@@ -143,6 +158,12 @@ def _stack(each: list[Tensor | None]) -> Tensor | None:
     """A batch of them; None if one is missing."""
     there = [one for one in each if one is not None]
     return torch.stack(there) if len(there) == len(each) else None
+
+
+def _concat(each: list[References | None]) -> References | None:
+    """References of all; None if one has none made."""
+    there = [one for one in each if one is not None]
+    return concat_references(there) if there and len(there) == len(each) else None
 
 
 def check_schema(found: pa.Schema, where: str) -> None:

@@ -10,7 +10,7 @@ import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from infra.errors import DataError
-from model.condition import Prompt
+from model.condition import Prompt, References
 from model.data.batch import ROW_COLUMNS, TARGET_BYTES, Batch, Sample, collate, read_prompt
 from model.data.buckets import Bucket, streams_of
 from model.data.plan import Plan, Source
@@ -173,12 +173,14 @@ class Loader:
 
     Attributes:
         select: (prompt with all stored documents, global position) -> the prompt to train on.
+        references: that prompt -> its pictures that the generator sees itself, if it sees any.
         num_bad: targets so far that could not be read; another row of their group took their place.
     """
 
     plan: Plan
     row_groups: RowGroups
     select: Callable[[Prompt, int], Prompt]
+    references: Callable[[Prompt], References | None] = lambda prompt: None
     rank: int = 0
     world_size: int = 1
     position: int = 0
@@ -238,9 +240,10 @@ class Loader:
             row = self.row_groups.row(source, which)
             try:
                 prompt = self.select(read_prompt(row), position)
-                return read_sample(
+                sample = read_sample(
                     row, bucket, position=position, prompt=prompt, pixels=not self.row_groups.has_latents
                 )
+                return replace(sample, references=self.references(prompt))
             except DataError as error:
                 self.num_bad += 1
                 reason = str(error)

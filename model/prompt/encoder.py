@@ -19,9 +19,8 @@ from torch import Tensor
 
 from infra.clip import ClipConfig
 from infra.config import Config, Incidental, NameOrFolder, canonical_json
-from model.condition import Beforehand, Condition, EncodedBatch, EncodedPrompt, Prompt, pad
+from model.condition import Beforehand, Condition, EncodedBatch, EncodedPrompt, Prompt, References, pad
 from model.data.batch import ROLES, role_number
-from model.prompt.pictures import References
 
 HASHED_ROLES = 6
 """Roles whose order is part of an encoder's identity. Later ones are appended: the others keep their number."""

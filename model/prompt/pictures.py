@@ -4,7 +4,6 @@ A picture that can't be decoded refuses its prompt: a DataError, at the boundary
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor
 from infra import pictures
 from infra.errors import DataError
 from infra.pictures import PictureError
-from model.condition import MAX_REFERENCES, Prompt, Segment
+from model.condition import MAX_REFERENCES, Prompt, References, Segment
 from model.data.batch import ROLES, role_number
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
@@ -48,18 +47,6 @@ def _tame(image: Image.Image) -> Image.Image:
         size = (max(MIN_SIDE_PX, round(image.width * scale)), max(MIN_SIDE_PX, round(image.height * scale)))
         image = image.resize(size, Image.Resampling.BICUBIC)
     return image
-
-
-@dataclass(frozen=True)
-class References:
-    """The pictures of a batch's prompts that the generator sees itself; what is masked is zero."""
-
-    pictures: Tensor
-    """`b n 3 h w` in [-1, 1], in the prompt's order; n is the most that any prompt has."""
-    mask: Tensor
-    """`b n` bool, True = there."""
-    role: Tensor
-    """`b n` int64, number of the segment's role."""
 
 
 def reference_tensors(prompts: Sequence[Prompt], size_px: tuple[int, int]) -> References:

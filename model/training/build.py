@@ -18,6 +18,7 @@ from model.condition import (
     Condition,
     ConditionConfig,
     Prompt,
+    References,
 )
 from model.data.batch import ROLES, Batch
 from model.data.inputs import InputConfig
@@ -98,12 +99,15 @@ class Conditioner:
         self.config, self.encoder, self.device = config, encoder, device
 
     def __call__(
-        self, prompts: list[Prompt], fps: Tensor, original_size_px: Tensor, encoded: Beforehand = ()
+        self,
+        prompts: list[Prompt],
+        fps: Tensor,
+        original_size_px: Tensor,
+        encoded: Beforehand = (),
+        references: References | None = None,
     ) -> Condition:
-        """`encoded`: what was encoded beforehand; () = nothing."""
-        references = None
-        if self.config.references == "plus":
-            references = reference_tensors(prompts, reference_size(self.config.height_px, self.config.width_px))
+        """`encoded`, `references`: what was made beforehand; (), None = nothing."""
+        references = references or self.references(*prompts)
         with torch.no_grad(), warning_only():
             condition = self.encoder.condition(
                 prompts,
@@ -113,6 +117,16 @@ class Conditioner:
                 encoded=encoded,
             )
         return condition.to(self.device)
+
+    def references(self, *prompts: Prompt) -> References | None:
+        """The pictures of prompts that the generator sees itself; None where it sees none (`faithful`).
+
+        Raises:
+            PictureError: one can't be decoded.
+        """
+        if self.config.references == "faithful":
+            return None
+        return reference_tensors(prompts, reference_size(self.config.height_px, self.config.width_px))
 
     def choose(self, prompt: Prompt, position: int) -> Prompt:
         """K documents and condition dropout, drawn for the sample at this position."""

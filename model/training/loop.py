@@ -98,6 +98,7 @@ class Training:
             make_plan(config, index, len(shards.groups)),
             row_groups,
             select=self.condition.choose,
+            references=self.condition.references,
             rank=self.rank,
             world_size=self.world_size,
             position=self.position,
@@ -156,7 +157,9 @@ class Training:
             with self.watch.part("data"):
                 batch = next(self.batches)
             with self.watch.part("encode"):
-                condition = self.condition(batch.prompts, batch.fps, batch.original_size_px, batch.encoded)
+                condition = self.condition(
+                    batch.prompts, batch.fps, batch.original_size_px, batch.encoded, batch.references
+                )
                 self.prompt_tokens = condition.tokens.shape[1]
             with self.replica.accumulating(last=number == config.accumulation - 1):
                 each.append(self.accumulate(batch, condition))
