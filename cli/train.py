@@ -52,16 +52,26 @@ def stage2(
 @command(
     app,
     Job(
-        "model.sampling.generate:SampleConfig",
+        "cli.sample:SampleConfig",
         look="look at {c.out}/sample-000.png and .mp4",
     ),
 )
 def sample(
     run: Annotated[str | None, typer.Argument(help="Run folder of stage1 or stage2, or a checkpoint.")] = None,
     prompts: Annotated[list[str] | None, typer.Argument(help='"A <image> is playing in a <image>"')] = None,
-    image: Annotated[list[str] | None, typer.Option(help="Picture for the next <image>; repeat it.")] = None,
+    image: Annotated[
+        list[str] | None,
+        typer.Option(help='Picture for the next <image>, or "retrieved:its text=picture"; repeat it.'),
+    ] = None,
     out: Out = None,
     prompts_file: Annotated[str | None, typer.Option(help="JSONL file of prompts.")] = None,
+    memory: Annotated[
+        str | None, typer.Option(help="Folder of build-index: prompts in words get documents from it.")
+    ] = None,
+    retriever: Annotated[
+        str | None, typer.Option(help="Retriever by name: see retrieve.retriever below.")
+    ] = None,
+    k: Annotated[int | None, typer.Option("-k", help="How many documents each prompt gets.")] = None,
     documents: Annotated[
         str | None, typer.Option(help="right, none or shuffled: whose documents each prompt gets.")
     ] = None,
@@ -84,6 +94,9 @@ def sample(
         "images": image or None,
         "out": out,
         "prompts_file": prompts_file,
+        "memory": memory,
+        "retrieve.retriever": retriever,
+        "retrieve.k": k,
         "documents": "none" if no_retrieval else documents,
         "seeds": seed or None,
         "num_steps": steps,

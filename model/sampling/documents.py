@@ -5,16 +5,58 @@ another one: *shuffled*. All else being equal, the three choices are paired, vid
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
 from infra.pictures import PictureError, open_picture
 from model.condition import Prompt
+from model.data.batch import read_prompt
+from model.data.shards import open_parquet, open_shards
 from model.prompt.select import documents, keep_documents, retrieved, with_retrieved
-from model.sampling.requests import SampleRequest, describe_prompt, prompt_hash
+from model.sampling.requests import SampleRequest, describe_prompt, instructed, origins_in, prompt_hash
 
 Documents = Literal["right", "none", "shuffled"]
+Found = Mapping[str, Mapping[str, Any]]
+"""Caption -> what was retrieved for it: the columns segments and memory_version of a row of PROMPTS."""
+
+
+def with_found(request: SampleRequest, row: Mapping[str, Any], *, instruct: bool) -> SampleRequest:
+    """The request with the documents that were retrieved for it, where training has them.
+
+    Args:
+        request: without documents.
+        row: a row of PROMPTS, as augment would store it for the prompt's caption.
+        instruct: put the instruction line of retrieved documents in front, unless there is one.
+    """
+    stored = read_prompt({"prompt_id": None, **row})
+    prompt = with_retrieved(request.prompt, retrieved(stored))
+    return replace(
+        request,
+        prompt=instructed(prompt) if instruct else prompt,
+        origins=origins_in(row["segments"], stored, row["memory_version"]),
+    )
+
+
+def made_with(uri: str) -> dict[str, set[str]] | None:
+    """What the documents of a folder of prompts were retrieved from: memory_version, model_hash, retriever.
+
+    Returns:
+        All values of the first row group with documents; None if no prompt has any.
+    """
+    origin = "segments.list.element.document.retriever"
+    columns = ["num_documents", "memory_version", "model_hash", origin]
+    for group in open_shards(uri).groups:
+        table = open_parquet(group.uri).read_row_group(group.index, columns=columns)
+        rows = [row for row in table.to_pylist() if row["num_documents"]]
+        if rows:
+            retrievers = {s["document"]["retriever"] for row in rows for s in row["segments"] if s["document"]}
+            return {
+                "memory_version": {row["memory_version"] for row in rows},
+                "model_hash": {row["model_hash"] for row in rows},
+                "retriever": retrievers,
+            }
+    return None
 
 
 def cut_documents(request: SampleRequest, number: int) -> SampleRequest:
@@ -110,6 +152,6 @@ def describe_documents(name: str, request: SampleRequest) -> list[dict[str, Any]
     files = {file.partition(".")[0]: file for file in document_pictures(name, request.prompt)}
     for rank, places in enumerate(documents(request.prompt), start=1):
         text = next((s.text for s in (request.prompt[place] for place in places) if s.type == "text"), None)
-        origin = request.origins[rank - 1] if rank <= len(request.origins) else {}
+        origin = request.origins[rank - 1] if rank <= len(request.origins) else {"rank": rank}
         found.append({**origin, "text": text, "picture": files.get(f"{name}-retrieved-{rank}")})
     return found

@@ -7,6 +7,7 @@ same files, whatever else is asked for with it.
 import hashlib
 import time
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Annotated, Any
 
 import torch
@@ -20,20 +21,24 @@ from infra.errors import ConfigError
 from infra.progress import ProgressPrinter, say
 from infra.run_folder import COMMITTED
 from infra.storage import join, read_bytes, write_bytes, write_json
+from model.condition import Prompt
+from model.prompt.select import retrieved
 from model.sampling.documents import (
     Documents,
+    Found,
     choose_documents,
     cut_documents,
     describe_documents,
     document_pictures,
     num_shared,
-    retrieved,
+    with_found,
 )
 from model.sampling.film import to_frames, write_video
 from model.sampling.kept import keep_segments
 from model.sampling.maker import GuidanceConfig, Maker, open_maker
 from model.sampling.requests import (
     SampleRequest,
+    caption_of,
     describe_prompt,
     parse_prompt,
     prompt_hash,
@@ -45,6 +50,7 @@ from model.training.config import WEIGHTS, StageConfig, config_of
 from model.training.parallel import pick_device
 from model.training.state import check_average, restore_generator
 
+NOTHING: Found = MappingProxyType({})
 Side = Annotated[int, Field(ge=1, le=65536)]
 """Of a picture, pixels."""
 
@@ -75,7 +81,7 @@ class SampleConfig(Config):
     """Prompts in words; `<image>` marks the place of a picture."""
     images: tuple[str, ...] = ()
     """Pictures for the placeholders of all `prompts`, in order: `path`, or `role:path` with role subject,
-    background, first_frame or retrieved."""
+    background, first_frame or retrieved; a document brings its text as `retrieved:text=path`."""
     prompts_file: Location | None = None
     """JSONL file of prompts (model/sampling/requests.py)."""
     prompts_uri: Location | None = None
@@ -110,14 +116,14 @@ class SampleConfig(Config):
     """Second stage of the cascade, which enlarges each video; null = the base model's size."""
 
 
-def check(config: SampleConfig) -> str:
+def check(config: SampleConfig, found: Found = NOTHING) -> str:
     """Refuse what can't work before anything is loaded; the plan in words."""
     uri = find_checkpoint(config.run)
     check_average(uri, config.ema)
     base = config_of(read_facts(uri), uri)
     if base.upsampler is not None:
         raise ConfigError(f"{uri} is an upsampler", cure="give a base model's run, and this one as --upsampler")
-    count = len(plan_videos(config, base))
+    count = len(plan_videos(config, base, found))
     frames = config.num_frames or base.num_frames
     if frames > base.num_frames:
         raise ConfigError(f"num_frames {config.num_frames}", legal=f"at most {base.num_frames}, as trained")
@@ -151,11 +157,11 @@ def check_cascade(upsampler: UpsampleConfig, frames: int, size_px: tuple[int, in
         )
 
 
-def read_requests(config: SampleConfig, base: StageConfig) -> list[SampleRequest]:
-    """All prompts that the config asks for, of a model that `base` trained, each once.
+def read_prompts(config: SampleConfig, base: StageConfig) -> list[Prompt]:
+    """The prompts in words, of the command line and of the file, as they were given.
 
     Raises:
-        ConfigError: none, or one that can't be read.
+        ConfigError: one that can't be read.
     """
     instruct, images = base.stage == "stage2", list(config.images)
     prompts = []
@@ -166,35 +172,59 @@ def read_requests(config: SampleConfig, base: StageConfig) -> list[SampleRequest
         raise ConfigError(f"{len(images)} images too many", legal="one for each <image> of the prompts")
     if config.prompts_file:
         prompts += prompts_in_file(config.prompts_file, instruct=instruct)
+    return prompts
+
+
+def texts_to_retrieve(config: SampleConfig, base: StageConfig) -> list[str]:
+    """Captions of the prompts in words that bring no documents of their own, each once."""
+    prompts = [prompt for prompt in read_prompts(config, base) if not retrieved(prompt)]
+    return list(dict.fromkeys(caption_of(prompt) for prompt in prompts))
+
+
+def read_requests(config: SampleConfig, base: StageConfig, found: Found) -> list[SampleRequest]:
+    """All prompts that the config asks for, of a model that `base` trained, each once.
+
+    Raises:
+        ConfigError: none, or one that can't be read.
+    """
     fps, size, number = config.fps, config.original_size_px, config.num_documents
-    requests = [SampleRequest(prompt, fps, size) for prompt in prompts]
-    if number is not None:
-        requests = [cut_documents(request, number) for request in requests]
+    learned = max(base.documents) if number is None else number
+    requests = []
+    for prompt in read_prompts(config, base):
+        request = SampleRequest(prompt, fps, size)
+        row = None if retrieved(prompt) else found.get(caption_of(prompt))
+        if row is not None:
+            request = cut_documents(with_found(request, row, instruct=base.stage == "stage2"), learned)
+        requests.append(request if number is None else cut_documents(request, number))
     if config.prompts_uri:
         rows = requests_in_shards(
             config.prompts_uri, config.rows, fps=fps, original_size_px=size, split=config.split
         )
-        number = max(base.documents) if number is None else number
-        requests += [cut_documents(row, number) for row in rows]
+        requests += [cut_documents(row, learned) for row in rows]
     if not requests:
         raise ConfigError("no prompts", cure='give a prompt ("A dog runs."), prompts_file or prompts_uri')
     return requests
 
 
-def plan_videos(config: SampleConfig, base: StageConfig) -> list[SampleRequest]:
+def plan_videos(config: SampleConfig, base: StageConfig, found: Found = NOTHING) -> list[SampleRequest]:
     """One request for each prompt and seed, with the documents that the config chooses.
+
+    Args:
+        config: what to sample.
+        base: config of the model's training.
+        found: what was retrieved for the captions of prompts in words.
 
     Raises:
         ConfigError: no prompts, or nothing to shuffle.
     """
-    requests = read_requests(config, base)
+    requests = read_requests(config, base, found)
     if config.documents == "shuffled":
         having = sum(bool(retrieved(request.prompt)) for request in requests)
         if having < 2:
             raise ConfigError(
                 f"documents shuffled: {having} of {len(requests)} prompts have documents",
                 legal="at least two, of a run that learned with documents",
-                cure="give prompts of shards with more --set rows=N",
+                cure="give more prompts, of shards with --set rows=N, or in words with --memory",
             )
     turns = [
         [replace(request, seed=seed) for request in choose_documents(requests, config.documents, seed)]
@@ -203,12 +233,17 @@ def plan_videos(config: SampleConfig, base: StageConfig) -> list[SampleRequest]:
     return [request for prompt in zip(*turns, strict=True) for request in prompt]
 
 
-def run(config: SampleConfig) -> Certificate:
-    """Make the videos; the same command finds them made."""
-    check(config)
+def run(config: SampleConfig, found: Found = NOTHING) -> Certificate:
+    """Make the videos; the same command finds them made.
+
+    Args:
+        config: what to sample.
+        found: caption of a prompt in words -> row of PROMPTS whose documents it gets (`with_found`).
+    """
+    check(config, found)
     uri = find_checkpoint(config.run)
     base = config_of(read_facts(uri), uri)
-    work = plan_videos(config, base)
+    work = plan_videos(config, base, found)
     inputs = {
         "checkpoint": _hash_of_checkpoint(uri),
         "prompts": hashlib.sha256("".join(prompt_hash(r.prompt) for r in work).encode()).hexdigest()[:16],
@@ -216,7 +251,7 @@ def run(config: SampleConfig) -> Certificate:
     if config.upsampler is not None:
         inputs["upsampler"] = _hash_of_checkpoint(find_checkpoint(config.upsampler.run))
     if config.documents == "shuffled":
-        own = plan_videos(config.model_copy(update={"documents": "right"}), base)
+        own = plan_videos(config.model_copy(update={"documents": "right"}), base, found)
         if shared := num_shared(own, work):
             say(
                 f"  note: {shared} of {len(work)} shuffled prompts hold a document of their own: too few others"

@@ -1,6 +1,7 @@
 """Reads sample requests from the command line, a JSONL file, or rows of prompt shards.
 
 "A <image> is playing in a <image>" + [dog.png, background:yard.jpg]
+"<image> A blick moves left." + ["retrieved:a blick=blick.png"]    a document by hand: its text, its picture
 {"prompt": "A <image> runs.", "images": ["dog.png"]}
 {"segments": [{"type": "text", "role": "caption", "text": "A dog runs."}]}
 """
@@ -55,7 +56,7 @@ def parse_prompt(text: str, images: Sequence[str], *, instruct: bool = False) ->
 
     Args:
         text: words and `<image>`s.
-        images: paths, one per placeholder, each optionally `role:path`; the role is `subject` if not said.
+        images: paths, one per placeholder, each optionally `role:path` (`split_place`).
         instruct: put the task's instruction line in front, as stage 2 has learned it.
 
     Raises:
@@ -72,13 +73,17 @@ def parse_prompt(text: str, images: Sequence[str], *, instruct: bool = False) ->
         if word.strip():
             segments.append(Segment("text", Role.CAPTION.value, word.strip()))
         if number < len(images):
-            role, data = read_image(images[number])
-            segments.append(Segment("image", role, None, data))
-    roles = {s.role for s in segments}
+            segments += read_image(images[number])
+    return instructed(tuple(segments)) if instruct else tuple(segments)
+
+
+def instructed(prompt: Prompt) -> Prompt:
+    """The prompt behind the instruction line of the task that its pictures ask for, where that is missing."""
+    roles = {segment.role for segment in prompt}
     line = next((task.instruction for task in TASKS.values() if task.role in roles), None)
-    if instruct and line:
-        segments.insert(0, Segment("text", Role.INSTRUCTION.value, line))
-    return tuple(segments)
+    if line is None or Role.INSTRUCTION in roles:
+        return prompt
+    return (Segment("text", Role.INSTRUCTION.value, line), *prompt)
 
 
 def picture_roles() -> list[str]:
@@ -86,24 +91,40 @@ def picture_roles() -> list[str]:
     return [str(role) for role, facts in ROLES.items() if facts.kind != "text"]
 
 
-def read_image(place: str) -> tuple[str, bytes]:
-    """(role, bytes) of `path` or `role:path`."""
-    role, sep, path = place.partition(":")
-    if not sep or role not in picture_roles():
-        role, path = Role.SUBJECT.value, place
+def read_image(place: str) -> list[Segment]:
+    """The picture at `path` or `role:path`; for `retrieved:text=path` a document, text before picture."""
+    role, text, path = split_place(place)
     try:
-        return role, read_bytes(absolute(path))
+        picture = Segment("image", role, None, read_bytes(absolute(path)))
     except OSError as error:
         raise ConfigError(
             f"can't read image {path}: {error.strerror or error}",
             legal=f"a picture's path, or one of {', '.join(f'{r}:' for r in picture_roles())} before it",
         ) from None
+    return [Segment("text", role, text), picture] if text else [picture]
+
+
+def split_place(place: str) -> tuple[str, str, str]:
+    """(role, text, path) of `path`, `role:path` or `retrieved:text=path`; the role is `subject` if not said."""
+    role, sep, path = place.partition(":")
+    if not sep or role not in picture_roles():
+        return Role.SUBJECT.value, "", place
+    if role != Role.RETRIEVED or "=" not in path:
+        return role, "", path
+    text, _, path = path.partition("=")
+    return role, text.strip(), path
 
 
 def describe_prompt(prompt: Prompt) -> str:
     """The prompt in words, pictures as <role>."""
     parts = [s.text or "" if s.type == "text" else f"<{s.role}>" for s in prompt if s.role != Role.RETRIEVED]
     return " ".join(part for part in parts if part)
+
+
+def caption_of(prompt: Prompt) -> str:
+    """Its own words: what its documents are retrieved by."""
+    texts = [(segment.text or "").strip() for segment in prompt if segment.role == Role.CAPTION]
+    return " ".join(text for text in texts if text)
 
 
 def prompts_in_file(path: str, *, instruct: bool = False) -> list[Prompt]:
@@ -140,14 +161,15 @@ def _from_line(value: dict[str, Any], beside: Path, instruct: bool) -> Prompt:
         role = item.get("role", Role.CAPTION.value)
         if role not in ROLES:
             raise ValueError(f"role {role!r}, legal: {', '.join(ROLES)}")
-        image = read_image(_beside(item["image"], beside))[1] if item.get("image") else None
+        image = read_image(_beside(item["image"], beside))[-1].image if item.get("image") else None
         segments.append(Segment("image" if image else "text", role, item.get("text"), image))
     return tuple(segments)
 
 
 def _beside(place: str, folder: Path) -> str:
-    role, sep, path = place.partition(":")
-    prefix, path = (role + ":", path) if sep and role in picture_roles() else ("", place)
+    """The place of a picture with a relative path looked up in `folder`."""
+    path = split_place(place)[2]
+    prefix = place.removesuffix(path)
     return prefix + (path if Path(path).is_absolute() or "://" in path else str(folder / path))
 
 

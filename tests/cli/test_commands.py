@@ -33,7 +33,7 @@ JOBS = {
     "report": ("pipeline.report", "ReportConfig"),
     "stage1": ("model.training.config", "Stage1Config"),
     "stage2": ("model.training.config", "Stage2Config"),
-    "sample": ("model.sampling.generate", "SampleConfig"),
+    "sample": ("cli.sample", "SampleConfig"),
 }
 CONFIGS = sorted((ROOT / "infra" / "configs").rglob("*.yaml"))
 

@@ -105,7 +105,7 @@ def legal(world: Any, trained_run: Any, tiny_encoder: Any, tmp_path_factory: Any
         "vimi-data report": {"out": out + ".html", "prompts": str(prompts)},
         "vimi-train stage1": stage,
         "vimi-train stage2": {**two, "start_from": trained_run.out},
-        "vimi-train sample": {"run": trained_run.out, "prompts": ["a dog"], "out": out},
+        "vimi-train sample": {"run": trained_run.out, "prompts": ["a dog"], "out": out, "memory": world.memory},
         "vimi-train export": {"run": trained_run.out, "out": out},
     }
 

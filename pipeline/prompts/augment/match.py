@@ -1,17 +1,18 @@
 """Finds the documents of each clip: search the memory, apply the guard, choose the best."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
+from pipeline.memory import Memory
 from pipeline.memory.embed.worker import row_doc_id
 from pipeline.memory.retrieve.bm25 import Hits
 from pipeline.memory.retrieve.documents import Documents
-from pipeline.memory.retrieve.indexes import Search
+from pipeline.memory.retrieve.indexes import Search, open_search
 from pipeline.memory.retrieve.retrievers import MAX_CHOSEN_SIMILARITY, RetrieveConfig
 from pipeline.memory.vectors import cosines, spread
 from pipeline.prompts.exclusion import Exclusion, key, keys, source_name
@@ -23,8 +24,9 @@ from pipeline.prompts.guard import (
     Verdict,
     count,
     judge,
+    similarity_bound,
 )
-from pipeline.schema import clip_id
+from pipeline.schema import ORIGIN, Role, clip_id
 
 DEEPER = 8  # how many times deeper the second look goes, where the guard left fewer than k
 Row = dict[str, Any]
@@ -190,6 +192,19 @@ class Matcher:
         )
 
 
+def open_matcher(
+    retrieve: RetrieveConfig, guard: GuardConfig, exclusion: Exclusion, documents: Documents, memory: Memory
+) -> Matcher:
+    """The matcher of one memory, with the bound on similar pictures that it tells.
+
+    Raises:
+        ConfigError: the table lacks an index.
+    """
+    guarded = guarded_documents(documents.table, documents.image, guard, exclusion)
+    guard = guard.model_copy(update={"max_similarity": similarity_bound(guard, guarded)})
+    return Matcher(retrieve, guard, documents, guarded, open_search(retrieve, documents, memory))
+
+
 def guarded_clip(
     row: Row, phashes: Sequence[int], picture: np.ndarray | None, config: GuardConfig
 ) -> GuardedClip:
@@ -202,3 +217,33 @@ def guarded_clip(
         phashes=np.array([row["phash"] or 0, *phashes], np.uint64),
         vector=picture,
     )
+
+
+def document_segments(
+    match: Match, documents: Documents, pictures: Mapping[str, bytes], retriever: str
+) -> list[dict[str, Any]]:
+    """Retrieved text and picture of each document, best first (the order of VIMI's figure).
+
+    Args:
+        match: the documents of one prompt.
+        documents: of the memory.
+        pictures: doc_id -> JPEG of the chosen ones.
+        retriever: its name.
+    """
+    found: list[dict[str, Any]] = []
+    rows = documents.table.take(pa.array(match.docs, pa.int64())).to_pylist()
+    places = zip(rows, match.scores, match.similarities, strict=True)
+    for rank, (row, score, similarity) in enumerate(places, start=1):
+        document = {
+            "doc_id": row["doc_id"],
+            "retriever": retriever,
+            "rank": rank,
+            "score": score,
+            "clip_similarity": similarity,
+            **{name: row[name] for name in ORIGIN[:4]},
+        }
+        retrieved = {"role": Role.RETRIEVED.value, "document": document}
+        found.append({"type": "text", "text": row["text"] or "", **retrieved})
+        if pictures.get(row["doc_id"]):
+            found.append({"type": "image", "image": pictures[row["doc_id"]], **retrieved})
+    return found

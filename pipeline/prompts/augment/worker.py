@@ -6,7 +6,6 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
 from infra.clip import Clip, ClipConfig, load_clip
 from infra.storage import join
@@ -16,14 +15,19 @@ from pipeline.memory import Memory, open_memory, require_model
 from pipeline.memory.embed.pictures import read_picture
 from pipeline.memory.embed.worker import read_slice
 from pipeline.memory.retrieve.documents import Documents, load_documents
-from pipeline.memory.retrieve.indexes import open_search
 from pipeline.memory.store import clip_configs
 from pipeline.memory.vectors import frame_mean
 from pipeline.prompts.augment.config import AugmentConfig
-from pipeline.prompts.augment.match import Match, Matcher, excluded, guarded_documents, own_documents
+from pipeline.prompts.augment.match import (
+    Match,
+    Matcher,
+    document_segments,
+    excluded,
+    open_matcher,
+    own_documents,
+)
 from pipeline.prompts.augment.target import Row, Target, make_target
 from pipeline.prompts.exclusion import Exclusion, read_exclusion
-from pipeline.prompts.guard import similarity_bound
 from pipeline.schema import CLIPS, ORIGIN, PROMPTS, Role, RowError, Status, TargetKind, Task, prompt_id
 from pipeline.shards import rejected_row, shard_name, write_shard
 
@@ -96,11 +100,8 @@ class AugmentWorker:
 
     @cached_property
     def matcher(self) -> Matcher:
-        guard = self.config.guard
-        guarded = guarded_documents(self.documents.table, self.documents.image, guard, self.exclusion)
-        guard = guard.model_copy(update={"max_similarity": similarity_bound(guard, guarded)})
-        search = open_search(self.config.retrieve, self.documents, self.memory)
-        return Matcher(self.config.retrieve, guard, self.documents, guarded, search)
+        config = self.config
+        return open_matcher(config.retrieve, config.guard, self.exclusion, self.documents, self.memory)
 
     def without_excluded(self, rows: list[Row]) -> tuple[list[Row], list[Row]]:
         """The rows that may be trained on, and the rejected ones."""
@@ -186,7 +187,7 @@ class AugmentWorker:
             "media": row["media"],
             "caption": row["caption"],
             "segments": [
-                *self._segments(match, pictures),
+                *document_segments(match, self.documents, pictures, self.config.retrieve.retriever),
                 {"type": "text", "role": Role.CAPTION.value, "text": row["caption"]},
             ],
             "num_documents": len(match.docs),
@@ -198,26 +199,6 @@ class AugmentWorker:
             "model_hash": self.memory.model_hash,
             "config_hash": self.config_hash,
         }
-
-    def _segments(self, match: Match, pictures: dict[str, bytes]) -> list[dict[str, Any]]:
-        """Retrieved text and picture of each document, best first (the order of VIMI's figure)."""
-        found: list[dict[str, Any]] = []
-        rows = self.documents.table.take(pa.array(match.docs, pa.int64())).to_pylist()
-        places = zip(rows, match.scores, match.similarities, strict=True)
-        for rank, (row, score, similarity) in enumerate(places, start=1):
-            document = {
-                "doc_id": row["doc_id"],
-                "retriever": self.config.retrieve.retriever,
-                "rank": rank,
-                "score": score,
-                "clip_similarity": similarity,
-                **{name: row[name] for name in ORIGIN[:4]},
-            }
-            retrieved = {"role": Role.RETRIEVED.value, "document": document}
-            found.append({"type": "text", "text": row["text"] or "", **retrieved})
-            if pictures.get(row["doc_id"]):
-                found.append({"type": "image", "image": pictures[row["doc_id"]], **retrieved})
-        return found
 
 
 def clip_config(config: AugmentConfig, memory: Memory) -> ClipConfig:

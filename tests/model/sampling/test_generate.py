@@ -13,8 +13,15 @@ from PIL import Image
 from infra.errors import ConfigError
 from infra.storage import read_json
 from model.prompt.select import documents, retrieved
+from model.sampling.documents import with_found
 from model.sampling.generate import SampleConfig, check, plan_videos, run
-from model.sampling.requests import SampleRequest, describe_prompt, parse_prompt, requests_in_shards
+from model.sampling.requests import (
+    SampleRequest,
+    describe_prompt,
+    parse_prompt,
+    prompts_in_file,
+    requests_in_shards,
+)
 from model.training.config import Stage1Config
 from model.training.state import restore_generator
 
@@ -131,6 +138,34 @@ def test_rows_of_shards_sample(trained: Stage1Config, tmp_path: Path) -> None:
     assert run(config).num_out == 1
     entry = read_json(str(tmp_path / "out" / "samples.json"))["samples"][0]
     assert entry["task"] == "pretrain" and entry["prompt"].endswith("square moves to the right")
+
+
+def test_a_document_by_hand_brings_its_text(tmp_path: Path) -> None:
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "blick.png")
+    place = tmp_path / "prompts.jsonl"
+    line = {"prompt": "<image> A blick runs.", "images": ["retrieved:a blick=blick.png"]}
+    place.write_text(json.dumps(line))
+    [prompt] = prompts_in_file(str(place), instruct=True)
+    assert [(s.type, s.role, s.text) for s in prompt] == [
+        ("text", "instruction", "Generate a video with the retrieved text-image."),
+        ("text", "retrieved", "a blick"),
+        ("image", "retrieved", None),
+        ("text", "caption", "A blick runs."),
+    ]
+    assert describe_prompt(prompt).endswith("A blick runs.") and "a blick" not in describe_prompt(prompt)
+    place.write_text(json.dumps(line | {"images": ["retrieved:=blick.png"]}))
+    assert [s.role for s in prompts_in_file(str(place))[0]] == ["retrieved", "caption"]
+
+
+def test_what_was_found_stands_where_each_stage_has_it(make_row) -> None:
+    row = make_row(0)
+    words = SampleRequest(parse_prompt("a red square", []), 8.0, (24, 40))
+    one, two = (with_found(words, row, instruct=instruct) for instruct in (False, True))
+    assert [s.role for s in one.prompt] == ["retrieved", "retrieved", "caption"]
+    assert [s.role for s in two.prompt] == ["instruction", "retrieved", "retrieved", "caption"]
+    assert two.prompt[0].text == "Generate a video with the retrieved text-image."
+    assert one.prompt[-1].text == "a red square" and one.origins == two.origins
+    assert one.origins[0]["doc_id"] == "doc-0" and one.origins[0]["memory_version"] == "test-1"
 
 
 def of_shards(trained: Stage1Config, out: Path, **changes: Any) -> SampleConfig:
