@@ -167,7 +167,7 @@ class _Quoted(string.Formatter):
 
 
 def summary(certificate: Certificate, out: str, wall_s: float) -> str:
-    """Two or three lines: what was made, what became of the rest, where it lies."""
+    """A few lines: what was made, what became of the rest, where it lies, and what the job remarks."""
     lines = [
         f"{certificate.job}: {certificate.num_out:,} of {certificate.num_in:,} rows in {span(wall_s)} "
         f"-> {shorten(out)}"
@@ -179,6 +179,7 @@ def summary(certificate: Certificate, out: str, wall_s: float) -> str:
     highlights = certificate.facts.get("highlights")
     if isinstance(highlights, dict) and highlights:
         lines.append("  " + " · ".join(f"{key} {value}" for key, value in highlights.items()))
+    lines += [f"  {remark}" for remark in certificate.facts.get("remarks", ())]
     return "\n".join(lines)
 
 

@@ -16,7 +16,7 @@ from infra.errors import ConfigError
 from infra.storage import absolute, check_writable, exists, join, write_bytes
 from pipeline.report.album import Album
 from pipeline.report.galleries import clip_cards, instruction_cards, prompt_cards, sample_cards
-from pipeline.report.provenance import fates, next_steps, provenance, summary
+from pipeline.report.provenance import fates, next_steps, provenance, retrieval, summary
 from pipeline.report.read import Parts, ReportConfig, previews, read_parts
 from pipeline.report.statistics import distributions, document_tables, loss_charts
 
@@ -94,6 +94,7 @@ def gather(config: ReportConfig, parts: Parts, album: Album) -> dict[str, Any]:
         "fates": fates(parts),
         "samples": [card for cards in videos for card in cards],
         "prompts": prompt_cards(parts.prompts, album),
+        "retrieval": retrieval(parts),
         "instructions": instruction_cards(parts.instructions, album),
         "clips": clip_cards(config.clips, album),
         "losses": loss_charts(parts.runs),

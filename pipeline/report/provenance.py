@@ -69,6 +69,14 @@ def _tile(number: int, what: str, more: str) -> dict[str, str]:
     return {"number": f"{number:,}", "what": what, "more": more}
 
 
+def retrieval(parts: Parts) -> list[str]:
+    """What augment measured of its documents: do they say anything of their targets?"""
+    if "augment" not in parts.certificates:
+        return []
+    remarks = parts.certificates["augment"][1].facts.get("remarks", ())
+    return [f"{remark[:1].upper()}{remark[1:]}." for remark in remarks]
+
+
 def provenance(parts: Parts) -> list[dict[str, Any]]:
     """One line for each certificate: when, how long, hashes, files, facts."""
     items = [(job, folder, certificate) for job, (folder, certificate) in parts.certificates.items()]

@@ -20,6 +20,7 @@ from pipeline.memory import Memory, open_memory
 from pipeline.memory.embed.worker import row_doc_id
 from pipeline.memory.retrieve.indexes import check_indexes, uses_arrays
 from pipeline.prompts.augment.config import AugmentConfig
+from pipeline.prompts.augment.relevance import sentences, total
 from pipeline.prompts.augment.worker import AugmentWorker, clip_config, good_rows, has_caption
 from pipeline.prompts.exclusion import read_exclusion
 from pipeline.schema import Status, content_id
@@ -158,6 +159,7 @@ def _finish(config: AugmentConfig, inputs: Inputs, units: list[Unit], receipts: 
         write_rejected(config.out, rejected),
         write_meta(config.out, shards, row_group_rows=config.row_group_rows),
     ]
+    relevance = total([receipt["relevance"] for receipt in found if receipt["relevance"]])
     documents = sum((Counter(receipt["documents"]) for receipt in found), Counter())
     return Certificate(
         job=JOB,
@@ -168,6 +170,8 @@ def _finish(config: AugmentConfig, inputs: Inputs, units: list[Unit], receipts: 
         facts={
             "memory_version": inputs.memory.version,
             "model_hash": inputs.memory.model_hash,
+            "remarks": sentences(relevance),
+            "relevance": {name: round(value, 4) for name, value in relevance.items()},
             "retriever": config.retrieve.retriever,
             "k": config.retrieve.k,
             "max_similarity": next((r["max_similarity"] for r in found if r["max_similarity"]), None),

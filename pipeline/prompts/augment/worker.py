@@ -26,6 +26,7 @@ from pipeline.prompts.augment.match import (
     open_matcher,
     own_documents,
 )
+from pipeline.prompts.augment.relevance import Sums, measure
 from pipeline.prompts.augment.target import Row, Target, make_target
 from pipeline.prompts.exclusion import Exclusion, read_exclusion
 from pipeline.schema import CLIPS, ORIGIN, PROMPTS, Role, RowError, Status, TargetKind, Task, prompt_id
@@ -52,7 +53,7 @@ class AugmentWorker:
         rows, left_out = self.without_excluded([row for row in rows if has_caption(row)])
         left_out += [rejected_row(row, Status.FILTERED_NO_CAPTION, "no caption") for row in silent]
         rows, targets, failed = self.with_targets(rows)
-        matches = self.match(rows, targets)
+        matches, relevance = self.match(rows, targets)
         pictures = self.pictures(matches)
         prompts = [
             self._prompt(row, target, match, pictures)
@@ -70,6 +71,7 @@ class AugmentWorker:
             "max_similarity": self.matcher.guard.max_similarity if any(m.docs for m in matches) else None,
             "refused": dict(sum((Counter(match.refused) for match in matches), Counter())),
             "documents": dict(Counter(str(len(match.docs)) for match in matches)),
+            "relevance": relevance,
             "notes": dict(Counter(row["status"] for row in lost)),
         }
 
@@ -134,18 +136,22 @@ class AugmentWorker:
         except MemoryError:
             raise RowError(Status.TOO_LARGE, f"needs more than {MEMORY_BYTES:,} bytes") from None
 
-    def match(self, rows: list[Row], targets: list[Target]) -> list[Match]:
+    def match(self, rows: list[Row], targets: list[Target]) -> tuple[list[Match], Sums]:
+        """The documents of each row, and what they say of its target."""
         if not rows or not self.config.retrieve.k:
-            return [Match() for _ in rows]
+            return [Match() for _ in rows], {}
         own = own_documents(rows, self.documents)
         captions = self._caption_vectors(rows, own)
-        return self.matcher.match(
+        pictures = self._picture_vectors(rows, own)
+        matches = self.matcher.match(
             rows,
             phashes=[target.phashes for target in targets],
-            pictures=self._picture_vectors(rows, own),
+            pictures=pictures,
             captions=captions,
             queries=self._query_vectors(rows, captions),
         )
+        analysis = self.config.retrieve.analysis
+        return matches, measure(rows, matches, own, pictures, self.documents, analysis)
 
     def _caption_vectors(self, rows: list[Row], own: np.ndarray) -> list[np.ndarray | None]:
         """Text vectors: the memory's where the clip is in it, else computed where that is wanted."""

@@ -201,7 +201,12 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     write_json(str(sampled / "samples.json"), {"samples": sample})
     return {
         "clips": save_clips(root / "clips", source),
-        "prompts": save_shards(root / "prompts", "augment", pretrain, {"refused": {"self": 4, "similar": 2}}),
+        "prompts": save_shards(
+            root / "prompts",
+            "augment",
+            pretrain,
+            {"refused": {"self": 4, "similar": 2}, "remarks": ["words: 3 % of <these>"]},
+        ),
         "instructions": save_shards(root / "instructions", "instruct", instructed, {}),
         "runs": [str(trained)],
         "samples": [str(sampled)],
@@ -252,6 +257,7 @@ def test_page_says_what_became_of_each_row(page: str):
     for words in ("no subject", "undecodable", "unreachable", "c0ffee", "similar", "vimi-data redrive"):
         assert words in page
     assert "documents none" in page
+    assert "Words: 3 % of &lt;these&gt;." in page  # does retrieval help at all?
     assert "Generate a video with the text and first frame." in page
 
 

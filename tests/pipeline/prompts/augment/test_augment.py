@@ -9,8 +9,13 @@ import pytest
 
 from infra.certificate import Certificate
 from infra.errors import ConfigError
+from pipeline.memory import open_memory
 from pipeline.memory.embed.worker import row_doc_id
+from pipeline.memory.retrieve.documents import load_documents
+from pipeline.memory.vectors import unit
 from pipeline.prompts.augment import AugmentConfig, check, run
+from pipeline.prompts.augment.match import Match
+from pipeline.prompts.augment.relevance import measure, random_document, sentences, total
 from pipeline.report.validate import ValidateConfig, validate
 from pipeline.schema import PROMPTS, check_table
 from tests.pipeline.prompts.augment.jobs import config, contents, read
@@ -69,6 +74,42 @@ def test_target_frames_have_the_training_size(made: tuple[Path, Certificate]) ->
         assert frames.std() > 10
         assert target["fps"] == 16.0  # one second: too short for 16 frames at 6 fps
         assert (row["fps"], row["height_px"], row["width_px"]) == (10.0, 96, 128)
+
+
+def test_certificate_says_whether_documents_tell_anything_of_their_targets(
+    world: Any, made: tuple[Path, Certificate]
+) -> None:
+    """Captions of few nouns share words; this world's picture vectors are drawn, so no picture tells."""
+    facts = made[1].facts
+    found = facts["relevance"]
+    assert found["words"] > found["words_best"] > 1.2 * found["words_random"] > 0
+    assert found["pictures"] == made[1].num_out and abs(found["lead"] / found["pictures"]) < 0.1
+    words, pictures = facts["remarks"]
+    assert words.startswith("words: the best document has ")
+    assert pictures.endswith("24 clips): retrieval can hardly help")
+
+
+def test_documents_that_look_like_their_targets_are_told_from_random_ones(world: Any) -> None:
+    documents = load_documents(open_memory(world.memory))
+    rows = [{"clip_id": f"clip {n}", "caption": "Dogs on the GUITAR"} for n in range(len(documents))]
+    matches = [Match(docs=[n]) for n in range(len(documents))]
+    near = [unit(documents.image[n] + documents.image[n - 1]) for n in range(len(documents))]
+    own = range(len(documents))
+    parts = [slice(at, at + 5) for at in range(0, 24, 5)]
+    sums = total([measure(rows[p], matches[p], own[p], near[p], documents, "english") for p in parts])
+    stems = {"dog", "guitar"}
+    texts = documents.table["text"].to_pylist()
+    assert sums["words"] == 2 * len(documents)
+    assert sums["words_best"] == sum(len(stems & set(text.lower().split())) for text in texts)
+    assert sentences(sums)[1].endswith("24 clips): retrieval can help") and sums["best"] / 24 > 0.6
+    assert "not compared" in sentences(sums | {"pictures": 0})[1]
+    assert sentences(measure(rows, [Match() for _ in rows], own, near, documents, "english")) == []
+
+
+def test_random_documents_are_all_but_the_clips_own() -> None:
+    for own in (-1, 0, 3, 4):
+        drawn = {random_document(f"clip {n}", 5, own) for n in range(200)}
+        assert drawn == set(range(5)) - {own}
 
 
 def test_number_of_workers_does_not_change_a_byte(
