@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     import torch
 
 OFFLINE = "offline"
+OFFLINE_TOKENS = 2
+"""Version of what the offline CLIP's picture tokens hold beside its weights: 2 = class names and appearance."""
 HUB_PREFIX = "hf-hub:"
 HUB_CONFIG = "open_clip_config.json"
 MINILM_WORD = "MINILM_DIR"

@@ -15,7 +15,7 @@ from open_clip.timm_model import TimmModel
 from open_clip.transformer import VisionTransformer, text_global_pool
 from torch import Tensor, nn
 
-from infra.clip.offline import ConSE
+from infra.clip.offline import ConSE, orthonormal
 
 
 def joint_dim(model: Any) -> int:
@@ -156,9 +156,8 @@ def _fit_width(states: Tensor, width: int) -> Tensor:
     found = states.shape[-1]
     if found == width:
         return states
-    noise = torch.randn(max(found, width), min(found, width), generator=torch.Generator().manual_seed(0))
-    basis = torch.linalg.qr(noise.double()).Q.float().to(states)
-    return states @ (basis if found >= width else basis.T)
+    basis = orthonormal(min(found, width), max(found, width)).to(states)
+    return states @ (basis.T if found >= width else basis)
 
 
 def _is_hugging_face(text: Any) -> bool:

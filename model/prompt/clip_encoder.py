@@ -36,6 +36,7 @@ class ClipPromptEncoder(PromptEncoder):
             "patch_grid": self.config.patch_grid,
             "bad_pictures": "refuse",
             "max_picture_px": MAX_PICTURE_PX,
+            **self.config.token_version,
         }
 
     @property

@@ -17,7 +17,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from infra.clip import ClipConfig
+from infra.clip import OFFLINE, OFFLINE_TOKENS, ClipConfig
 from infra.config import Config, Incidental, NameOrFolder, canonical_json
 from model.condition import Beforehand, Condition, EncodedBatch, EncodedPrompt, Prompt, References, pad
 from model.data.batch import ROLES, role_number
@@ -63,6 +63,16 @@ class PromptEncoderConfig(Config):
     batch_size: Incidental[int] = Field(default=1, ge=1, le=65536)
     """Prompts (clip: texts or pictures) per forward. 1 makes the tokens of a prompt the same to the last bit
     whatever it is batched with, which exact resume needs; more is faster on a GPU."""
+
+    def identity(self) -> dict[str, Any]:
+        """The fields that decide the tokens, and what the code alone decides of them."""
+        return {**super().identity(), **self.token_version}
+
+    @property
+    def token_version(self) -> dict[str, int]:
+        """Version of the offline CLIP's picture tokens: what was made with another is refused, not mixed."""
+        is_offline = self.clip is not None and self.clip.name == OFFLINE
+        return {"picture_tokens": OFFLINE_TOKENS} if is_offline else {}
 
 
 class PromptEncoder(ABC):

@@ -18,7 +18,7 @@ import torch
 import yaml
 
 from cli.encode import EncodeConfig, check, options_of, run
-from infra.certificate import Certificate, FileEntry, write_certificate
+from infra.certificate import Certificate, FileEntry, read_certificate, write_certificate
 from infra.errors import ConfigError, TooManyFailuresError, TrainingError
 from infra.storage import list_files
 from infra.validation_cells import cells_of
@@ -218,6 +218,21 @@ def test_encodings_that_do_not_serve_are_refused_by_the_preflight(
     weights["state_dict"]["logit_scale"] += 1
     torch.save(weights, moved["pretrained"])
     refuse("encoder.clip", encoder=values["encoder"] | {"clip": moved})
+
+
+def test_encodings_of_another_version_of_the_offline_tokens_are_refused(
+    stage_values: Values, tmp_path: Path
+) -> None:
+    values = stage_values(encoder={"clip": {"name": "offline"}, "patch_grid": 1})
+    encode_here(values, tmp_path / "encoded", documents=[1])
+    values |= {"encodings": str(tmp_path / "encoded"), "documents": [1]}
+    check_stage(Stage1Config.model_validate(values))
+    made = read_certificate(tmp_path / "encoded")
+    assert made is not None
+    del made.facts["inputs"]["encoder"]["picture_tokens"]  # as before there were versions
+    write_certificate(tmp_path / "encoded", made)
+    with pytest.raises(ConfigError, match=r"encoder\.picture_tokens: None there, 2 now"):
+        check_stage(Stage1Config.model_validate(values))
 
 
 def test_an_encoder_swapped_after_the_preflight_stops_the_run(

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from infra.clip import ClipConfig, load_clip
+from infra.clip import OFFLINE_TOKENS, ClipConfig, load_clip
 from infra.errors import DataError
 from model.condition import Prompt, Segment
 from model.data.batch import role_number
@@ -106,6 +106,13 @@ def test_identity_follows_what_changes_the_tokens(
 ) -> None:
     assert ClipPromptEncoder(config(**change), encoder.clip).identity_hash != encoder.identity_hash
     assert ClipPromptEncoder(config(), encoder.clip).content_hash == encoder.content_hash
+
+
+def test_identity_holds_the_version_of_the_offline_tokens(encoder: ClipPromptEncoder) -> None:
+    version = {"picture_tokens": OFFLINE_TOKENS}
+    assert version.items() <= encoder.identity.items() and version.items() <= encoder.config.identity().items()
+    for other in ({"clip": {"name": "ViT-B-32"}}, {"clip": None}):
+        assert "picture_tokens" not in config(**other).identity()
 
 
 def test_arithmetic_changes_what_is_cached_but_not_who_the_encoder_is(encoder: ClipPromptEncoder) -> None:
