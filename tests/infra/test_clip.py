@@ -2,6 +2,7 @@
 
 import io
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -108,14 +109,23 @@ def test_offline_clip_knows_a_photograph(offline: Clip) -> None:
     assert similarity[0].argmax() == 0
 
 
-def test_offline_picture_tokens_tell_the_colour_of_a_thing(offline: Clip) -> None:
-    """Ridge regression from 3x3 tokens to red, green and blue, held out; class names alone give R² .09."""
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Threads that wait for one another cost a busy machine minutes."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_offline_picture_tokens_tell_the_colour_of_a_thing(offline: Clip, one_thread: None) -> None:
+    """Ridge regression from 3x3 tokens to red, green and blue, held out; class names alone give R² .1."""
     rng = np.random.default_rng(0)
-    colours = rng.integers(0, 256, (480, 3))
+    colours = rng.integers(0, 256, (320, 3))
     things = [coloured_thing(colour, rng) for colour in colours]
     tokens = pool_patches(offline.image_tokens(things), 3).flatten(1).numpy().astype(np.float64)
-    assert tokens.shape == (480, 9 * 384)
-    assert held_out_r2(tokens, colours / 255, num_train=400) >= 0.75
+    assert tokens.shape == (320, 9 * 384)
+    assert held_out_r2(tokens, colours / 255, num_train=256) >= 0.75
 
 
 def coloured_thing(colour: np.ndarray, rng: np.random.Generator, side_px: int = 96) -> Image.Image:
@@ -134,7 +144,7 @@ def coloured_thing(colour: np.ndarray, rng: np.random.Generator, side_px: int = 
     return image
 
 
-def held_out_r2(x: np.ndarray, y: np.ndarray, *, num_train: int, penalty: float = 0.1) -> float:
+def held_out_r2(x: np.ndarray, y: np.ndarray, *, num_train: int, penalty: float = 0.03) -> float:
     """R² of a ridge regression in its dual form; `penalty` in mean squared norms of a row of `x`."""
     x, mean = x - x[:num_train].mean(0), y[:num_train].mean(0)
     train, test = x[:num_train], x[num_train:]
