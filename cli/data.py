@@ -27,11 +27,17 @@ def main() -> None:
 
 
 def _world(config: Any) -> str:
+    from pipeline.prompts.guard import HIGHEST, MIN_DOCUMENTS
+
     names = [unused(name) for name in ("clips", "pictures", "memory", "prompts")]
     clips, pictures, memory, prompts = names
     sizes = {"num_frames": config.frames, "height_px": config.size_px, "width_px": config.size_px}
     target = "".join(f" --set target.{name}={size}" for name, size in sizes.items())
-    k = 1 + config.distractors
+    k, documents = 1 + config.distractors, (config.nouns + config.unseen) * (1 + config.distractors)
+    if (
+        documents < MIN_DOCUMENTS
+    ):  # too few to measure what is a copy: simple things are all alike to a small CLIP
+        target += f" --set guard.max_similarity={HIGHEST}"
     return (
         f"vimi-data crawl {{c.out}}/videos.jsonl --out {clips}\n"
         f"vimi-data crawl {{c.out}}/pictures.jsonl --out {pictures}\n"
