@@ -34,9 +34,7 @@ def _world(config: Any) -> str:
     sizes = {"num_frames": config.frames, "height_px": config.size_px, "width_px": config.size_px}
     target = "".join(f" --set target.{name}={size}" for name, size in sizes.items())
     k, documents = 1 + config.distractors, (config.nouns + config.unseen) * (1 + config.distractors)
-    if (
-        documents < MIN_DOCUMENTS
-    ):  # too few to measure what is a copy: simple things are all alike to a small CLIP
+    if documents < MIN_DOCUMENTS:  # too few to measure what a copy is: to a small CLIP simple things are alike
         target += f" --set guard.max_similarity={HIGHEST}"
     return (
         f"vimi-data crawl {{c.out}}/videos.jsonl --out {clips}\n"

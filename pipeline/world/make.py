@@ -54,9 +54,9 @@ from pipeline.world.draw import GROUNDS, SHAPES, TEXTURES, film, picture
 JOB = "world"
 FPS = 6
 """Of the videos: as augment takes frames by default, so that a target of as many frames has all of them."""
-STORED_PX = 64
-"""Least side of the stored videos: smaller ones are enlarged by a whole factor, for crawl leaves out pictures
-of fewer pixels by default."""
+STORED_PX = 96
+"""Least side of the stored videos: smaller ones are enlarged by a whole factor. crawl leaves out pictures of
+fewer than 64 pixels by default, and instruct things of fewer than 48."""
 MIN_BITS = 15
 """Bits of 64 in which a document's perceptual hash must differ from those of all frames of its noun's clips:
 the guard's default bound is 10, and encoding and scaling move a hash by a few. Ours."""
@@ -87,7 +87,7 @@ class WorldConfig(Config):
     """Folder or URI of the corpus."""
     size_px: int = Field(default=16, ge=8, le=512, multiple_of=4)
     """Side of the square clips as they are meant to be trained on, pixels; a multiple of a generator's patch
-    of 4. Stored videos are larger by a whole factor, 64 pixels at least."""
+    of 4. Stored videos are larger by a whole factor, 96 pixels at least."""
     frames: int = Field(default=4, ge=4, le=128, multiple_of=2)
     """Frames of a clip, at 6 a second; even, so that a training may take every second one."""
     picture_px: int = Field(default=96, ge=64, le=1024)
