@@ -1,5 +1,6 @@
 """torch's checkpoint files on any filesystem of pyarrow, and an index reader that runs no code."""
 
+import hashlib
 import io
 import os
 import pickle
@@ -9,19 +10,26 @@ from typing import Any
 
 import torch
 from torch.distributed.checkpoint.filesystem import (
-    FileSystem,
     FileSystemBase,
     FileSystemReader,
     FileSystemWriter,
 )
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
+from infra.certificate import FileEntry
 from infra.errors import TrainingError
 from infra.storage import delete, exists, filesystem, is_remote, join
 
 
-class ArrowFileSystem(FileSystemBase):
-    """torch's checkpoint files on any filesystem of pyarrow."""
+class CheckpointFiles(FileSystemBase):
+    """torch's checkpoint files on any filesystem of pyarrow; what is written is hashed on the way.
+
+    Attributes:
+        written: by name, what this process has written.
+    """
+
+    def __init__(self) -> None:
+        self.written: dict[str, FileEntry] = {}
 
     @contextmanager
     def create_stream(self, path: str | os.PathLike, mode: str) -> Iterator[Any]:
@@ -29,17 +37,26 @@ class ArrowFileSystem(FileSystemBase):
         if "r" in mode:
             with fs.open_input_file(place) as stream:
                 yield stream
-        else:
-            fs.create_dir(place.rpartition("/")[0], recursive=True)
-            with fs.open_output_stream(place) as stream:
-                yield stream
+            return
+        fs.create_dir(place.rpartition("/")[0], recursive=True)
+        # A local file is Python's own: torch asks for its number, to bring it to the disk.
+        with fs.open_output_stream(place) if is_remote(str(path)) else open(place, "wb") as stream:  # noqa: PTH123
+            hashed = HashedStream(stream)
+            yield hashed
+        name = place.rpartition("/")[2]
+        self.written[name] = FileEntry(
+            path=name, rows=0, num_bytes=hashed.num_bytes, sha256=hashed.sha256.hexdigest()
+        )
 
     def concat_path(self, path: str | os.PathLike, suffix: str) -> str:
         return join(str(path), suffix)
 
     def rename(self, path: str | os.PathLike, new_path: str | os.PathLike) -> None:
         fs, source = filesystem(str(path))
-        fs.move(source, filesystem(str(new_path))[1])
+        target = filesystem(str(new_path))[1]
+        fs.move(source, target)
+        name = target.rpartition("/")[2]
+        self.written[name] = self.written.pop(source.rpartition("/")[2]).model_copy(update={"path": name})
 
     def init_path(self, path: str | os.PathLike) -> str:
         return str(path)
@@ -59,15 +76,27 @@ class ArrowFileSystem(FileSystemBase):
         delete(str(path))
 
 
-def _files_of(uri: str) -> FileSystemBase:
-    return ArrowFileSystem() if is_remote(uri) else FileSystem()
+class HashedStream:
+    """A file that is written from its start to its end, with the hash of what was written."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream, self.sha256, self.num_bytes = stream, hashlib.sha256(), 0
+
+    def write(self, data: Any) -> Any:
+        self.sha256.update(data)
+        self.num_bytes += memoryview(data).nbytes
+        return self.stream.write(data)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
 
 
-def files_writer(uri: str) -> FileSystemWriter:
+def files_writer(uri: str) -> tuple[FileSystemWriter, CheckpointFiles]:
+    """Torch's writer, and what will have been written by it."""
     writer: Any = FileSystemWriter(uri, sync_files=not is_remote(uri))
-    writer.fs = _files_of(uri)
-    writer.path = writer.fs.init_path(uri)
-    return writer
+    writer.fs = files = CheckpointFiles()
+    writer.path = uri
+    return writer, files
 
 
 class SafeReader(FileSystemReader):
@@ -75,8 +104,8 @@ class SafeReader(FileSystemReader):
 
     def __init__(self, uri: str) -> None:
         super().__init__(uri)
-        self.fs: Any = _files_of(uri)
-        self.path = self.fs.init_path(uri)
+        self.fs: Any = CheckpointFiles()
+        self.path: Any = uri
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         with self.fs.create_stream(self._get_metadata_path(), "rb") as stream:

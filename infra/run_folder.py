@@ -1,19 +1,21 @@
 """Paths of a training run's folder, and the names of the metrics in its records.
 
 config.yaml job.json certificate.json   as every job writes them
-index.parquet                           where the shards' rows are
+index.parquet  index.json               where the shards' rows are, and the hash of that
 metrics.jsonl  tensorboard/  curves.png
 checkpoints/samples-000000001600/       whole when it holds committed.json
 samples/samples-000000001600/           sampled while training: sample-000.mp4 .png ... samples.json (last)
 restarts/<milliseconds since 1970>.json why workers died
 stop  failure.json  final.json          asked to leave; ended by an error; what the certificate quotes
+progress.json                           how far a validation or a preview is
 """
 
 import json
 from dataclasses import dataclass
 from typing import Any
 
-from infra.storage import exists, join, list_files, read_bytes, read_json
+from infra.certificate import read_sealed
+from infra.storage import exists, join, list_files, read_bytes
 
 COMMITTED = "committed.json"
 LOSS = "loss"
@@ -46,6 +48,14 @@ class RunFolder:
     @property
     def index(self) -> str:
         return join(self.uri, "index.parquet")
+
+    @property
+    def index_hash(self) -> str:
+        return join(self.uri, "index.json")
+
+    @property
+    def progress(self) -> str:
+        return join(self.uri, "progress.json")
 
     @property
     def metrics(self) -> str:
@@ -107,9 +117,9 @@ class RunFolder:
         """Files that say why workers died, oldest first."""
         return list_files(join(self.uri, "restarts"), suffix=".json")
 
-    def failed(self) -> str | None:
-        """The error that ended the run, which every further try would meet again."""
-        return read_json(self.failure)["error"] if exists(self.failure) else None
+    def failed(self) -> dict[str, str] | None:
+        """The error that ended the run, which every further try would meet again: its `kind` and `error`."""
+        return read_sealed(self.failure) if exists(self.failure) else None
 
     def records(self) -> list[dict[str, Any]]:
         """The records of metrics.jsonl, in order; a torn line is left out."""
@@ -140,4 +150,4 @@ def _record(line: str) -> dict[str, Any] | None:
         record = json.loads(line)
     except ValueError:
         return None
-    return record if isinstance(record, dict) else None
+    return record if isinstance(record, dict) and isinstance(record.get("samples"), int) else None

@@ -21,7 +21,14 @@ Denoise = Callable[[Tensor, Tensor, int], Tensor]
 
 
 @torch.no_grad()
-def sample_ode(denoise: Denoise, edm: Edm, noise: Tensor, *, num_steps: int) -> Tensor:
+def sample_ode(
+    denoise: Denoise,
+    edm: Edm,
+    noise: Tensor,
+    *,
+    num_steps: int,
+    on_step: Callable[[int], None] | None = None,
+) -> Tensor:
     """EDM's deterministic sampler (Heun; 2206.00364 algorithm 1) on Snap Video's scaled signal.
 
     Args:
@@ -30,6 +37,7 @@ def sample_ode(denoise: Denoise, edm: Edm, noise: Tensor, *, num_steps: int) -> 
         noise: `b t c h w` unit Gaussian.
         num_steps: Snap Video takes 256 for the base and 40 for the upsampler; `2 num_steps - 1`
             evaluations.
+        on_step: called after each step with its number.
 
     Returns:
         `b t c h w` videos on the scale of clean videos.
@@ -45,6 +53,8 @@ def sample_ode(denoise: Denoise, edm: Edm, noise: Tensor, *, num_steps: int) -> 
             slope_ahead = edm.ode(ahead, denoise(ahead, then, step), then)
             ahead = x + ((then - now) * (slope + slope_ahead) / 2).to(x.dtype)
         x = ahead
+        if on_step is not None:
+            on_step(step)
     return x * edm.sigma_in
 
 
@@ -103,6 +113,7 @@ def upsample(
     *,
     level: float,
     num_steps: int = 40,
+    on_step: Callable[[int], None] | None = None,
 ) -> Tensor:
     """Second stage of the cascade: the small video, noised a little, conditions the large one.
 
@@ -113,8 +124,9 @@ def upsample(
         small_noise: `b t c H W` unit Gaussian that blurs what the base model got wrong.
         level: of the small video's noise; Snap Video searches it at inference.
         num_steps: 40 in Snap Video.
+        on_step: called after each step with its number.
     """
     levels = torch.full((len(small),), level, device=small.device, dtype=small.dtype)
     size = tuple(noise.shape[-2:])
     denoiser.small = enlarge_small(small, size, SmallVideo(small_noise, levels))
-    return sample_ode(denoiser, denoiser.edm, noise, num_steps=num_steps)
+    return sample_ode(denoiser, denoiser.edm, noise, num_steps=num_steps, on_step=on_step)

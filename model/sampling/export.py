@@ -12,12 +12,12 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from infra.certificate import Certificate, FileEntry, write_certificate
+from infra.certificate import Certificate, FileEntry, check_files, read_certificate, write_certificate
 from infra.claim import open_job
 from infra.config import Config, Incidental, Location
 from infra.errors import ConfigError, TrainingError
 from infra.run_folder import COMMITTED
-from infra.storage import absolute, exists, join, read_bytes, read_json, write_bytes
+from infra.storage import absolute, join, read_bytes, read_json, write_bytes
 from model.generator import Generator
 from model.training.build import make_generator, space_in
 from model.training.checkpoint import find_checkpoint, read_facts
@@ -59,7 +59,7 @@ def run(config: ExportConfig) -> Certificate:
         write_bytes(join(config.out, path), data)
         sha256 = hashlib.sha256(data).hexdigest()
         files.append(FileEntry(path=path, rows=1, num_bytes=len(data), sha256=sha256))
-    ours, theirs = named_weights(restored.model), named_weights(load_exported(config.out))
+    ours, theirs = named_weights(restored.model), named_weights(read_exported(config.out))
     if ours.keys() != theirs.keys() or not all(ours[name].equal(theirs[name]) for name in ours):
         raise TrainingError(f"{config.out}: the weights that were read back differ")
     certificate = Certificate(
@@ -95,11 +95,18 @@ def load_exported(folder: str) -> Generator:
 
     Raises:
         ConfigError: not an export.
+        DataError: damaged.
     """
-    place = join(absolute(folder), CONFIG_FILE)
-    if not exists(place):
+    certificate = read_certificate(folder, job="export")
+    if certificate is None:
         raise ConfigError(f"no exported model at {folder}", cure="run `vimi-train export` first")
-    facts = read_json(place)
+    check_files(folder, certificate.files)
+    return read_exported(folder)
+
+
+def read_exported(folder: str) -> Generator:
+    """The same of a folder that is not certified yet."""
+    facts = read_json(join(absolute(folder), CONFIG_FILE))
     model = make_generator(config_of(facts, folder), facts["token_dim"], space_in(facts))
     model.load_state_dict(load(read_bytes(join(absolute(folder), WEIGHTS_FILE))))
     return model.eval()

@@ -4,6 +4,7 @@ film(request)            noise -> `t c h w` pixels, through the autoencoder's de
 enlarge(video, request)  the cascade's second stage
 """
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -76,6 +77,7 @@ class Maker:
         num_steps: int,
         num_frames: int | None = None,
         size_px: tuple[int, int] | None = None,
+        on_step: Callable[[int], None] | None = None,
     ) -> Tensor:
         """`t c h w` pixels in about [-1, 1]; `num_frames` and `size_px` (height, width) None = as trained."""
         num_frames = num_frames or self.config.num_frames
@@ -85,10 +87,18 @@ class Maker:
             shape = self.latents.space.shape(num_frames, height, width)
         noise = self._noise(request.seed, "noise", shape)
         denoiser = self._denoiser(request, shape)
-        x = sample_ode(denoiser, denoiser.edm, noise, num_steps=num_steps)
+        x = sample_ode(denoiser, denoiser.edm, noise, num_steps=num_steps, on_step=on_step)
         return (x if self.latents is None else self.latents.decode(x, num_frames))[0]
 
-    def enlarge(self, video: Tensor, request: SampleRequest, *, num_steps: int, level: float) -> Tensor:
+    def enlarge(
+        self,
+        video: Tensor,
+        request: SampleRequest,
+        *,
+        num_steps: int,
+        level: float,
+        on_step: Callable[[int], None] | None = None,
+    ) -> Tensor:
         """`t c H W` pixels out of a small video `t c h w`; this generator is an upsampler.
 
         Args:
@@ -96,6 +106,7 @@ class Maker:
             request: as it was asked of the base model.
             num_steps: of sampling.
             level: standard deviation of the noise that the small video gets.
+            on_step: called after each step with its number.
         """
         shape = (video.shape[0], video.shape[1], self.config.height_px, self.config.width_px)
         return upsample(
@@ -105,6 +116,7 @@ class Maker:
             self._noise(request.seed, "small_noise", shape),
             level=level,
             num_steps=num_steps,
+            on_step=on_step,
         )[0]
 
     def _noise(self, seed: int, stream: str, shape: tuple[int, ...]) -> Tensor:

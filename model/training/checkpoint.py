@@ -2,7 +2,8 @@
 
     run/checkpoints/samples-000000001600/
         __0_0.distcp ... .metadata    tensors, by torch.distributed.checkpoint
-        committed.json                facts (position, config, code version); written last
+        committed.json                facts (position, config, code version), the hash of each file and
+                                      its own; written last
 
 A folder without committed.json is no checkpoint. Only tensors are stored by torch; everything else is
 JSON, and the index that torch pickles is read by an unpickler that knows nothing but tensors' types.
@@ -22,14 +23,14 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from infra.certificate import VERSION
+from infra.certificate import VERSION, FileEntry, check_files, read_sealed, write_sealed
 from infra.checkpoint_files import SafeReader, files_writer
-from infra.errors import ConfigError, TrainingError
-from infra.run_folder import COMMITTED, RunFolder
-from infra.storage import delete, exists, join, list_files, read_json, write_json
+from infra.errors import ConfigError, DataError, TrainingError
+from infra.run_folder import COMMITTED, RunFolder, split_checkpoint
+from infra.storage import delete, exists, join, list_files, read_json
 from model.optim import local_shard
 
-FORMAT = 2
+FORMAT = 3
 """Layout of the tensors' names and of the config; a reader refuses one that it doesn't know."""
 ROLE_TABLE = ".role.weight"
 """In the names of the tensors that have a row for each role of a prompt."""
@@ -59,15 +60,55 @@ def read_facts(uri: str) -> dict[str, Any]:
 
     Raises:
         ConfigError: written by a version of this project whose layout we don't know.
+        TrainingError: damaged.
     """
-    facts = read_json(join(uri, COMMITTED))
-    if facts.get("format") != FORMAT:
-        raise ConfigError(
-            f"checkpoint {uri} has format {facts.get('format')} (vimi {facts.get('version')})",
-            legal=f"format {FORMAT} (vimi {VERSION})",
-            cure="load it with that version and export it",
-        )
-    return facts
+    place = join(uri, COMMITTED)
+    try:
+        facts = read_json(place)
+        if isinstance(facts, dict) and facts.get("format") != FORMAT:  # older ones bear no hash
+            raise ConfigError(
+                f"checkpoint {uri} has format {facts.get('format')} (vimi {facts.get('version')})",
+                legal=f"format {FORMAT} (vimi {VERSION})",
+                cure="load it with that version and export it",
+            )
+        return read_sealed(place)
+    except DataError as error:
+        raise damaged(uri, error) from None
+
+
+def check_whole(uri: str) -> None:
+    """Refuse a checkpoint with a file that is not as it was written; each is read through once a process.
+
+    Ranks share the files among them and come to one mind, so all of them call this alike.
+
+    Raises:
+        TrainingError: names the file, and the run's last checkpoint before this one.
+    """
+    facts, error = read_facts(uri), None
+    ranks = dist.get_world_size() if dist.is_initialized() else 1
+    mine = facts["files"][dist.get_rank() if ranks > 1 else 0 :: ranks]
+    try:
+        check_files(uri, [FileEntry(**entry) for entry in mine])
+    except DataError as found:
+        error = found
+    found_by: list[DataError | None] = [error]
+    if ranks > 1:
+        found_by = [None] * ranks
+        dist.all_gather_object(found_by, error)
+    for each in found_by:
+        if each is not None:
+            raise damaged(uri, each)
+
+
+def damaged(uri: str, error: DataError) -> TrainingError:
+    """What is said of a damaged checkpoint: the file, and the run's last whole one before it."""
+    found = split_checkpoint(uri)
+    run, here = found or (RunFolder(uri), 0)
+    before = [position for position in (run.positions() if found else []) if position < here]
+    cure = f"use {run.checkpoint(before[-1])}, the one before it" if before else "restore it, or train again"
+    if before:
+        cure += f"; to continue the run from there, delete {uri}"
+    return TrainingError(f"checkpoint is damaged: {str(error).partition('; cure:')[0]}; cure: {cure}")
 
 
 class CheckpointWriter:
@@ -146,9 +187,16 @@ class CheckpointWriter:
         self.staging.wait()
         if exists(join(uri, COMMITTED)):
             return uri  # an earlier life of this run came further than its last report
-        save(state, storage_writer=files_writer(uri), process_group=self.group, no_dist=self.group is None)
+        storage, files = files_writer(uri)
+        save(state, storage_writer=storage, process_group=self.group, no_dist=self.group is None)
+        written: list[Any] = [files.written]
+        if self.group is not None:
+            written = [None] * dist.get_world_size(self.group)
+            dist.all_gather_object(written, files.written, group=self.group)
         if self.rank == 0:
-            write_json(join(uri, COMMITTED), {**facts, "format": FORMAT, "version": VERSION})
+            entries = [entry.model_dump() for each in written for _, entry in sorted(each.items())]
+            about = {"format": FORMAT, "version": VERSION, "files": entries}
+            write_sealed(join(uri, COMMITTED), {**facts, **about})
             prune(self.run, self.num_to_keep)
         return uri
 
@@ -173,8 +221,9 @@ def load_state(uri: str, state: State, *, group: dist.ProcessGroup | None = None
     A table of roles may have fewer rows there: roles have been appended since, and keep what they have here.
 
     Raises:
-        TrainingError: names or shapes differ from the checkpoint's; names the first few.
+        TrainingError: damaged; or names or shapes differ from the checkpoint's, the first few are named.
     """
+    check_whole(uri)
     there = tensors_in(uri)
     missing = sorted(name for name in state if name not in there)
     shorter = {

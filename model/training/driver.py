@@ -12,26 +12,26 @@ earlier driver is not asked.
 import os
 import threading
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import ExitStack, closing
 from typing import Any
 
 import pyarrow as pa
 import torch
 
-from infra.certificate import Certificate, write_certificate
+from infra.certificate import Certificate, read_sealed, write_certificate, write_sealed
 from infra.claim import open_job
 from infra.cluster import ray_session
-from infra.errors import TrainingError
+from infra.errors import ConfigError, DataError, TrainingError, VimiError
 from infra.progress import say
 from infra.run_folder import RunFolder
-from infra.storage import delete, filesystem, is_remote, read_json, write_json
+from infra.storage import delete, filesystem, is_remote
 from model.training.checkpoint import last_line, read_facts
 from model.training.config import Stage1Config, Stage2Config, StageConfig, config_class
 from model.training.loop import NonFiniteError, Training
 from model.training.metrics import MetricsLog, RayGauges, draw_curves, open_trackers
 from model.training.preflight import check_workers, inspect, plan_text, prepare_index, read_index
 from model.training.report import Reporter, RunPrinter, write_restart
-from model.training.stop_signals import Interrupts, StopSignals, trap_sigterm
+from model.training.stop_signals import Interrupts, StopSignals, ToldToLeave, trap_sigterm
 from model.training.validate import Preview, Validation
 
 __all__ = ["Stage1Config", "Stage2Config", "check", "run", "train"]
@@ -84,7 +84,7 @@ def last_position(run: RunFolder) -> int:
 def certify(config: StageConfig, inputs: dict[str, str]) -> Certificate:
     """The run's certificate: samples seen, the last checkpoint and what it says of itself."""
     run = RunFolder(config.out)
-    last, final = run.checkpoint(last_position(run)), read_json(run.final)
+    last, final = run.checkpoint(last_position(run)), read_sealed(run.final)
     certificate = Certificate(
         job=config.stage,
         config_hash=config.hash(),
@@ -102,28 +102,43 @@ def train(words: dict[str, Any], after_step: Callable[[int], None] = lambda posi
     """One worker of the run; `after_step` hears the position that each step led to."""
     config = config_class(words["stage"]).model_validate(words["config"])
     torch.set_num_threads(words["threads"])
-    index = read_index(config.out)
-    with (
-        closing(Training(config, index)) as training,
-        closing(Reporter(training, open_log(training))) as reporter,
-        closing(StopSignals(training.run, looks=training.rank == 0)) as signals,
-    ):
+    run = RunFolder(config.out)
+    if run.failed() is not None:
+        return
+    with ExitStack() as stack:
         try:
-            learn(training, index, reporter, signals, after_step)
-        except NonFiniteError as error:  # on all ranks alike: another try would end the same
+            index = read_index(config.out)
+            training = stack.enter_context(closing(Training(config, index)))
+            reporter = stack.enter_context(closing(Reporter(training, open_log(training))))
+            signals = stack.enter_context(closing(StopSignals(run, training.agree, looks=training.rank == 0)))
+        except VimiError as error:
+            note_failure(run, error)
+            raise
+        try:
+            learn(training, Looks(training, index, reporter, signals), reporter, signals, after_step)
+        except NonFiniteError as error:  # on all ranks alike
             if training.rank == 0:
-                write_json(training.run.failure, {"error": str(error)})
+                note_failure(run, error)
+        except (ConfigError, DataError) as error:
+            note_failure(run, error)
+            raise
+
+
+def note_failure(run: RunFolder, error: VimiError) -> None:
+    """Write down what another try would meet again: Ray Train's next workers leave, the driver raises it."""
+    kind = next((kind for kind in (ConfigError, DataError) if isinstance(error, kind)), TrainingError)
+    write_sealed(run.failure, {"kind": kind.__name__, "error": str(error)})
 
 
 def learn(
     training: Training,
-    index: pa.Table,
+    looks: "Looks",
     reporter: Reporter,
     signals: StopSignals,
     after_step: Callable[[int], None],
 ) -> None:
     """Step, record, save, look, until all samples are seen or the ranks are told to leave."""
-    config, looks = training.config, Looks(training, index, reporter)
+    config = training.config
     if training.device.type == "cuda":
         training.rehearse()
     if training.position:
@@ -133,35 +148,56 @@ def learn(
         reporter.note(result)
         if config.is_due(config.log_every_samples, training.position):
             reporter.record(result)
-            signals.listen(training.agree, preempted())
+            signals.heed(preempted())
+        signals.listen()
         if config.is_due(config.checkpoint.every_samples, training.position) or signals.save:
-            announce(training.writer.wait(), reporter.last)
-            training.save(reporter.last)
-        if not signals.leave:
-            looks.look()
+            save(training, reporter)
+        looks.look()
         after_step(training.position)
+    if training.position != training.saved_at:
+        save(training, reporter)  # told to leave while looking
     announce(training.writer.wait(), reporter.last)
     reporter.finish()
+
+
+def save(training: Training, reporter: Reporter) -> None:
+    """Begin a checkpoint of this moment; the one before it is whole by then, and Ray hears of it."""
+    announce(training.writer.wait(), reporter.last)
+    training.save(reporter.last)
 
 
 class Looks:
     """Validation with each checkpoint, and previews now and then: what is due and not yet in the log."""
 
-    def __init__(self, training: Training, index: pa.Table, reporter: Reporter) -> None:
-        self.training, self.reporter = training, reporter
+    def __init__(self, training: Training, index: pa.Table, reporter: Reporter, signals: StopSignals) -> None:
+        self.training, self.reporter, self.signals = training, reporter, signals
         self.validation, self.preview = Validation(training, index), Preview(training, index)
 
     def look(self) -> None:
-        """All ranks call it alike."""
+        """All ranks call it alike; when they are told to leave it ends early, and a later life looks again."""
         training, config, position = self.training, self.training.config, self.training.position
+        if self.signals.leave:
+            return
         log = self.reporter.log
         validates = config.is_due(config.checkpoint.every_samples, position)
-        if validates and training.agree(log is not None and position not in log.validated):
-            self.reporter.write(self.validation.run())
         every = config.preview_every_samples
         shows = every != 0 and config.is_due(every, position)
-        if shows and training.agree(log is not None and position not in log.shown):
-            self.reporter.show(self.preview.make())
+        try:
+            if validates and training.agree(log is not None and position not in log.validated):
+                self.reporter.write(self.validation.run(self._went_on))
+            if shows and training.agree(log is not None and position not in log.shown):
+                self.reporter.show(self.preview.make(self._went_on))
+        except ToldToLeave:
+            pass
+        finally:
+            self.reporter.progressed(None)
+
+    def _went_on(self, what: str, done: int, total: int) -> None:
+        """What `Validation` and `Preview` call after each of their parts."""
+        self.reporter.progressed({"what": what, "done": done, "total": total})
+        self.signals.listen()
+        if self.signals.leave:
+            raise ToldToLeave
 
 
 def open_log(training: Training) -> MetricsLog | None:
@@ -207,7 +243,7 @@ def fit(config: StageConfig, loop: Loop, *, num_groups: int) -> None:
     from ray.train import TrainingFailedError
 
     run = RunFolder(config.out)
-    for leftover in (run.ray_snapshot, run.failure, run.stop):
+    for leftover in (run.ray_snapshot, run.failure, run.stop, run.progress):
         delete(leftover)
     while True:
         before = last_position(run)
@@ -216,13 +252,16 @@ def fit(config: StageConfig, loop: Loop, *, num_groups: int) -> None:
             with Interrupts(run):
                 in_thread(trainer.fit)
         except TrainingFailedError as error:
-            if last_position(run) > before:
-                continue
-            raise TrainingError(
-                f"training stopped after {MAX_FAILURES} restarts: {last_line(error)}"
-            ) from error
+            if run.failed() is None:
+                if last_position(run) > before:
+                    continue
+                raise TrainingError(
+                    f"training stopped after {MAX_FAILURES} restarts: {last_line(error)}"
+                ) from error
         if (failed := run.failed()) is not None:
-            raise TrainingError(failed)
+            raise {"ConfigError": ConfigError, "DataError": DataError}.get(failed["kind"], TrainingError)(
+                failed["error"]
+            )
         return
 
 
@@ -286,7 +325,8 @@ def restart_callback(run: str) -> Any:
 
     class Restarts(UserCallback):
         def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-            write_restart(RunFolder(run), worker_exceptions)
+            if RunFolder(run).failed() is None:  # else nothing goes on
+                write_restart(RunFolder(run), worker_exceptions)
 
     return Restarts()
 

@@ -59,6 +59,7 @@ class Training:
 
     Attributes:
         position: samples that all ranks have seen.
+        saved_at: the position of the last checkpoint that was begun.
         seen: samples of each shape (t, h, w) since the last record: what their cost is reckoned from.
         prompt_tokens: length of the last batch's prompts.
     """
@@ -86,7 +87,7 @@ class Training:
         self.watch = Stopwatch(self.device)
         self.prompt_tokens = 0
         self.seen: Counter[tuple[int, int, int]] = Counter()
-        self.position = self._restore()
+        self.position = self.saved_at = self._restore()
         shards = open_shards(config.prompts)
         row_groups = RowGroups(
             shards,
@@ -231,6 +232,7 @@ class Training:
             "world_size": self.world_size,
             "metrics": record,
         }
+        self.saved_at = self.position
         with self.watch.part("checkpoint"):
             self.writer.save(state_of(self.model, self.optimizer, self.emas), facts)
 

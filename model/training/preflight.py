@@ -9,9 +9,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from infra.errors import ConfigError
+from infra.certificate import read_sealed, write_sealed
+from infra.errors import ConfigError, DataError
 from infra.run_folder import COMMITTED, RunFolder
-from infra.storage import exists, join, read_bytes, write_bytes
+from infra.storage import join, read_bytes, write_bytes
 from model.backbones.presets import PRESETS, preset
 from model.condition import ConditionConfig
 from model.data.shards import Shards, index_shards, open_parquet, open_shards
@@ -229,19 +230,33 @@ def prepare_index(config: StageConfig, shards: Shards) -> pa.Table:
     Raises:
         ConfigError: the shards hold no row for the buckets, or lack a task of the mixture.
     """
-    place = RunFolder(config.out).index
-    if exists(place):
+    run = RunFolder(config.out)
+    try:
         return read_index(config.out)
+    except (DataError, FileNotFoundError):
+        pass  # none yet, or a damaged one: it is made of the shards alone
     index = index_shards(shards, config.shapes, held_out_frac=config.validation.held_out_frac)
     make_plan(config, index, len(shards.groups))
     sink = pa.BufferOutputStream()
     pq.write_table(index, sink)
-    write_bytes(place, sink.getvalue().to_pybytes())
+    data = sink.getvalue().to_pybytes()
+    write_bytes(run.index, data)
+    write_sealed(run.index_hash, {"sha256": hashlib.sha256(data).hexdigest()})
     return index
 
 
 def read_index(run: str) -> pa.Table:
-    return pq.read_table(pa.BufferReader(read_bytes(RunFolder(run).index)))
+    """The index that `prepare_index` left.
+
+    Raises:
+        FileNotFoundError: it didn't yet.
+        DataError: damaged.
+    """
+    place = RunFolder(run)
+    data = read_bytes(place.index)
+    if hashlib.sha256(data).hexdigest() != read_sealed(place.index_hash).get("sha256"):
+        raise DataError(f"{place.index} is damaged; cure: the same command of the run makes it again")
+    return pq.read_table(pa.BufferReader(data))
 
 
 def plan_text(config: StageConfig, ready: Ready) -> str:

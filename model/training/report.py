@@ -13,9 +13,11 @@ from typing import Any
 
 import torch
 
-from infra.progress import say, span
+from infra.certificate import read_sealed, write_sealed
+from infra.errors import DataError
+from infra.progress import ProgressPrinter, say, span
 from infra.run_folder import LOSS, VIDEOS, RunFolder, is_validation
-from infra.storage import is_remote, read_json, write_json
+from infra.storage import delete, exists, is_remote, read_json, write_json
 from infra.validation_cells import cells_of
 from model.cost import training_flops
 from model.generator import Generator
@@ -62,6 +64,7 @@ class Reporter:
         self.training, self.log = training, log
         self.last: dict[str, Any] = {}
         self.losses: list[torch.Tensor] = []
+        self.told_s = 0.0
         self.started_s = self.logged_s = time.perf_counter()
         self.logged_at = self.started_at = training.position
 
@@ -111,6 +114,18 @@ class Reporter:
         if self.log is not None:
             self.log.show(self.training.position, sheets)
 
+    def progressed(self, words: dict[str, Any] | None) -> None:
+        """How far a validation or a preview is, for the driver to print; None = there is none."""
+        now_s, run = time.monotonic(), self.training.run
+        if self.log is None or (words is None and self.told_s == 0.0):
+            return
+        if words is None:
+            self.told_s = 0.0
+            delete(run.progress)
+        elif now_s - self.told_s >= (10.0 if is_remote(run.uri) else 1.0):
+            self.told_s = now_s
+            write_sealed(run.progress, words | {"samples": self.training.position})
+
     def finish(self) -> None:
         """final.json: what the certificate quotes; none of a run that left early."""
         training = self.training
@@ -128,7 +143,7 @@ class Reporter:
             "samples/s": f"{rate:.1f}",
         }
         final = {"weights_sha256": digest, LOSS: loss, "parameters": parameters, "wall_s": wall_s}
-        write_json(training.run.final, {**final, "highlights": highlights})
+        write_sealed(training.run.final, {**final, "highlights": highlights})
 
     def close(self) -> None:
         if self.log is not None:
@@ -143,6 +158,7 @@ class RunPrinter:
         self.every_s = 10 * every_s if is_remote(run.uri) else every_s
         self.shown = {_kind(r) for r in run.records() if r["samples"] <= position}
         self.told = set(run.restarts())
+        self.look: tuple[tuple[int, str], ProgressPrinter] | None = None
         self.stop = threading.Event()
         self.thread = threading.Thread(target=self._follow, daemon=True)
 
@@ -164,7 +180,8 @@ class RunPrinter:
         try:
             restarts = {file: read_json(file) for file in self.run.restarts() if file not in self.told}
             records = [r for r in self.run.records() if _kind(r) not in self.shown]
-        except (OSError, ValueError):
+            look = read_sealed(self.run.progress) if exists(self.run.progress) else None
+        except (OSError, DataError):
             return
         self.told |= set(restarts)
         for restart in restarts.values():
@@ -172,6 +189,20 @@ class RunPrinter:
         for record in records:
             self.shown.add(_kind(record))
             say(self._line(record))
+        self._show_look(look)
+
+    def _show_look(self, look: Mapping[str, Any] | None) -> None:
+        """How far a validation or a preview is, with its rate and ETA."""
+        if look is None:
+            self.look = None
+            return
+        key = look["samples"], look["what"]
+        if self.look is None or self.look[0] != key:
+            unit = "sampling steps" if look["what"] == "preview" else "rows"
+            title = f"{look['what']} at {look['samples']:,} samples"
+            self.look = key, ProgressPrinter(title, look["total"], unit=unit)
+        printer = self.look[1]
+        printer.add(look["done"] - printer.done)
 
     def _line(self, record: dict[str, Any]) -> str:
         if LOSS in record:

@@ -28,6 +28,10 @@ def trap_sigterm() -> None:
     signal.signal(signal.SIGTERM, lambda *_: _told.set())
 
 
+class ToldToLeave(Exception):
+    """Raised within a look at the training, so that it ends early."""
+
+
 class StopSignals:
     """What the ranks agreed on when they last listened.
 
@@ -35,6 +39,7 @@ class StopSignals:
 
     Args:
         run: its folder.
+        agree: whether any rank says yes; all ranks call it alike.
         looks: whether this rank looks for run/stop; one is enough.
 
     Attributes:
@@ -42,23 +47,22 @@ class StopSignals:
         save: save now.
     """
 
-    def __init__(self, run: RunFolder, *, looks: bool = True) -> None:
-        self.place, self.every_s = run.stop, 10.0 if is_remote(run.uri) else 0.5
-        self.leave, self.save, self.is_preempted = False, False, False
+    def __init__(self, run: RunFolder, agree: Callable[[bool], bool], *, looks: bool = True) -> None:
+        self.agree, self.place, self.every_s = agree, run.stop, 10.0 if is_remote(run.uri) else 0.5
+        self.leave = self.save = self.notice = self.is_preempted = False
         self.found, self.closed = threading.Event(), threading.Event()
         if looks:
             threading.Thread(target=self._look, name="stop-signals", daemon=True).start()
 
-    def listen(self, agree: Callable[[bool], bool], preempted: bool) -> None:
-        """Come to one mind with the other ranks; all call it alike.
-
-        Args:
-            agree: whether any rank says yes.
-            preempted: Ray's notice, the same on all ranks; heeded once.
-        """
-        self.leave = agree(self.found.is_set() or _told.is_set())
-        self.save = self.leave or (preempted and not self.is_preempted)
+    def heed(self, preempted: bool) -> None:
+        """Ray's notice that a node is about to go, the same on all ranks; the first one counts."""
+        self.notice = preempted and not self.is_preempted
         self.is_preempted |= preempted
+
+    def listen(self) -> None:
+        """Come to one mind with the other ranks; all call it alike."""
+        self.leave = self.leave or self.agree(self.found.is_set() or _told.is_set())
+        self.save, self.notice = self.leave or self.notice, False
 
     def close(self) -> None:
         self.closed.set()
@@ -76,14 +80,15 @@ class StopSignals:
 
 
 class Interrupts(AbstractContextManager["Interrupts"]):
-    """The first Ctrl-C or SIGTERM asks the workers to save and leave, like run/stop; the second leaves at once.
+    """The first Ctrl-C or SIGTERM asks the workers to save and leave, like run/stop; the second leaves at once,
+    unless the run has no checkpoint yet: then the third does.
 
     Raises:
-        KeyboardInterrupt: at the end, if the run was asked to leave; or at the second signal.
+        KeyboardInterrupt: at the end, if the run was asked to leave; or at that signal.
     """
 
     def __init__(self, run: RunFolder) -> None:
-        self.place, self.asked_s = run.stop, math.inf
+        self.run, self.place, self.asked_s, self.warned = run, run.stop, math.inf, False
         self.before: dict[int, Any] = {}
 
     def __enter__(self) -> "Interrupts":
@@ -95,12 +100,17 @@ class Interrupts(AbstractContextManager["Interrupts"]):
         for number, handler in self.before.items():
             signal.signal(number, handler)
         if kind is None and (self.asked_s < math.inf or exists(self.place)):
+            if (saved := self.run.latest_checkpoint()) is not None:
+                say(f"  saved: {saved}")
             raise KeyboardInterrupt
 
     def _ask(self, *_: object) -> None:
         now_s = time.monotonic()
         if now_s > self.asked_s + SAME_PRESS_S:
-            raise KeyboardInterrupt
+            if self.warned or self.run.positions():
+                raise KeyboardInterrupt
+            self.warned, self.asked_s = True, now_s
+            say("  the first checkpoint is not written yet; once more to leave without one")
         if self.asked_s < math.inf:
             return
         self.asked_s = now_s

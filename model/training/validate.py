@@ -11,9 +11,10 @@ draws from the training's randomness.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from statistics import NormalDist
 from typing import Any
 
@@ -53,6 +54,8 @@ NUM_STEPS = 64
 """Sampling steps of a preview; Snap Video's base model is good from 64."""
 GUIDANCE_WEIGHT = 4.0
 """Classifier-free guidance of a preview, as in `vimi-train sample`."""
+WentOn = Callable[[str, int, int], None]
+"""Called between the parts of a look, on all ranks alike: what it is, parts done, all parts. May raise."""
 TITLE_CHARS = 60
 """Of a prompt, in the title of its contact sheet."""
 
@@ -89,9 +92,11 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
     """Eval mode without gradients, and back."""
     was_training = model.training
     model.eval()
-    with torch.no_grad():
-        yield
-    model.train(was_training)
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
 
 
 class Validation:
@@ -101,7 +106,7 @@ class Validation:
         self.training = training
         self.rows = choose_rows(training, index, training.config.validation.num_samples)
 
-    def run(self) -> dict[str, Any]:
+    def run(self, went_on: WentOn = lambda what, done, total: None) -> dict[str, Any]:
         """Numbers named as `infra.validation_cells` says; {} without rows."""
         training, rows = self.training, self.rows
         # Each rank fills its own rows and sums are taken over all of them in one order, so the number of
@@ -120,6 +125,7 @@ class Validation:
                 if mine < len(rows):
                     table[mine] = found
                     facts[mine] = torch.tensor([self._task(number), len(prompts)])
+                went_on("validation", min(first + training.world_size, len(rows)), len(rows))
         if training.world_size > 1 and rows:
             table, facts = table.to(training.device), facts.to(training.device)
             dist.all_reduce(table)
@@ -253,7 +259,7 @@ class Preview:
         rows = choose_rows(training, index, NUM_VIDEOS)
         self.rows = ([chosen for chosen in rows if chosen.media == "video"] or rows)[:NUM_VIDEOS]
 
-    def make(self) -> dict[str, bytes]:
+    def make(self, went_on: WentOn = lambda what, done, total: None) -> dict[str, bytes]:
         """Sample, write into the run's folder; contact sheets by title. Equal weights give equal bytes."""
         training, rows = self.training, self.rows
         folder, entries = training.run.samples(training.position), []
@@ -263,7 +269,8 @@ class Preview:
             for first in range(0, len(rows), training.world_size):
                 # Sharded models run in step: a rank without a video of its own makes the last one, unwritten.
                 mine = first + training.rank
-                frames, entry = self._video(maker, min(mine, len(rows) - 1))
+                stepped = partial(self._stepped, went_on, first)
+                frames, entry = self._video(maker, min(mine, len(rows) - 1), stepped)
                 if mine < len(rows):
                     files, _ = write_video(folder, f"sample-{mine:03d}", frames, entry["fps"])
                     entries.append((mine, entry | files))
@@ -278,7 +285,14 @@ class Preview:
         write_json(join(folder, "samples.json"), {**facts, "samples": samples})
         return contact_sheets(training.run, training.position)
 
-    def _video(self, maker: Maker, number: int) -> tuple[np.ndarray, dict[str, Any]]:
+    def _stepped(self, went_on: WentOn, first: int, step: int) -> None:
+        """Sampling steps of all ranks' videos; `first` is the first video that they are at."""
+        at_once = min(self.training.world_size, len(self.rows) - first)
+        went_on("preview", first * NUM_STEPS + (step + 1) * at_once, len(self.rows) * NUM_STEPS)
+
+    def _video(
+        self, maker: Maker, number: int, on_step: Callable[[int], None]
+    ) -> tuple[np.ndarray, dict[str, Any]]:
         """Frames uint8 `t h w 3` of one row's prompt, and what samples.json says of them."""
         training, chosen = self.training, self.rows[number]
         groups = training.loader.row_groups
@@ -291,11 +305,13 @@ class Preview:
         request = SampleRequest(prompt, fps, sample.original_size_px, seed=number)
         if training.targets.small_size is None:
             size = (bucket.height_px, bucket.width_px)
-            video = maker.film(request, num_steps=NUM_STEPS, num_frames=bucket.num_frames, size_px=size)
+            video = maker.film(
+                request, num_steps=NUM_STEPS, num_frames=bucket.num_frames, size_px=size, on_step=on_step
+            )
         else:  # an upsampler's answer to the small version of the row's own target
             target = sample.video.float() / 127.5 - 1
             small = F.interpolate(target, size=training.targets.small_size, mode="area").to(training.device)
-            video = maker.enlarge(small, request, num_steps=NUM_STEPS, level=0.0)
+            video = maker.enlarge(small, request, num_steps=NUM_STEPS, level=0.0, on_step=on_step)
         return to_frames(video), {
             "prompt": describe_prompt(prompt),
             "task": row["task"],

@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from infra.certificate import read_sealed, write_sealed
 from infra.errors import ConfigError, TrainingError
 from infra.run_folder import RunFolder
-from infra.storage import read_json, write_bytes, write_json
+from infra.storage import sha256_file, write_bytes
 from model.training.checkpoint import (
     CheckpointWriter,
     find_checkpoint,
@@ -93,8 +94,8 @@ def test_other_shapes_and_names_are_said(tmp_path: Path) -> None:
 def test_unknown_format_says_why(tmp_path: Path) -> None:
     save_one(tmp_path, 8, a_state())
     uri = RunFolder(str(tmp_path)).checkpoint(8)
-    facts = read_json(uri + "/committed.json")
-    write_json(uri + "/committed.json", facts | {"format": 99, "version": "9.9"})
+    facts = read_sealed(uri + "/committed.json")
+    write_sealed(uri + "/committed.json", facts | {"format": 99, "version": "9.9"})
     with pytest.raises(ConfigError, match=r"format 99 .vimi 9.9"):
         read_facts(uri)
 
@@ -102,6 +103,39 @@ def test_unknown_format_says_why(tmp_path: Path) -> None:
 def test_missing_checkpoint_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no committed checkpoint"):
         find_checkpoint(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", "committed.json"])
+@pytest.mark.parametrize("how", ["flipped", "truncated", "missing"])
+def test_damaged_checkpoint_is_refused_and_the_one_before_it_named(tmp_path: Path, name: str, how: str) -> None:
+    for position in (8, 16):
+        save_one(tmp_path, position, a_state())
+    run = RunFolder(str(tmp_path))
+    uri, before = run.checkpoint(16), run.checkpoint(8)
+    place = Path(uri) / name
+    data = bytearray(place.read_bytes())
+    middle = len(data) // 2
+    data[middle : middle + 64] = bytes(b ^ 1 for b in data[middle : middle + 64])
+    if how == "missing":
+        place.unlink()
+        if name == "committed.json":  # then it is none
+            assert run.latest_checkpoint() == before
+            return
+    else:
+        place.write_bytes(data if how == "flipped" else data[:middle])
+    with pytest.raises(TrainingError, match=f"{name}.*cure: use {before}") as caught:
+        load_state(uri, empty_like(a_state()))
+    assert "\n" not in str(caught.value)
+    load_state(before, empty_like(a_state()))
+
+
+def test_hashes_made_while_writing_are_those_of_the_files(tmp_path: Path) -> None:
+    save_one(tmp_path, 8, a_state())
+    uri = RunFolder(str(tmp_path)).checkpoint(8)
+    hashes = {entry["path"]: entry["sha256"] for entry in read_facts(uri)["files"]}
+    assert set(hashes) == {"__0_0.distcp", ".metadata"}
+    for name, digest in hashes.items():
+        assert digest == sha256_file(f"{uri}/{name}")
 
 
 class Bomb:

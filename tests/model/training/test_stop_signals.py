@@ -17,11 +17,11 @@ import os, signal
 from infra.run_folder import RunFolder
 from model.training.stop_signals import StopSignals, trap_sigterm
 trap_sigterm()
-signals = StopSignals(RunFolder({run!r}), looks=False)
-signals.listen(lambda told: told, False)
+signals = StopSignals(RunFolder({run!r}), lambda told: told, looks=False)
+signals.listen()
 assert not signals.leave
 os.kill(os.getpid(), signal.SIGTERM)
-signals.listen(lambda told: told, False)
+signals.listen()
 assert signals.leave and signals.save
 print("alive")
 """
@@ -32,12 +32,12 @@ def alone(told: bool) -> bool:
 
 
 def test_stop_file_is_found(tmp_path: Path) -> None:
-    signals = StopSignals(RunFolder(str(tmp_path)))
-    signals.listen(alone, False)
+    signals = StopSignals(RunFolder(str(tmp_path)), alone)
+    signals.listen()
     assert not signals.leave and not signals.save
     (tmp_path / "stop").touch()
     for _ in range(600):
-        signals.listen(alone, False)
+        signals.listen()
         if signals.leave:
             break
         time.sleep(0.05)
@@ -46,16 +46,17 @@ def test_stop_file_is_found(tmp_path: Path) -> None:
 
 
 def test_one_rank_that_heard_speaks_for_all(tmp_path: Path) -> None:
-    signals = StopSignals(RunFolder(str(tmp_path)), looks=False)
-    signals.listen(lambda told: True, False)  # another rank said so
+    signals = StopSignals(RunFolder(str(tmp_path)), lambda told: True, looks=False)
+    signals.listen()  # another rank said so
     assert signals.leave and signals.save
 
 
 def test_preemption_saves_once_and_trains_on(tmp_path: Path) -> None:
-    signals = StopSignals(RunFolder(str(tmp_path)), looks=False)
+    signals = StopSignals(RunFolder(str(tmp_path)), alone, looks=False)
     heard = []
     for preempted in (False, True, True):
-        signals.listen(alone, preempted)
+        signals.heed(preempted)
+        signals.listen()
         heard.append((signals.save, signals.leave))
     assert heard == [(False, False), (True, False), (False, False)]
 
@@ -78,11 +79,17 @@ def test_one_press_that_arrives_twice_is_one(tmp_path: Path, capsys: pytest.Capt
     assert capsys.readouterr().err.count("stopping after a last checkpoint") == 1
 
 
-def test_second_press_leaves_at_once(tmp_path: Path) -> None:
-    left = True
-    with pytest.raises(KeyboardInterrupt), Interrupts(RunFolder(str(tmp_path))):
-        os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(SAME_PRESS_S + 0.1)
-        os.kill(os.getpid(), signal.SIGINT)
-        left = False
-    assert left
+@pytest.mark.parametrize(("is_saved", "presses"), [(True, 2), (False, 3)])
+def test_next_press_leaves_at_once_if_there_is_a_checkpoint(
+    tmp_path: Path, is_saved: bool, presses: int
+) -> None:
+    run = RunFolder(str(tmp_path))
+    if is_saved:
+        Path(run.checkpoint(8)).mkdir(parents=True)
+        (Path(run.checkpoint(8)) / "committed.json").touch()
+    heard = 0
+    with pytest.raises(KeyboardInterrupt), Interrupts(run):
+        for heard in range(1, 5):  # noqa: B007 - read below
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(SAME_PRESS_S + 0.1)
+    assert heard == presses

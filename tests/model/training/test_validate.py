@@ -17,6 +17,7 @@ from model.training.loop import Training
 from model.training.metrics import MetricsLog
 from model.training.preflight import prepare_index, read_index
 from model.training.report import Reporter
+from model.training.stop_signals import StopSignals
 from model.training.validate import QUANTILES, Preview, Validation, summarise
 from tests.model.conftest import shake
 from tests.model.runs import fingerprint
@@ -198,6 +199,7 @@ def test_a_look_that_a_kill_cut_off_is_taken_on_resume(stage_values: Values, sho
     for _ in range(2):
         training, _ = open_run(config)
         log = MetricsLog(training.run, position=training.position)
-        Looks(training, read_index(config.out), Reporter(training, log)).look()
+        signals = StopSignals(training.run, training.agree, looks=False)
+        Looks(training, read_index(config.out), Reporter(training, log), signals).look()
         training.close()
     assert training.run.records() == [{"samples": 8, **expected}, {"samples": 8, "videos": 2}]
