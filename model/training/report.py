@@ -151,13 +151,13 @@ class Reporter:
 
 
 class RunPrinter:
-    """Prints new records and deaths of workers from a run's folder, in a thread, while it is entered."""
+    """Prints new records, checkpoints and deaths of workers from a run's folder, in a thread, while entered."""
 
     def __init__(self, run: RunFolder, total: int, *, position: int = 0, every_s: float = 1.0) -> None:
         self.run, self.total = run, total
         self.every_s = 10 * every_s if is_remote(run.uri) else every_s
         self.shown = {_kind(r) for r in run.records() if r["samples"] <= position}
-        self.told = set(run.restarts())
+        self.told, self.saved = set(run.restarts()), set(run.positions())
         self.look: tuple[tuple[int, str], ProgressPrinter] | None = None
         self.stop = threading.Event()
         self.thread = threading.Thread(target=self._follow, daemon=True)
@@ -180,6 +180,7 @@ class RunPrinter:
         try:
             restarts = {file: read_json(file) for file in self.run.restarts() if file not in self.told}
             records = [r for r in self.run.records() if _kind(r) not in self.shown]
+            saved = [position for position in self.run.positions() if position not in self.saved]
             look = read_sealed(self.run.progress) if exists(self.run.progress) else None
         except (OSError, DataError):
             return
@@ -189,6 +190,9 @@ class RunPrinter:
         for record in records:
             self.shown.add(_kind(record))
             say(self._line(record))
+        self.saved |= set(saved)
+        for position in saved:
+            say(f"  saved: {self.run.checkpoint(position)}")
         self._show_look(look)
 
     def _show_look(self, look: Mapping[str, Any] | None) -> None:

@@ -100,8 +100,8 @@ class Interrupts(AbstractContextManager["Interrupts"]):
         for number, handler in self.before.items():
             signal.signal(number, handler)
         if kind is None and (self.asked_s < math.inf or exists(self.place)):
-            if (saved := self.run.latest_checkpoint()) is not None:
-                say(f"  saved: {saved}")
+            if (last := self.run.latest_checkpoint()) is not None:
+                say(f"  the last checkpoint: {last}")
             raise KeyboardInterrupt
 
     def _ask(self, *_: object) -> None:

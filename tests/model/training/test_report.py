@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from infra.run_folder import RunFolder
-from infra.storage import read_json
+from infra.run_folder import COMMITTED, RunFolder
+from infra.storage import read_json, write_json
 from model.training.metrics import MetricsLog
 from model.training.report import RunPrinter, progress_line, validation_line, write_restart
 from model.training.validate import summarise
@@ -30,14 +30,17 @@ def test_what_a_worker_died_of_is_said_once_and_kept(
 
 
 def test_driver_shows_each_record_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    log = MetricsLog(RunFolder(str(tmp_path)))
+    run = RunFolder(str(tmp_path))
+    log = MetricsLog(run)
     log.write(8, RECORD)
-    with RunPrinter(RunFolder(str(tmp_path)), 100, position=8, every_s=0.01):
+    with RunPrinter(run, 100, position=8, every_s=0.01):
         log.write(16, RECORD)
         log.write(16, {"val/video documents right": 0.7})
         log.show(16, {"0 A dog runs.": b""})
-    lines = capsys.readouterr().err.splitlines()
-    assert [line.split(" samples")[0].strip() for line in lines] == [
+        write_json(f"{run.checkpoint(16)}/{COMMITTED}", {})
+    lines = [line.strip() for line in capsys.readouterr().err.splitlines()]
+    lines.remove(f"saved: {run.checkpoint(16)}")
+    assert [line.split(" samples")[0] for line in lines] == [
         "16 / 100",
         "validation loss at 16",
         "videos sampled at 16",
