@@ -11,6 +11,7 @@ progress.json                           how far a validation or a preview is
 """
 
 import json
+import zlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from infra.certificate import read_sealed
 from infra.storage import exists, join, list_files, read_bytes
 
 COMMITTED = "committed.json"
+_CHECKSUM = "crc32"
 LOSS = "loss"
 VALIDATION = "val/"
 """Before every number of a validation (`infra.validation_cells`)."""
@@ -122,7 +124,7 @@ class RunFolder:
         return read_sealed(self.failure) if exists(self.failure) else None
 
     def records(self) -> list[dict[str, Any]]:
-        """The records of metrics.jsonl, in order; a torn line is left out."""
+        """The records of metrics.jsonl, in order; a torn or damaged line is left out."""
         if not exists(self.metrics):
             return []
         found = map(_record, read_bytes(self.metrics).decode("utf-8", "replace").splitlines())
@@ -145,9 +147,20 @@ def _positions(files: list[str]) -> list[int]:
     return sorted(int(name.removeprefix("samples-")) for name in folders if name.startswith("samples-"))
 
 
+def record_line(record: dict[str, Any]) -> str:
+    """A line of metrics.jsonl: the record and its checksum."""
+    return json.dumps({**record, _CHECKSUM: _crc32(record)}) + "\n"
+
+
 def _record(line: str) -> dict[str, Any] | None:
     try:
         record = json.loads(line)
     except ValueError:
         return None
-    return record if isinstance(record, dict) and isinstance(record.get("samples"), int) else None
+    if not isinstance(record, dict) or record.pop(_CHECKSUM, None) != _crc32(record):
+        return None
+    return record
+
+
+def _crc32(record: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(record).encode())

@@ -9,7 +9,6 @@ class and a line in `TRACKERS`.
 
 import hashlib
 import io
-import json
 import tempfile
 import time
 from collections import defaultdict
@@ -22,7 +21,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from infra.run_folder import LOSS, VALIDATION, VIDEOS, RunFolder, is_validation
+from infra.run_folder import LOSS, VALIDATION, VIDEOS, RunFolder, is_validation, record_line
 from infra.storage import absolute, is_remote, write_bytes
 from infra.telemetry import RunMetrics
 from infra.validation_cells import cell_of, cells_of, validation_losses
@@ -205,7 +204,7 @@ class MetricsLog:
         self.records.append(record)
         if not is_remote(self.run.uri):
             with Path(absolute(self.run.metrics)).open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
+                file.write(record_line(record))
         unsaid = {"samples", VIDEOS}
         numbers = {k: v for k, v in record.items() if isinstance(v, int | float) and k not in unsaid}
         for tracker in self.trackers:
@@ -228,8 +227,7 @@ class MetricsLog:
             tracker.close()
 
     def _put(self) -> None:
-        lines = [json.dumps(record) + "\n" for record in self.records]
-        write_bytes(self.run.metrics, "".join(lines).encode())
+        write_bytes(self.run.metrics, "".join(map(record_line, self.records)).encode())
 
 
 def open_trackers(names: Sequence[str], run: RunFolder, *, position: int, config: Any) -> list[Tracker]:

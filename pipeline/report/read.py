@@ -9,7 +9,8 @@ import pyarrow.parquet as pq
 from pydantic import Field
 
 from infra.certificate import Certificate, read_certificate
-from infra.config import Config, read_yaml
+from infra.claim import read_job_config
+from infra.config import Config
 from infra.run_folder import RunFolder
 from infra.storage import absolute, exists, is_remote, join
 from pipeline.shards import ShardSet, is_shard, open_part
@@ -96,7 +97,7 @@ def read_run(uri: str) -> Run:
     return Run(
         name=folder.name,
         uri=folder.uri,
-        config=read_yaml(folder.config) if has_config else {},
+        config=read_job_config(folder.uri) if has_config else {},
         records=folder.records(),
         certificate=read_certificate(folder.uri),
     )

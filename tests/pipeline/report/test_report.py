@@ -2,7 +2,6 @@
 
 import base64
 import io
-import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -14,6 +13,7 @@ from PIL import Image
 
 from infra.certificate import Certificate, write_certificate
 from infra.errors import ConfigError
+from infra.run_folder import record_line
 from infra.storage import write_json
 from pipeline.prompts.subjects.cutout import Picture
 from pipeline.prompts.subjects.entities import find_entities
@@ -185,7 +185,7 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     trained.mkdir()
     lines = [{"samples": n, "loss": 1.0 / n} for n in range(1, 50)]
     lines += [{"samples": 48, **VALIDATED}]
-    text = "\n".join(map(json.dumps, lines)) + '\n{"samples": 51, "lo'
+    text = "".join(map(record_line, lines)) + '{"samples": 51, "lo'
     (trained / "metrics.jsonl").write_text(text)
     wanted = instructed[0]["prompt_id"]
     sample = [{"prompt": HOSTILE, "seed": 3, "prompt_id": wanted}, {"prompt": "words", "video": "../x.mp4"}]
