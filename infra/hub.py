@@ -47,12 +47,20 @@ def require_hub_file(repository: str, names: list[str], *, wanted: str, cure: st
     """Path of the first of `names` in the local cache; None if none is, but the hub can be asked.
 
     Raises:
-        ConfigError: not in the cache, and the hub can't be reached.
+        ConfigError: no folder and no name of a repository; or not in the cache, and the hub can't be reached.
     """
     from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
 
     for name in names:
-        cached = try_to_load_from_cache(repository, name)
+        try:
+            cached = try_to_load_from_cache(repository, name)
+        except HFValidationError:
+            raise ConfigError(
+                f"{repository!r} is no folder, and no name of a repository on the hub",
+                legal="a folder that is there, or organisation/model",
+                cure=cure,
+            ) from None
         if isinstance(cached, str):
             return cached
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")

@@ -2,10 +2,10 @@
 
 import torch
 
-from infra.clip import load_clip
+from infra.clip import check_clip, load_clip
 from model.prompt.clip_encoder import ClipPromptEncoder
 from model.prompt.encoder import PromptEncoder, PromptEncoderConfig, RememberingEncoder
-from model.prompt.mllm_encoder import load_mllm_encoder
+from model.prompt.mllm_encoder import check_mllm, load_mllm_encoder
 
 
 def load_prompt_encoder(
@@ -22,3 +22,19 @@ def load_prompt_encoder(
     else:
         encoder = load_mllm_encoder(config, device)
     return RememberingEncoder(encoder) if remember else encoder
+
+
+def check_prompt_encoder(config: PromptEncoderConfig, *, reach: bool = True) -> None:
+    """Refuse an encoder that can't be loaded, without loading it.
+
+    Args:
+        config: which encoder.
+        reach: False = ask no network: what would have to be fetched is taken to be there.
+
+    Raises:
+        ConfigError: as `load_prompt_encoder`.
+    """
+    if config.clip is not None:
+        check_clip(config.clip, reach=reach)
+    else:
+        check_mllm(config, reach=reach)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from infra.clip.model import hash_weights
 from infra.errors import ConfigError, first_line
-from infra.hub import hub_file
+from infra.hub import hub_file, require_hub_file
 from model.condition import EncodedPrompt, Prompt, Segment
 from model.data.batch import Role, role_number
 from model.prompt.encoder import PromptEncoder, PromptEncoderConfig
@@ -29,6 +29,7 @@ from model.prompt.layout import Layout, Template, owners
 from model.prompt.pictures import MAX_PICTURE_PX, Pictures, decode_all
 from model.prompt.select import drop_empty, fit
 
+CONFIG_FILE = "config.json"
 LAYOUT_VERSION = 1
 """Raise when `layout.py` lays prompts out differently: old cache entries then no longer match."""
 CURE = "give a local folder as model, or use a CLIP (clip: {name: offline})"
@@ -257,7 +258,7 @@ def load_mllm_encoder(config: PromptEncoderConfig, device: str | torch.device = 
     """
     place = Path(config.model).expanduser()
     if not place.is_dir():
-        hub_file(config.model, ["config.json"], wanted=config.model, cure=CURE)
+        hub_file(config.model, [CONFIG_FILE], wanted=config.model, cure=CURE)
     name = str(place) if place.is_dir() else config.model
     device = torch.device(device)
     from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -276,6 +277,16 @@ def load_mllm_encoder(config: PromptEncoderConfig, device: str | torch.device = 
             cure=CURE,
         ) from None
     return MllmPromptEncoder(config, model, processor, device)
+
+
+def check_mllm(config: PromptEncoderConfig, *, reach: bool = True) -> None:
+    """Refuse a model that is neither a folder nor fetched before, where no hub answers.
+
+    Raises:
+        ConfigError: as `load_mllm_encoder`.
+    """
+    if reach and not Path(config.model).expanduser().is_dir():
+        require_hub_file(config.model, [CONFIG_FILE], wanted=config.model, cure=CURE)
 
 
 def _config_of(model: Any) -> str:

@@ -46,7 +46,7 @@ Loop = Callable[[dict[str, Any]], None]
 
 def check(config: StageConfig) -> str:
     """Refuse what can't work before Ray starts; the plan in words."""
-    return plan_text(config, inspect(config))
+    return plan_text(config, inspect(config, reach=False))
 
 
 def run(config: StageConfig) -> Certificate:

@@ -20,6 +20,7 @@ from model.edm import sigma_in
 from model.encodings.make import check_encodings
 from model.encodings.store import open_encodings
 from model.generator import Generator
+from model.prompt.load import check_prompt_encoder
 from model.space import Space
 from model.training.build import backbone_of, describe_space, make_plan, measure_space
 from model.training.checkpoint import find_checkpoint, read_facts
@@ -46,8 +47,12 @@ class Ready:
         return found
 
 
-def inspect(config: StageConfig) -> Ready:
+def inspect(config: StageConfig, *, reach: bool = True) -> Ready:
     """Look at every input without Ray.
+
+    Args:
+        config: of the stage.
+        reach: False = the hub is not asked for the prompt encoder.
 
     Raises:
         ConfigError: one line: what is wrong, what is legal, how to cure it.
@@ -56,6 +61,8 @@ def inspect(config: StageConfig) -> Ready:
     encodings = open_encodings(config.encodings)
     if encodings is not None:
         check_encodings(config, encodings, shards)
+    else:
+        check_prompt_encoder(config.encoder, reach=reach)
     space = measure_space(config, encodings)
     check_backbone(config, space)
     if config.upsampler is not None:

@@ -13,7 +13,7 @@ import pytest
 from infra.claim import open_job
 from infra.errors import ConfigError
 from model.training.config import Stage1Config, Stage2Config, StageConfig
-from model.training.driver import check
+from model.training.driver import check, run
 from model.training.preflight import inspect
 from tests.model.runs import open_training
 
@@ -69,6 +69,28 @@ def test_names_that_are_not_known_are_refused_with_the_legal_ones(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         Stage1Config.model_validate(stage_values(**changes))
+
+
+@pytest.mark.parametrize(
+    ("encoder", "message"),
+    [
+        ({"model": "nobody/nothing"}, r"127\.0\.0\.1 can't be reached .*; cure: "),
+        ({"model": "/no/such/folder"}, r"'/no/such/folder' is no folder, and no name of a repository"),
+        (
+            {"clip": {"name": "ViT-B-32", "pretrained": "laion2b_s34b_b79k"}},
+            r"127\.0\.0\.1 can't be reached .*; cure: ",
+        ),
+    ],
+)
+def test_a_hub_out_of_reach_is_told_before_ray_starts_and_not_asked_by_a_dry_run(
+    stage_values: Values, monkeypatch: pytest.MonkeyPatch, encoder: dict[str, Any], message: str
+) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    config = Stage1Config.model_validate(stage_values(encoder=encoder))
+    assert check(config).startswith("stage1: ")
+    with pytest.raises(ConfigError, match=message) as caught:
+        run(config)
+    assert "\n" not in str(caught.value)
 
 
 def test_range_of_workers_is_said_in_words(stage_values: Values) -> None:
