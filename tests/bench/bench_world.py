@@ -1,0 +1,191 @@
+"""What limits a small generator in the world: backbones and settings at equal processor time.
+
+    python tests/bench/bench_world.py [--seconds 240] [--only NAME ...]
+
+Clips of 4 frames of 16 x 16 px, their nouns' documents as references (`plus`); words are frozen random
+vectors, so that nothing but the generator is measured. Each variant trains for the same seconds of one core,
+then samples videos of nouns it never saw with their own document, none, and another noun's;
+`pipeline.world.judge` reads them.
+"""
+
+import argparse
+import time
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from model.backbones.presets import preset
+from model.condition import Condition, ConditionConfig
+from model.data.batch import ROLES, Role
+from model.edm import Edm, edm_for
+from model.ema import Ema, HalfLife
+from model.generator import Generator
+from model.guidance import FULL
+from model.optim import OPTIMIZERS, cosine_factor
+from model.sample import Denoiser, sample_ode
+from model.step import accumulate, draw
+from pipeline.world.concepts import DIRECTIONS, draw_concept, draw_ground, draw_motion, draw_place, generator
+from pipeline.world.draw import TEXTURES, film, picture
+from pipeline.world.judge import judge_video
+
+FRAMES, SIDE_PX, TOKEN_DIM = 4, 16, 64
+SHAPES = ("square", "disc", "diamond", "cross", "triangle")
+FIT: dict[str, Any] = {
+    "patch_dim": 128, "num_latents": 32, "latent_dim": 128, "latent_head_dim": 32, "qk_norm": True,
+    "group_height": 4, "group_width": 4,
+}  # fmt: skip
+DIT: dict[str, Any] = {"dim": 128, "head_dim": 32, "num_blocks": 4, "qk_norm": True}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One line of the table."""
+
+    preset: str = "fit-tiny"
+    backbone: dict[str, Any] = field(default_factory=lambda: FIT)
+    batch: int = 32
+    optimizer: str = "muon"
+    lr: float = 5e-3
+    log_mean: float = 0.0
+    log_std: float = 1.6
+
+
+VARIANTS = {
+    "fit": Variant(),
+    "fit, batch 16": Variant(batch=16),
+    "fit, AdamW, batch 16": Variant(batch=16, optimizer="adamw", lr=2e-3),
+    "fit, ln sigma -1.2 +- 1.2": Variant(log_mean=-1.2, log_std=1.2),
+    "fit, ln sigma -0.5 +- 1.6": Variant(log_mean=-0.5),
+    "dit": Variant("dit-tiny", DIT),
+    "dit, patches of 2 px": Variant("dit-tiny", DIT | {"patch_px": 2}),
+    "dit, AdamW, batch 16": Variant("dit-tiny", DIT, batch=16, optimizer="adamw", lr=2e-3),
+}
+
+
+@dataclass(frozen=True)
+class Clips:
+    """Clips of some nouns, and what they show."""
+
+    videos: Tensor
+    """`b t c h w` in [-1, 1]."""
+    pictures: Tensor
+    """`b 1 c h w` in [-1, 1], of the nouns' documents."""
+    directions: Tensor
+    """`b` int64."""
+    truth: list[tuple[str, str, str, float]]
+    """(colour, shape, direction, size)."""
+
+    def condition(self, pictures: Tensor, rows: Tensor, present: Tensor) -> Condition:
+        """Of some clips, with these documents where `present` (`b` bool) says so."""
+        words = torch.randn(len(DIRECTIONS), TOKEN_DIM, generator=torch.Generator().manual_seed(0))
+        one = torch.ones(len(rows), 1, dtype=torch.long)
+        return Condition(
+            tokens=words[self.directions[rows]][:, None],
+            mask=one.bool(),
+            role=one * list(ROLES).index(Role.CAPTION),
+            segment=one * 0,
+            fps=torch.full((len(rows),), 8.0),
+            original_size_px=torch.full((len(rows), 2), SIDE_PX),
+            references=pictures[rows],
+            reference_mask=present[:, None],
+            reference_role=one * list(ROLES).index(Role.RETRIEVED),
+        )
+
+
+def draw_clips(count: int, seed: int) -> Clips:
+    """One clip and one document of each of `count` nouns."""
+    videos, pictures, truth = [], [], []
+    for number in range(count):
+        random = generator(seed, number)
+        concept = draw_concept(f"noun {number}", random, shapes=SHAPES, textures=tuple(TEXTURES))
+        motion = draw_motion(random)
+        _, ground = draw_ground(random, ("plain", "gradient"), behind=concept.look)
+        videos.append(
+            film(concept.look, ground, size=motion.size, places=motion.places(FRAMES), side_px=SIDE_PX)
+        )
+        _, behind = draw_ground(random, ("clouds",), behind=concept.look)
+        size, place = draw_place(random, (0.78, 1.0))
+        pictures.append(picture(concept.look, behind, size=size, place=place, side_px=SIDE_PX)[None])
+        truth.append((concept.colour, concept.look.shape, motion.direction, motion.size))
+    names = list(DIRECTIONS)
+    return Clips(
+        _tensor(videos), _tensor(pictures), torch.tensor([names.index(facts[2]) for facts in truth]), truth
+    )
+
+
+def _tensor(frames: list[np.ndarray]) -> Tensor:
+    return torch.from_numpy(np.stack(frames)).permute(0, 1, 4, 2, 3).float() / 127.5 - 1
+
+
+def train(variant: Variant, clips: Clips, seconds: float) -> tuple[Generator, Edm, int]:
+    """(the averaged generator, its process, samples seen)."""
+    torch.manual_seed(0)
+    size = {"num_frames": FRAMES, "height_px": SIDE_PX, "width_px": SIDE_PX}
+    config = ConditionConfig(token_dim=TOKEN_DIM, mode="plus", num_roles=len(ROLES))
+    model = Generator(preset(variant.preset, **size, **variant.backbone), config)
+    edm = edm_for(FRAMES, SIDE_PX, SIDE_PX)
+    edm = replace(edm, sigma_data=0.5, log_mean=variant.log_mean, log_std=variant.log_std)
+    optimizer = OPTIMIZERS[variant.optimizer](model, lr=variant.lr, weight_decay=0.0)
+    ema, order, batch, step = Ema(model, HalfLife(1600)), torch.Generator().manual_seed(0), variant.batch, 0
+    start_s = time.process_time()
+    while (progress := (time.process_time() - start_s) / seconds) < 1:
+        for group in optimizer.param_groups:
+            share = cosine_factor(int(progress * 1e6), 0, 1_000_000)
+            group["lr"] = variant.lr * min(1, (step + 1) / 20) * (0.02 + 0.98 * share)
+        rows = torch.randint(len(clips.videos), (batch,), generator=order)
+        present = torch.rand(batch, generator=order) >= 0.1
+        indices = range(step * batch, (step + 1) * batch)
+        draws = draw(edm, clips.videos.shape[1:], seed=0, indices=indices, self_condition_rate=0)
+        condition = clips.condition(clips.pictures, rows, present)
+        accumulate(model, edm, clips.videos[rows], condition, draws, divisor=batch)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        step += 1
+        ema.update(model, step * batch)
+    model.load_state_dict(ema.weights, strict=False)
+    return model, edm, step * batch
+
+
+def judge(model: Generator, edm: Edm, clips: Clips) -> dict[str, list[float]]:
+    """Shares of right colours, shapes and directions, by whose document was given."""
+    rows = torch.arange(len(clips.videos))
+    noise = torch.randn(clips.videos.shape, generator=torch.Generator().manual_seed(1))
+    given = {"right": (clips.pictures, True), "none": (clips.pictures, False),
+             "shuffled": (clips.pictures.roll(1, 0), True)}  # fmt: skip
+    found = {}
+    for name, (pictures, there) in given.items():
+        condition = clips.condition(pictures, rows, torch.full((len(rows),), there))
+        videos = sample_ode(Denoiser(model, edm, {FULL: condition}), edm, noise, num_steps=24).clamp(-1, 1)
+        frames = ((videos + 1) * 127.5).round().byte().permute(0, 1, 3, 4, 2).numpy()
+        hits = []
+        for video, (colour, shape, direction, size) in zip(frames, clips.truth, strict=True):
+            seen = judge_video(video, size=size, shapes=SHAPES)
+            hits.append((seen.colour == colour, seen.shape == shape, seen.direction == direction))
+        found[name] = np.mean(hits, axis=0).tolist()
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--seconds", type=float, default=240, help="of one core, for each variant")
+    parser.add_argument("--only", nargs="*", help="names of variants")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    seen, unseen = draw_clips(2000, seed=1), draw_clips(96, seed=2)
+    print(f"{'':<28}{'samples':>9}   colour: right, none, shuffled   shape: right, none   direction: right")
+    for name, variant in VARIANTS.items():
+        if options.only and name not in options.only:
+            continue
+        model, edm, samples = train(variant, seen, options.seconds)
+        found = judge(model, edm, unseen)
+        colours = "".join(f"{found[key][0]:>9.2f}" for key in found)
+        shapes = "".join(f"{found[key][1]:>10.2f}" for key in ("right", "none"))
+        print(f"{name:<28}{samples:>9,}   {colours}   {shapes}   {found['right'][2]:>16.2f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
