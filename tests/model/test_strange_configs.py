@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from infra.certificate import file_entries, read_sealed, require_certificate, write_certificate, write_sealed
 from infra.config import ALLOW_IMPORTS
 from infra.errors import ConfigError
 from infra.run_folder import COMMITTED
@@ -37,9 +38,9 @@ def strange(
     run = tmp_path / "strange"
     shutil.copytree(trained_run.out, run)
     place = Path(find_checkpoint(str(run))) / COMMITTED
-    facts = read_json(str(place))
+    facts = read_sealed(str(place))
     facts["config"][request.param] = NAME if request.param == "preset" else {"name": NAME}
-    write_json(str(place), facts)
+    write_sealed(str(place), facts)  # whoever makes a checkpoint seals what it says
     (tmp_path / "strange_code.py").write_text(CODE)
     monkeypatch.syspath_prepend(tmp_path)
     yield run
@@ -83,6 +84,9 @@ def test_an_exported_config_imports_nothing_either(
     facts = read_json(str(out / "config.json"))
     facts["config"]["preset"] = NAME
     write_json(str(out / "config.json"), facts)
+    certificate = require_certificate(str(out), job="export", made_by="export")
+    places = [str(out / file.path) for file in certificate.files]
+    write_certificate(str(out), certificate.model_copy(update={"files": file_entries(str(out), places)}))
     (tmp_path / "strange_code.py").write_text(CODE)
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ConfigError, match=ALLOW_IMPORTS):
