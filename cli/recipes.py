@@ -2,14 +2,13 @@
 
 import itertools
 import json
-import os
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from cli.common import shorten
-from infra.cluster import CHECKOUT
+from infra.cluster import CHECKOUT, is_cluster
 from infra.errors import ConfigError
 
 MANY_EPOCHS = 10_000
@@ -80,7 +79,7 @@ def refuse_bare(stage: str, config: Any, plan: str) -> None:
     from pipeline.shards import ShardSet
 
     rows = ShardSet(config.prompts).num_rows
-    is_here = config.ray.address == "local" and not os.environ.get("RAY_ADDRESS")
+    is_here = not is_cluster(config.ray)
     no_gpu = is_here and not torch.cuda.is_available()
     if "samples" in config.model_fields_set or (config.samples <= MANY_EPOCHS * rows and not no_gpu):
         return

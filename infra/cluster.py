@@ -38,6 +38,9 @@ class RayConfig(Config):
     The environment variable RAY_ADDRESS, when set, wins over `local`."""
     num_cpus: int | None = Field(default=None, ge=1, le=4096)
     """CPUs of a local session; None = all."""
+    gpus: bool | None = None
+    """Whether a worker that trains or embeds asks for a GPU; None = if there is one at the start. A cluster
+    that starts from none shows none, so say it there."""
     dashboard: bool = False
     """Start Ray's dashboard in a local session, and say where it is."""
 
@@ -56,7 +59,7 @@ def ray_session(config: RayConfig, env_vars: Mapping[str, str] | None = None) ->
     if ray.is_initialized():
         yield
         return
-    address = os.environ.get("RAY_ADDRESS") or config.address
+    address, is_submitted = address_of(config), IN_A_JOB in os.environ  # by `ray job submit`
     if config.dashboard or address != "local":
         os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")  # the dashboard's page of trainings
     with tempfile.TemporaryDirectory(prefix="vimi-ray-") as empty:
@@ -80,7 +83,7 @@ def ray_session(config: RayConfig, env_vars: Mapping[str, str] | None = None) ->
         else:
             # On a cluster the image holds the code: PYTHONPATH of this machine would be wrong there.
             there: dict[str, Any] = {"working_dir": empty, "env_vars": env_vars}
-            if IN_A_JOB in os.environ:  # of `ray job submit`, whose --working-dir stays
+            if is_submitted:  # its --working-dir stays
                 del there["working_dir"]
                 os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")
             _start(address=address, runtime_env=there)
@@ -88,7 +91,36 @@ def ray_session(config: RayConfig, env_vars: Mapping[str, str] | None = None) ->
             with nullcontext() if address == "local" else say_what_is_awaited():
                 yield
         finally:
+            if is_submitted:
+                os.chdir("/")  # with its session Ray takes the job's folder away, and we stand in it
             ray.shutdown()
+
+
+def address_of(config: RayConfig) -> str:
+    return os.environ.get("RAY_ADDRESS") or config.address
+
+
+def is_cluster(config: RayConfig) -> bool:
+    """Whether the job runs on a cluster, which may start from no node and grow by what is asked for."""
+    return address_of(config) != "local"
+
+
+def wants_gpus(config: RayConfig) -> bool:
+    """Whether workers that train or embed ask for GPUs; call inside a `ray_session`.
+
+    Raises:
+        ConfigError: they should, but this machine has none.
+    """
+    import ray
+
+    there = ray.cluster_resources().get("GPU", 0) >= 1
+    if is_cluster(config):
+        if config.gpus is None and not there:
+            say("  no node of the cluster has a GPU now, so none is asked for; else: --set ray.gpus=true")
+        return there if config.gpus is None else config.gpus
+    if config.gpus and not there:
+        raise ConfigError("ray.gpus true, but this machine has none", cure="leave it out, or name a cluster")
+    return there and config.gpus is not False
 
 
 def _start(**options: Any) -> Any:

@@ -48,7 +48,7 @@ class JobConfig(Config):
     out: Incidental[Location]
     """Folder or URI of the output."""
     num_workers: Incidental[int | None] = Field(default=None, ge=1, le=65536)
-    """Workers at once; None = as many as the CPUs (or GPUs) allow."""
+    """Workers at once; None = as many as the CPUs (or GPUs) allow, of a cluster as many as it grows to."""
     ray: Incidental[RayConfig] = RayConfig()
     """Where the job runs."""
 
@@ -222,7 +222,7 @@ def run_units(
             line. It must not raise for bad content: that is a row with a status.
         what: name for the progress line.
         total: number of units, for the ETA.
-        num_workers: workers at once; None = as many as the CPUs allow.
+        num_workers: workers at once; None = as many as the session has room for, or grows to.
         units_per_task: units of one Ray task; more costs less overhead.
         num_cpus: CPUs a worker.
         num_gpus: GPUs a worker.
@@ -273,14 +273,17 @@ def _run_blocks(
     import ray.data
 
     size = min(num_workers, len(blocks)) if num_workers else None  # Ray warns of idle workers
-    pool = ray.data.ActorPoolStrategy if actors else ray.data.TaskPoolStrategy
+    if actors:
+        pool: Any = ray.data.ActorPoolStrategy(min_size=size or 1, max_size=size or len(blocks))
+    else:
+        pool = ray.data.TaskPoolStrategy(size=size)
     runner: Any = BlockRunner if actors else BlockRunner(*arguments)
     options: dict[str, Any] = {"fn_constructor_args": arguments} if actors else {}
     results = ray.data.from_arrow(blocks).map_batches(
         runner,
         batch_size=None,
         batch_format="pyarrow",
-        compute=pool(size=size or (1 if actors else None)),
+        compute=pool,
         num_cpus=num_cpus,
         num_gpus=num_gpus or None,
         **options,

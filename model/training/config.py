@@ -159,9 +159,10 @@ class StageConfig(InputConfig):
     'vimi[wandb]')."""
     ray: Incidental[RayConfig] = RayConfig()
     num_workers: Incidental[int | tuple[int, int] | None] = None
-    """Training processes, from 1; None = one per GPU of the session, 1 without GPUs. A range (`[1, 8]`, on the
-    command line `1-8`) takes what the cluster has and changes with it (Ray Train's elasticity); ranks may
-    then differ by one sample a micro-batch. Any number continues the same run with the same samples."""
+    """Training processes, from 1; None = one per GPU that is there at the start, 1 without GPUs. A range
+    (`[1, 8]`, on the command line `1-8`) takes what the cluster has and changes with it (Ray Train's
+    elasticity); ranks may then differ by one sample a micro-batch. Any number continues the same run with the
+    same samples."""
     seed: int = 0
     """Of the weights at the start, and of all draws; each draw is a function of (seed, sample)."""
 

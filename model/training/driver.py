@@ -20,7 +20,7 @@ import torch
 
 from infra.certificate import Certificate, read_sealed, write_certificate, write_sealed
 from infra.claim import open_job
-from infra.cluster import ray_session
+from infra.cluster import is_cluster, ray_session, wants_gpus
 from infra.errors import ConfigError, DataError, TrainingError, VimiError
 from infra.progress import say
 from infra.run_folder import RunFolder
@@ -101,7 +101,7 @@ def certify(config: StageConfig, inputs: dict[str, str]) -> Certificate:
 def train(words: dict[str, Any], after_step: Callable[[int], None] = lambda position: None) -> None:
     """One worker of the run; `after_step` hears the position that each step led to."""
     config = config_class(words["stage"]).model_validate(words["config"])
-    torch.set_num_threads(words["threads"])
+    torch.set_num_threads(int(words["threads"] or cpus_of_worker()))  # sums depend on it
     run = RunFolder(config.out)
     if run.failed() is not None:
         return
@@ -266,31 +266,23 @@ def fit(config: StageConfig, loop: Loop, *, num_groups: int) -> None:
 
 
 def make_trainer(config: StageConfig, loop: Loop, *, num_groups: int) -> Any:
-    """Ray's trainer: a worker per GPU, or as many as asked for, each with an equal share of the CPUs."""
-    import ray
+    """Ray's trainer, which asks for its workers' resources and waits until they are there."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
-    resources = ray.cluster_resources()
-    gpus, cpus = int(resources.get("GPU", 0)), resources.get("CPU", 1)
-    workers = config.num_workers or max(1, gpus)
+    workers, each = resources(config)
     check_workers(config, workers, num_groups)
-    share = max(1, int(cpus) // (workers if isinstance(workers, int) else workers[1]))
     words = {
         "stage": config.stage,
         "config": config.model_dump(mode="json"),
-        "threads": int(os.environ.get("OMP_NUM_THREADS", share)),  # sums depend on it
+        "threads": os.environ.get("OMP_NUM_THREADS"),
     }
     fs, path = filesystem(config.out)
     return TorchTrainer(
         loop,
         train_loop_config=words,
-        torch_config=torch_config("cpu:gloo,cuda:nccl" if gpus else "gloo"),
-        scaling_config=ScalingConfig(
-            num_workers=workers,
-            use_gpu=gpus > 0,
-            resources_per_worker={"CPU": share, **({"GPU": 1} if gpus else {})},
-        ),
+        torch_config=torch_config("cpu:gloo,cuda:nccl" if "GPU" in each else "gloo"),
+        scaling_config=ScalingConfig(num_workers=workers, use_gpu="GPU" in each, resources_per_worker=each),
         run_config=RunConfig(
             name="checkpoints",
             storage_path=path,
@@ -299,6 +291,40 @@ def make_trainer(config: StageConfig, loop: Loop, *, num_groups: int) -> Any:
             callbacks=[restart_callback(config.out)],
         ),
     )
+
+
+def resources(config: StageConfig) -> tuple[int | tuple[int, int], dict[str, float]]:
+    """Workers, and what each of them asks Ray for.
+
+    This machine's CPUs are shared out. Of a cluster each asks for one, as any node has it with its GPU, and
+    takes its share of the node that it comes to.
+
+    Raises:
+        ConfigError: a cluster without a GPU yet, and the config doesn't say how many workers want one.
+    """
+    import ray
+
+    here, has_gpus = ray.cluster_resources(), wants_gpus(config.ray)
+    gpus = int(here.get("GPU", 0)) if has_gpus else 0
+    if config.num_workers is None and has_gpus and not gpus:
+        raise ConfigError(
+            "num_workers null, and the cluster has no GPU yet that could be counted",
+            cure="say how many: --workers 8, or a range: --workers 1-8",
+        )
+    workers = config.num_workers or max(1, gpus)
+    most = workers if isinstance(workers, int) else workers[1]
+    cpus = 1 if is_cluster(config.ray) else max(1, int(here.get("CPU", 1)) // most)
+    return workers, {"CPU": cpus, **({"GPU": 1} if has_gpus else {})}
+
+
+def cpus_of_worker() -> int:
+    """This worker's share of the CPUs of its node."""
+    import ray
+    import ray.train
+
+    node = ray.get_runtime_context().get_node_id()
+    cpus = next(n["Resources"].get("CPU", 1) for n in ray.nodes() if n["NodeID"] == node)
+    return max(1, int(cpus) // ray.train.get_context().get_local_world_size())
 
 
 def torch_config(backend: str) -> Any:

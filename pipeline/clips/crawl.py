@@ -12,6 +12,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from infra.certificate import Certificate
+from infra.cluster import is_cluster
 from infra.config import Incidental, Location
 from infra.errors import ConfigError
 from infra.storage import join
@@ -28,6 +29,8 @@ from pipeline.media.isolate import Isolated
 from pipeline.schema import RowError, content_id
 
 JOB = "crawl"
+CLUSTER_WORKERS = 32
+"""Least number of workers that a crawl on a cluster is ready for, if not told: one of its machines. Ours."""
 MIN_ROWS = 500
 """Rows that must have been seen before too many failures stop a crawl in the middle. Ours."""
 
@@ -83,10 +86,12 @@ def run(config: CrawlConfig) -> Certificate:
 
     def work() -> Receipts:
         prepare_pages(config, readers)
-        worker = partial(Worker, config, num_workers(config))
+        workers = num_workers(config)
+        worker = partial(Worker, config, workers)
         watch = watch_failures(config.max_failed_frac)
-        size = {"num_workers": config.num_workers, "units_per_task": 16}
-        return run_units(config.out, units(), worker, what=JOB, watch=watch, **size)
+        return run_units(
+            config.out, units(), worker, what=JOB, watch=watch, num_workers=workers, units_per_task=16
+        )
 
     def finish(receipts: Receipts) -> Certificate:
         def rows() -> Iterator[Row]:
@@ -181,10 +186,11 @@ def make_fetcher(config: CrawlConfig, workers: int = 1) -> Fetcher:
 
 
 def num_workers(config: JobConfig) -> int:
-    """How many workers share a host's rate."""
+    """How many workers share a host's rate, and so may be at work at once."""
     import ray
 
-    return config.num_workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
+    least = CLUSTER_WORKERS if is_cluster(config.ray) else 1
+    return config.num_workers or max(least, int(ray.cluster_resources().get("CPU", 1)))
 
 
 def watch_failures(max_failed_frac: float) -> Callable[[dict[str, int]], None]:

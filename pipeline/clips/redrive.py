@@ -58,9 +58,10 @@ def run(config: RedriveConfig) -> Certificate:
     files = [join(config.clips, file.path) for file in source.files]
 
     def work() -> Receipts:
-        worker = partial(Worker, crawl, num_workers(crawl))
-        size = {"num_workers": config.num_workers, "units_per_task": 4}
-        return run_units(config.out, make_units(files), worker, what="redrive", **size)
+        workers = num_workers(crawl)
+        worker = partial(Worker, crawl, workers)
+        units = make_units(files)
+        return run_units(config.out, units, worker, what="redrive", num_workers=workers, units_per_task=4)
 
     def finish(receipts: Receipts) -> Certificate:
         facts = {"units": len(receipts), "retried": len(receipts)}

@@ -106,17 +106,10 @@ def _work(config: EncodeJobConfig, units: list[Unit], worker: Callable[[], "Work
         worker,
         what=JOB,
         total=len(units),
-        num_workers=config.num_workers or (_gpu_workers(config) if config.num_gpus else None),
+        num_workers=config.num_workers,
         num_gpus=config.num_gpus,
         actors=config.num_gpus > 0,
     )
-
-
-def _gpu_workers(config: EncodeJobConfig) -> int:
-    """As many workers as the session's GPUs serve."""
-    import ray
-
-    return max(1, int(ray.cluster_resources().get("GPU", 0) / config.num_gpus))
 
 
 class Worker:

@@ -8,7 +8,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -18,10 +17,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import pytest
+from tests.model.runs import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
-PORT = 6379  # Ray's fake nodes know no other
+HEAD = "ray.head.default"
+"""What Ray's provider of fake nodes calls the type of its head."""
+LISTS = ("cluster_synced_files", "initialization_commands", "setup_commands", "head_setup_commands")
+LISTS += ("worker_setup_commands", "head_start_ray_commands", "worker_start_ray_commands")
+LISTS += ("rsync_exclude", "rsync_filter")
+EMPTY = {name: [] for name in LISTS} | {name: {} for name in ("auth", "docker", "file_mounts")}
+"""Fields that Ray's autoscaler wants to find, though a fake node needs none of them."""
 MARK = "VIMI_FAKE_CLUSTER"
 
 
@@ -30,17 +35,25 @@ def fake_cluster(
     *, cpus: int = 2, most: int = 1, dashboard_port: int | None = None
 ) -> Iterator[dict[str, str]]:
     """Environment of a driver of the cluster; from 0 to `most` workers of `cpus` CPUs."""
-    if is_taken(PORT):
-        pytest.skip(f"port {PORT} is taken by another cluster")
+    address = f"{own_address()}:{free_port()}"
     worker = {"resources": {"CPU": cpus, "object_store_memory": 200_000_000}, "node_config": {}}
     config = {
+        **EMPTY,
+        "file_mounts_sync_continuously": False,
         "cluster_name": "fake_multinode",
         "max_workers": most,
         "idle_timeout_minutes": 5,
-        "provider": {"type": "fake_multinode"},
-        "head_node_type": "head",
+        "upscaling_speed": 1.0,
+        "provider": {
+            "type": "fake_multinode",
+            "gcs_address": address,
+            "use_node_id_as_ip": True,  # they share one
+            "disable_node_updaters": True,
+            "disable_launch_config_check": True,
+        },
+        "head_node_type": HEAD,
         "available_node_types": {
-            "head": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
+            HEAD: {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
             "worker": {**worker, "min_workers": 0, "max_workers": most},
         },
     }
@@ -56,20 +69,18 @@ def fake_cluster(
         "AUTOSCALER_UPDATE_INTERVAL_S": "1",
         "RAY_AUTH_MODE": "disabled",
     }
-    words = [
-        *("start", "--head", f"--port={PORT}", "--num-cpus=0", "--num-gpus=0", f"--temp-dir={folder}"),
-        *(f"--autoscaling-config={folder / 'cluster.json'}", "--object-store-memory=200000000"),
-        *("--disable-usage-stats", "--metrics-export-port=0"),
-        f"--include-dashboard={'true' if dashboard_port else 'false'}",
-        *([f"--dashboard-port={dashboard_port}"] if dashboard_port else []),
-    ]
+    words = ["start", "--head", f"--port={address.rpartition(':')[2]}", "--num-cpus=0", "--num-gpus=0"]
+    words += [f"--temp-dir={folder}", f"--autoscaling-config={folder / 'cluster.json'}"]
+    words += ["--object-store-memory=200000000", "--disable-usage-stats", "--metrics-export-port=0"]
+    words += [f"--include-dashboard={'true' if dashboard_port else 'false'}"]
+    words += [f"--dashboard-agent-listen-port={free_port()}"]  # Ray's own may be another cluster's
+    words += [f"--dashboard-port={dashboard_port}"] if dashboard_port else []
     ray = Path(sys.executable).parent / "ray"
     try:
         started = subprocess.run(
             [str(ray), *words], env=environment, capture_output=True, text=True, timeout=180, check=False
         )
         assert started.returncode == 0, started.stdout[-1000:] + started.stderr[-2000:]
-        address = f"{own_address()}:{PORT}"
         yield {**environment, "RAY_ADDRESS": address}
     finally:
         stop(mark)
@@ -99,11 +110,6 @@ def marked(mark: str) -> list[int]:
                 if f"{MARK}={mark}".encode() in (entry / "environ").read_bytes():
                     found.append(int(entry.name))
     return found
-
-
-def is_taken(port: int) -> bool:
-    with socket.socket() as there:
-        return there.connect_ex(("127.0.0.1", port)) == 0 or there.connect_ex((own_address(), port)) == 0
 
 
 def command(environment: dict[str, str], program: str, *words: str, cwd: Path) -> str:

@@ -71,7 +71,7 @@ def run(config: AddClipConfig) -> Certificate:
     ]
 
     def embed() -> Receipts:
-        device, threads, resources = worker_resources(config.num_workers)
+        device, threads, resources = worker_resources(config)
         adder = Adder(memory.uri, memory.version, config.clip, folder, device, threads)
         return run_units(folder, units, adder, what="add-clip", total=len(units), **resources)
 

@@ -16,8 +16,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from infra.certificate import Certificate
+from infra.cluster import is_cluster, wants_gpus
 from infra.storage import delete, exists, join, read_bytes, read_json, write_json
-from pipeline.job import carry_out, run_units
+from pipeline.job import JobConfig, carry_out, run_units
 from pipeline.journal import Receipt, Receipts, Unit
 from pipeline.memory import sample
 from pipeline.memory.build_index.account import (
@@ -38,6 +39,8 @@ from pipeline.memory.store import memory_files, tag_table
 from pipeline.schema import content_id
 
 MEASURED, DUPLICATES = "measured.json", "duplicates.parquet"
+MOST_THREADS = 8
+"""Of an embedding worker. Ours."""
 
 
 def run(config: BuildIndexConfig) -> Certificate:
@@ -68,7 +71,7 @@ def run(config: BuildIndexConfig) -> Certificate:
 
 def _embed(config: BuildIndexConfig, units: list[Unit], base: Certificate | None) -> Receipts:
     """All units to staged files, by workers that suit the session that is running."""
-    device, threads, resources = worker_resources(config.num_workers)
+    device, threads, resources = worker_resources(config)
     embedder = Embedder(
         clip=config.clip,
         key_frames=config.key_frames,
@@ -84,26 +87,30 @@ def _embed(config: BuildIndexConfig, units: list[Unit], base: Certificate | None
     return receipts
 
 
-def worker_resources(num_workers: int | None) -> tuple[str, int, dict[str, Any]]:
+def worker_resources(config: JobConfig) -> tuple[str, int, dict[str, Any]]:
     """(device, threads of a worker, options of `run_units`); call inside a `ray_session`.
 
-    Args:
-        num_workers: embedding workers; None = one a GPU, or one for every 8 CPUs.
+    This machine's CPUs are shared out among one worker a GPU, or one for every 8 CPUs. Of a cluster each worker
+    asks for one, as any node has it with its GPU; as many come as there is work and room for.
     """
     import ray
 
-    resources = ray.cluster_resources()
-    gpus, cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 1))
-    workers = num_workers or gpus or max(1, cpus // 8)
-    threads = max(1, min(8, cpus // workers))
+    num_gpus, here = float(wants_gpus(config.ray)), ray.cluster_resources()
+    device, workers = "cuda" if num_gpus else "cpu", config.num_workers
+    if is_cluster(config.ray):
+        threads = MOST_THREADS if num_gpus else 1
+        return device, threads, {"num_workers": workers, "num_gpus": num_gpus, "actors": num_gpus > 0}
+    gpus, cpus = int(here.get("GPU", 0) * num_gpus), int(here.get("CPU", 1))
+    workers = workers or gpus or max(1, cpus // MOST_THREADS)
+    threads = max(1, min(MOST_THREADS, cpus // workers))
     # One worker on CPUs needs no actor: Ray gives it the same process, and the model in it, again.
     options = {
         "num_workers": workers,
         "num_cpus": min(threads, cpus),
-        "num_gpus": 1.0 if gpus else 0.0,
+        "num_gpus": num_gpus,
         "actors": workers > 1 or gpus > 0,
     }
-    return ("cuda" if gpus else "cpu"), threads, options
+    return device, threads, options
 
 
 def _commit(
