@@ -35,6 +35,7 @@ __all__ = [
     "as_video",
     "check_schema",
     "collate",
+    "prompt_key",
     "read_prompt",
     "role_number",
 ]
@@ -111,6 +112,11 @@ class Batch:
     def target(self, device: torch.device) -> Tensor:
         """`b t c h w` float32 in [-1, 1] on `device`."""
         return self.video.to(device, non_blocking=True).contiguous().float() / 127.5 - 1.0
+
+
+def prompt_key(prompt_id: str) -> int:
+    """The id as a number: what is random about a prompt, apart from training, is a function of it."""
+    return int(prompt_id[:15], 16)
 
 
 def collate(samples: list[Sample]) -> Batch:

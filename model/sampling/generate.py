@@ -1,7 +1,7 @@
 """`vimi-train sample`: a checkpoint and prompts -> mp4, contact sheet, samples.json. No Ray.
 
-Each video is made on its own from noise that is a function of its seed, so the same command gives the
-same files, whatever else is asked for with it.
+Each video is made on its own from noise that is a function of its seed and, for rows of shards, of its prompt's
+id, so the same command gives the same files, whatever else is asked for with it.
 """
 
 import hashlib
@@ -100,7 +100,8 @@ class SampleConfig(Config):
     """`weights`, a stored average by name (power-0.05, half-life-...), or `power-<sigma_rel>` of any width,
     reconstructed from the stored ones (EDM2)."""
     seeds: tuple[Annotated[int, Field(ge=0, lt=2**63)], ...] = (0,)
-    """One video for each prompt and seed."""
+    """One video for each prompt and seed. Prompts in words share a seed's noise; each row of shards has its
+    own, whatever its documents."""
     num_steps: int = Field(default=256, ge=1, le=100_000)
     """Sampling steps; 256 (Snap Video's base model; good from 64)."""
     guidance: GuidanceConfig = GuidanceConfig()

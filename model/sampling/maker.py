@@ -85,7 +85,7 @@ class Maker:
         shape = (num_frames, 3, height, width)
         if self.latents is not None:
             shape = self.latents.space.shape(num_frames, height, width)
-        noise = self._noise(request.seed, "noise", shape)
+        noise = self._noise(request, "noise", shape)
         denoiser = self._denoiser(request, shape)
         x = sample_ode(denoiser, denoiser.edm, noise, num_steps=num_steps, on_step=on_step)
         return (x if self.latents is None else self.latents.decode(x, num_frames))[0]
@@ -112,15 +112,15 @@ class Maker:
         return upsample(
             self._denoiser(request, shape),
             video[None].clamp(-1, 1).float(),
-            self._noise(request.seed, "large_noise", shape),
-            self._noise(request.seed, "small_noise", shape),
+            self._noise(request, "large_noise", shape),
+            self._noise(request, "small_noise", shape),
             level=level,
             num_steps=num_steps,
             on_step=on_step,
         )[0]
 
-    def _noise(self, seed: int, stream: str, shape: tuple[int, ...]) -> Tensor:
-        generator = sample_generator(seed, 0, stream, self.device)
+    def _noise(self, request: SampleRequest, stream: str, shape: tuple[int, ...]) -> Tensor:
+        generator = sample_generator(request.seed, request.noise_index, stream, self.device)
         return torch.randn((1, *shape), generator=generator, device=self.device)
 
     def _denoiser(self, request: SampleRequest, shape: tuple[int, ...]) -> Denoiser:

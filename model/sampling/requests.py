@@ -19,7 +19,7 @@ import pyarrow as pa
 from infra.errors import ConfigError
 from infra.storage import absolute, exists, read_bytes
 from model.condition import Prompt, Segment
-from model.data.batch import ROLES, TASKS, Role, read_prompt
+from model.data.batch import ROLES, TASKS, Role, prompt_key, read_prompt
 from model.data.shards import open_parquet, open_shards
 from model.prompt.select import documents
 
@@ -34,7 +34,7 @@ class SampleRequest:
         prompt: its segments.
         fps: frame rate to condition on and to write.
         original_size_px: (height, width) to condition on.
-        seed: of the noise.
+        seed: of the noise (see `noise_index`).
         task, prompt_id, clip_id: of the shard's row, if it is one.
         origins: where its documents come from, best first: doc_id, rank, score, retriever, memory_version.
         documents_of: the prompt whose documents these are, if they are not its own.
@@ -49,6 +49,14 @@ class SampleRequest:
     clip_id: str | None = None
     origins: tuple[dict[str, Any], ...] = ()
     documents_of: str | None = None
+
+    @property
+    def noise_index(self) -> int:
+        """Which of the seed's noises it starts from: rows of shards each from another, since numbers that are
+        averaged over them must not hang on one draw; prompts in words from the same, so that a seed can be
+        compared between wordings.
+        """
+        return prompt_key(self.prompt_id) if self.prompt_id else 0
 
 
 def parse_prompt(text: str, images: Sequence[str], *, instruct: bool = False) -> Prompt:

@@ -29,7 +29,7 @@ from infra.run_folder import HELD_OUT, RunFolder
 from infra.storage import join, read_bytes, read_json, write_json
 from infra.validation_cells import DOCUMENTS, Cell, rows_name
 from model.condition import Prompt
-from model.data.batch import TASKS, Batch, collate, read_prompt
+from model.data.batch import TASKS, Batch, collate, prompt_key, read_prompt
 from model.data.buckets import VALIDATION as KEPT_BACK
 from model.data.order import permute_all
 from model.data.plan import Source, count_streams
@@ -197,7 +197,7 @@ class Validation:
         batch, count = self._read(source, prompt), len(QUANTILES)
         video = targets(batch)
         edm = targets.edm(video)
-        key = int(batch.prompt_ids[0][:15], 16)
+        key = prompt_key(batch.prompt_ids[0])
         noise = torch.randn(
             video.shape, generator=sample_generator(0, key, "validation", device), device=device
         )

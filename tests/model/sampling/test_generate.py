@@ -1,6 +1,7 @@
 """Laws of sampling: deterministic, every way to ask, one line for each refusal."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from infra.errors import ConfigError
 from infra.storage import read_json
 from model.prompt.select import documents, retrieved
 from model.sampling.documents import with_found
-from model.sampling.generate import SampleConfig, check, plan_videos, run
+from model.sampling.generate import SampleConfig, Sampler, check, plan_videos, run
 from model.sampling.requests import (
     SampleRequest,
     describe_prompt,
@@ -22,6 +23,7 @@ from model.sampling.requests import (
     prompts_in_file,
     requests_in_shards,
 )
+from model.training.checkpoint import find_checkpoint
 from model.training.config import Stage1Config
 from model.training.state import restore_generator
 
@@ -200,6 +202,22 @@ def test_right_none_and_shuffled_differ_in_documents_alone(trained: Stage1Config
         assert sorted(own for own, _ in pairs) == sorted(other for _, other in pairs)
     assert texts_of(shuffled[0::2]) != texts_of(shuffled[1::2])
     assert shuffled == plan(trained, tmp_path, documents="shuffled", seeds=[3, 4])
+
+
+def test_each_row_starts_from_its_own_noise_whatever_its_documents(
+    trained: Stage1Config, tmp_path: Path
+) -> None:
+    noises = [
+        [request.noise_index for request in plan(trained, tmp_path, documents=choice, rows=4)]
+        for choice in ("right", "none", "shuffled")
+    ]
+    assert noises[0] == noises[1] == noises[2]
+    assert len(set(noises[0])) == len(noises[0])
+    config = of_shards(trained, tmp_path)
+    sampler, request = Sampler(config, find_checkpoint(config.run)), plan(trained, tmp_path)[0]
+    again = sampler.video(replace(request, documents_of="another"))
+    assert torch.equal(sampler.video(request), again)
+    assert not torch.equal(sampler.video(replace(request, prompt_id="f" * 24)), again)
 
 
 def test_documents_that_are_chosen_are_told_and_shown(trained: Stage1Config, tmp_path: Path) -> None:
