@@ -17,9 +17,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cli import data, train
-from cli.errors import EXIT_CONFIG, EXIT_FAILED, EXIT_STOPPED
+from cli.errors import EXIT_STOPPED, answer
 from infra.cluster import CHECKOUT, RayConfig, ray_session
-from infra.errors import ConfigError, VimiError
+from infra.errors import ConfigError
 from infra.progress import span
 
 CONFIGS = Path("infra/configs/demo")
@@ -40,14 +40,7 @@ STEPS = [
 
 
 def main() -> None:
-    try:
-        run_demo()
-    except VimiError as error:
-        print(f"demo: {error}", file=sys.stderr)
-        sys.exit(EXIT_CONFIG if isinstance(error, ConfigError) else EXIT_FAILED)
-    except KeyboardInterrupt:
-        print("\ndemo: stopped; `make demo` continues where it was", file=sys.stderr)
-        sys.exit(EXIT_STOPPED)
+    answer("demo", run_demo)
 
 
 def run_demo() -> None:

@@ -3,7 +3,7 @@
 import errno
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NoReturn
 
 import typer
@@ -21,19 +21,31 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def run_app(app: typer.Typer, program: str) -> NoReturn:
-    """Run the app; our errors become a line each and an exit code; a bug keeps its traceback."""
-    try:
-        app(prog_name=program)
-    except SystemExit as end:  # typer makes this of Ctrl-C, without a word
-        if end.code != EXIT_STOPPED:
+    """Run the app, and end as `answer` does."""
+
+    def work() -> None:
+        try:
+            app(prog_name=program)
+        except SystemExit as end:  # typer makes this of Ctrl-C, without a word
+            if end.code == EXIT_STOPPED:
+                raise KeyboardInterrupt from None
             raise
+
+    answer(program, work)
+    sys.exit(0)
+
+
+def answer(program: str, work: Callable[[], None]) -> None:
+    """Do the work; our errors and Ctrl-C become a line each and an exit code; a bug keeps its traceback."""
+    try:
+        work()
+    except KeyboardInterrupt:
         fail(program, "stopped; the same command continues where it was", EXIT_STOPPED)
-    except Exception as error:
+    except Exception as error:  # what `tell` has no words for is a bug, and raised again
         told = tell(error)
         if told is None:
             raise
         fail(program, *told)
-    sys.exit(0)
 
 
 def tell(error: BaseException) -> tuple[str, int] | None:

@@ -10,39 +10,30 @@ import sys
 import time
 
 from cli.demo import run_steps
-from cli.errors import EXIT_CONFIG, EXIT_FAILED, EXIT_STOPPED
+from cli.errors import answer
 from infra.cluster import CHECKOUT
-from infra.errors import ConfigError, VimiError
+from infra.errors import ConfigError
 from infra.progress import span
+from infra.validation_cells import DOCUMENTS
 
 FOLDER = CHECKOUT / "evidence"
 """Each form has a folder of its own below it, where its commands are typed."""
 CONFIGS = "../../infra/configs/evidence"
 TOWARDS = "--set guidance.scheme=retrieval --set guidance.weight=1 --set guidance.image_weight={}"
 """Guidance towards the documents alone."""
-CHOICES = ("right", "none", "shuffled")
 
 
 def main() -> None:
-    forms = {(): "quick", ("--full",): "full"}
-    try:
-        form = forms.get(tuple(sys.argv[1:]))
-        if form is None:
-            raise ConfigError(f"options {' '.join(sys.argv[1:])}", legal="none, or --full")
-        run_evidence(form)
-    except VimiError as error:
-        print(f"evidence: {error}", file=sys.stderr)
-        sys.exit(EXIT_CONFIG if isinstance(error, ConfigError) else EXIT_FAILED)
-    except KeyboardInterrupt:
-        print("\nevidence: stopped; the same command continues where it was", file=sys.stderr)
-        sys.exit(EXIT_STOPPED)
+    answer("evidence", run_evidence)
 
 
-def run_evidence(form: str) -> None:
+def run_evidence() -> None:
+    form = {(): "quick", ("--full",): "full"}.get(tuple(sys.argv[1:]))
+    if form is None:
+        raise ConfigError(f"options {' '.join(sys.argv[1:])}", legal="none, or --full")
     started_s, folder = time.monotonic(), FOLDER / form
     folder.mkdir(parents=True, exist_ok=True)
-    steps = full_steps() if form == "full" else quick_steps()
-    run_steps(steps, name="evidence", folder=folder)
+    run_steps(full_steps() if form == "full" else quick_steps(), name="evidence", folder=folder)
     print(f"\nDone in {span(time.monotonic() - started_s)}. Open this page: {folder / 'evidence.html'}")
 
 
@@ -55,7 +46,7 @@ def quick_steps() -> list[str]:
         command("vimi-data build-index"),
         command("vimi-data augment"),
         command("vimi-train stage1"),
-        *(sample(choice, f"--documents {choice}") for choice in CHOICES),
+        *(sample(choice, f"--documents {choice}") for choice in DOCUMENTS),
         command("vimi-data judge"),
     ]
 
@@ -79,7 +70,7 @@ def full_steps() -> list[str]:
         command("vimi-data augment", more="-k 0 --out prompts-empty"),
         command("vimi-data instruct"),
         command("vimi-train stage2"),
-        *(sample(choice, f"--documents {choice}") for choice in CHOICES),
+        *(sample(choice, f"--documents {choice}") for choice in DOCUMENTS),
         *(sample(run, f"--set run={run}") for run in ("three", "faithful", "misled")),
         sample("empty", "--set prompts_uri=prompts-empty"),
         *(sample(f"guided-{weight}", TOWARDS.format(weight)) for weight in (1, 2, 4)),

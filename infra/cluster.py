@@ -135,7 +135,7 @@ def _start(**options: Any) -> Any:
 
     try:
         return ray.init(logging_level=logging.ERROR, **options)
-    except Exception as error:
+    except Exception as error:  # Ray raises several kinds; what is none of these three is raised again
         text = " ".join(str(error).split())
         if isinstance(error, AuthenticationError):
             raise ConfigError(

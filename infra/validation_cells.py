@@ -2,7 +2,7 @@
 
     val/video documents right            loss, mean over the noise levels
     val/video documents none q0.9        loss at the quantile 0.9 of the noise levels
-    val/video none - right q0.9          mean over rows of the difference of these two
+    val/video none - right q0.9          mean difference of these two over rows with documents
     val/video none - right q0.9 error    its standard error
     val/video rows                       how many rows
 
@@ -12,12 +12,13 @@ What writes them and what plots them both ask here.
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 from infra.run_folder import VALIDATION
 
-DOCUMENTS = ("right", "none", "shuffled")
-"""What validation gives a prompt: its own retrieved documents, none, another row's."""
+Documents = Literal["right", "none", "shuffled"]
+"""Whose retrieved documents a prompt is given: its own, none, or another's."""
+DOCUMENTS: tuple[Documents, ...] = get_args(Documents)
 CELL = re.compile(
     r"(?P<of>.+?) (?:documents (?P<loss>\w+)|(?P<gain>\w+) - right)"
     r"(?: q(?P<quantile>[\d.]+))?(?P<error> error)?"

@@ -7,16 +7,16 @@ another one: *shuffled*. All else being equal, the three choices are paired, vid
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 from infra.pictures import PictureError, open_picture
+from infra.validation_cells import Documents
 from model.condition import Prompt
 from model.data.batch import read_prompt
 from model.data.shards import open_parquet, open_shards
 from model.prompt.select import documents, keep_documents, retrieved, with_retrieved
 from model.sampling.requests import SampleRequest, describe_prompt, instructed, origins_in, prompt_hash
 
-Documents = Literal["right", "none", "shuffled"]
 Found = Mapping[str, Mapping[str, Any]]
 """Caption -> what was retrieved for it: the columns segments and memory_version of a row of PROMPTS."""
 

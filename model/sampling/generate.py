@@ -21,10 +21,10 @@ from infra.errors import ConfigError
 from infra.progress import ProgressPrinter, say
 from infra.run_folder import COMMITTED
 from infra.storage import join, read_bytes, write_bytes, write_json
+from infra.validation_cells import Documents
 from model.condition import Prompt
 from model.prompt.select import retrieved
 from model.sampling.documents import (
-    Documents,
     Found,
     choose_documents,
     cut_documents,

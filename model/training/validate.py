@@ -188,7 +188,7 @@ class Validation:
                 groups.setdefault(f"{chosen.media} {[*TASKS][task]}", []).append(number)
         record: dict[str, Any] = {HELD_OUT: int(any(chosen.held_out for chosen in self.rows))}
         for of, rows in sorted(groups.items()):
-            record |= summarise(of, table[rows, : max(facts[row][1] for row in rows)])
+            record |= summarise(of, table[rows], torch.tensor([facts[row][1] for row in rows]))
         return record
 
     def _losses(self, source: Source, prompt: Prompt) -> Tensor:
@@ -228,23 +228,30 @@ class Validation:
         return collate([read_sample(row, groups.buckets[source.bucket], position=0, prompt=prompt)])
 
 
-def summarise(of: str, losses: Tensor) -> dict[str, float]:
+def summarise(of: str, losses: Tensor, num_choices: Tensor) -> dict[str, float]:
     """Mean losses by documents and noise level, and what the right documents gain, with its standard error.
+
+    Losses are means over all rows, a row without documents counting with the loss it has; gains are over the
+    rows that have both, since rows without documents gain nothing for sure.
 
     Args:
         of: what the rows are.
-        losses: [rows, CHOICES or the first of them, QUANTILES].
+        losses: [rows, CHOICES, QUANTILES].
+        num_choices: [rows], how many of CHOICES each row has.
     """
     record: dict[str, float] = {rows_name(of): len(losses)}
-    known = CHOICES[: losses.shape[1]]
-    wrong = [name for name in DOCUMENTS if name in known and name != "right"] if "right" in known else []
+    having = {name: num_choices > place for place, name in enumerate(CHOICES)}
+    known = [name for name in DOCUMENTS if having[name].any()]
     levels = {None: losses.mean(-1)} | dict(zip(QUANTILES, losses.unbind(-1), strict=True))
     for quantile, level in levels.items():
-        loss_with = dict(zip(known, level.unbind(1), strict=True))
-        for name in (name for name in DOCUMENTS if name in known):
+        loss_with = dict(zip(CHOICES, level.unbind(1), strict=True))
+        for name in known:
             record[Cell(of, name, quantile).name] = float(loss_with[name].mean())
-        for name in wrong:
-            gain, cell = loss_with[name] - loss_with["right"], Cell(of, name, quantile, is_gain=True)
+        for name in known if "right" in known else ():
+            if name == "right":
+                continue
+            gain = (loss_with[name] - loss_with["right"])[having[name] & having["right"]]
+            cell = Cell(of, name, quantile, is_gain=True)
             record[cell.name] = float(gain.mean())
             if len(gain) > 1:
                 record[replace(cell, is_error=True).name] = float(gain.std()) / math.sqrt(len(gain))

@@ -40,7 +40,7 @@ def test_a_command_that_is_stopped_stops_the_demo(
     with pytest.raises(SystemExit) as ended:
         demo.main()
     assert ended.value.code == 130
-    assert "demo: stopped; `make demo` continues where it was" in capsys.readouterr().err
+    assert "demo: stopped; the same command continues where it was" in capsys.readouterr().err
 
 
 def test_every_command_is_one_of_the_installed_programs() -> None:

@@ -100,7 +100,7 @@ class Fetcher:
             raise RowError(Status.TIMEOUT, reason) from None
         except (RowError, OSError, MemoryError):  # a full disk is not the address's fault
             raise
-        except Exception as error:
+        except Exception as error:  # the row boundary: on hostile answers parsers and codecs raise anything
             raise RowError(Status.REFUSED, f"{type(error).__name__}: {error}") from error
         raise AssertionError("unreachable")
 

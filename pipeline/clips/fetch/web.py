@@ -140,7 +140,7 @@ class Web:
             self.robots[origin] = asyncio.ensure_future(self._read_robots(origin))
         try:
             return await asyncio.shield(self.robots[origin])
-        except Exception:
+        except Exception:  # whatever it is, it is raised again
             self.robots.pop(origin, None)  # the next try asks again
             raise
 

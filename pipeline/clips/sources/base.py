@@ -119,8 +119,8 @@ class Reader(ABC):
         return None
 
     def prepare(self, web: Web, folder: str) -> None:
-        """Fetch what `items` needs, into `folder`, once for a job."""
-        raise NotImplementedError
+        """Fetch what `items` needs, into `folder`, once for a job; asked only of readers with `needs_web`."""
+        raise NotImplementedError(f"{type(self).__name__} says that it needs the web, and has no `prepare`")
 
     @abstractmethod
     def items(self) -> Iterator[Item]:

@@ -92,7 +92,7 @@ def test_errors_are_those_of_paired_differences() -> None:
     """A row that is hard whatever its documents adds nothing to the error of what they gain."""
     losses = torch.tensor([0.0, 100.0, 7.0])[:, None, None].repeat(1, 3, len(QUANTILES)).double()
     losses[:, 0] += torch.tensor([0.1, 0.2, 0.3])[:, None]  # without documents
-    cells = cells_of(summarise("video", losses))
+    cells = cells_of(summarise("video", losses, torch.full((3,), 3)))
     none = Cell("video", "none", QUANTILES[-1], is_gain=True)
     assert cells[none] == pytest.approx(0.2)
     assert cells[replace(none, is_error=True)] == pytest.approx(0.1 / 3**0.5)
@@ -145,6 +145,9 @@ def test_tasks_are_validated_apart(stage_values: Values, make_shards, make_row) 
         "video subject_driven": {"none"},
     }
     assert record["val/video rows"] == 3 * record["val/video subject_driven rows"] == 12
+    # Rows without documents gain nothing for sure: they are no evidence.
+    for gain in ("none - right", "shuffled - right", "none - right q0.9 error"):
+        assert record[f"val/video {gain}"] == record[f"val/video text_to_video {gain}"]
     training.close()
 
 
