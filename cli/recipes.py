@@ -69,7 +69,7 @@ def clip_option() -> str:
 
 
 def refuse_bare(stage: str, config: Any, plan: str) -> None:
-    """Refuse the paper's recipe where nobody means it: without a config, on few prompts or without a GPU.
+    """Refuse the paper's size and length where nobody means them: no config, and few prompts or no GPU.
 
     Raises:
         ConfigError: what it would cost, and the small recipe that fits these prompts.
@@ -86,6 +86,6 @@ def refuse_bare(stage: str, config: Any, plan: str) -> None:
     why = f"{rows:,} prompts" + (" and no GPU" if no_gpu else "")
     small = train_command(stage, config.prompts).replace("{{", "{").replace("}}", "}")
     raise ConfigError(
-        f"without a config {stage} is the paper's recipe ({'; '.join(plan.splitlines())}), for {why}",
+        f"without a config {stage} has the paper's size and length ({'; '.join(plan.splitlines())}), for {why}",
         cure=f"the small recipe: add {small}; or --set samples={config.samples} if you mean it",
     )

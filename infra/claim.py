@@ -59,6 +59,8 @@ def find_job(
     place = join(out, JOB_FILE)
     if exists(place):
         saved, claim = read_sealed(place), {"job": job, "config": config.identity(), "inputs": inputs}
+        if saved.get("job") != job:
+            raise ConfigError(f"{out} holds the output of {saved.get('job')}", cure="choose another --out")
         saved.pop(CONFIG_HASH, None)
         if portable:
             saved, claim = _last_parts(saved), _last_parts(claim)

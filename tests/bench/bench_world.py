@@ -9,7 +9,6 @@ then samples videos of nouns it never saw with their own document, none, and ano
 """
 
 import argparse
-import time
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -24,12 +23,12 @@ from model.edm import Edm, edm_for
 from model.ema import Ema, HalfLife
 from model.generator import Generator
 from model.guidance import FULL
-from model.optim import OPTIMIZERS, cosine_factor
+from model.optim import OPTIMIZERS
 from model.sample import Denoiser, sample_ode
-from model.step import accumulate, draw
 from pipeline.world.concepts import DIRECTIONS, draw_concept, draw_ground, draw_motion, draw_place, generator
 from pipeline.world.draw import TEXTURES, film, picture
 from pipeline.world.judge import judge_video
+from tests.bench.bench_quality import DEVICE, train
 
 FRAMES, SIDE_PX, TOKEN_DIM = 4, 16, 64
 SHAPES = ("square", "disc", "diamond", "cross", "triangle")
@@ -78,21 +77,22 @@ class Clips:
     truth: list[tuple[str, str, str, float]]
     """(colour, shape, direction, size)."""
 
-    def condition(self, pictures: Tensor, rows: Tensor, present: Tensor) -> Condition:
-        """Of some clips, with these documents where `present` (`b` bool) says so."""
+    def condition(self, pictures: Tensor, present: Tensor) -> Condition:
+        """Of all clips, with these documents where `present` (`b` bool) says so."""
+        count = len(self.videos)
         words = torch.randn(len(DIRECTIONS), TOKEN_DIM, generator=torch.Generator().manual_seed(0))
-        one = torch.ones(len(rows), 1, dtype=torch.long)
+        one = torch.ones(count, 1, dtype=torch.long)
         return Condition(
-            tokens=words[self.directions[rows]][:, None],
+            tokens=words[self.directions][:, None],
             mask=one.bool(),
             role=one * list(ROLES).index(Role.CAPTION),
             segment=one * 0,
-            fps=torch.full((len(rows),), 8.0),
-            original_size_px=torch.full((len(rows), 2), SIDE_PX),
-            references=pictures[rows],
+            fps=torch.full((count,), 8.0),
+            original_size_px=torch.full((count, 2), SIDE_PX),
+            references=pictures,
             reference_mask=present[:, None],
             reference_role=one * list(ROLES).index(Role.RETRIEVED),
-        )
+        ).to(DEVICE)
 
 
 def draw_clips(count: int, seed: int) -> Clips:
@@ -117,50 +117,36 @@ def draw_clips(count: int, seed: int) -> Clips:
 
 
 def _tensor(frames: list[np.ndarray]) -> Tensor:
-    return torch.from_numpy(np.stack(frames)).permute(0, 1, 4, 2, 3).float() / 127.5 - 1
+    return torch.from_numpy(np.stack(frames)).to(DEVICE).permute(0, 1, 4, 2, 3).float() / 127.5 - 1
 
 
-def train(variant: Variant, clips: Clips, seconds: float) -> tuple[Generator, Edm, int]:
-    """(the averaged generator, its process, samples seen)."""
+def learn(variant: Variant, clips: Clips, seconds: float) -> tuple[Generator, Edm, int]:
+    """(the averaged generator, its process, samples seen); a tenth of the nouns has no document."""
     torch.manual_seed(0)
     size = {"num_frames": FRAMES, "height_px": SIDE_PX, "width_px": SIDE_PX}
     config = ConditionConfig(token_dim=TOKEN_DIM, mode="plus", num_roles=len(ROLES))
-    model = Generator(preset(variant.preset, **size, **variant.backbone), config)
+    model = Generator(preset(variant.preset, **size, **variant.backbone), config).to(DEVICE)
     edm = edm_for(FRAMES, SIDE_PX, SIDE_PX)
     edm = replace(edm, sigma_data=0.5, log_mean=variant.log_mean, log_std=variant.log_std)
-    optimizer = OPTIMIZERS[variant.optimizer](model, lr=variant.lr, weight_decay=0.0)
-    ema, order, batch, step = Ema(model, HalfLife(1600)), torch.Generator().manual_seed(0), variant.batch, 0
-    start_s = time.process_time()
-    while (progress := (time.process_time() - start_s) / seconds) < 1:
-        for group in optimizer.param_groups:
-            share = cosine_factor(int(progress * 1e6), 0, 1_000_000)
-            group["lr"] = variant.lr * min(1, (step + 1) / 20) * (0.02 + 0.98 * share)
-        rows = torch.randint(len(clips.videos), (batch,), generator=order)
-        present = torch.rand(batch, generator=order) >= 0.1
-        indices = range(step * batch, (step + 1) * batch)
-        draws = draw(edm, clips.videos.shape[1:], seed=0, indices=indices, self_condition_rate=0)
-        condition = clips.condition(clips.pictures, rows, present)
-        accumulate(model, edm, clips.videos[rows], condition, draws, divisor=batch)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        step += 1
-        ema.update(model, step * batch)
+    ema, present = Ema(model, HalfLife(1600)), torch.arange(len(clips.videos)) % 10 > 0
+    steps = train(
+        model, clips.videos, clips.condition(clips.pictures, present), batch=variant.batch,
+        lr=variant.lr, seconds=seconds, ema=ema, build=OPTIMIZERS[variant.optimizer], edm=edm,
+    )  # fmt: skip
     model.load_state_dict(ema.weights, strict=False)
-    return model, edm, step * batch
+    return model, edm, len(steps) * variant.batch
 
 
 def judge(model: Generator, edm: Edm, clips: Clips) -> dict[str, list[float]]:
     """Shares of right colours, shapes and directions, by whose document was given."""
-    rows = torch.arange(len(clips.videos))
-    noise = torch.randn(clips.videos.shape, generator=torch.Generator().manual_seed(1))
+    noise = torch.randn(clips.videos.shape, generator=torch.Generator().manual_seed(1)).to(DEVICE)
     given = {"right": (clips.pictures, True), "none": (clips.pictures, False),
              "shuffled": (clips.pictures.roll(1, 0), True)}  # fmt: skip
     found = {}
     for name, (pictures, there) in given.items():
-        condition = clips.condition(pictures, rows, torch.full((len(rows),), there))
+        condition = clips.condition(pictures, torch.full((len(pictures),), there))
         videos = sample_ode(Denoiser(model, edm, {FULL: condition}), edm, noise, num_steps=24).clamp(-1, 1)
-        frames = ((videos + 1) * 127.5).round().byte().permute(0, 1, 3, 4, 2).numpy()
+        frames = ((videos + 1) * 127.5).round().byte().permute(0, 1, 3, 4, 2).cpu().numpy()
         hits = []
         for video, (colour, shape, direction, size) in zip(frames, clips.truth, strict=True):
             seen = judge_video(video, size=size, shapes=SHAPES)
@@ -180,7 +166,7 @@ def main() -> None:
     for name, variant in VARIANTS.items():
         if options.only and name not in options.only:
             continue
-        model, edm, samples = train(variant, seen, options.seconds)
+        model, edm, samples = learn(variant, seen, options.seconds)
         found = judge(model, edm, unseen)
         colours = "".join(f"{found[key][0]:>9.2f}" for key in found)
         shapes = "".join(f"{found[key][1]:>10.2f}" for key in ("right", "none"))

@@ -70,6 +70,8 @@ def test_same_claim_is_recognised_and_another_refused_with_the_field(tmp_path: P
     found = open_job(out, job="some", config=SomeConfig(), inputs={})
     assert found is not None
     assert found.num_out == 3
+    with pytest.raises(ConfigError, match="holds the output of some; cure: choose another --out"):
+        open_job(out, job="other", config=SomeConfig(), inputs={})
 
 
 def test_a_folder_is_held_by_one_process_and_the_other_is_told(tmp_path: Path) -> None:
