@@ -1,10 +1,10 @@
 """Sampling pipeline of one checkpoint: prompt encoder, generator with guidance, autoencoder.
 
-film(request)            noise -> `t c h w` pixels, through the autoencoder's decoder in latent space
-enlarge(video, request)  the cascade's second stage
+films(requests)            noise -> `b t c h w` pixels, through the autoencoder's decoder in latent space
+enlarge(videos, requests)  the cascade's second stage
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -70,63 +70,69 @@ class Maker:
         bounded = guidance if latents is None else guidance.model_copy(update={"threshold": None})
         self.guidance = Guidance(**bounded.model_dump())
 
-    def film(
+    def films(
         self,
-        request: SampleRequest,
+        requests: Sequence[SampleRequest],
         *,
         num_steps: int,
         num_frames: int | None = None,
         size_px: tuple[int, int] | None = None,
         on_step: Callable[[int], None] | None = None,
     ) -> Tensor:
-        """`t c h w` pixels in about [-1, 1]; `num_frames` and `size_px` (height, width) None = as trained."""
+        """`b t c h w` pixels in about [-1, 1]; `num_frames` and `size_px` (height, width) None = as trained."""
         num_frames = num_frames or self.config.num_frames
         height, width = size_px or (self.config.height_px, self.config.width_px)
         shape = (num_frames, 3, height, width)
         if self.latents is not None:
             shape = self.latents.space.shape(num_frames, height, width)
-        noise = self._noise(request, "noise", shape)
-        denoiser = self._denoiser(request, shape)
+        noise = self._noise(requests, "noise", shape)
+        denoiser = self._denoiser(requests, shape)
         x = sample_ode(denoiser, denoiser.edm, noise, num_steps=num_steps, on_step=on_step)
-        return (x if self.latents is None else self.latents.decode(x, num_frames))[0]
+        if self.latents is None:
+            return x
+        return torch.cat([self.latents.decode(one[None], num_frames) for one in x])
 
     def enlarge(
         self,
-        video: Tensor,
-        request: SampleRequest,
+        videos: Tensor,
+        requests: Sequence[SampleRequest],
         *,
         num_steps: int,
         level: float,
         on_step: Callable[[int], None] | None = None,
     ) -> Tensor:
-        """`t c H W` pixels out of a small video `t c h w`; this generator is an upsampler.
+        """`b t c H W` pixels out of small videos `b t c h w`; this generator is an upsampler.
 
         Args:
-            video: from the base model.
-            request: as it was asked of the base model.
+            videos: from the base model.
+            requests: as they were asked of the base model.
             num_steps: of sampling.
-            level: standard deviation of the noise that the small video gets.
+            level: standard deviation of the noise that the small videos get.
             on_step: called after each step with its number.
         """
-        shape = (video.shape[0], video.shape[1], self.config.height_px, self.config.width_px)
+        shape = (videos.shape[1], videos.shape[2], self.config.height_px, self.config.width_px)
         return upsample(
-            self._denoiser(request, shape),
-            video[None].clamp(-1, 1).float(),
-            self._noise(request, "large_noise", shape),
-            self._noise(request, "small_noise", shape),
+            self._denoiser(requests, shape),
+            videos.clamp(-1, 1).float(),
+            self._noise(requests, "large_noise", shape),
+            self._noise(requests, "small_noise", shape),
             level=level,
             num_steps=num_steps,
             on_step=on_step,
-        )[0]
+        )
 
-    def _noise(self, request: SampleRequest, stream: str, shape: tuple[int, ...]) -> Tensor:
-        generator = sample_generator(request.seed, request.noise_index, stream, self.device)
-        return torch.randn((1, *shape), generator=generator, device=self.device)
+    def _noise(self, requests: Sequence[SampleRequest], stream: str, shape: tuple[int, ...]) -> Tensor:
+        drawn = []
+        for request in requests:
+            generator = sample_generator(request.seed, request.noise_index, stream, self.device)
+            drawn.append(torch.randn(shape, generator=generator, device=self.device))
+        return torch.stack(drawn)
 
-    def _denoiser(self, request: SampleRequest, shape: tuple[int, ...]) -> Denoiser:
-        fps, size = torch.tensor([request.fps]), torch.tensor([request.original_size_px]).float()
+    def _denoiser(self, requests: Sequence[SampleRequest], shape: tuple[int, ...]) -> Denoiser:
+        fps = torch.tensor([request.fps for request in requests])
+        size = torch.tensor([request.original_size_px for request in requests]).float()
         conditions = {
-            branch: self.condition([select(request.prompt, None, branch)], fps, size)
+            branch: self.condition([select(request.prompt, None, branch) for request in requests], fps, size)
             for branch in {FULL, *self.guidance.branches}
         }
         dtype = AUTOCAST[self.config.parallel.dtype]

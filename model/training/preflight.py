@@ -237,19 +237,23 @@ def prepare_index(config: StageConfig, shards: Shards) -> pa.Table:
     Raises:
         ConfigError: the shards hold no row for the buckets, or lack a task of the mixture.
     """
-    run = RunFolder(config.out)
     try:
         return read_index(config.out)
     except (DataError, FileNotFoundError):
         pass  # none yet, or a damaged one: it is made of the shards alone
     index = index_shards(shards, config.shapes, held_out_frac=config.validation.held_out_frac)
     make_plan(config, index, len(shards.groups))
-    sink = pa.BufferOutputStream()
+    write_index(config.out, index)
+    return index
+
+
+def write_index(run: str, index: pa.Table) -> None:
+    """Keep the index in a run's folder, with its hash."""
+    place, sink = RunFolder(run), pa.BufferOutputStream()
     pq.write_table(index, sink)
     data = sink.getvalue().to_pybytes()
-    write_bytes(run.index, data)
-    write_sealed(run.index_hash, {"sha256": hashlib.sha256(data).hexdigest()})
-    return index
+    write_bytes(place.index, data)
+    write_sealed(place.index_hash, {"sha256": hashlib.sha256(data).hexdigest()})
 
 
 def read_index(run: str) -> pa.Table:

@@ -312,14 +312,14 @@ class Preview:
         request = SampleRequest(prompt, fps, sample.original_size_px, seed=number)
         if training.targets.small_size is None:
             size = (bucket.height_px, bucket.width_px)
-            video = maker.film(
-                request, num_steps=NUM_STEPS, num_frames=bucket.num_frames, size_px=size, on_step=on_step
+            videos = maker.films(
+                [request], num_steps=NUM_STEPS, num_frames=bucket.num_frames, size_px=size, on_step=on_step
             )
         else:  # an upsampler's answer to the small version of the row's own target
             target = sample.video.float() / 127.5 - 1
             small = F.interpolate(target, size=training.targets.small_size, mode="area").to(training.device)
-            video = maker.enlarge(small, request, num_steps=NUM_STEPS, level=0.0, on_step=on_step)
-        return to_frames(video), {
+            videos = maker.enlarge(small[None], [request], num_steps=NUM_STEPS, level=0.0, on_step=on_step)
+        return to_frames(videos[0]), {
             "prompt": describe_prompt(prompt),
             "task": row["task"],
             "prompt_id": row["prompt_id"],

@@ -35,7 +35,7 @@ from model.data.loader import Loader, RowGroups
 from model.data.plan import Plan
 from model.data.shards import index_shards, open_shards
 from model.training.driver import KEEP_MEMORY
-from model.training.preflight import read_index
+from model.training.preflight import read_index, write_index
 from pipeline.schema import PROMPTS
 from pipeline.shards import write_meta, write_shard
 
@@ -89,7 +89,7 @@ BUCKETS = (Bucket("video", SHAPE[0], SHAPE[1], SHAPE[2]),)
 def make_index(folder: Path, rows: int) -> None:
     """What a run does once, before it trains."""
     started_s = time.perf_counter()
-    pq.write_table(index_shards(open_shards(str(folder)), BUCKETS), folder / "index.parquet")
+    write_index(str(folder), index_shards(open_shards(str(folder)), BUCKETS))
     print(f"the index of a run, made once: {rows / (time.perf_counter() - started_s):,.0f} rows/s")
 
 
@@ -209,7 +209,7 @@ def measure_seek(folder: Path, rows: int = 10_000_000, group_rows: int = 50) -> 
         for n in range(count // 100)
     ]
     meta = write_meta(str(place), files, row_group_rows=group_rows)
-    there = file_entries(str(folder), ["part-00000.parquet"])[0]
+    there = file_entries(str(place), [str(place / "part-00000.parquet")])[0]
     certificate = Certificate(job="augment", config_hash="", num_in=rows, num_out=rows, files=[there, meta])
     write_certificate(str(place), certificate)
     index = {
@@ -218,7 +218,7 @@ def measure_seek(folder: Path, rows: int = 10_000_000, group_rows: int = 50) -> 
         "task": ["pretrain"] * count,
         "rows": np.full(count, group_rows),
     }
-    pq.write_table(pa.table(index), place / "index.parquet")
+    write_index(str(place), pa.table(index))
 
     started_s = time.perf_counter()
     shards = open_shards(str(place))

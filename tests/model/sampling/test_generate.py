@@ -215,9 +215,31 @@ def test_each_row_starts_from_its_own_noise_whatever_its_documents(
     assert len(set(noises[0])) == len(noises[0])
     config = of_shards(trained, tmp_path)
     sampler, request = Sampler(config, find_checkpoint(config.run)), plan(trained, tmp_path)[0]
-    again = sampler.video(replace(request, documents_of="another"))
-    assert torch.equal(sampler.video(request), again)
-    assert not torch.equal(sampler.video(replace(request, prompt_id="f" * 24)), again)
+    again = sampler.videos([replace(request, documents_of="another")])
+    assert torch.equal(sampler.videos([request]), again)
+    assert not torch.equal(sampler.videos([replace(request, prompt_id="f" * 24)]), again)
+
+
+def test_videos_made_together_are_those_made_alone(trained: Stage1Config, tmp_path: Path) -> None:
+    """Prompts of other lengths and with other documents, whose company is only rounding."""
+    words = SampleRequest(parse_prompt("a red square runs", []), 8.0, (24, 40), seed=1)
+    requests = [plan(trained, tmp_path)[0], words, replace(words, seed=2)]
+    for scheme in ("cfg", "retrieval"):
+        config = of_shards(trained, tmp_path, guidance={"scheme": scheme, "weight": 2})
+        sampler = Sampler(config, find_checkpoint(config.run))
+        alone = torch.cat([sampler.videos([request]) for request in requests])
+        assert torch.allclose(sampler.videos(requests), alone, atol=1e-4)
+        assert (alone[0] - alone[1]).abs().max() > 1e-2
+
+
+def test_a_batch_at_a_time_makes_the_same_files(trained: Stage1Config, tmp_path: Path) -> None:
+    certificates = [
+        run(of_shards(trained, tmp_path / str(size), rows=5, num_steps=2, batch_size=size)) for size in (1, 2)
+    ]
+    one, two = (certificate.files for certificate in certificates)
+    assert [file.path for file in one] == [file.path for file in two]
+    entries = [read_json(str(tmp_path / n / "samples.json"))["samples"] for n in ("1", "2")]
+    assert [e["prompt_id"] for e in entries[0]] == [e["prompt_id"] for e in entries[1]]
 
 
 def test_documents_that_are_chosen_are_told_and_shown(trained: Stage1Config, tmp_path: Path) -> None:
