@@ -306,9 +306,7 @@ class Sampler:
             large = restore_generator(config.upsampler.run, ema=config.upsampler.ema, device=device)
             self.upsampler = open_maker(large, config.upsampler.guidance, beside=self.base)
 
-    def write(
-        self, name: str, request: SampleRequest, video: Tensor
-    ) -> tuple[dict[str, Any], list[FileEntry]]:
+    def write(self, name: str, request: SampleRequest, video: Tensor) -> tuple[dict[str, Any], list[FileEntry]]:
         """Write the files of one video `t c h w`; (entry of samples.json, files of the certificate)."""
         config, guidance = self.config, self.config.guidance
         documents = document_pictures(name, request.prompt)
