@@ -190,8 +190,13 @@ def document_tables(runs: list[Run]) -> list[Chart]:
     return [table for run in runs for table in _document_tables(run)]
 
 
+def last_validation(run: Run) -> dict[str, Any]:
+    """The record of the run's last validation; empty before the first."""
+    return next((record for record in reversed(run.records) if cells_of(record)), {})
+
+
 def _document_tables(run: Run) -> list[Chart]:
-    last = next((record for record in reversed(run.records) if cells_of(record)), {})
+    last = last_validation(run)
     cells = cells_of(last)
     kind = "held-out rows" if held_out([last]) else "training rows"
     tables = []

@@ -21,10 +21,14 @@ from infra.certificate import read_certificate, require_certificate
 from infra.config import Config, Location
 from infra.errors import ConfigError, DataError
 from infra.storage import check_writable, join, read_bytes, read_json, write_bytes, write_json
+from infra.validation_cells import cells_of
 from pipeline.media.clip import target_frames
 from pipeline.media.frames import clip_times, decode_frames, probe
 from pipeline.report.album import Album
+from pipeline.report.charts import Series, difference_chart
 from pipeline.report.page import FOLDER as REPORT
+from pipeline.report.read import Run, read_run
+from pipeline.report.statistics import document_tables, last_validation
 from pipeline.schema import Role
 from pipeline.shards import ShardSet
 from pipeline.world.concepts import CONCEPTS, HUES
@@ -39,6 +43,8 @@ JSON_FILE, PAGE_FILE = "evidence.json", "evidence.html"
 STRIP_PX = 96
 LOOKS: tuple[Measure, ...] = ("colour", "shape", "direction")
 """What is told under a film strip."""
+GUIDED: dict[Measure, str] = {"colour": "v0", "shape": "v1"}
+"""What guidance towards the documents should raise -> the style of its curve."""
 ROWS = 16
 """Rows of film strips on the page."""
 
@@ -100,10 +106,15 @@ class EvidenceConfig(Config):
     """Folder of `evidence.json` and `evidence.html`."""
     strips: tuple[str, ...] = ()
     """Sets whose film strips stand beside the truth, of the same prompts; none = all sets."""
+    runs: tuple[Location, ...] = ()
+    """Trainings whose last validation is shown: loss by noise level with right, none and shuffled documents."""
+    guidance: dict[float, str] = Field(default={})
+    """Weight of the guidance towards the documents -> the set that was sampled with it: a curve on the page."""
 
     @model_validator(mode="after")
     def _sets_are_there(self) -> "EvidenceConfig":
-        named = [*self.strips, *(name for c in self.claims for name in (c.of, c.against) if name is not None)]
+        named = [*self.strips, *self.guidance.values()]
+        named += [name for c in self.claims for name in (c.of, c.against) if name is not None]
         for name in named:
             if name not in self.sets:
                 raise ValueError(f"set {name!r}; legal: {', '.join(self.sets)}")
@@ -155,6 +166,9 @@ def check(config: EvidenceConfig) -> None:
         certificate = read_certificate(found.samples)
         if certificate is None or certificate.job != "sample":
             raise ConfigError(f"no samples in {found.samples}", cure="run `vimi-train sample` first")
+    for place in config.runs:
+        if not last_validation(read_run(place)):
+            raise ConfigError(f"no validation in {place}", cure="give the run of a `vimi-train stage1`")
     check_writable(config.out)
 
 
@@ -170,8 +184,11 @@ def run(config: EvidenceConfig) -> list[Row]:
     judged = {name: judge_set(found, prompts[found.prompts], world) for name, found in config.sets.items()}
     rows = [decide(claim, judged) for claim in config.claims]
     shares = {name: summarise(found) for name, found in judged.items()}
-    write_json(join(config.out, JSON_FILE), {"claims": rows, "sets": shares})
-    page = render(config, rows, judged, prompts)
+    runs = [read_run(place) for place in config.runs]
+    cells = {run.name: cells_of(last_validation(run)) for run in runs}
+    losses = {name: {cell.name: value for cell, value in found.items()} for name, found in cells.items()}
+    write_json(join(config.out, JSON_FILE), {"claims": rows, "sets": shares, "losses": losses})
+    page = render(config, rows, judged, prompts, runs)
     write_bytes(join(config.out, PAGE_FILE), page.encode())
     return rows
 
@@ -300,21 +317,40 @@ def numbers(row: Row) -> str:
 
 
 def render(
-    config: EvidenceConfig, rows: list[Row], judged: dict[str, list[Judged]], prompts: dict[str, dict[str, Row]]
+    config: EvidenceConfig,
+    rows: list[Row],
+    judged: dict[str, list[Judged]],
+    prompts: dict[str, dict[str, Row]],
+    runs: list[Run],
 ) -> str:
-    """The page: claims, then film strips of the first set's prompts, a set a column."""
+    """The page: claims, losses, then film strips of the first set's prompts, a set a column."""
     names = config.strips or tuple(config.sets)
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined
+        loader=FileSystemLoader([Path(__file__).parent, REPORT]),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
     )
+    sets = {name: summarise(samples) for name, samples in judged.items()}
+    curves = [guidance_curve(config.guidance, sets, measure) for measure in GUIDED] if config.guidance else []
     return environment.get_template("evidence.html").render(
         style=Markup((REPORT / "style.css").read_text(encoding="utf-8")),
         rows=[{**row, "numbers": numbers(row)} for row in rows],
+        losses=document_tables(runs),
+        curve=difference_chart(curves, x_label="guidance weight", y_label="share right", title="Guidance"),
+        legend=[(one.style, one.name) for one in curves],
         names=[config.sets[name].title or name for name in names],
         strips=film_strips([judged[name] for name in names], prompts[config.sets[names[0]].prompts]),
         colours=len(HUES),
-        sets={name: summarise(samples) for name, samples in judged.items()},
+        sets=sets,
     )
+
+
+def guidance_curve(guidance: dict[float, str], sets: dict[str, Row], measure: Measure) -> Series:
+    """Share of right videos over the weight of the guidance."""
+    weights = sorted(guidance)
+    found = [sets[guidance[weight]][measure] for weight in weights]
+    return Series(measure, weights, [f["share"] for f in found], GUIDED[measure], [f["error"] for f in found])
 
 
 def film_strips(sets: Sequence[list[Judged]], prompts: dict[str, Row]) -> list[Row]:

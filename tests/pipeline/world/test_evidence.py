@@ -11,7 +11,8 @@ import pytest
 
 from infra.certificate import Certificate, write_certificate
 from infra.errors import ConfigError, DataError
-from infra.storage import read_json, write_json
+from infra.run_folder import record_line
+from infra.storage import read_json, write_bytes, write_json
 from model.sampling.film import write_video
 from pipeline.media.frames import decode_frames
 from pipeline.world.evidence import EvidenceConfig, check, run, table
@@ -69,6 +70,21 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     return Made(folder, {"world": str(world), "out": str(folder / "out"), "sets": sets})
 
 
+LOSSES = {
+    "val/video documents right": 0.25,
+    "val/video none - right": 0.125,
+    "val/video documents right q0.9": 0.5,
+    "val/video documents none q0.9": 0.75,
+    "val/video none - right q0.9": 0.25,
+    "val/video none - right q0.9 error": 0.125,
+}
+
+
+def write_run(folder: Path, numbers: dict[str, float]) -> None:
+    """A run's record of one validation."""
+    write_bytes(str(folder / "metrics.jsonl"), record_line({"samples": 64, **numbers}).encode())
+
+
 def claim(**values: Any) -> dict[str, Any]:
     return {"words": "it <is> so", "measure": "colour", "of": "right", **values}
 
@@ -88,7 +104,9 @@ def rows(made: Made) -> dict[str, dict[str, Any]]:
         claim(words="too many", at_most=0.5),
         claim(words="few <enough>", of="shuffled", at_most=0.5),
     ]
-    found = run(EvidenceConfig.model_validate({**made.config, "claims": claims}))
+    write_run(made.folder / "stage1", LOSSES)
+    more = {"runs": [str(made.folder / "stage1")], "guidance": {1: "none", 2.5: "right"}}
+    found = run(EvidenceConfig.model_validate({**made.config, **more, "claims": claims}))
     return {row["claim"]: row for row in found}
 
 
@@ -127,6 +145,8 @@ def test_the_page_shows_claims_and_strips_and_fetches_nothing(made: Made, rows: 
     told = read_json(str(made.folder / "out" / "evidence.json"))
     assert [row["holds"] for row in told["claims"]] == holds
     assert told["sets"]["right"]["colour"] == {"share": 1.0, "error": 0.0}
+    assert told["losses"] == {"stage1": LOSSES}
+    assert "+0.2500 ± 0.1250" in page and "guidance weight" in page
 
 
 def test_what_cannot_be_judged_is_refused(made: Made, tmp_path: Path) -> None:
@@ -140,6 +160,11 @@ def test_what_cannot_be_judged_is_refused(made: Made, tmp_path: Path) -> None:
         with pytest.raises(ValueError):
             EvidenceConfig.model_validate({**made.config, "claims": [claim(**wrong)]})
     claims = [claim(at_least=1.0)]
+    with pytest.raises(ValueError, match="set 'best'"):
+        EvidenceConfig.model_validate({**made.config, "claims": claims, "guidance": {1: "best"}})
+    write_run(tmp_path / "run", {"loss": 1.0})
+    with pytest.raises(ConfigError, match="no validation"):
+        check(EvidenceConfig.model_validate({**made.config, "claims": claims, "runs": [str(tmp_path / "run")]}))
     for changes in ({"world": str(tmp_path)}, {"sets": {"right": {"samples": str(tmp_path), "prompts": "x"}}}):
         with pytest.raises(ConfigError):
             check(EvidenceConfig.model_validate({**made.config, **changes, "claims": claims}))
