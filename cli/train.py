@@ -107,6 +107,28 @@ def sample(
     }
 
 
+@command(app, Job("cli.evaluate:EvaluateConfig", look="{c.out}/scores.json"))
+def evaluate(
+    videos: Annotated[str | None, typer.Option(help="Folder of videos: anybody's, or of sample.")] = None,
+    against: Annotated[
+        str | None, typer.Option(help="Real videos: a folder, or the output of crawl, augment or benchmark.")
+    ] = None,
+    metrics: Annotated[str | None, typer.Option(help="By name, with commas: fvd,clip_t,flicker.")] = None,
+    out: Out = None,
+    allow_small_n: Annotated[
+        bool | None, typer.Option("--allow-small-n", help="Score fewer than 256 videos, and mark the scores.")
+    ] = None,
+) -> Fields:
+    """Score videos: FVD, CLIP-T and others, each with its interval, n and all that it depends on."""
+    return {
+        "videos": videos,
+        "against": against,
+        "metrics": [name.strip() for name in metrics.split(",")] if metrics else None,
+        "out": out,
+        "allow_small_n": allow_small_n,
+    }
+
+
 @command(app, Job("model.sampling.export:ExportConfig"))
 def export(
     run: Annotated[str | None, typer.Argument(help="Run folder, or a checkpoint.")] = None,

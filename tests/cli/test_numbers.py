@@ -106,6 +106,7 @@ def legal(world: Any, trained_run: Any, tiny_encoder: Any, tmp_path_factory: Any
         "vimi-train stage1": stage,
         "vimi-train stage2": {**two, "start_from": trained_run.out},
         "vimi-train sample": {"run": trained_run.out, "prompts": ["a dog"], "out": out, "memory": world.memory},
+        "vimi-train evaluate": {"videos": videos, "out": out, "metrics": ["flicker"]},
         "vimi-train export": {"run": trained_run.out, "out": out},
     }
 

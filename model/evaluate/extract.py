@@ -1,0 +1,102 @@
+"""Features of one video and of its prompt: from the cache, else by the networks that are still missing."""
+
+import io
+from collections.abc import Callable, Mapping, Sequence
+from hashlib import sha256
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from infra.pictures import decode_picture
+from model.evaluate.cache import FeatureCache
+from model.evaluate.networks import NETWORKS, Network, NetworkConfig, network_of, opener
+
+Keys = dict[str, str]
+"""Feature -> its key in the cache."""
+
+
+class Extractor:
+    """Gives features by the names that metrics ask for, and keeps them.
+
+    Args:
+        config: the networks.
+        names: features wanted, such as `i3d`, `clip`, `clip_text`.
+        cache: where they are kept.
+        seen: plain values that say which frames the networks are given.
+        device: where they run.
+    """
+
+    def __init__(
+        self,
+        config: NetworkConfig,
+        names: Sequence[str],
+        cache: FeatureCache,
+        seen: Mapping[str, Any],
+        device: torch.device,
+    ) -> None:
+        self.config, self.names, self.cache, self.seen = config, names, cache, dict(seen)
+        self.network: Callable[[str], Network] = opener(config, device)
+
+    @property
+    def of_videos(self) -> list[str]:
+        return [name for name in self.names if name in NETWORKS]
+
+    def identities(self) -> dict[str, dict[str, Any]]:
+        """Of all networks behind the features."""
+        return {name: self.network(name).identity for name in sorted({network_of(n) for n in self.names})}
+
+    def video_keys(self, video_id: str) -> Keys:
+        """Keys of a video's features.
+
+        Args:
+            video_id: what its frames are a function of: the sha256 of its bytes, and the part of them.
+        """
+        return {
+            name: FeatureCache.key(video_id, name, self.network(name).identity, self.seen)
+            for name in self.of_videos
+        }
+
+    def missing(self, keys: Keys) -> list[str]:
+        return [name for name, key in keys.items() if self.cache.get(key) is None]
+
+    def video(self, keys: Keys, missing: Sequence[str], frames: np.ndarray) -> None:
+        """Compute and keep the missing features of uint8 `t h w 3` frames."""
+        for name in missing:
+            self.cache.put(keys[name], self.network(name)(frames))
+
+    def text(self, text: str) -> Keys:
+        """Keys of the features of a prompt's words, computed where they are missing."""
+        found = {}
+        for name in self.names:
+            if name.endswith("_text"):
+                network = self.network(network_of(name))
+                found[name] = self._keep([text, network.identity], lambda n=network: n.texts([text])[0])
+        return found
+
+    def references(self, pictures: Sequence[bytes]) -> Keys:
+        """Keys of the features of a prompt's reference pictures; none without pictures.
+
+        Raises:
+            PictureError: one of them is no picture.
+        """
+        found, some = {}, list(pictures)[: self.config.max_references]
+        digests = [sha256(picture).hexdigest() for picture in some]
+        for name in self.names if some else ():
+            if name.endswith("_references"):
+                network = self.network(network_of(name))
+                parts = [digests, network.identity]
+                found[name] = self._keep(parts, lambda n=network: n.pictures([opened(p) for p in some]))
+        return found
+
+    def _keep(self, parts: Any, compute: Callable[[], np.ndarray]) -> str:
+        key = FeatureCache.key(parts)
+        if self.cache.get(key) is None:
+            self.cache.put(key, compute())
+        return key
+
+
+def opened(picture: bytes) -> Image.Image:
+    """A reference as the generator sees it: upright, transparent parts on white."""
+    return decode_picture(io.BytesIO(picture), on_white=True)

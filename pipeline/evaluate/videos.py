@@ -1,0 +1,207 @@
+"""Finds the videos of a place, each with its prompt: whatever lies there is counted, nothing skipped silently.
+
+    a folder of files           every file but sidecars; `prompts.jsonl` beside them gives the prompts
+    a folder of sample          its samples.json
+    a folder of crawl           its good video clips
+    a folder of prompt shards   the targets of its rows
+
+A line of prompts.jsonl names its video; `text` is the prompt in words alone, where pictures stand for some:
+
+    {"video": "a.mp4", "prompt": "A <image> runs.", "text": "A dog runs.", "images": ["dog.png"]}
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from infra.certificate import read_certificate
+from infra.errors import ConfigError, DataError
+from infra.storage import absolute, exists, is_remote, join, list_files, read_bytes, read_json, size_bytes
+from pipeline.media.store import file_uri
+from pipeline.schema import ROLES, Media, Role, Status, TargetKind
+from pipeline.shards import SHARD_JOBS, ShardSet, is_shard, open_part
+
+SAMPLES, PROMPTS = "samples.json", "prompts.jsonl"
+SIDECARS = frozenset(
+    {"json", "jsonl", "txt", "md", "csv", "tsv", "yaml", "yml", "html", "log", "parquet", "npy", "lock"}
+    | {"png", "jpg", "jpeg", "webp", "gif", "bmp", "tif", "tiff", "avif", "srt", "vtt"}
+)
+"""Endings of files that are no videos and aren't meant to be; all others are tried."""
+PLACEHOLDER = "<image>"
+Payload = dict[str, Any]
+"""One video: name, kind (file, clip or row), where its bytes are, `prompt` {text, references} or None."""
+CLIP_COLUMNS = ["clip_id", "media", "caption", "local_uri", "source_sha256", "start_s", "end_s", "status"]
+ROW_COLUMNS = ["prompt_id", "media", "caption", "source_uri", "source_sha256", "start_s", "end_s"]
+TARGET_COLUMNS = ["target.kind"]
+
+
+def find_videos(place: str, *, rows: int | None = None) -> list[Payload]:
+    """All videos of a place, in the order of their names.
+
+    Args:
+        place: folder or URI.
+        rows: of prompt shards, how many; None = all.
+
+    Raises:
+        ConfigError: nothing is there.
+    """
+    found = _clips_or_files(absolute(place), rows)
+    if not found:
+        raise ConfigError(
+            f"no video in {place}",
+            legal="a folder of video files, or the output of sample, crawl, augment, instruct or benchmark",
+        )
+    return sorted(found, key=lambda payload: payload["name"])
+
+
+def _clips_or_files(place: str, rows: int | None) -> list[Payload]:
+    try:
+        certificate = read_certificate(place)
+    except DataError as error:
+        raise ConfigError(str(error)) from None
+    job = certificate.job if certificate else None
+    if certificate is not None and job == "crawl":
+        parts = [join(place, entry.path) for entry in certificate.files if is_shard(entry.path)]
+        return [payload for part in parts for payload in _clips(part)]
+    if job in SHARD_JOBS:
+        return list(_targets(place, rows))
+    if exists(join(place, SAMPLES)):
+        return _samples(place)
+    return _files(place)
+
+
+def _files(place: str) -> list[Payload]:
+    files = [file for file in list_files(place) if _is_candidate(file[len(place) + 1 :])]
+    names = [file[len(place) + 1 :] for file in files]
+    prompts = read_prompts(place, names) if exists(join(place, PROMPTS)) else {}
+    return [_file(name, file, prompts.get(name)) for name, file in zip(names, files, strict=True)]
+
+
+def _is_candidate(name: str) -> bool:
+    hidden = any(part.startswith(".") for part in name.split("/"))
+    return not hidden and name.rpartition(".")[2].lower() not in SIDECARS
+
+
+def _file(name: str, uri: str, prompt: dict[str, Any] | None) -> Payload:
+    range_s = {"start_s": 0.0, "end_s": None}
+    return {"kind": "file", "name": name, "uri": file_uri(uri), "prompt": prompt, **range_s}
+
+
+def read_prompts(place: str, names: list[str]) -> dict[str, dict[str, Any]]:
+    """Video -> {text, references} of prompts.jsonl.
+
+    Raises:
+        ConfigError: a line that is no prompt, or of a video that isn't there; names the line.
+    """
+    file, found, known = join(place, PROMPTS), {}, set(names)
+    for number, line in enumerate(read_bytes(file).decode("utf-8", "replace").splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+            video = value["video"]
+            images = [reference(image, place) for image in value.get("images", [])]
+            text = value.get("text") or plain(value["prompt"])
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ConfigError(
+                f"{file} line {number}: {type(error).__name__} {error}",
+                legal='{"video": "a.mp4", "prompt": "A <image> runs.", "images": ["dog.png"]}',
+            ) from None
+        if video not in known:
+            raise ConfigError(f"{file} line {number}: no video {video!r} there", legal="names of its files")
+        found[video] = {"text": text, "references": [image for image in images if image]}
+    return found
+
+
+def reference(image: str, beside: str) -> str | None:
+    """The picture of a `path` or `role:path`; None for roles whose picture is no subject."""
+    role, sep, path = image.partition(":")
+    if not sep or role not in ROLES:
+        role, path = Role.SUBJECT, image
+    if role != Role.SUBJECT:
+        return None
+    return path if path.startswith("/") or is_remote(path) else join(beside, path)
+
+
+def plain(prompt: str) -> str:
+    """A prompt's words without its placeholders."""
+    return " ".join(prompt.replace(PLACEHOLDER, " ").split())
+
+
+def _samples(place: str) -> list[Payload]:
+    """Of a folder of `vimi-train sample`."""
+    entries = read_json(join(place, SAMPLES)).get("samples", [])
+    return [_file(_last(e["video"]), join(place, _last(e["video"])), sampled_prompt(e, place)) for e in entries]
+
+
+def _last(name: str) -> str:
+    return str(name).rpartition("/")[2]
+
+
+def sampled_prompt(entry: dict[str, Any], place: str) -> dict[str, Any]:
+    """{text, references} of a sample's own segments: a subject's picture also stands for its word."""
+    words, references = [], []
+    for segment in entry.get("segments") or []:
+        is_subject = segment["role"] == Role.SUBJECT
+        if segment["role"] == Role.CAPTION or (is_subject and segment.get("text")):
+            words.append(segment["text"] or "")
+        if is_subject and segment.get("picture"):
+            references.append(join(place, _last(segment["picture"])))
+    return {"text": " ".join(filter(None, words)) or plain(entry.get("prompt") or ""), "references": references}
+
+
+def _clips(part: str) -> Iterator[Payload]:
+    file = open_part(part)
+    for group in range(file.num_row_groups):
+        for row in file.read_row_group(group, columns=CLIP_COLUMNS).to_pylist():
+            if row["status"] == Status.OK and row["media"] == Media.VIDEO:
+                yield {
+                    "kind": "clip",
+                    "name": row["clip_id"],
+                    "uri": row["local_uri"],
+                    "source_sha256": row["source_sha256"],
+                    "start_s": row["start_s"] or 0.0,
+                    "end_s": row["end_s"] or None,
+                    "prompt": {"text": row["caption"] or "", "references": []},
+                }
+
+
+def _targets(place: str, rows: int | None) -> Iterator[Payload]:
+    """Targets of prompts that are videos; pictures are none."""
+    shards, left = ShardSet(place), rows
+    for number in range(len(shards)):
+        table = shards.read_row_group(number, ROW_COLUMNS + TARGET_COLUMNS)
+        for place_in, row in enumerate(table.to_pylist()):
+            if left == 0:
+                return
+            left = None if left is None else left - 1
+            if row["media"] == Media.VIDEO:
+                yield _target(row, shards.uri, number, place_in)
+
+
+def _target(row: dict[str, Any], shards: str, group: int, place_in: int) -> Payload:
+    """What a row carries, or the part of the file that it refers to."""
+    named = {"name": row["prompt_id"], "prompt": {"text": row["caption"], "references": []}}
+    if row["target"]["kind"] == TargetKind.REFERENCE:
+        place = {"kind": "clip", "uri": row["source_uri"], "source_sha256": row["source_sha256"]}
+        return {**named, **place, "start_s": row["start_s"] or 0.0, "end_s": row["end_s"] or None}
+    return {
+        **named,
+        "kind": "row",
+        "uri": shards,
+        "group": group,
+        "row": place_in,
+        "start_s": 0.0,
+        "end_s": None,
+    }
+
+
+def listing_hash(payloads: list[Payload]) -> str:
+    """What a place holds, as far as names, sizes and prompts tell; the videos themselves are not read."""
+    digest = hashlib.sha256()
+    for payload in payloads:
+        size = size_bytes(payload["uri"].removesuffix("#file")) if payload["kind"] == "file" else 0
+        parts = [payload["name"], size, payload["start_s"], payload["end_s"], payload["prompt"]]
+        digest.update(json.dumps(parts, sort_keys=True).encode())
+    return digest.hexdigest()[:16]

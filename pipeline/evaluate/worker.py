@@ -1,0 +1,106 @@
+"""What a worker of an evaluation does with one video: hash, look into the cache, decode, let networks look."""
+
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from hashlib import sha256
+from typing import Any, Protocol
+
+import numpy as np
+
+from infra.pictures import PictureError
+from infra.storage import read_bytes, sha256_file
+from pipeline.evaluate.decode import FrameConfig, arguments, target_part
+from pipeline.evaluate.videos import Payload
+from pipeline.journal import Receipt
+from pipeline.media.clip import target_frames
+from pipeline.media.isolate import Isolated
+from pipeline.media.store import PIECE, read_media, row_errors
+from pipeline.schema import RowError, Status, TargetKind, content_id
+from pipeline.shards import ShardSet
+
+DECODER = "pipeline.evaluate.decode:frames_of"
+Keys = dict[str, str]
+
+
+class Extractor(Protocol):
+    """Gives features of a video and of its prompt; the trainer's networks are behind it."""
+
+    def video_keys(self, video_id: str) -> Keys: ...
+    def missing(self, keys: Keys) -> list[str]: ...
+    def video(self, keys: Keys, missing: Sequence[str], frames: np.ndarray) -> None: ...
+    def text(self, text: str) -> Keys: ...
+    def references(self, pictures: Sequence[bytes]) -> Keys: ...
+
+
+class EvaluateWorker:
+    """Unit payload -> receipt: the video's id, and the cache's keys of its features and of its prompt's.
+
+    Args:
+        make_extractor: called once, in the worker's process.
+        how: which frames are scored.
+        timeout_s: of decoding one video.
+    """
+
+    def __init__(self, make_extractor: Callable[[], Extractor], how: FrameConfig, timeout_s: float) -> None:
+        self.extractor, self.how, self.timeout_s = make_extractor(), how, timeout_s
+        self.shards: dict[str, ShardSet] = {}
+
+    def __call__(self, payload: Payload) -> Receipt:
+        try:
+            with row_errors():
+                found = self._features(payload)
+        except RowError as error:
+            reason = str(error).replace(payload["uri"].removesuffix("#file"), payload["name"])
+            return {"status": error.status.value, "error": reason, "notes": {error.status.value: 1}}
+        return {"status": Status.OK.value, **found, "notes": {}}
+
+    def _features(self, payload: Payload) -> dict[str, Any]:
+        video_id, digest = self._id(payload)
+        keys = self.extractor.video_keys(video_id)
+        missing = self.extractor.missing(keys)
+        if missing:
+            self.extractor.video(keys, missing, self._frames(payload))
+        prompt = self._prompt(payload["prompt"])
+        return {"id": video_id, "sha256": digest, "features": keys, "prompt": prompt}
+
+    def _prompt(self, prompt: dict[str, Any] | None) -> Keys:
+        if prompt is None:
+            return {}
+        texts = self.extractor.text(prompt["text"]) if prompt["text"] else {}
+        try:
+            return texts | self.extractor.references([read_bytes(place) for place in prompt["references"]])
+        except (OSError, PictureError) as error:
+            raise RowError(Status.BAD_ROW, f"a reference picture can't be read: {error}") from error
+
+    def _id(self, payload: Payload) -> tuple[str, str]:
+        """What the frames are a function of: the part of the bytes, and their sha256."""
+        if payload["kind"] == "row":
+            digest = sha256(self._target(payload)["data"]).hexdigest()
+        else:
+            digest = payload.get("source_sha256") or _hash(payload["uri"])
+        return content_id("video", digest, payload["start_s"], payload["end_s"]), digest
+
+    def _frames(self, payload: Payload) -> np.ndarray:
+        if payload["kind"] == "row":
+            target = self._target(payload)
+            if target["kind"] == TargetKind.FRAMES:
+                return target_part(target_frames(target), target["fps"], self.how)
+            payload = {**payload, "uri": target["data"]}
+        return self.child.call(DECODER, *arguments(self.how, payload))
+
+    def _target(self, payload: Payload) -> dict[str, Any]:
+        """Of a row that carries it."""
+        place = payload["uri"]
+        if place not in self.shards:
+            self.shards[place] = ShardSet(place)
+        table = self.shards[place].read_row_group(payload["group"], ["target"])
+        return table["target"][payload["row"]].as_py()
+
+    @cached_property
+    def child(self) -> Isolated:
+        return Isolated(timeout_s=self.timeout_s)
+
+
+def _hash(uri: str) -> str:
+    """Hex sha256 of the bytes at a `local_uri`."""
+    return sha256(read_media(uri)).hexdigest() if PIECE.fullmatch(uri) else sha256_file(uri)

@@ -1,0 +1,123 @@
+"""`vimi-train evaluate` from words to scores.json: the same bytes however it comes about."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from cli import evaluate as module
+from cli import train
+from cli.evaluate import EvaluateConfig, check, run
+from infra.errors import ConfigError
+from infra.storage import read_json
+from pipeline.evaluate.worker import EvaluateWorker
+from tests.model.conftest import tiny_encoder  # noqa: F401 # pyright: ignore[reportUnusedImport]
+from tests.pipeline.conftest import WriteVideo, write_sound, write_video  # noqa: F401 # pyright: ignore[reportUnusedImport]
+
+METRICS = ["clip_t", "clip_i", "copy_guard", "consistency", "flicker", "frozen", "clip_fid"]
+
+
+@pytest.fixture
+def folders(tmp_path: Path, write_video: WriteVideo, write_sound: WriteVideo) -> Path:  # noqa: F811
+    for n in range(5):
+        write_video(tmp_path / "real" / f"r{n}.mp4", num_frames=5, seed=n)
+        write_video(tmp_path / "ours" / f"v{n}.mp4", num_frames=5, seed=n + 3)
+    (tmp_path / "ours" / "broken.mp4").write_bytes(b"nothing")
+    write_sound(tmp_path / "ours" / "sound.m4a")
+    Image.fromarray(np.full((32, 32, 3), 90, np.uint8)).save(tmp_path / "ours" / "dog.png")
+    lines = [
+        {"video": f"v{n}.mp4", "prompt": f"Film {n} of a <image>.", "images": ["dog.png"]} for n in range(5)
+    ]
+    (tmp_path / "ours" / "prompts.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return tmp_path
+
+
+def config(folders: Path, encoder: dict[str, Any], **changes: Any) -> EvaluateConfig:
+    values = {
+        "videos": str(folders / "ours"),
+        "against": str(folders / "real"),
+        "out": str(folders / "scores"),
+        "metrics": METRICS,
+        "allow_small_n": True,
+        "frames": {"num_frames": 4},
+        "networks": {"clip": encoder["clip"]},
+        "cache": str(folders / "cache"),
+    }
+    return EvaluateConfig.model_validate(values | changes)
+
+
+@pytest.mark.ray
+def test_scores_are_the_same_bytes_after_a_kill_for_any_workers_and_from_the_cache(
+    folders: Path,
+    tiny_encoder: dict[str, Any],  # noqa: F811
+    ray_cluster: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    certificate = run(config(folders, tiny_encoder, num_workers=1))
+    assert certificate.num_in == 12 and certificate.num_out == 10
+    assert certificate.dead == {"no_video": 1, "undecodable": 1}
+    whole = (folders / "scores" / "scores.json").read_bytes()
+    values = json.loads(whole)
+    assert set(values["scores"]) == set(METRICS) and not values["not_computed"]
+    assert [row["name"] for row in values["failed"]] == ["broken.mp4", "sound.m4a"]
+    fid = values["scores"]["clip_fid"]
+    assert (fid["n"], fid["n_real"], fid["failed"], fid["failed_real"]) == (5, 5, 2, 0) and fid["small_n"]
+    assert fid["manifest"]["networks"]["clip"]["weight_hash"] and str(folders) not in whole.decode()
+
+    # Killed before the scores, with journals torn off in the middle: other workers go on with an empty cache.
+    other = config(
+        folders, tiny_encoder, out=str(folders / "more"), cache=str(folders / "cache2"), num_workers=2
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "write_scores", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run(other)
+    for journal in (folders / "more" / "journal").iterdir():
+        lines = journal.read_bytes().splitlines(keepends=True)
+        journal.write_bytes(b"".join(lines[:1]) + lines[-1][:20])
+    run(other)
+    assert (folders / "more" / "scores.json").read_bytes() == whole
+
+    # A second evaluation of the same videos decodes nothing.
+    with monkeypatch.context() as patch:
+        patch.setattr(EvaluateWorker, "_frames", lambda *_: 1 / 0)
+        worker = EvaluateWorker(lambda: module.make_extractor(other, ["clip"], "cpu"), other.frames, 60)
+        assert worker(module.make_plan(other).units[-1].payload)["status"] == "ok"
+
+
+@pytest.mark.ray
+def test_a_set_against_itself_is_at_no_distance(
+    folders: Path,
+    tiny_encoder: dict[str, Any],  # noqa: F811
+    ray_cluster: None,
+) -> None:
+    same = str(folders / "real")
+    run(config(folders, tiny_encoder, videos=same, against=same, metrics=["clip_fid"]))
+    assert read_json(str(folders / "scores" / "scores.json"))["scores"]["clip_fid"]["value"] < 1e-9
+
+
+def test_a_dry_run_says_what_is_needed_and_where_it_comes_from(folders: Path) -> None:
+    words = ["evaluate", "--videos", str(folders / "ours"), "--out", str(folders / "x"), "--dry-run",
+             "--set", "networks.clip.name=offline", "--metrics", "clip_t,fvd,fid,flicker"]  # fmt: skip
+    done = CliRunner().invoke(train.app, words)
+    assert done.exit_code == 0, done.output
+    assert "7 sampled videos" in done.output and "clip_t: CLIP offline" in done.output
+    assert "not fvd: needs real videos; cure: --against" in done.output
+    assert not (folders / "x").exists()
+
+
+def test_refusals_are_a_line_each(folders: Path, tiny_encoder: dict[str, Any]) -> None:  # noqa: F811
+    with pytest.raises(ConfigError, match=r"7 sampled and 5 real videos for clip_fid.*--allow-small-n"):
+        check(config(folders, tiny_encoder, allow_small_n=False))
+    with pytest.raises(ConfigError, match="no metric fvdd"):
+        check(config(folders, tiny_encoder, metrics=["fvdd"]))
+    with pytest.raises(ConfigError, match="nothing to evaluate"):
+        check(config(folders, tiny_encoder, videos=None))
+    with pytest.raises(ConfigError, match="fid: no inception weights"):
+        check(config(folders, tiny_encoder, metrics=["fid"]))
+    with pytest.raises(ConfigError, match="no video in"):
+        check(config(folders, tiny_encoder, against=str(folders / "gone")))

@@ -1,0 +1,191 @@
+"""What each network sees of a video; tiny or random instances of its class stand in for weights of a hub."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+from torch.nn import functional as F
+
+from infra.errors import ConfigError
+from infra.storage import write_bytes
+from model.evaluate.cache import FeatureCache
+from model.evaluate.extract import Extractor
+from model.evaluate.networks import NETWORKS, Motion, Network, NetworkConfig, opener, resize, squeeze
+
+CPU = torch.device("cpu")
+
+
+def noise(t: int = 4, h: int = 24, w: int = 32, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (t, h, w, 3), np.uint8)
+
+
+def config(**values: Any) -> NetworkConfig:
+    return NetworkConfig.model_validate(values)
+
+
+def test_motion_is_the_mean_difference_of_neighbours() -> None:
+    frames = np.zeros((3, 4, 4, 3), np.uint8)
+    frames[1] = 255
+    frames[2, :2] = 255
+    assert Motion(config(), CPU)(frames).tolist() == [1.0, 0.5]
+    assert Motion(config(), CPU)(frames[:1]).shape == (0,)
+
+
+@pytest.mark.parametrize("size", [(8, 5), (50, 70), (24, 32)])
+def test_resizing_is_torchs_and_keeps_flat_pictures(size: tuple[int, int]) -> None:
+    picture = torch.from_numpy(noise(1)[0]).permute(2, 0, 1).float()
+    theirs = F.interpolate(picture[None], size=size, mode="bilinear", align_corners=False)[0]
+    assert torch.allclose(resize(picture, size, "bilinear"), theirs, atol=1e-3)
+    assert resize(torch.full((3, 24, 32), 255.0), size, "bilinear").unique().tolist() == [255.0]
+
+
+def test_tensorflows_resizing_takes_corners() -> None:
+    row = torch.tensor([[[0.0, 10.0, 20.0, 30.0]]])
+    assert resize(row, (1, 2), "tensorflow").tolist() == [[[0.0, 20.0]]]
+    assert resize(row, (1, 2), "bilinear").tolist() == [[[5.0, 25.0]]]
+    assert resize(row, (1, 8), "tensorflow")[0, 0].tolist() == [0, 5, 10, 15, 20, 25, 30, 30]
+
+
+def test_squeeze_resizes_and_crops() -> None:
+    frames = np.zeros((2, 40, 80, 3), np.uint8)
+    frames[:, :, 20:60] = 200  # the middle square
+    assert squeeze(frames, (8, 8), config(crop="center"), CPU).unique().tolist() == [200.0]
+    whole = squeeze(frames, (8, 8), config(), CPU)
+    assert whole.shape == (1, 3, 2, 8, 8) and whole[..., 0].max() == 0
+    rough, smooth = (
+        squeeze(noise(1, 64, 64), (8, 8), config(resize=r), CPU) for r in ("bilinear", "antialias")
+    )
+    assert smooth.std() < 0.5 * rough.std()
+
+
+class Classifier(nn.Module):
+    """Looks at the mean of the red channel."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        red = x[:, 0].mean(dim=[1, 2, 3]) / 255
+        return torch.stack([red, 1 - red], 1)
+
+
+def test_c3d_is_any_torchscript_and_probabilities_are_seen(tmp_path: Path) -> None:
+    torch.jit.script(Classifier()).save(tmp_path / "c3d.pt")
+    network = NETWORKS["c3d"](config(c3d=str(tmp_path / "c3d.pt")), CPU)
+    frames = np.zeros((16, 30, 40, 3), np.uint8)
+    frames[..., 0] = 51
+    assert np.exp(network(frames)) == pytest.approx([0.2, 0.8], rel=1e-3)
+    assert len(network.identity["sha256"]) == 64
+
+
+@pytest.fixture(scope="session")
+def random_inception(tmp_path_factory) -> Path:
+    from model.evaluate.inception import FidInception
+
+    torch.manual_seed(0)
+    place = tmp_path_factory.mktemp("inception") / "inception.pth"
+    torch.save(FidInception().state_dict(), place)
+    return place
+
+
+def test_inception_gives_pooled_features(random_inception: Path) -> None:
+    network = NETWORKS["inception"](config(inception=str(random_inception)), CPU)
+    found = network(noise(2))
+    assert found.shape == (2, 2048) and np.isfinite(found).all() and not np.array_equal(found[0], found[1])
+
+
+def test_inception_has_the_layers_of_the_published_file(random_inception: Path) -> None:
+    state = torch.load(random_inception, weights_only=True)
+    assert state["fc.weight"].shape == (1008, 2048) and "AuxLogits.fc.weight" not in state
+    assert state["Mixed_7c.branch_pool.conv.weight"].shape == (192, 2048, 1, 1)
+
+
+def test_inceptions_average_leaves_padding_out() -> None:
+    from model.evaluate.inception import FidE, FidLastE, _average
+
+    assert _average(torch.ones(1, 1, 3, 3)).unique().tolist() == [1.0]
+    assert FidLastE(8).largest and not FidE(8).largest
+
+
+@pytest.mark.slow
+def test_raft_gives_a_length_for_each_pair(tmp_path: Path) -> None:
+    from torchvision.models.optical_flow import raft_large
+
+    torch.manual_seed(0)
+    torch.save(raft_large(weights=None).state_dict(), tmp_path / "raft.pth")
+    network = NETWORKS["raft"](config(raft=str(tmp_path / "raft.pth")), CPU)
+    found = network(noise(3, 128, 136))
+    assert found.shape == (2,) and np.isfinite(found).all() and (found >= 0).all()
+
+
+@pytest.mark.parametrize("name", ["inception", "raft", "c3d"])
+def test_a_foreign_file_is_refused_in_a_line(tmp_path: Path, name: str) -> None:
+    torch.save({"weight": torch.zeros(3)}, tmp_path / "x.pth")
+    network = NETWORKS[name](config(**{name: str(tmp_path / "x.pth")}), CPU)
+    with pytest.raises(ConfigError, match=r"x\.pth is") as error:
+        network(noise(2, 128, 128))
+    assert "\n" not in str(error.value)
+    with pytest.raises(ConfigError, match=f"--set networks.{name}=FILE"):
+        NETWORKS[name].find(config())
+
+
+@pytest.fixture(scope="session")
+def tiny_dino(tmp_path_factory) -> str:
+    from transformers import ViTConfig, ViTImageProcessor, ViTModel
+
+    torch.manual_seed(0)
+    folder = str(tmp_path_factory.mktemp("dino"))
+    sizes: dict[str, Any] = {
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 16,
+    }
+    ViTModel(ViTConfig(image_size=32, patch_size=16, **sizes)).save_pretrained(folder)
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
+    return folder
+
+
+def test_dino_gives_class_tokens_of_frames_and_pictures_alike(tiny_dino: str) -> None:
+    network = NETWORKS["dino"](config(dino=tiny_dino), CPU)
+    frames = noise(3)
+    assert network(frames).shape == (3, 16)
+    assert network.pictures([Image.fromarray(frames[0])])[0] == pytest.approx(network(frames[:1])[0])
+    assert (
+        network.identity["weight_hash"] == NETWORKS["dino"](config(dino=tiny_dino), CPU).identity["weight_hash"]
+    )
+
+
+def clip_config(tiny_encoder: dict[str, Any]) -> NetworkConfig:
+    return config(clip=tiny_encoder["clip"])
+
+
+def test_clip_vectors_are_unit_and_of_their_own_video(tiny_encoder: dict[str, Any]) -> None:
+    network: Network = opener(clip_config(tiny_encoder), CPU)("clip")
+    found = network(noise(3))
+    assert found.shape == (3, 16) and np.linalg.norm(found, axis=1) == pytest.approx(np.ones(3), rel=1e-5)
+    assert network.texts(["a dog", "a much longer text of a cat"])[:1] == pytest.approx(
+        network.texts(["a dog"])
+    )
+    assert network.identity["precision"] == "fp32"
+
+
+def test_features_are_kept_and_damaged_ones_made_again(tmp_path: Path, tiny_encoder: dict[str, Any]) -> None:
+    cache = FeatureCache(str(tmp_path))
+    names = ["clip", "clip_references", "clip_text", "motion"]
+    extractor = Extractor(clip_config(tiny_encoder), names, cache, {"num_frames": 3}, CPU)
+    keys = extractor.video_keys("video")
+    assert extractor.missing(keys) == ["clip", "motion"]
+    extractor.video(keys, ["clip", "motion"], noise(3))
+    assert not extractor.missing(keys)
+    kept = cache.require(keys["clip"])
+    file = tmp_path / keys["clip"][:2] / f"{keys['clip']}.npy"
+    write_bytes(str(file), file.read_bytes()[:-3] + b"\0\0\0")
+    assert extractor.missing(keys) == ["clip"]
+    extractor.video(keys, ["clip"], noise(3))
+    assert np.array_equal(cache.require(keys["clip"]), kept)
+    other = Extractor(clip_config(tiny_encoder), names, cache, {"num_frames": 4}, CPU)
+    assert not set(other.video_keys("video").values()) & set(keys.values())
+    assert extractor.text("a dog")["clip_text"] == other.text("a dog")["clip_text"]
+    assert extractor.references([]) == {}

@@ -1,0 +1,167 @@
+"""Videos of any place are found, counted and decoded; hostile ones end as rows with a reason."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from infra.errors import ConfigError
+from infra.storage import write_json
+from pipeline.evaluate.decode import FrameConfig, leading_frames, target_part
+from pipeline.evaluate.videos import find_videos, listing_hash
+from pipeline.evaluate.worker import EvaluateWorker
+from pipeline.media.frames import decode_frames
+from pipeline.schema import RowError
+from tests.model.prompt_tables import prompt_row, write_shards
+from tests.pipeline.conftest import WriteVideo, numbered_frame
+
+
+class Recorder:
+    """Stands where the trainer's networks do: keeps the frames that it is shown."""
+
+    def __init__(self) -> None:
+        self.seen: dict[str, np.ndarray] = {}
+
+    def video_keys(self, video_id: str) -> dict[str, str]:
+        return {"frames": video_id}
+
+    def missing(self, keys: dict[str, str]) -> list[str]:
+        return [name for name, key in keys.items() if key not in self.seen]
+
+    def video(self, keys: dict[str, str], missing: Sequence[str], frames: np.ndarray) -> None:
+        self.seen[keys["frames"]] = frames
+
+    def text(self, text: str) -> dict[str, str]:
+        return {"text": text}
+
+    def references(self, pictures: Sequence[bytes]) -> dict[str, str]:
+        return {"references": str(len(pictures))} if pictures else {}
+
+
+@pytest.fixture
+def hostile(tmp_path: Path, write_video: WriteVideo, write_sound: WriteVideo) -> Path:
+    folder = tmp_path / "videos"
+    write_video(folder / "good.mp4", num_frames=20)
+    write_video(folder / "one_frame.mp4", num_frames=1)
+    large = np.full((2160, 3840, 3), 90, np.uint8)
+    write_video(folder / "4k.mp4", num_frames=4, size_px=large.shape[:2], frames=lambda n: large)
+    write_sound(folder / "sound.m4a")
+    whole = (folder / "good.mp4").read_bytes()
+    (folder / "corrupt.mp4").write_bytes(whole[:200] + bytes(len(whole) - 200))
+    (folder / "cut.mp4").write_bytes(whole[: len(whole) // 2])
+    (folder / "empty.mp4").write_bytes(b"")
+    (folder / "script.mp4").write_text("ffconcat version 1.0\nfile good.mp4\n")
+    (folder / "notes.txt").write_text("no video")
+    return folder
+
+
+def test_hostile_files_are_counted_and_named(hostile: Path) -> None:
+    recorder = Recorder()
+    worker = EvaluateWorker(lambda: recorder, FrameConfig(num_frames=4), timeout_s=60)
+    found = {payload["name"]: worker(payload) for payload in find_videos(str(hostile))}
+    fates = {name: receipt["status"] for name, receipt in found.items()}
+    assert fates == {
+        "4k.mp4": "ok",
+        "corrupt.mp4": "undecodable",
+        "cut.mp4": "undecodable",
+        "empty.mp4": "empty",
+        "good.mp4": "ok",
+        "one_frame.mp4": "filtered_too_short",
+        "script.mp4": "undecodable",
+        "sound.m4a": "no_video",
+    }
+    assert all(receipt["error"] for receipt in found.values() if receipt["status"] != "ok")
+    assert recorder.seen[found["4k.mp4"]["id"]].shape == (4, 2160, 3840, 3)
+
+
+def test_nothing_there_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("no video")
+    for place in (tmp_path, tmp_path / "gone"):
+        with pytest.raises(ConfigError, match=r"no video in .*legal: a folder of video files"):
+            find_videos(str(place))
+
+
+def test_the_first_frames_are_scored(tmp_path: Path, write_video: WriteVideo) -> None:
+    video = str(write_video(tmp_path / "a.mp4", num_frames=30, fps=30))
+    whole = decode_frames(video, [n / 30 for n in range(30)])
+    assert np.array_equal(leading_frames(video, 16), whole[:16])
+    assert np.array_equal(leading_frames(video, 10, stride=3), whole[:30:3])
+    assert np.array_equal(leading_frames(video, 8, fps=10), whole[:24:3])
+    assert np.array_equal(leading_frames(video, 5, start_s=0.5, end_s=0.8), whole[15:20])
+    options: dict[str, Any]
+    for options in ({"stride": 2}, {"fps": 15.0}, {"start_s": 0.6, "end_s": 0.9}, {"start_s": 0.6}):
+        with pytest.raises(RowError, match="16 are scored"):
+            leading_frames(video, 16, **options)
+
+
+def test_a_target_is_taken_as_a_video_is() -> None:
+    frames = np.stack([numbered_frame(n, (8, 8)) for n in range(12)])
+    assert np.array_equal(target_part(frames, 24, FrameConfig(num_frames=6, stride=2)), frames[::2])
+    assert np.array_equal(target_part(frames, 24, FrameConfig(num_frames=4, fps=8)), frames[::3])
+    with pytest.raises(RowError, match="12 frames, 13 are scored"):
+        target_part(frames, 24, FrameConfig(num_frames=13))
+
+
+def test_prompts_lie_beside_the_videos(tmp_path: Path, write_video: WriteVideo) -> None:
+    write_video(tmp_path / "a.mp4", num_frames=2)
+    write_video(tmp_path / "b.mp4", num_frames=2)
+    Image.new("RGB", (8, 8)).save(tmp_path / "dog.png")
+    lines: list[dict[str, Any]] = [
+        {"video": "a.mp4", "prompt": "A <image> runs.", "images": ["dog.png", "background:yard.png"]},
+        {"video": "b.mp4", "prompt": "A <image> sits.", "text": "A cat sits."},
+    ]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    one, two = find_videos(str(tmp_path))
+    assert one["prompt"] == {"text": "A runs.", "references": [str(tmp_path / "dog.png")]}
+    assert two["prompt"] == {"text": "A cat sits.", "references": []}
+    worker = EvaluateWorker(Recorder, FrameConfig(num_frames=2), timeout_s=60)
+    assert worker(one)["prompt"] == {"text": "A runs.", "references": "1"}
+    (tmp_path / "dog.png").unlink()
+    assert worker(one)["status"] == "bad_row"
+    for bad in ('{"video": "c.mp4", "prompt": "x"}', "{}", "[]", "no json"):
+        (tmp_path / "prompts.jsonl").write_text(bad)
+        with pytest.raises(ConfigError, match="line 1"):
+            find_videos(str(tmp_path))
+
+
+def test_a_folder_of_samples_brings_its_prompts(tmp_path: Path, write_video: WriteVideo) -> None:
+    write_video(tmp_path / "sample-000.mp4", num_frames=2)
+    segments = [
+        {"type": "text", "role": "instruction", "text": "Generate a video.", "picture": None},
+        {"type": "text", "role": "caption", "text": "A", "picture": None},
+        {"type": "image", "role": "subject", "text": "dog", "picture": "sample-000-subject-1.png"},
+        {"type": "text", "role": "caption", "text": "runs.", "picture": None},
+    ]
+    entry = {"video": "sample-000.mp4", "prompt": "A <subject> runs.", "segments": segments}
+    write_json(str(tmp_path / "samples.json"), {"samples": [entry]})
+    (found,) = find_videos(str(tmp_path))
+    assert found["prompt"]["text"] == "A dog runs."
+    assert found["prompt"]["references"] == [str(tmp_path / "sample-000-subject-1.png")]
+
+
+def test_targets_of_shards_are_real_videos(tmp_path: Path) -> None:
+    rows = [prompt_row(n, num_frames=6, height=12, width=16) for n in range(7)]
+    shards = write_shards(tmp_path / "prompts", rows, job="augment", group_rows=4, file_rows=4)
+    found = find_videos(str(shards))
+    videos = {row["prompt_id"]: row for row in rows if row["media"] == "video"}
+    assert {payload["name"] for payload in found} == set(videos)
+    recorder = Recorder()
+    worker = EvaluateWorker(lambda: recorder, FrameConfig(num_frames=4), timeout_s=60)
+    for payload in found:
+        receipt = worker(payload)
+        target = videos[payload["name"]]["target"]
+        frames = np.frombuffer(target["data"], np.uint8).reshape(6, 12, 16, 3)
+        assert np.array_equal(recorder.seen[receipt["id"]], frames[:4])
+    assert len(find_videos(str(shards), rows=3)) <= 3
+
+
+def test_a_changed_folder_has_another_hash(tmp_path: Path, write_video: WriteVideo) -> None:
+    write_video(tmp_path / "a.mp4", num_frames=2)
+    before = listing_hash(find_videos(str(tmp_path)))
+    assert listing_hash(find_videos(str(tmp_path))) == before
+    write_video(tmp_path / "b.mp4", num_frames=2)
+    assert listing_hash(find_videos(str(tmp_path))) != before
