@@ -5,10 +5,10 @@
 The floors don't know each other: this file hands the one's factories to the other's jobs.
 """
 
-import json
+import hashlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -19,41 +19,53 @@ from infra.cluster import is_cluster, wants_gpus
 from infra.config import Incidental, Location
 from infra.errors import ConfigError
 from infra.progress import say
-from infra.storage import join, user_cache, write_bytes, write_json
+from infra.run_folder import COMMITTED
+from infra.storage import join, read_bytes, user_cache, write_bytes, write_json
+from model.data.shards import open_shards
 from model.evaluate.cache import FeatureCache
 from model.evaluate.extract import Extractor
-from model.evaluate.metric import WARN_N, Features, Metric, Score, Video
-from model.evaluate.metrics import METRICS
+from model.evaluate.metric import Metric
 from model.evaluate.networks import NETWORKS, NetworkConfig, network_of
-from model.evaluate.scores import (
-    DEFAULT_METRICS,
-    Given,
-    Setting,
-    chosen,
-    digest,
-    entry,
-    folds_of,
-    obstacle,
-    refuse_small_n,
-    score,
+from model.evaluate.results import SIDES, in_words, make_results, remarks
+from model.evaluate.sampling import (
+    SampleWorker,
+    batches,
+    learned_with_documents,
+    planned,
+    prompt_facts,
+    system_of,
+    video_name,
+    write_samples,
 )
+from model.evaluate.scores import DEFAULT_METRICS, Given, chosen, digest, obstacle, refuse_small_n
+from model.sampling import generate
+from model.sampling.generate import SampleConfig
+from model.sampling.requests import prompt_hash
+from model.training.checkpoint import find_checkpoint
 from pipeline.evaluate.decode import FrameConfig
 from pipeline.evaluate.videos import Payload, find_videos, listing_hash
 from pipeline.evaluate.worker import EvaluateWorker
 from pipeline.job import JobConfig, count_fates, output_hash, run_job, run_units
 from pipeline.journal import Receipts, Unit
-from pipeline.schema import Status
 
-SCORES, VIDEOS = "scores.json", "videos.jsonl"
-SIDES = ("sampled", "real")
+SCORES, TABLE, SAMPLED = "scores.json", "videos.jsonl", "videos"
 
 
 class EvaluateConfig(JobConfig):
     """What to score, against what, and by which metrics."""
 
-    videos: Location | None = None
+    run: Incidental[Location | None] = None
+    """Folder of a stage1 or stage2 run, or one of its checkpoints: its videos are sampled first."""
+    prompts: Incidental[Location | None] = None
+    """With `run`: folder of prompt shards, such as `vimi-data benchmark` makes; their documents come with
+    them, and their targets are the real videos unless `against` names others."""
+    rows: int | None = Field(default=None, ge=1, le=10_000_000)
+    """How many of the prompts; null = all."""
+    sample: dict[str, Any] = Field(default_factory=dict)
+    """With `run`: fields of `vimi-train sample`, e.g. {num_steps: 64, seeds: [0]}."""
+    videos: Incidental[Location | None] = None
     """Folder of videos to score: any files (with a prompts.jsonl), or the output of `vimi-train sample`."""
-    against: Location | None = None
+    against: Incidental[Location | None] = None
     """Real videos: a folder of files, a crawl's output, or prompt shards, whose targets are taken."""
     metrics: tuple[str, ...] | None = None
     """By name; null = all that need no weights of a hub and that the videos, prompts and references allow."""
@@ -73,32 +85,40 @@ class Plan:
     """What an evaluation will do.
 
     Attributes:
-        videos: payloads of each side.
+        videos: payloads of each side; those of a run are names until they are sampled.
         metrics: those that can be computed.
         obstacles: why the others can't.
+        inputs: name -> content hash.
+        sample: how the run's videos are sampled; None without a run.
+        system: what makes them, for the manifest.
     """
 
     videos: dict[str, list[Payload]]
     metrics: dict[str, type[Metric]]
     obstacles: dict[str, str]
+    inputs: dict[str, str]
+    sample: SampleConfig | None = None
+    system: dict[str, Any] = field(default_factory=dict)
 
     @property
     def features(self) -> list[str]:
         return sorted({name for metric in self.metrics.values() for name in metric.needs})
 
     @property
+    def payloads(self) -> list[tuple[str, Payload]]:
+        return [(side, payload) for side in SIDES for payload in self.videos.get(side, [])]
+
+    @property
     def units(self) -> list[Unit]:
-        return [
-            Unit(f"{side}/{payload['name']}", payload)
-            for side in SIDES
-            for payload in self.videos.get(side, [])
-        ]
+        return [Unit(f"{side}/{payload['name']}", payload) for side, payload in self.payloads]
 
 
 def check(config: EvaluateConfig) -> str:
     """Refuse what can't work before anything starts; the plan in words."""
     plan = make_plan(config)
     lines = [f"{len(plan.videos[side]):,} {side} videos" for side in SIDES if side in plan.videos]
+    if plan.sample is not None:
+        lines.append(f"to sample: {generate.check(plan.sample)}")
     for name in dict.fromkeys(network_of(feature) for feature in plan.features):
         needing = ", ".join(m.name for m in plan.metrics.values() if name in map(network_of, m.needs))
         lines.append(f"{needing}: {NETWORKS[name].find(config.networks)}")
@@ -111,20 +131,62 @@ def make_plan(config: EvaluateConfig) -> Plan:
     Raises:
         ConfigError: no videos, none of the metrics can be computed, or too few videos for one that can.
     """
-    if config.videos is None:
-        raise ConfigError("nothing to evaluate", cure="--videos FOLDER")
-    videos = {"sampled": find_videos(config.videos)}
-    if config.against is not None:
-        videos["real"] = find_videos(config.against)
-    return plan_metrics(config, videos)
+    if (config.run is None) == (config.videos is None):
+        raise ConfigError(
+            "nothing to evaluate" if config.run is None else "a run and videos",
+            legal="a run, whose videos are sampled, or a folder of videos",
+            cure="RUN --prompts SHARDS, or --videos FOLDER",
+        )
+    plan = plan_run(config) if config.videos is None else plan_folder(config.videos)
+    against = config.against or (config.prompts if plan.sample else None)
+    if against is not None:
+        real = find_videos(against, rows=config.rows if against == config.prompts else None)
+        plan.videos["real"], plan.inputs["real"] = real, listing_hash(real)
+    return plan_metrics(config, plan)
 
 
-def plan_metrics(config: EvaluateConfig, videos: dict[str, list[Payload]]) -> Plan:
-    """Which metrics can be computed of these videos."""
-    prompts = [payload["prompt"] or {} for payload in videos["sampled"]]
+def plan_folder(videos: str) -> Plan:
+    found = find_videos(videos)
+    return Plan({"sampled": found}, {}, {}, {"sampled": listing_hash(found)})
+
+
+def plan_run(config: EvaluateConfig) -> Plan:
+    """The videos that a run will make; nothing is loaded but the prompts.
+
+    Raises:
+        ConfigError: no prompts, or what `vimi-train sample` would refuse.
+    """
+    sample = sample_config(config)
+    generate.check(sample)
+    base, requests = planned(sample)
+    learned, number = learned_with_documents(base, requests)
+    if learned and not number:
+        say("  note: the run has learned with documents, and no prompt has any")
+    committed = read_bytes(join(find_checkpoint(sample.run), COMMITTED))
+    checkpoint = hashlib.sha256(committed).hexdigest()[:16]
+    videos = [
+        {"name": f"{video_name(n)}.mp4", "prompt": prompt_facts(request.prompt)}
+        for n, request in enumerate(requests)
+    ]
+    inputs = {"checkpoint": checkpoint, "prompts": digest([prompt_hash(r.prompt) for r in requests])}
+    return Plan({"sampled": videos}, {}, {}, inputs, sample, system_of(sample, checkpoint, number))
+
+
+def sample_config(config: EvaluateConfig) -> SampleConfig:
+    """How `vimi-train sample` would be asked for these videos."""
+    fields: dict[str, Any] = {"run": config.run, "out": join(config.out, SAMPLED), **config.sample}
+    if config.prompts is not None:
+        rows = config.rows or open_shards(config.prompts).num_rows
+        fields |= {"prompts_uri": config.prompts, "rows": rows}
+    return SampleConfig.load(options=fields)
+
+
+def plan_metrics(config: EvaluateConfig, plan: Plan) -> Plan:
+    """Which metrics can be computed of the plan's videos."""
+    prompts = [payload["prompt"] or {} for payload in plan.videos["sampled"]]
     given = Given(
-        n=len(videos["sampled"]),
-        n_real=len(videos["real"]) if "real" in videos else None,
+        n=len(prompts),
+        n_real=len(plan.videos["real"]) if "real" in plan.videos else None,
         has_text=any(prompt.get("text") for prompt in prompts),
         has_references=any(prompt.get("references") for prompt in prompts),
         num_frames=config.frames.num_frames,
@@ -137,7 +199,7 @@ def plan_metrics(config: EvaluateConfig, videos: dict[str, list[Payload]]) -> Pl
         raise ConfigError("\n".join(f"{name}: {reason}" for name, reason in obstacles.items()))
     if not config.allow_small_n:
         refuse_small_n(metrics.values(), given)
-    return Plan(videos, metrics, obstacles)
+    return replace(plan, metrics=metrics, obstacles=obstacles)
 
 
 def run(config: EvaluateConfig) -> Certificate:
@@ -145,26 +207,35 @@ def run(config: EvaluateConfig) -> Certificate:
     plan = make_plan(config)
     for name, why in plan.obstacles.items():
         say(f"  not {name}: {why}")
-    inputs = {side: listing_hash(payloads) for side, payloads in plan.videos.items()}
-    work, finish = partial(look, config, plan), partial(write_scores, config, plan, inputs)
-    return run_job("evaluate", config, inputs, work=work, finish=finish)
+    work, finish = partial(look, config, plan), partial(write_scores, config, plan)
+    return run_job("evaluate", config, plan.inputs, work=work, finish=finish)
 
 
 def look(config: EvaluateConfig, plan: Plan) -> Receipts:
-    """Features of all videos, on all workers that Ray has."""
+    """Features of all videos, on all workers that Ray has; those of a run are sampled first."""
     has_gpu = wants_gpus(config.ray)
+    workers: dict[str, Any] = {"num_workers": config.num_workers, "actors": has_gpu, "num_gpus": float(has_gpu)}
+    if plan.sample is not None:
+        make_videos(config, plan.sample, len(plan.videos["sampled"]), workers)
     make = partial(make_extractor, config, plan.features, "cuda" if has_gpu else "cpu")
-    return run_units(
-        config.out,
-        plan.units,
-        partial(EvaluateWorker, make, config.frames, config.timeout_s),
-        what="evaluate",
-        total=len(plan.units),
-        num_workers=config.num_workers,
-        units_per_task=4,
-        num_gpus=1.0 if has_gpu else 0.0,
-        actors=has_gpu,
-    )
+    units = sampled(plan).units
+    worker = partial(EvaluateWorker, make, config.frames, config.timeout_s)
+    return run_units(config.out, units, worker, what="evaluate", total=len(units), units_per_task=4, **workers)
+
+
+def make_videos(config: EvaluateConfig, sample: SampleConfig, count: int, workers: dict[str, Any]) -> None:
+    """Sample what is missing into the folder `videos` of the output."""
+    units = [Unit(f"sample/{payload['first']:06d}", payload) for payload in batches(sample, count)]
+    worker = partial(SampleWorker, sample)
+    receipts = run_units(config.out, units, worker, what="sample", total=len(units), **workers)
+    write_samples(sample, [entry for _, made in receipts.in_order(units) for entry in made["entries"]])
+
+
+def sampled(plan: Plan) -> Plan:
+    """The plan with the files of a run's videos, now that they are there."""
+    if plan.sample is None:
+        return plan
+    return replace(plan, videos={**plan.videos, "sampled": find_videos(plan.sample.out)})
 
 
 def make_extractor(config: EvaluateConfig, features: Sequence[str], device: str) -> Extractor:
@@ -184,126 +255,33 @@ def open_cache(config: EvaluateConfig) -> FeatureCache:
     )
 
 
-def write_scores(config: EvaluateConfig, plan: Plan, inputs: dict[str, str], receipts: Receipts) -> Certificate:
-    """Metrics of all features, in an order that the videos' content decides; tables, certificate."""
+def write_scores(config: EvaluateConfig, plan: Plan, receipts: Receipts) -> Certificate:
+    """Metrics of all features; their tables, and the certificate."""
+    plan = sampled(plan)
     rows = [
-        {"name": payload["name"], "side": side, "text": (payload["prompt"] or {}).get("text"), **receipt}
-        for (_, receipt), (side, payload) in zip(
-            receipts.in_order(plan.units),
-            ((side, payload) for side in SIDES for payload in plan.videos.get(side, [])),
-            strict=True,
-        )
+        {"side": side, "name": payload["name"], "text": (payload["prompt"] or {}).get("text"), **receipt}
+        for (_, receipt), (side, payload) in zip(receipts.in_order(plan.units), plan.payloads, strict=True)
     ]
-    scores, failures = score(plan.metrics, features_of(rows, open_cache(config)))
-    setting = setting_of(config, plan, rows)
-    obstacles = plan.obstacles | failures
-    values = {
-        "scores": {name: entry(METRICS[name], found, setting) for name, found in scores.items()},
-        "not_computed": obstacles,
-        "failed": [
-            {key: row[key] for key in ("side", "name", "status", "error")} for row in rows if not is_good(row)
-        ],
-        "counts": {side: dict(sorted(counts.items())) for side, counts in count_statuses(rows).items()},
-        "repeated": repeated(rows),
-    }
-    write_json(join(config.out, SCORES), values)
-    write_bytes(join(config.out, VIDEOS), table_of(rows, scores))
-    statuses = Counter(row["status"] for row in rows)
+    results = make_results(
+        rows,
+        plan.metrics,
+        plan.obstacles,
+        cache=open_cache(config),
+        networks=config.networks,
+        frames=config.frames.model_dump(mode="json"),
+        system=plan.system,
+    )
+    write_json(join(config.out, SCORES), results.values)
+    write_bytes(join(config.out, TABLE), results.table)
+    found = results.values["scores"]
     return Certificate(
         job="evaluate",
-        config_hash=output_hash(config, inputs),
-        **count_fates(statuses),
-        files=file_entries(config.out, [join(config.out, name) for name in (SCORES, VIDEOS)]),
-        inputs=inputs,
-        facts={"highlights": highlights(values["scores"]), "remarks": remarks(values)},
+        config_hash=output_hash(config, plan.inputs),
+        **count_fates(Counter(row["status"] for row in rows)),
+        files=file_entries(config.out, [join(config.out, name) for name in (SCORES, TABLE)]),
+        inputs=plan.inputs,
+        facts={
+            "highlights": {name: in_words(one) for name, one in found.items()},
+            "remarks": remarks(results.values),
+        },
     )
-
-
-def is_good(row: dict[str, Any]) -> bool:
-    return row["status"] == Status.OK
-
-
-def features_of(rows: list[dict[str, Any]], cache: FeatureCache) -> Iterator[tuple[Video, Features]]:
-    """The good videos with their features, read one after the other."""
-    for side in SIDES:
-        good = [row for row in rows if row["side"] == side and is_good(row)]
-        for row, fold in zip(good, folds_of([row["id"] for row in good]), strict=True):
-            own = {name: cache.require(key) for name, key in row["features"].items()}
-            prompt = {name: cache.require(key) for name, key in row["prompt"].items()}
-            yield Video(row["name"], own, is_real=side == "real", fold=fold), prompt
-
-
-def setting_of(config: EvaluateConfig, plan: Plan, rows: list[dict[str, Any]]) -> Setting:
-    """What the scores depend on; hashes are over contents, not over names or places."""
-    import torch
-
-    def of(side: str, key: str) -> str:
-        return digest(sorted(str(row[key]) for row in rows if row["side"] == side and is_good(row)))
-
-    counts = count_statuses(rows)
-    failed = {side: counts[side].total() - counts[side][Status.OK] for side in counts}
-    texts = [row["text"] for row in rows if row["side"] == "sampled"]
-    extractor = Extractor(config.networks, plan.features, open_cache(config), {}, torch.device("cpu"))
-    return Setting(
-        frames=config.frames.model_dump(mode="json"),
-        networks=extractor.identities(),
-        real=of("real", "id") if "real" in plan.videos else None,
-        prompts=digest(sorted(map(str, texts))) if any(texts) else None,
-        sampled=of("sampled", "id"),
-        system={},
-        failed=failed["sampled"],
-        failed_real=failed.get("real", 0),
-    )
-
-
-def count_statuses(rows: list[dict[str, Any]]) -> dict[str, Counter[str]]:
-    sides = dict.fromkeys(row["side"] for row in rows)
-    return {side: Counter(row["status"] for row in rows if row["side"] == side) for side in sides}
-
-
-def repeated(rows: list[dict[str, Any]]) -> dict[str, int]:
-    """Videos of each side whose bytes another one has too: each counts."""
-    found = {}
-    for side in SIDES:
-        ids = Counter(row["id"] for row in rows if row["side"] == side and is_good(row))
-        found[side] = sum(count - 1 for count in ids.values())
-    return {side: count for side, count in found.items() if count}
-
-
-def table_of(rows: list[dict[str, Any]], scores: dict[str, Score]) -> bytes:
-    """videos.jsonl: every video with its fate and its own values."""
-    lines = []
-    for row in rows:
-        own = {
-            n: s.each[row["name"]]
-            for n, s in scores.items()
-            if row["side"] == "sampled" and row["name"] in s.each
-        }
-        kept = {key: row.get(key) for key in ("side", "name", "text", "status", "error", "sha256")}
-        lines.append(json.dumps({**kept, "scores": own}, sort_keys=True, ensure_ascii=False))
-    return ("\n".join(lines) + "\n").encode()
-
-
-def highlights(scores: dict[str, Any]) -> dict[str, str]:
-    return {name: in_words(found) for name, found in scores.items()}
-
-
-def in_words(found: dict[str, Any]) -> str:
-    """151.4 [148.2, 154.6] (n 256 and 256 real)."""
-    low_high = found["interval"]
-    interval = f" [{low_high[0]:.4g}, {low_high[1]:.4g}]" if low_high else ""
-    real = f" and {found['n_real']:,} real" if found["n_real"] is not None else ""
-    mark = ", small n" if found["small_n"] else ""
-    return f"{found['value']:.5g}{interval} (n {found['n']:,}{real}{mark})"
-
-
-def remarks(values: dict[str, Any]) -> list[str]:
-    """What stands beside the scores: failed videos by name, metrics that have none."""
-    failed = values["failed"]
-    lines = [f"{row['side']} {row['name']}: {row['status']} ({row['error']})" for row in failed[:10]]
-    if len(failed) > 10:
-        lines.append(f"and {len(failed) - 10:,} more failed: {SCORES} names them all")
-    lines += [f"not {name}: {why}" for name, why in values["not_computed"].items()]
-    if any(found["below_advised_n"] for found in values["scores"].values()):
-        lines.append(f"below {WARN_N:,} videos, compare only with scores of the same n")
-    return lines

@@ -109,6 +109,12 @@ def sample(
 
 @command(app, Job("cli.evaluate:EvaluateConfig", look="{c.out}/scores.json"))
 def evaluate(
+    run: Annotated[
+        str | None, typer.Argument(help="Run folder, or a checkpoint: its videos are sampled first.")
+    ] = None,
+    prompts: Annotated[
+        str | None, typer.Option(help="With RUN: prompt shards, such as `vimi-data benchmark` makes.")
+    ] = None,
     videos: Annotated[str | None, typer.Option(help="Folder of videos: anybody's, or of sample.")] = None,
     against: Annotated[
         str | None, typer.Option(help="Real videos: a folder, or the output of crawl, augment or benchmark.")
@@ -121,6 +127,8 @@ def evaluate(
 ) -> Fields:
     """Score videos: FVD, CLIP-T and others, each with its interval, n and all that it depends on."""
     return {
+        "run": run,
+        "prompts": prompts,
         "videos": videos,
         "against": against,
         "metrics": [name.strip() for name in metrics.split(",")] if metrics else None,

@@ -14,8 +14,9 @@ from cli import train
 from cli.evaluate import EvaluateConfig, check, run
 from infra.errors import ConfigError
 from infra.storage import read_json
+from model.training.config import Stage1Config
 from pipeline.evaluate.worker import EvaluateWorker
-from tests.model.conftest import tiny_encoder  # noqa: F401 # pyright: ignore[reportUnusedImport]
+from tests.model.conftest import tiny_encoder, trained_run  # noqa: F401 # pyright: ignore[reportUnusedImport]
 from tests.pipeline.conftest import WriteVideo, write_sound, write_video  # noqa: F401 # pyright: ignore[reportUnusedImport]
 
 METRICS = ["clip_t", "clip_i", "copy_guard", "consistency", "flicker", "frozen", "clip_fid"]
@@ -87,6 +88,51 @@ def test_scores_are_the_same_bytes_after_a_kill_for_any_workers_and_from_the_cac
         patch.setattr(EvaluateWorker, "_frames", lambda *_: 1 / 0)
         worker = EvaluateWorker(lambda: module.make_extractor(other, ["clip"], "cpu"), other.frames, 60)
         assert worker(module.make_plan(other).units[-1].payload)["status"] == "ok"
+
+
+@pytest.mark.ray
+def test_a_runs_videos_are_sampled_on_all_workers_and_scored_against_its_prompts_targets(
+    tmp_path: Path,
+    trained_run: Stage1Config,  # noqa: F811
+    tiny_encoder: dict[str, Any],  # noqa: F811
+    ray_cluster: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def asked(out: str, **changes: Any) -> EvaluateConfig:
+        values = {
+            "run": trained_run.out,
+            "prompts": trained_run.prompts,
+            "rows": 5,
+            "videos": None,
+            "against": None,
+        }
+        values |= {"sample": {"num_steps": 2}, "metrics": ["flicker", "clip_t", "clip_fid"]}
+        return config(tmp_path, tiny_encoder, **values | {"out": str(tmp_path / out)} | changes)
+
+    assert "5 sampled videos\n5 real videos\nto sample: 5 videos of 4 frames" in check(asked("a"))
+    run(asked("a", num_workers=1))
+    whole = (tmp_path / "a" / "scores.json").read_bytes()
+    fid = json.loads(whole)["scores"]["clip_fid"]
+    assert (fid["n"], fid["n_real"]) == (5, 5) and fid["manifest"]["system"]["num_steps"] == 2
+    assert fid["manifest"]["system"]["prompts_with_documents"] == 5
+
+    with monkeypatch.context() as patch:  # killed between two videos, and the last one torn
+        patch.setattr(module, "write_samples", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run(asked("b", num_workers=2))
+    journals = sorted((tmp_path / "b" / "journal").iterdir())
+    journals[0].unlink()
+    journals[1].write_bytes(journals[1].read_bytes()[:30])
+    run(asked("b", num_workers=2))
+    assert (tmp_path / "b" / "scores.json").read_bytes() == whole
+    for video in (tmp_path / "a" / "videos").iterdir():
+        if video.name != "samples.json":
+            assert video.read_bytes() == (tmp_path / "b" / "videos" / video.name).read_bytes()
+
+    with pytest.raises(ConfigError, match="a run and videos"):
+        check(asked("c", videos=str(tmp_path)))
+    with pytest.raises(ConfigError, match=r"unknown key 'num_step'.*'num_steps'"):
+        check(asked("c", sample={"num_step": 2}))
 
 
 @pytest.mark.ray

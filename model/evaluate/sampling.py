@@ -1,0 +1,104 @@
+"""Samples a run's videos for an evaluation: units of a job that any number of workers share.
+
+A unit is one batch of the prompts in their order; a video is a function of its seed and prompt, so which worker
+makes it can't be seen.
+"""
+
+from collections.abc import Iterable, Iterator
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from infra.run_folder import split_checkpoint
+from infra.storage import join, write_json
+from model.condition import Prompt
+from model.data.batch import Role
+from model.prompt.select import retrieved
+from model.sampling.generate import SampleConfig, Sampler, plan_videos
+from model.sampling.requests import SampleRequest, caption_of
+from model.training.checkpoint import find_checkpoint, read_facts
+from model.training.config import StageConfig, config_of
+
+
+def planned(config: SampleConfig) -> tuple[StageConfig, list[SampleRequest]]:
+    """What the run was trained by, and the requests in order."""
+    uri = find_checkpoint(config.run)
+    base = config_of(read_facts(uri), uri)
+    return base, plan_videos(config, base)
+
+
+def video_name(number: int) -> str:
+    return f"sample-{number:03d}"
+
+
+def prompt_facts(prompt: Prompt) -> dict[str, Any]:
+    """Its words, and whether it has subjects' pictures, before any of it is written."""
+    pictures = [segment for segment in prompt if segment.role == Role.SUBJECT and segment.image]
+    return {"text": caption_of(prompt), "references": ["a picture"] * len(pictures)}
+
+
+def learned_with_documents(base: StageConfig, requests: Iterable[SampleRequest]) -> tuple[bool, int]:
+    """Whether the run was trained with documents, and how many of the prompts have some."""
+    return max(base.documents) > 0, sum(bool(retrieved(request.prompt)) for request in requests)
+
+
+def batches(config: SampleConfig, count: int) -> Iterator[dict[str, int]]:
+    """Payloads of the units."""
+    for first in range(0, count, config.batch_size):
+        yield {"first": first, "count": min(config.batch_size, count - first)}
+
+
+class SampleWorker:
+    """Payload of `batches` -> receipt with the entries of samples.json."""
+
+    def __init__(self, config: SampleConfig) -> None:
+        torch.set_num_threads(1)  # sums depend on it
+        self.config = config
+
+    @cached_property
+    def requests(self) -> list[SampleRequest]:
+        return planned(self.config)[1]
+
+    @cached_property
+    def sampler(self) -> Sampler:
+        return Sampler(self.config, find_checkpoint(self.config.run))
+
+    def __call__(self, payload: dict[str, int]) -> dict[str, Any]:
+        first, count = payload["first"], payload["count"]
+        requests = self.requests[first : first + count]
+        entries = []
+        for number, (request, video) in enumerate(
+            zip(requests, self.sampler.videos(requests), strict=True), first
+        ):
+            entry, _ = self.sampler.write(video_name(number), request, video)
+            entries.append(entry)
+        return {"entries": entries}
+
+
+def write_samples(config: SampleConfig, entries: list[dict[str, Any]]) -> None:
+    """samples.json beside the videos, as `vimi-train sample` writes it."""
+    facts = {"run": config.run, "checkpoint": find_checkpoint(config.run)}
+    facts |= {"ema": config.ema, "documents": config.documents}
+    write_json(join(config.out, "samples.json"), {**facts, "samples": entries})
+
+
+def system_of(config: SampleConfig, checkpoint: str, num_with_documents: int) -> dict[str, Any]:
+    """What made the videos, for the manifest: no places, but what they hold.
+
+    Args:
+        config: of the sampling.
+        checkpoint: hash of the run's checkpoint.
+        num_with_documents: prompts that had retrieved documents.
+    """
+    found = split_checkpoint(find_checkpoint(config.run))
+    places = {"run", "prompts_uri", "prompts_file", "prompts", "images", "rows"}
+    how = {name: value for name, value in config.identity().items() if name not in places}
+    return {
+        "run": found[0].name if found else config.run.rpartition("/")[2],
+        "position": found[1] if found else None,
+        "checkpoint": checkpoint,
+        "prompts_with_documents": num_with_documents,
+        "files": "h264 crf 12, enlarged by a whole factor to about 320 pixels in width",
+        **how,
+    }
