@@ -201,6 +201,38 @@ def augment(
     }
 
 
+def _exam(config: Any) -> str:
+    exclude = "--set guard.exclude={c.out}/exclude.jsonl"
+    return (
+        f"vimi-train evaluate RUN --prompts {{c.out}} --out {unused('scores')}\n"
+        f"vimi-data augment CLIPS --memory MEMORY --out {unused('prompts')} {exclude}"
+    )
+
+
+@command(app, Job("pipeline.prompts.benchmark:BenchmarkConfig", then=_exam))
+def benchmark(
+    protocol: Annotated[
+        str | None, typer.Argument(help="ucf101, msrvtt, personalization, or own: held-out rows of our data.")
+    ] = None,
+    source: Annotated[str | None, typer.Option("--from", help="Your copy of the data.")] = None,
+    out: Out = None,
+    memory: Annotated[
+        str | None, typer.Option(help="Folder of build-index: the prompts get documents from it.")
+    ] = None,
+    retriever: Retriever = None,
+    k: Annotated[int | None, typer.Option("-k", help="How many documents each prompt gets.")] = None,
+) -> Fields:
+    """Write a protocol's prompts as shards, and the list of what must not be trained on."""
+    return {
+        "protocol": protocol,
+        "source": source,
+        "out": out,
+        "memory": memory,
+        "retrieve.retriever": retriever,
+        "retrieve.k": k,
+    }
+
+
 def _proof(report: "Report") -> str:
     """What was proved; a set that isn't valid ends the command with exit code 1."""
     if not report.is_valid:

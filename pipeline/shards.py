@@ -26,7 +26,7 @@ from pipeline.schema import REJECTED, Status
 
 PREFIX = "part-"
 META_FILE, REJECTED_FILE = "meta.parquet", "rejected.parquet"
-SHARD_JOBS = ("augment", "instruct")
+SHARD_JOBS = ("augment", "instruct", "benchmark")
 
 META = pa.schema(
     [
@@ -215,7 +215,7 @@ class ShardSet:
     @property
     def shards(self) -> list[FileEntry]:
         """The shards' entries, in row order."""
-        return [e for e in self.certificate.files if e.path not in (META_FILE, REJECTED_FILE)]
+        return [entry for entry in self.certificate.files if is_shard(entry.path)]
 
     def __len__(self) -> int:
         return self._meta.num_rows

@@ -1,12 +1,13 @@
 """Assigns rows to buckets by medium, aspect ratio, size and length, and splits off the validation rows."""
 
-import hashlib
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+
+from infra.splits import is_held_out
 
 KEY_COLUMNS = [
     *("media", "task", "height_px", "width_px", "source_sha256", "source_uri", "split"),
@@ -51,16 +52,6 @@ def streams_of(
         kept_back = is_held_out(sha256 or uri or "", split, held_out_frac)
         streams.append(None if bucket is None else (bucket, VALIDATION if kept_back else task))
     return streams
-
-
-def is_held_out(parent: str, split: str | None, frac: float) -> bool:
-    """Whether clips of this parent video are kept from training: the same answer in both stages."""
-    if split in ("val", "validation", "test"):
-        return True
-    if frac <= 0:
-        return False
-    digest = hashlib.sha256(parent.encode("utf-8", "surrogatepass")).digest()
-    return int.from_bytes(digest[:8], "big") < frac * 2**64
 
 
 def frames_of(keys: pa.Table, buckets: tuple[Bucket, ...]) -> list[int | None]:

@@ -38,7 +38,7 @@ class Shards:
         return sum(group.num_rows for group in self.groups)
 
 
-JOBS = ("augment", "instruct")
+JOBS = ("augment", "instruct", "benchmark")
 
 
 def open_shards(uri: str) -> Shards:

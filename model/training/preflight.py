@@ -58,6 +58,12 @@ def inspect(config: StageConfig, *, reach: bool = True) -> Ready:
         ConfigError: one line: what is wrong, what is legal, how to cure it.
     """
     shards = open_shards(config.prompts)
+    if shards.certificate.job == "benchmark":
+        raise ConfigError(
+            f"{config.prompts} holds the prompts of a benchmark",
+            legal="the output of `vimi-data augment` or `vimi-data instruct`",
+            cure="train on other prompts, made with guard.exclude set to its exclude.jsonl",
+        )
     encodings = open_encodings(config.encodings)
     if encodings is not None:
         check_encodings(config, encodings, shards)

@@ -168,16 +168,21 @@ def _clips(part: str) -> Iterator[Payload]:
 
 
 def _targets(place: str, rows: int | None) -> Iterator[Payload]:
-    """Targets of prompts that are videos; pictures are none."""
-    shards, left = ShardSet(place), rows
+    """Targets of prompts that are videos, not pictures; a clip that several prompts refer to counts once."""
+    shards, left, seen = ShardSet(place), rows, set()
     for number in range(len(shards)):
         table = shards.read_row_group(number, ROW_COLUMNS + TARGET_COLUMNS)
         for place_in, row in enumerate(table.to_pylist()):
             if left == 0:
                 return
             left = None if left is None else left - 1
-            if row["media"] == Media.VIDEO:
-                yield _target(row, shards.uri, number, place_in)
+            if row["media"] != Media.VIDEO or not (row["target"] or {}).get("kind"):
+                continue
+            payload = _target(row, shards.uri, number, place_in)
+            key = payload["uri"], payload.get("group"), payload.get("row"), payload["start_s"], payload["end_s"]
+            if key not in seen:
+                seen.add(key)
+                yield payload
 
 
 def _target(row: dict[str, Any], shards: str, group: int, place_in: int) -> Payload:

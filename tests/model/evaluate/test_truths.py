@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import scipy.linalg
 import torch
 from PIL import Image, ImageFilter
 
@@ -81,18 +80,22 @@ def test_fvd_grows_with_what_is_done_to_real_clips(change: Change, clips, real, 
         draw = np.random.default_rng(0)
         changed = features([change(clip, strength, draw) for clip in clips])
         found.append(frechet_distance(moments(real), moments(changed)))
-        assert found[-1] == pytest.approx(scipys(real, changed), rel=1e-6)
+        assert found[-1] == pytest.approx(without_roots(real, changed), rel=1e-6)
     print(change.__name__, [round(value, 3) for value in found])
     assert found[0] < 1e-6 * found[1] < 1e-6 * found[2]
 
 
-def scipys(x: np.ndarray, y: np.ndarray) -> float:
-    """An independent Fréchet distance: Schur's square root of the product, in float64."""
+def without_roots(x: np.ndarray, y: np.ndarray) -> float:
+    """An independent Fréchet distance: tr (C₁ C₂)^½ is the sum of the singular values of X Yᵀ, rows centred.
+
+    SciPy's square root of the product is off by 3e-6 at so low a rank.
+    """
     x, y = x.astype(np.float64), y.astype(np.float64)
-    one, two = np.cov(x, rowvar=False), np.cov(y, rowvar=False)
-    root = scipy.linalg.sqrtm(one @ two + 0j)
-    shared = np.trace(np.asarray(root)).real
-    return float(np.square(x.mean(0) - y.mean(0)).sum() + np.trace(one) + np.trace(two) - 2 * shared)
+    one, two = ((part - part.mean(0)) / np.sqrt(len(part) - 1) for part in (x, y))
+    shared = np.linalg.svd(one @ two.T, compute_uv=False).sum()
+    return float(
+        np.square(x.mean(0) - y.mean(0)).sum() + np.square(one).sum() + np.square(two).sum() - 2 * shared
+    )
 
 
 def test_clip_t_finds_the_caption_of_real_clips(assets: Path) -> None:

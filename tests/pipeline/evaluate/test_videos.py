@@ -1,7 +1,7 @@
 """Videos of any place are found, counted and decoded; hostile ones end as rows with a reason."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,21 @@ class Recorder:
 
 
 @pytest.fixture
+def worker_of() -> Iterator[Callable[..., EvaluateWorker]]:
+    """Makes workers, and ends their decoders' processes."""
+    made: list[EvaluateWorker] = []
+
+    def make(recorder: Recorder | None = None, num_frames: int = 4) -> EvaluateWorker:
+        how = FrameConfig(num_frames=num_frames)
+        made.append(EvaluateWorker(lambda: recorder or Recorder(), how, timeout_s=60))
+        return made[-1]
+
+    yield make
+    for worker in made:
+        worker.child.close()
+
+
+@pytest.fixture
 def hostile(tmp_path: Path, write_video: WriteVideo, write_sound: WriteVideo) -> Path:
     folder = tmp_path / "videos"
     write_video(folder / "good.mp4", num_frames=20)
@@ -59,9 +74,9 @@ def hostile(tmp_path: Path, write_video: WriteVideo, write_sound: WriteVideo) ->
     return folder
 
 
-def test_hostile_files_are_counted_and_named(hostile: Path) -> None:
+def test_hostile_files_are_counted_and_named(hostile: Path, worker_of: Any) -> None:
     recorder = Recorder()
-    worker = EvaluateWorker(lambda: recorder, FrameConfig(num_frames=4), timeout_s=60)
+    worker = worker_of(recorder)
     found = {payload["name"]: worker(payload) for payload in find_videos(str(hostile))}
     fates = {name: receipt["status"] for name, receipt in found.items()}
     assert fates == {
@@ -106,7 +121,7 @@ def test_a_target_is_taken_as_a_video_is() -> None:
         target_part(frames, 24, FrameConfig(num_frames=13))
 
 
-def test_prompts_lie_beside_the_videos(tmp_path: Path, write_video: WriteVideo) -> None:
+def test_prompts_lie_beside_the_videos(tmp_path: Path, write_video: WriteVideo, worker_of: Any) -> None:
     write_video(tmp_path / "a.mp4", num_frames=2)
     write_video(tmp_path / "b.mp4", num_frames=2)
     Image.new("RGB", (8, 8)).save(tmp_path / "dog.png")
@@ -118,7 +133,7 @@ def test_prompts_lie_beside_the_videos(tmp_path: Path, write_video: WriteVideo) 
     one, two = find_videos(str(tmp_path))
     assert one["prompt"] == {"text": "A runs.", "references": [str(tmp_path / "dog.png")]}
     assert two["prompt"] == {"text": "A cat sits.", "references": []}
-    worker = EvaluateWorker(Recorder, FrameConfig(num_frames=2), timeout_s=60)
+    worker = worker_of(num_frames=2)
     assert worker(one)["prompt"] == {"text": "A runs.", "references": "1"}
     (tmp_path / "dog.png").unlink()
     assert worker(one)["status"] == "bad_row"
@@ -143,14 +158,14 @@ def test_a_folder_of_samples_brings_its_prompts(tmp_path: Path, write_video: Wri
     assert found["prompt"]["references"] == [str(tmp_path / "sample-000-subject-1.png")]
 
 
-def test_targets_of_shards_are_real_videos(tmp_path: Path) -> None:
+def test_targets_of_shards_are_real_videos(tmp_path: Path, worker_of: Any) -> None:
     rows = [prompt_row(n, num_frames=6, height=12, width=16) for n in range(7)]
     shards = write_shards(tmp_path / "prompts", rows, job="augment", group_rows=4, file_rows=4)
     found = find_videos(str(shards))
     videos = {row["prompt_id"]: row for row in rows if row["media"] == "video"}
     assert {payload["name"] for payload in found} == set(videos)
     recorder = Recorder()
-    worker = EvaluateWorker(lambda: recorder, FrameConfig(num_frames=4), timeout_s=60)
+    worker = worker_of(recorder)
     for payload in found:
         receipt = worker(payload)
         target = videos[payload["name"]]["target"]

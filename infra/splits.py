@@ -1,0 +1,19 @@
+"""Which clips are kept from training: one rule for the trainer and for whoever examines what it has learned."""
+
+import hashlib
+
+
+def is_held_out(parent: str, split: str | None, frac: float) -> bool:
+    """Whether clips of this parent video are kept from training: the same answer in both stages.
+
+    Args:
+        parent: sha256 of the parent's bytes, or its URI.
+        split: of the corpus.
+        frac: share of the parents that are kept back beside those of a split.
+    """
+    if split in ("val", "validation", "test"):
+        return True
+    if frac <= 0:
+        return False
+    digest = hashlib.sha256(parent.encode("utf-8", "surrogatepass")).digest()
+    return int.from_bytes(digest[:8], "big") < frac * 2**64

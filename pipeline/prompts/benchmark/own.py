@@ -1,0 +1,83 @@
+"""Held-out rows of our own data: of prompt shards those that training keeps back, of a crawl its test split."""
+
+from typing import Any
+
+from infra.certificate import read_certificate
+from infra.errors import ConfigError, DataError
+from infra.splits import is_held_out
+from infra.storage import join
+from pipeline.prompts.benchmark.item import Exam, Item
+from pipeline.schema import CLIPS, Media, Status
+from pipeline.shards import SHARD_JOBS, ShardSet, is_shard, open_part
+
+Row = dict[str, Any]
+
+
+def read_own(source: str, *, held_out_frac: float) -> Exam:
+    """Prompts of the held-out rows, in the source's order.
+
+    Args:
+        source: output of crawl, augment or instruct.
+        held_out_frac: as in the training's config (`validation.held_out_frac`): the same clips are kept back.
+
+    Raises:
+        ConfigError: another place, or nothing held out there.
+    """
+    try:
+        certificate = read_certificate(source)
+    except DataError as error:
+        raise ConfigError(str(error)) from None
+    job = certificate.job if certificate else None
+    if certificate is not None and job == "crawl":
+        parts = [join(source, entry.path) for entry in certificate.files if is_shard(entry.path)]
+        items = [_of_clip(row) for part in parts for row in _clips(part) if _counts(row, held_out_frac)]
+    elif job in SHARD_JOBS:
+        items = [Item(key=r["prompt_id"], caption=r["caption"], row=r) for r in _rows(source, held_out_frac)]
+    else:
+        raise ConfigError(f"no data of ours at {source}", legal="the output of crawl, augment or instruct")
+    if not items:
+        raise ConfigError(
+            f"no row of {source} is held out",
+            legal="rows of a test or val split, or of parents that held_out_frac keeps back",
+            cure="--set held_out_frac=0.05, and the same in the training's validation.held_out_frac",
+        )
+    return Exam(items, [_listed(item) for item in items], {"held_out_frac": held_out_frac})
+
+
+def _clips(part: str) -> list[Row]:
+    return open_part(part).read(columns=CLIPS.names).to_pylist()
+
+
+def _counts(row: Row, frac: float) -> bool:
+    is_good = (
+        row["status"] == Status.OK and row["media"] == Media.VIDEO and bool((row["caption"] or "").strip())
+    )
+    return is_good and _kept_back(row, frac)
+
+
+def _kept_back(row: Row, frac: float) -> bool:
+    """The trainer's own rule."""
+    return is_held_out(row["source_sha256"] or row["source_uri"] or "", row["split"], frac)
+
+
+def _of_clip(row: Row) -> Item:
+    return Item(
+        key=row["clip_id"],
+        caption=row["caption"].strip(),
+        video=row["local_uri"],
+        split=row["split"] or "held out",
+        start_s=row["start_s"] or 0.0,
+        end_s=row["end_s"],
+    )
+
+
+def _rows(source: str, frac: float) -> list[Row]:
+    shards = ShardSet(source)
+    rows = (row for group in range(len(shards)) for row in shards.read_row_group(group).to_pylist())
+    return [row for row in rows if row["media"] == Media.VIDEO and _kept_back(row, frac)]
+
+
+def _listed(item: Item) -> dict[str, str]:
+    clip = item.row["clip_id"] if item.row else item.key
+    source = item.row["source_uri"] if item.row else item.video
+    return {"clip_id": clip, **({"source_uri": source} if source else {})}

@@ -1,0 +1,224 @@
+"""Protocols become prompt shards, other layouts are refused, the exam stays out of training and retrieval."""
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from infra.errors import ConfigError
+from infra.splits import is_held_out
+from infra.storage import sha256_file
+from model.sampling.requests import requests_in_shards
+from model.training.config import Stage1Config
+from model.training.preflight import inspect
+from pipeline.evaluate.videos import find_videos
+from pipeline.prompts.benchmark import BenchmarkConfig, check, run
+from pipeline.prompts.benchmark.personalization import around
+from pipeline.prompts.benchmark.ucf101 import plain_name, shares
+from pipeline.prompts.exclusion import read_exclusion
+from pipeline.schema import Role
+from pipeline.shards import ShardSet
+from tests.model.conftest import tiny_encoder, tiny_stage  # noqa: F401 # pyright: ignore[reportUnusedImport]
+from tests.model.prompt_tables import prompt_row, write_shards
+
+
+def config(protocol: str, source: Path, **changes: Any) -> BenchmarkConfig:
+    values = {"protocol": protocol, "source": str(source), "out": str(source.parent / "prompts")}
+    return BenchmarkConfig.model_validate(values | changes)
+
+
+def rows_of(place: str) -> list[dict[str, Any]]:
+    shards = ShardSet(place)
+    return [row for n in range(len(shards)) for row in shards.read_row_group(n).to_pylist()]
+
+
+CLASSES = {"ApplyEyeMakeup": 3, "YoYo": 1}
+
+
+@pytest.fixture
+def ucf101(tmp_path: Path) -> Path:
+    folder = tmp_path / "ucf"
+    lists = folder / "ucfTrainTestlist"
+    lists.mkdir(parents=True)
+    (lists / "classInd.txt").write_text("1 ApplyEyeMakeup\n2 YoYo\n")
+    videos = [f"{name}/v_{name}_g0{n}_c01.avi" for name, count in CLASSES.items() for n in range(2 * count)]
+    for video in videos:
+        (folder / "UCF-101" / video).parent.mkdir(parents=True, exist_ok=True)
+        (folder / "UCF-101" / video).write_bytes(video.encode())
+    (lists / "testlist01.txt").write_text("\n".join(videos[::2]) + "\n")
+    (lists / "trainlist01.txt").write_text("".join(f"{video} 1\n" for video in videos[1::2]))
+    return folder
+
+
+def test_ucf101_asks_by_the_distribution_and_names_its_real_videos(ucf101: Path) -> None:
+    certificate = run(config("ucf101", ucf101, videos=10))
+    rows = rows_of(str(ucf101.parent / "prompts"))
+    assert Counter(row["caption"] for row in rows) == {"apply eye makeup": 8, "yo yo": 2}  # 7.5 and 2.5
+    assert len({row["prompt_id"] for row in rows}) == 10 == certificate.num_out
+    assert certificate.facts["highlights"]["prompts"] == "class-names"
+    real = find_videos(str(ucf101.parent / "prompts"))
+    listed = set((ucf101 / "ucfTrainTestlist" / "testlist01.txt").read_text().split())
+    assert {payload["uri"].partition("UCF-101/")[2] for payload in real} == listed
+    assert len(real) == len(listed)  # each real video once, however many prompts it stands behind
+    requests = requests_in_shards(str(ucf101.parent / "prompts"), 10, fps=24, original_size_px=(288, 512))
+    assert len(requests) == 10 and requests[0].fps == 24
+    before = certificate.content_hash()
+    assert run(config("ucf101", ucf101, videos=10)).content_hash() == before  # found whole
+
+
+def test_class_prompts_are_the_users(ucf101: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("ApplyEyeMakeup: A woman paints her lids.\nYoYo: A yo-yo spins.\n")
+    run(config("ucf101", ucf101, videos=4, class_prompts=str(tmp_path / "mine.yaml"), subset="all"))
+    assert {row["caption"] for row in rows_of(str(tmp_path / "prompts"))} == {
+        "A woman paints her lids.",
+        "A yo-yo spins.",
+    }
+    (tmp_path / "mine.yaml").write_text("YoYo: A yo-yo spins.\n")
+    with pytest.raises(ConfigError, match="no prompt for ApplyEyeMakeup"):
+        check(config("ucf101", ucf101, class_prompts=str(tmp_path / "mine.yaml")))
+
+
+def test_the_exam_is_listed_for_augment(ucf101: Path) -> None:
+    run(config("ucf101", ucf101, videos=4))
+    listed = read_exclusion(str(ucf101.parent / "prompts" / "exclude.jsonl"))
+    videos = sorted((ucf101 / "UCF-101").rglob("*.avi"))
+    assert listed.hashes == {sha256_file(str(video)) for video in videos}  # all lists: their clips are kin
+    assert {str(video) for video in videos} <= listed.sources
+
+
+@pytest.mark.parametrize(
+    ("gone", "word"),
+    [
+        ("ucfTrainTestlist/classInd.txt", "no ucfTrainTestlist/classInd.txt"),
+        ("ucfTrainTestlist/testlist01.txt", "no ucfTrainTestlist/testlist01.txt"),
+        ("UCF-101/YoYo/v_YoYo_g00_c01.avi", r"v_YoYo_g00_c01.avi \(1 of 4 listed"),
+    ],
+)
+def test_another_layout_of_ucf101_is_refused(ucf101: Path, gone: str, word: str) -> None:
+    (ucf101 / gone).unlink()
+    with pytest.raises(ConfigError, match=word) as error:
+        check(config("ucf101", ucf101))
+    assert "UCF-101/<Class>" in str(error.value)
+
+
+def test_shares_add_up_and_names_come_apart() -> None:
+    assert shares(Counter({"a": 1, "b": 1, "c": 1}), 10) == {"a": 4, "b": 3, "c": 3}
+    assert shares(Counter({"a": 7, "b": 3}), 5) == {"a": 4, "b": 1}  # 3.5 and 1.5
+    assert plain_name("HandstandPushups") == "handstand pushups"
+
+
+@pytest.fixture
+def msrvtt(tmp_path: Path) -> Path:
+    folder = tmp_path / "msrvtt"
+    (folder / "TestVideo").mkdir(parents=True)
+    splits = {"video1": "test", "video2": "train", "video3": "test"}
+    for name in splits:
+        (folder / "TestVideo" / f"{name}.mp4").write_bytes(name.encode())
+    address = "https://www.youtube.com/watch?v="
+    videos = [{"video_id": n, "split": s, "url": f"{address}{n:x>11}"} for n, s in splits.items()]
+    sentences = [
+        {"video_id": name, "sen_id": 10 * k + n, "caption": f"{name} says {k}"}
+        for n, name in enumerate(splits)
+        for k in range(3)
+    ]
+    (folder / "MSRVTT_data.json").write_text(json.dumps({"videos": videos, "sentences": sentences}))
+    return folder
+
+
+def test_msrvtt_asks_for_every_caption_of_its_test_split(msrvtt: Path, tmp_path: Path) -> None:
+    certificate = run(config("msrvtt", msrvtt))
+    rows = rows_of(str(tmp_path / "prompts"))
+    assert sorted(row["caption"] for row in rows) == [f"video{n} says {k}" for n in (1, 3) for k in range(3)]
+    assert "2,990" in certificate.facts["remarks"][0]
+    assert len(find_videos(str(tmp_path / "prompts"))) == 2
+    listed = read_exclusion(str(tmp_path / "prompts" / "exclude.jsonl"))
+    assert "xxxxxvideo1" in listed.sources and len(listed.hashes) == 2
+    assert "1 prompts of" not in check(config("msrvtt", msrvtt, captions_per_video=1))
+    assert "2 prompts of msrvtt" in check(config("msrvtt", msrvtt, captions_per_video=1))
+
+
+def test_another_layout_of_msrvtt_is_refused(msrvtt: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no split 'exam'; splits there: test, train"):
+        check(config("msrvtt", msrvtt, split="exam"))
+    (msrvtt / "TestVideo" / "video3.mp4").unlink()
+    with pytest.raises(ConfigError, match="no video of video3"):
+        check(config("msrvtt", msrvtt))
+    (msrvtt / "MSRVTT_data.json").write_text("[]")
+    with pytest.raises(ConfigError, match="no annotations"):
+        check(config("msrvtt", msrvtt))
+
+
+@pytest.fixture
+def personalization(tmp_path: Path) -> Path:
+    folder = tmp_path / "personal"
+    for name, subjects in (("video1_a", ["red dog"]), ("video2_b", ["cat", "man"]), ("video3_c", ["cat"])):
+        place = folder / name
+        place.mkdir(parents=True)
+        (place / "video.mp4").write_bytes(name.encode())
+        (place / "summary_text.txt").write_text(f"A {subjects[0]} is in a yard.")
+        words = {"subject": subjects, "subject_with_face": [], "background": ["yard"]}
+        (place / "word_tags.json").write_text(json.dumps(words))
+        Image.new("RGB", (8, 8), "green").save(place / "background.jpg")
+        for frame in (1, 2, 3):
+            picture = Image.new("RGBA", (8, 8), (50 * frame, 0, 0, 255))
+            picture.save(place / f"{subjects[0].replace(' ', '_')}.frame{frame}.png")
+    return folder
+
+
+def test_personalization_puts_the_subjects_picture_in_the_place_of_its_word(personalization: Path) -> None:
+    run(config("personalization", personalization))
+    rows = rows_of(str(personalization.parent / "prompts"))
+    assert [row["caption"] for row in rows] == ["A red dog is in a yard.", "A cat is in a yard."]
+    segments = rows[0]["segments"]
+    assert [(s["role"], s["text"]) for s in segments[1:]] == [
+        ("caption", "A"),
+        ("subject", "red dog"),
+        ("caption", "is in a yard."),
+    ]
+    assert segments[0]["role"] == Role.INSTRUCTION
+    middle = (personalization / "video1_a" / "red_dog.frame2.png").read_bytes()
+    assert segments[2]["image"] == middle
+    with pytest.raises(ConfigError, match=r"holds the output of another benchmark"):
+        run(config("personalization", personalization, pictures="multi"))
+    out = str(personalization.parent / "multi")
+    run(config("personalization", personalization, pictures="multi_background", out=out))
+    roles = Counter(s["role"] for s in rows_of(out)[0]["segments"])
+    assert roles["subject"] == 3 and roles["background"] == 1
+    (personalization / "video3_c" / "cat.frame1.png").rename(personalization / "video3_c" / "x.png")
+    for frame in (2, 3):
+        (personalization / "video3_c" / f"cat.frame{frame}.png").unlink()
+    with pytest.raises(ConfigError, match=r"no picture cat\.frame\*\.png"):
+        check(config("personalization", personalization))
+
+
+def test_a_word_that_the_caption_lacks_has_its_picture_in_front() -> None:
+    picture = {"type": "image", "text": "dog"}
+    assert [part["type"] for part in around("A cat sits.", "dog", [picture])] == ["image", "text"]
+    assert [part["text"] for part in around("Dogs and a dog", "dog", [picture])] == ["Dogs and a", "dog"]
+
+
+def test_own_rows_are_those_that_training_keeps_back(tmp_path: Path) -> None:
+    rows = [prompt_row(n) for n in range(60)]
+    source = write_shards(tmp_path / "all", rows, job="augment", group_rows=8, file_rows=30)
+    run(config("own", source, held_out_frac=0.2))
+    made = rows_of(str(tmp_path / "prompts"))
+    held = [row for row in rows if is_held_out(row["source_uri"], None, 0.2) and row["media"] == "video"]
+    assert {row["prompt_id"] for row in made} == {row["prompt_id"] for row in held} and made[0][
+        "num_documents"
+    ] == 1
+    listed = read_exclusion(str(tmp_path / "prompts" / "exclude.jsonl"))
+    assert listed.ids == {row["clip_id"] for row in held}
+    with pytest.raises(ConfigError, match="is held out"):
+        check(config("own", source, held_out_frac=0))
+
+
+def test_no_training_on_the_exam(tmp_path: Path, tiny_encoder: dict[str, Any]) -> None:  # noqa: F811
+    rows = [prompt_row(n) for n in range(60)]
+    source = write_shards(tmp_path / "all", rows, job="augment", group_rows=8, file_rows=30)
+    run(config("own", source, held_out_frac=0.2))
+    stage = tiny_stage(tmp_path / "prompts", tmp_path / "run", tiny_encoder)
+    with pytest.raises(ConfigError, match="holds the prompts of a benchmark"):
+        inspect(Stage1Config.model_validate(stage))
