@@ -316,6 +316,7 @@ def report(
     instructions: Annotated[str | None, typer.Option(help="Folder of instruct.")] = None,
     run: Annotated[list[str] | None, typer.Option(help="Run folder of stage1 or stage2; repeat it.")] = None,
     samples: Annotated[list[str] | None, typer.Option(help="Folder of sample; repeat it.")] = None,
+    scores: Annotated[list[str] | None, typer.Option(help="Folder of evaluate; repeat it.")] = None,
 ) -> Fields:
     """One self-contained HTML page: what came in, what became of it, prompts, losses, videos."""
     return {
@@ -326,4 +327,5 @@ def report(
         "instructions": instructions,
         "runs": run or None,
         "samples": samples or None,
+        "scores": scores or None,
     }

@@ -107,7 +107,11 @@ def sample(
     }
 
 
-@command(app, Job("cli.evaluate:EvaluateConfig", look="{c.out}/scores.json"))
+def _scores(config: Any) -> str:
+    return f"vimi-data report --scores {{c.out}} --out {unused('scores.html')}"
+
+
+@command(app, Job("cli.evaluate:EvaluateConfig", then=_scores, look="look at {c.out}/scores.json"))
 def evaluate(
     run: Annotated[
         str | None, typer.Argument(help="Run folder, or a checkpoint: its videos are sampled first.")

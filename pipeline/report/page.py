@@ -18,6 +18,7 @@ from pipeline.report.album import Album
 from pipeline.report.galleries import clip_cards, instruction_cards, prompt_cards, sample_cards
 from pipeline.report.provenance import fates, next_steps, provenance, retrieval, summary
 from pipeline.report.read import Parts, ReportConfig, previews, read_parts
+from pipeline.report.scores import scores_part
 from pipeline.report.statistics import distributions, document_tables, loss_charts
 
 FOLDER, PAGE, TITLE = Path(__file__).parent, "report.html", "From corpus to video"
@@ -30,10 +31,11 @@ def check(config: ReportConfig) -> None:
         ConfigError: nothing to report, an uncertified folder, a run or sample folder without results, or
             a page that can't be written.
     """
-    if not any([config.clips, config.memory, config.prompts, config.instructions, config.runs, config.samples]):
+    one = [config.clips, config.memory, config.prompts, config.instructions]
+    if not any([*one, config.runs, config.samples, config.scores]):
         raise ConfigError(
             "nothing to report",
-            legal="at least one of clips, memory, prompts, instructions, runs, samples",
+            legal="at least one of clips, memory, prompts, instructions, runs, samples, scores",
             cure="--clips FOLDER, or any other output",
         )
     for folder, job in [
@@ -48,6 +50,8 @@ def check(config: ReportConfig) -> None:
         _require_file(folder, "metrics.jsonl", "vimi-train stage1")
     for folder in config.samples:
         _require_file(folder, "samples.json", "vimi-train sample")
+    for folder in config.scores:
+        require_certificate(folder, job="evaluate", made_by="vimi-train evaluate")
     check_writable(str(PurePosixPath(page_path(config)).parent))
 
 
@@ -93,6 +97,7 @@ def gather(config: ReportConfig, parts: Parts, album: Album) -> dict[str, Any]:
         "summary": summary(parts),
         "fates": fates(parts),
         "samples": [card for cards in videos for card in cards],
+        "scores": scores_part(parts.evaluations, album),
         "prompts": prompt_cards(parts.prompts, album),
         "retrieval": retrieval(parts),
         "instructions": instruction_cards(parts.instructions, album),

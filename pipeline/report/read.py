@@ -1,7 +1,7 @@
 """Reads what goes on the page: certificates, shards, run folders. Missing parts are None or empty."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
@@ -13,6 +13,7 @@ from infra.claim import read_job_config
 from infra.config import Config
 from infra.run_folder import RunFolder
 from infra.storage import absolute, exists, is_remote, join
+from pipeline.report.scores import Evaluation, read_evaluation
 from pipeline.shards import ShardSet, is_shard, open_part
 
 MAX_ROWS = 200_000
@@ -36,6 +37,8 @@ class ReportConfig(Config):
     """Run folders of `vimi-train stage1` and `stage2`, in this order; unfinished ones too."""
     samples: tuple[str, ...] = ()
     """Output folders of `vimi-train sample`."""
+    scores: tuple[str, ...] = ()
+    """Output folders of `vimi-train evaluate`."""
     max_bytes: int = Field(default=15_000_000, ge=200_000)
     """Size of the page, bytes: pictures that would exceed it are left out, and the page says so.
     15 MB: what most mail servers let through."""
@@ -64,6 +67,7 @@ class Parts:
     samples: tuple[str, ...]
     certificates: dict[str, tuple[str, Certificate]]
     """Job -> its folder and certificate, in the order of the flow."""
+    evaluations: list[Evaluation] = field(default_factory=list)
 
 
 def read_parts(config: ReportConfig) -> Parts:
@@ -86,6 +90,7 @@ def read_parts(config: ReportConfig) -> Parts:
         instructions=ShardSet(config.instructions) if config.instructions else None,
         runs=[read_run(folder) for folder in config.runs],
         samples=config.samples,
+        evaluations=[read_evaluation(folder) for folder in config.scores],
         certificates=certificates,
     )
 

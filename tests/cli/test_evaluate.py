@@ -16,6 +16,8 @@ from infra.errors import ConfigError
 from infra.storage import read_json
 from model.training.config import Stage1Config
 from pipeline.evaluate.worker import EvaluateWorker
+from pipeline.report import ReportConfig
+from pipeline.report import run as make_page
 from tests.model.conftest import tiny_encoder, trained_run  # noqa: F401 # pyright: ignore[reportUnusedImport]
 from tests.pipeline.conftest import WriteVideo, write_sound, write_video  # noqa: F401 # pyright: ignore[reportUnusedImport]
 
@@ -82,6 +84,15 @@ def test_scores_are_the_same_bytes_after_a_kill_for_any_workers_and_from_the_cac
         journal.write_bytes(b"".join(lines[:1]) + lines[-1][:20])
     run(other)
     assert (folders / "more" / "scores.json").read_bytes() == whole
+
+    # The page holds both in one table, since their protocol is one.
+    report = ReportConfig(
+        out=str(folders / "page.html"), scores=(str(folders / "scores"), str(folders / "more"))
+    )
+    page = Path(make_page(report)).read_text()
+    assert page.count('<th scope="row">more<') == len(METRICS) == page.count("<summary>manifest of scores<")
+    assert "sound.m4a: no_video" in page and "best clip_t" in page and "Film 3 of a" in page
+    assert page.count('alt="reference picture"') and "Published, other protocol" in page
 
     # A second evaluation of the same videos decodes nothing.
     with monkeypatch.context() as patch:
