@@ -29,6 +29,14 @@ VIDEOS = "videos"
 """How many videos were sampled."""
 
 
+SCORE = "score/"
+"""Before every number of a metric of sampled videos."""
+
+
+def is_scored(record: dict[str, Any]) -> bool:
+    return any(name.startswith(SCORE) for name in record)
+
+
 def is_validation(record: dict[str, Any]) -> bool:
     return any(name.startswith(VALIDATION) for name in record)
 

@@ -7,7 +7,8 @@ Each video is one call of its own, so its features are the same to the last bit 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -51,6 +52,16 @@ class NetworkConfig(Config):
     """RAFT as torchvision has it (raft_large_C_T_SKHT_V2-ff5fadd5.pth), a file of tensors."""
     max_references: int = Field(default=8, ge=1, le=1000)
     """Reference pictures of a prompt that are looked at."""
+
+
+@contextmanager
+def exactly() -> Iterator[None]:
+    """Inference in full float32, by kernels that give the same bits each time: a GPU's convolutions would round
+    to TF32.
+    """
+    flags = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
+    with torch.inference_mode(), flags:
+        yield
 
 
 class Network(ABC):
@@ -136,7 +147,7 @@ class I3dNetwork(Network):
     def __call__(self, frames: np.ndarray) -> np.ndarray:
         video = squeeze(frames, (SIDE_PX, SIDE_PX), self.config, self.device)
         # Channels last would be a fifth faster on a CPU, and its sums ten times as rough.
-        with torch.inference_mode():
+        with exactly():
             out = self.weights[0]((video / 127.5 - 1).contiguous())
         return out[0].float().cpu().numpy()
 
@@ -299,7 +310,7 @@ class InceptionNetwork(FileNetwork):
         out = []
         for frame in frames:
             small = squeeze(frame[None], (299, 299), NetworkConfig(), self.device)[:, :, 0]
-            with torch.inference_mode():
+            with exactly():
                 out.append(self.model(small / 127.5 - 1)[0].float().cpu().numpy())
         return np.stack(out)
 
@@ -332,7 +343,7 @@ class C3dNetwork(FileNetwork):
         video = squeeze(frames, self.SIZE_PX, self.config.model_copy(update={"crop": "none"}), self.device)
         top, left = ((side - self.CROP_PX) // 2 for side in self.SIZE_PX)
         video = video[..., top : top + self.CROP_PX, left : left + self.CROP_PX].contiguous()
-        with torch.inference_mode():
+        with exactly():
             out = self.model(video)[0].double().cpu().numpy()
         is_probability = (out >= 0).all() and abs(out.sum() - 1) < 1e-3
         return (np.log(out.clip(1e-30)) if is_probability else out).astype(np.float32)

@@ -16,6 +16,7 @@ from model.data.batch import TASKS
 from model.data.inputs import InputConfig
 from model.edm import Edm
 from model.ema import Profile, make_profile
+from model.evaluate.networks import NetworkConfig
 from model.optim import OPTIMIZERS
 from model.registry import named
 from model.training.metrics import TRACKERS
@@ -69,6 +70,14 @@ class ValidationConfig(Config):
     that both stages keep the same ones back. Rows of a val or test split always are. A hundredth (ours) is
     plenty for `num_samples` of a large corpus and nothing of a small one: where no row was kept back,
     validation reads training rows, and each record says so (`val/held_out` 0)."""
+    metrics: Incidental[tuple[str, ...]] = ()
+    """Metrics of sampled videos, as `vimi-train evaluate` has them (fvd, clip_t, ...), against the targets of
+    the same rows; in stage 2 also for each task. They go into the records and trackers as score/..."""
+    metrics_every_samples: Incidental[int | None] = Field(default=None, ge=1)
+    """Samples between two times that they are computed; null = only at the end."""
+    metrics_videos: Incidental[int] = Field(default=64, ge=2, le=100_000)
+    """Videos that are sampled for them, 64 sampling steps each; their number is part of each score's name."""
+    networks: Incidental[NetworkConfig] = NetworkConfig()
 
 
 class CheckpointConfig(Config):

@@ -33,6 +33,7 @@ from model.training.preflight import check_workers, inspect, plan_text, prepare_
 from model.training.report import Reporter, RunPrinter, write_restart
 from model.training.stop_signals import Interrupts, StopSignals, ToldToLeave, trap_sigterm
 from model.training.validate import Preview, Validation
+from model.training.video_scores import VideoScores
 
 __all__ = ["Stage1Config", "Stage2Config", "check", "run", "train"]
 
@@ -172,6 +173,7 @@ class Looks:
     def __init__(self, training: Training, index: pa.Table, reporter: Reporter, signals: StopSignals) -> None:
         self.training, self.reporter, self.signals = training, reporter, signals
         self.validation, self.preview = Validation(training, index), Preview(training, index)
+        self.scores = VideoScores(training, index)
 
     def look(self) -> None:
         """All ranks call it alike; when they are told to leave it ends early, and a later life looks again."""
@@ -182,11 +184,14 @@ class Looks:
         validates = config.is_due(config.checkpoint.every_samples, position)
         every = config.preview_every_samples
         shows = every != 0 and config.is_due(every, position)
+        scores = config.is_due(config.validation.metrics_every_samples, position) and bool(self.scores.rows)
         try:
             if validates and training.agree(log is not None and position not in log.validated):
                 self.reporter.write(self.validation.run(self._went_on))
             if shows and training.agree(log is not None and position not in log.shown):
                 self.reporter.show(self.preview.make(self._went_on))
+            if scores and training.agree(log is not None and position not in log.scored):
+                self.reporter.write(self.scores.score(self._went_on))
         except ToldToLeave:
             pass
         finally:

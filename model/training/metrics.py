@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from infra.run_folder import LOSS, VALIDATION, VIDEOS, RunFolder, is_validation, record_line
+from infra.run_folder import LOSS, SCORE, VALIDATION, VIDEOS, RunFolder, is_scored, is_validation, record_line
 from infra.storage import absolute, is_remote, write_bytes
 from infra.telemetry import RunMetrics
 from infra.validation_cells import cell_of, cells_of, validation_losses
@@ -98,6 +98,8 @@ def grouped(name: str) -> str:
         if cell.is_gain:
             return f"gain by documents/{what}"
         return f"{'validation' if cell.quantile is None else 'validation by noise'}/{what}"
+    if name.startswith(SCORE):
+        return f"scores/{name.removeprefix(SCORE)}"
     group = "seconds of a step" if name in PARTS else "speed" if name in SPEEDS else "training"
     return f"{group}/{name}"
 
@@ -188,13 +190,14 @@ class MetricsLog:
     it reads as if nothing had happened.
 
     Attributes:
-        validated, shown: positions that have a record of validation, or of sampled videos.
+        validated, shown, scored: positions that have a record of validation, of sampled videos, of scores.
     """
 
     def __init__(self, run: RunFolder, trackers: Sequence[Tracker] = (), *, position: int = 0) -> None:
         self.run, self.trackers = run, trackers
         self.records = [record for record in run.records() if record["samples"] <= position]
         self.validated = {record["samples"] for record in self.records if is_validation(record)}
+        self.scored = {record["samples"] for record in self.records if is_scored(record)}
         self.shown = {record["samples"] for record in self.records if VIDEOS in record}
         self._put()
 

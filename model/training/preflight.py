@@ -19,6 +19,7 @@ from model.data.shards import Shards, index_shards, open_parquet, open_shards
 from model.edm import sigma_in
 from model.encodings.make import check_encodings
 from model.encodings.store import open_encodings
+from model.evaluate.scores import Given, chosen, obstacle
 from model.generator import Generator
 from model.prompt.load import check_prompt_encoder
 from model.space import Space
@@ -74,6 +75,7 @@ def inspect(config: StageConfig, *, reach: bool = True) -> Ready:
     if config.upsampler is not None:
         check_upsampler(config, config.upsampler.start_from, shards)
     check_trackers(config.trackers)
+    check_metrics(config)
     check_workers(config, config.num_workers or 1, len(shards.groups))
     start_from = None
     if isinstance(config, Stage2Config):
@@ -148,6 +150,19 @@ def check_workers(config: StageConfig, workers: int | tuple[int, int], num_group
             f"parallel.mode hsdp with num_workers {list(workers)}",
             legal="hybrid sharding needs a fixed number of workers",
         )
+
+
+def check_metrics(config: StageConfig) -> None:
+    """Refuse metrics that this run's videos can't have, or whose weights are missing.
+
+    Raises:
+        ConfigError: says which and why.
+    """
+    validation, n = config.validation, config.validation.metrics_videos
+    given = Given(n=n, n_real=n, has_text=True, has_references=True, num_frames=config.num_frames)
+    for name, metric in chosen(validation.metrics).items():
+        if (why := obstacle(metric, given, validation.networks)) is not None:
+            raise ConfigError(f"validation.metrics {name}: {why}")
 
 
 def check_trackers(names: tuple[str, ...]) -> None:

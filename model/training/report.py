@@ -16,7 +16,7 @@ import torch
 from infra.certificate import read_sealed, write_sealed
 from infra.errors import DataError
 from infra.progress import ProgressPrinter, say, span
-from infra.run_folder import LOSS, VIDEOS, RunFolder, is_validation
+from infra.run_folder import LOSS, SCORE, VIDEOS, RunFolder, is_scored, is_validation
 from infra.storage import delete, exists, is_remote, read_json, write_json
 from infra.validation_cells import cells_of
 from model.cost import training_flops
@@ -202,7 +202,7 @@ class RunPrinter:
             return
         key = look["samples"], look["what"]
         if self.look is None or self.look[0] != key:
-            unit = "sampling steps" if look["what"] == "preview" else "rows"
+            unit = "rows" if look["what"] == "validation" else "sampling steps"
             title = f"{look['what']} at {look['samples']:,} samples"
             self.look = key, ProgressPrinter(title, look["total"], unit=unit)
         printer = self.look[1]
@@ -214,11 +214,15 @@ class RunPrinter:
         if is_validation(record):
             return validation_line(record)
         position = record["samples"]
+        if is_scored(record):
+            found = {k.removeprefix(SCORE): v for k, v in record.items() if k.startswith(SCORE)}
+            words = [f"{k} {v:.4g}" for k, v in found.items() if not k.endswith((" low", " high"))]
+            return f"  scores at {position:,} samples: {', '.join(words)}"
         return f"  videos sampled at {position:,} samples ({record[VIDEOS]}): {self.run.samples(position)}"
 
 
-def _kind(record: dict[str, Any]) -> tuple[int, bool, bool]:
-    return record["samples"], LOSS in record, VIDEOS in record
+def _kind(record: dict[str, Any]) -> tuple[int, bool, bool, bool]:
+    return record["samples"], LOSS in record, VIDEOS in record, is_scored(record)
 
 
 def progress_line(record: dict[str, Any], total: int) -> str:

@@ -261,6 +261,8 @@ def summarise(of: str, losses: Tensor, num_choices: Tensor) -> dict[str, float]:
 class Preview:
     """The same few prompts, each time. Rank r makes videos r, r + W, ...; all ranks call `make` alike."""
 
+    what = "preview"
+
     def __init__(self, training: Training, index: pa.Table) -> None:
         self.training = training
         rows = choose_rows(training, index, NUM_VIDEOS)
@@ -295,7 +297,7 @@ class Preview:
     def _stepped(self, went_on: WentOn, first: int, step: int) -> None:
         """Sampling steps of all ranks' videos; `first` is the first video that they are at."""
         at_once = min(self.training.world_size, len(self.rows) - first)
-        went_on("preview", first * NUM_STEPS + (step + 1) * at_once, len(self.rows) * NUM_STEPS)
+        went_on(self.what, first * NUM_STEPS + (step + 1) * at_once, len(self.rows) * NUM_STEPS)
 
     def _video(
         self, maker: Maker, number: int, on_step: Callable[[int], None]
