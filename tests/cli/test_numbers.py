@@ -38,7 +38,7 @@ def cases(cls: type[Config]) -> Iterator[tuple[str, Callable[[float], Any]]]:
         if field.name == "backbone":
             for name in BACKBONE:
                 yield f"backbone.{name}", lambda value: value
-        elif words.startswith("mapping") and "float" in words:
+        elif words.startswith("mapping") and "to float" in words:
             yield f"{field.name}.{MAPPINGS[field.name.rpartition('.')[2]]}", lambda value: value
         elif "[int, int]" in words and "int or" not in words:
             yield field.name, lambda value: [value, value]

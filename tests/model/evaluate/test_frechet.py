@@ -61,7 +61,7 @@ def test_a_set_is_at_no_distance_from_itself(n: int) -> None:
 
 
 @settings(max_examples=25)
-@given(seed=st.integers(0, 2**32 - 1), scale=st.sampled_from([1e-3, 1.0, 300.0]), cuts=st.integers(1, 6))
+@given(seed=st.integers(0, 2**32 - 1), scale=st.sampled_from([1e-3, 1.0, 100.0]), cuts=st.integers(1, 6))
 def test_any_order_and_any_workers_give_the_same_bits(seed: int, scale: float, cuts: int) -> None:
     draw = np.random.default_rng(seed)
     x = (draw.normal(size=(41, 5)) * scale).astype(np.float32)
