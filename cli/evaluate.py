@@ -37,7 +37,7 @@ from model.evaluate.sampling import (
     video_name,
     write_samples,
 )
-from model.evaluate.scores import DEFAULT_METRICS, Given, chosen, digest, obstacle, refuse_small_n
+from model.evaluate.scores import DEFAULT_METRICS, Given, chosen, digest, obstacles, refuse_small_n
 from model.sampling import generate
 from model.sampling.generate import SampleConfig
 from model.sampling.requests import prompt_hash
@@ -192,14 +192,13 @@ def plan_metrics(config: EvaluateConfig, plan: Plan) -> Plan:
         num_frames=config.frames.num_frames,
     )
     wanted = chosen(config.metrics or DEFAULT_METRICS)
-    reasons = {name: obstacle(metric, given, config.networks) for name, metric in wanted.items()}
-    obstacles = {name: reason for name, reason in reasons.items() if reason}
-    metrics = {name: metric for name, metric in wanted.items() if name not in obstacles}
+    reasons = obstacles(wanted, given, config.networks)
+    metrics = {name: metric for name, metric in wanted.items() if name not in reasons}
     if not metrics:
-        raise ConfigError("\n".join(f"{name}: {reason}" for name, reason in obstacles.items()))
+        raise ConfigError("\n".join(f"{name}: {reason}" for name, reason in reasons.items()))
     if not config.allow_small_n:
         refuse_small_n(metrics.values(), given)
-    return replace(plan, metrics=metrics, obstacles=obstacles)
+    return replace(plan, metrics=metrics, obstacles=reasons)
 
 
 def run(config: EvaluateConfig) -> Certificate:
@@ -281,7 +280,6 @@ def write_scores(config: EvaluateConfig, plan: Plan, receipts: Receipts) -> Cert
         files=file_entries(config.out, [join(config.out, name) for name in (SCORES, TABLE)]),
         inputs=plan.inputs,
         facts={
-            "highlights": {name: in_words(one) for name, one in found.items()},
-            "remarks": remarks(results.values),
+            "remarks": [*(f"{name} {in_words(one)}" for name, one in found.items()), *remarks(results.values)]
         },
     )

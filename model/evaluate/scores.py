@@ -52,8 +52,24 @@ def chosen(names: Sequence[str]) -> dict[str, type[Metric]]:
     return {name: METRICS[name] for name in names}
 
 
-def obstacle(metric: type[Metric], given: Given, networks: NetworkConfig) -> str | None:
-    """Why a metric can't be computed, in one line; None if nothing is in its way."""
+def obstacles(metrics: Mapping[str, type[Metric]], given: Given, networks: NetworkConfig) -> dict[str, str]:
+    """Why metrics can't be computed, a line each; those that can are not in it."""
+    names = {network_of(need) for metric in metrics.values() for need in metric.needs}
+    lacking = {name: why for name in sorted(names) if (why := _lacking(name, networks)) is not None}
+    found = {name: _obstacle(metric, given, lacking) for name, metric in metrics.items()}
+    return {name: why for name, why in found.items() if why is not None}
+
+
+def _lacking(name: str, networks: NetworkConfig) -> str | None:
+    """What a network lacks; a hub is asked once."""
+    try:
+        NETWORKS[name].find(networks)
+    except ConfigError as error:
+        return str(error)
+    return None
+
+
+def _obstacle(metric: type[Metric], given: Given, lacking: Mapping[str, str]) -> str | None:
     if metric.needs_real and given.n_real is None:
         return "needs real videos; cure: --against"
     if metric.needs_text and not given.has_text:
@@ -61,13 +77,11 @@ def obstacle(metric: type[Metric], given: Given, networks: NetworkConfig) -> str
     if metric.needs_references and not given.has_references:
         return "needs prompts with reference pictures"
     for name in dict.fromkeys(map(network_of, metric.needs)):
-        network = NETWORKS[name]
-        if given.num_frames < network.min_frames:
-            return f"{name} needs {network.min_frames} frames; cure: --set frames.num_frames=16"
-        try:
-            network.find(networks)
-        except ConfigError as error:
-            return str(error)
+        least = NETWORKS[name].min_frames
+        if given.num_frames < least:
+            return f"{name} needs {least} frames; cure: --set frames.num_frames=16"
+        if name in lacking:
+            return lacking[name]
     return None
 
 

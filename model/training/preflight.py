@@ -19,7 +19,7 @@ from model.data.shards import Shards, index_shards, open_parquet, open_shards
 from model.edm import sigma_in
 from model.encodings.make import check_encodings
 from model.encodings.store import open_encodings
-from model.evaluate.scores import Given, chosen, obstacle
+from model.evaluate.scores import Given, chosen, obstacles
 from model.generator import Generator
 from model.prompt.load import check_prompt_encoder
 from model.space import Space
@@ -160,9 +160,8 @@ def check_metrics(config: StageConfig) -> None:
     """
     validation, n = config.validation, config.validation.metrics_videos
     given = Given(n=n, n_real=n, has_text=True, has_references=True, num_frames=config.num_frames)
-    for name, metric in chosen(validation.metrics).items():
-        if (why := obstacle(metric, given, validation.networks)) is not None:
-            raise ConfigError(f"validation.metrics {name}: {why}")
+    for name, why in obstacles(chosen(validation.metrics), given, validation.networks).items():
+        raise ConfigError(f"validation.metrics {name}: {why}")
 
 
 def check_trackers(names: tuple[str, ...]) -> None:

