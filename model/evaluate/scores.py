@@ -37,6 +37,7 @@ class Given:
     n_real: int | None
     has_text: bool
     has_references: bool
+    has_words: bool
     num_frames: int
 
 
@@ -77,6 +78,8 @@ def _obstacle(metric: type[Metric], given: Given, lacking: Mapping[str, str]) ->
     if metric.needs_references and not given.has_references:
         return "needs prompts with reference pictures"
     for name in dict.fromkeys(map(network_of, metric.needs)):
+        if NETWORKS[name].reads_words and not given.has_words:
+            return "needs the words that the reference pictures stand for; cure: `words` in prompts.jsonl"
         least = NETWORKS[name].min_frames
         if given.num_frames < least:
             return f"{name} needs {least} frames; cure: --set frames.num_frames=16"

@@ -159,7 +159,9 @@ def check_metrics(config: StageConfig) -> None:
         ConfigError: says which and why.
     """
     validation, n = config.validation, config.validation.metrics_videos
-    given = Given(n=n, n_real=n, has_text=True, has_references=True, num_frames=config.num_frames)
+    given = Given(
+        n=n, n_real=n, has_text=True, has_references=True, has_words=False, num_frames=config.num_frames
+    )
     for name, why in obstacles(chosen(validation.metrics), given, validation.networks).items():
         raise ConfigError(f"validation.metrics {name}: {why}")
 

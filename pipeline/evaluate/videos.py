@@ -5,9 +5,10 @@
     a folder of crawl           its good video clips
     a folder of prompt shards   the targets of its rows
 
-A line of prompts.jsonl names its video; `text` is the prompt in words alone, where pictures stand for some:
+A line of prompts.jsonl names its video; `text` is the prompt in words alone, where pictures stand for some, and
+`words` are those that they stand for:
 
-    {"video": "a.mp4", "prompt": "A <image> runs.", "text": "A dog runs.", "images": ["dog.png"]}
+    {"video": "a.mp4", "prompt": "A <image> runs", "images": ["d.png"], "text": "A dog runs", "words": ["dog"]}
 """
 
 import hashlib
@@ -110,7 +111,8 @@ def read_prompts(place: str, names: list[str]) -> dict[str, dict[str, Any]]:
             ) from None
         if video not in known:
             raise ConfigError(f"{file} line {number}: no video {video!r} there", legal="names of its files")
-        found[video] = {"text": text, "references": [image for image in images if image]}
+        references = [image for image in images if image]
+        found[video] = {"text": text, "references": references, "words": value.get("words", [])}
     return found
 
 
@@ -141,14 +143,16 @@ def _last(name: str) -> str:
 
 def sampled_prompt(entry: dict[str, Any], place: str) -> dict[str, Any]:
     """{text, references} of a sample's own segments: a subject's picture also stands for its word."""
-    words, references = [], []
+    words, references, names = [], [], []
     for segment in entry.get("segments") or []:
         is_subject = segment["role"] == Role.SUBJECT
         if segment["role"] == Role.CAPTION or (is_subject and segment.get("text")):
             words.append(segment["text"] or "")
         if is_subject and segment.get("picture"):
             references.append(join(place, _last(segment["picture"])))
-    return {"text": " ".join(filter(None, words)) or plain(entry.get("prompt") or ""), "references": references}
+            names.append(segment.get("text") or "")
+    text = " ".join(filter(None, words)) or plain(entry.get("prompt") or "")
+    return {"text": text, "references": references, "words": names}
 
 
 def _clips(part: str) -> Iterator[Payload]:

@@ -25,9 +25,9 @@ Keys = dict[str, str]
 class Extractor(Protocol):
     """Gives features of a video and of its prompt; the trainer's networks are behind it."""
 
-    def video_keys(self, video_id: str) -> Keys: ...
+    def video_keys(self, video_id: str, words: Sequence[str]) -> Keys: ...
     def missing(self, keys: Keys) -> list[str]: ...
-    def video(self, keys: Keys, missing: Sequence[str], frames: np.ndarray) -> None: ...
+    def video(self, keys: Keys, missing: Sequence[str], frames: np.ndarray, words: Sequence[str]) -> None: ...
     def text(self, text: str) -> Keys: ...
     def references(self, pictures: Sequence[bytes]) -> Keys: ...
 
@@ -56,10 +56,11 @@ class EvaluateWorker:
 
     def _features(self, payload: Payload) -> dict[str, Any]:
         video_id, digest = self._id(payload)
-        keys = self.extractor.video_keys(video_id)
+        words = subjects(payload["prompt"])
+        keys = self.extractor.video_keys(video_id, words)
         missing = self.extractor.missing(keys)
         if missing:
-            self.extractor.video(keys, missing, self._frames(payload))
+            self.extractor.video(keys, missing, self._frames(payload), words)
         prompt = self._prompt(payload["prompt"])
         return {"id": video_id, "sha256": digest, "features": keys, "prompt": prompt}
 
@@ -99,6 +100,12 @@ class EvaluateWorker:
     @cached_property
     def child(self) -> Isolated:
         return Isolated(timeout_s=self.timeout_s)
+
+
+def subjects(prompt: dict[str, Any] | None) -> list[str]:
+    """Words that name what the reference pictures show; none unless each of them has one."""
+    words = (prompt or {}).get("words") or []
+    return words if len(words) == len((prompt or {}).get("references", ())) and all(words) else []
 
 
 def _hash(uri: str) -> str:

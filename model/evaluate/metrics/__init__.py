@@ -16,12 +16,13 @@ from model.evaluate.metrics.fvd import Fvd
 from model.evaluate.metrics.inception_score import Is, IsI3d
 from model.evaluate.metrics.kid import Kid
 from model.evaluate.metrics.kvd import Kvd
+from model.evaluate.metrics.subject import Subject
 
 METRICS: dict[str, type[Metric]] = {
     metric.name: metric
     for metric in (
         *(Fvd, Kvd, Fid, ClipFid, Kid, Is, IsI3d),
-        *(ClipT, ClipI, DinoI, CopyGuard),
+        *(ClipT, ClipI, DinoI, Subject, CopyGuard),
         *(Consistency, Flicker, Dynamics, DynamicDegree, Frozen),
     )
 }

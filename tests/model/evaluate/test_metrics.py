@@ -21,13 +21,14 @@ def features(draw: np.random.Generator, shift: float = 0.0) -> dict[str, np.ndar
     """One video, as all networks would see it."""
     found = {name: draw.normal(size=(T, d)) + shift for name, d in SETS.items() if d}
     found |= {name: draw.normal(size=12) * 2 + shift for name in ("i3d", "c3d")}
+    found["subject"] = draw.normal(size=(T, 2, 12)) + shift
     found |= {name: np.abs(draw.normal(size=T - 1)) * 0.05 for name in ("raft", "motion")}
     return {name: value.astype(np.float32) for name, value in found.items()}
 
 
 def prompt(draw: np.random.Generator) -> dict[str, np.ndarray]:
-    return {"clip_text": draw.normal(size=12), "clip_references": draw.normal(size=(2, 12)),
-            "dino_references": draw.normal(size=(2, 12))}  # fmt: skip
+    references = {f"{name}_references": draw.normal(size=(2, 12)) for name in ("clip", "dino", "subject")}
+    return {"clip_text": draw.normal(size=12), **references}
 
 
 def videos(n: int, n_real: int, *, shift: float = 0.3) -> list[tuple[Video, Features]]:
@@ -109,6 +110,15 @@ def test_the_copy_guard_tells_a_copied_reference_from_a_video_that_does_what_it_
     assert copied("copy_guard") == pytest.approx(1) and obeying("copy_guard") == pytest.approx(0)
 
 
+def test_a_missing_subject_is_0_and_counts() -> None:
+    reference = np.eye(3)[:2]
+    seen = np.zeros((4, 2, 3))
+    seen[:, 0] = reference[0]  # the first in all frames, the second in one of four
+    seen[0, 1] = reference[1]
+    given = [(Video("a", {"subject": seen}), {"subject_references": reference})]
+    assert score(chosen(["subject"]), given)[0]["subject"].value == pytest.approx(5 / 8)
+
+
 def test_motion_metrics_of_known_videos() -> None:
     still, moving = np.zeros(3), np.array([0.0, 0.1, 0.2])
     given = [(Video(name, {"motion": m}), {}) for name, m in (("still", still), ("moving", moving))]
@@ -179,7 +189,14 @@ def test_every_metric_needs_networks_that_there_are(name: str) -> None:
 
 
 def given(**changes) -> Given:
-    values = {"n": 300, "n_real": 300, "has_text": True, "has_references": True, "num_frames": 16}
+    values = {
+        "n": 300,
+        "n_real": 300,
+        "has_text": True,
+        "has_references": True,
+        "has_words": True,
+        "num_frames": 16,
+    }
     return Given(**values | changes)
 
 

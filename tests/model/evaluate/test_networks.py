@@ -15,6 +15,7 @@ from infra.storage import write_bytes
 from model.evaluate.cache import FeatureCache
 from model.evaluate.extract import Extractor
 from model.evaluate.networks import NETWORKS, Motion, Network, NetworkConfig, opener, resize, squeeze
+from model.evaluate.subject import SubjectNetwork, alone, square
 
 CPU = torch.device("cpu")
 
@@ -155,6 +156,97 @@ def test_dino_gives_class_tokens_of_frames_and_pictures_alike(tiny_dino: str) ->
     assert (
         network.identity["weight_hash"] == NETWORKS["dino"](config(dino=tiny_dino), CPU).identity["weight_hash"]
     )
+
+
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", ".", "?", "a", "dog", "cat", "red", "square"]
+
+
+@pytest.fixture(scope="session")
+def tiny_finders(tmp_path_factory) -> tuple[str, str]:
+    """A random GroundingDINO and a random SAM, sure of whatever it cuts out."""
+    from transformers import (
+        BertConfig,
+        BertTokenizer,
+        GroundingDinoConfig,
+        GroundingDinoForObjectDetection,
+        GroundingDinoImageProcessor,
+        GroundingDinoProcessor,
+        SamConfig,
+        SamImageProcessor,
+        SamModel,
+        SamProcessor,
+        SwinConfig,
+    )
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("finders")
+    detector, segmenter = str(folder / "detector"), str(folder / "segmenter")
+    layers: dict[str, Any] = {"depths": [1] * 4, "num_heads": [1] * 4, "window_size": 4}
+    layers["out_features"] = ["stage2", "stage3", "stage4"]
+    swin = SwinConfig(image_size=64, embed_dim=8, **layers)
+    text: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    bert = BertConfig(vocab_size=len(WORDS), intermediate_size=16, max_position_embeddings=64, **text)
+    sizes: dict[str, Any] = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 2, "num_queries": 10}
+    sizes |= {f"{part}_{what}": n for part in ("encoder", "decoder") for what, n in
+              (("ffn_dim", 16), ("attention_heads", 2))}  # fmt: skip
+    found = GroundingDinoConfig(backbone_config=swin, text_config=bert, max_text_len=32, **sizes)
+    GroundingDinoForObjectDetection(found).save_pretrained(detector)
+    pictures = GroundingDinoImageProcessor(size={"shortest_edge": 64, "longest_edge": 96})
+    tokenizer = BertTokenizer(vocab={word: n for n, word in enumerate(WORDS)})
+    GroundingDinoProcessor(pictures, tokenizer).save_pretrained(detector)
+    vision: dict[str, Any] = {"hidden_size": 16, "output_channels": 16, "num_hidden_layers": 1}
+    vision |= {"num_attention_heads": 2, "image_size": 64, "mlp_dim": 16, "num_pos_feats": 8, "window_size": 2}
+    prompts = {"hidden_size": 16, "image_size": 64, "mask_input_channels": 4}
+    decoder = {"hidden_size": 16, "mlp_dim": 16, "num_attention_heads": 2, "iou_head_hidden_dim": 16}
+    sam = SamModel(SamConfig(vision_config=vision, prompt_encoder_config=prompts, mask_decoder_config=decoder))
+    sam.mask_decoder.iou_prediction_head.proj_out.bias.data += 0.95
+    sam.save_pretrained(segmenter)
+    small, smaller = {"height": 64, "width": 64}, {"height": 16, "width": 16}
+    SamProcessor(
+        SamImageProcessor(
+            size={"longest_edge": 64}, pad_size=small, mask_size={"longest_edge": 16}, mask_pad_size=smaller
+        )
+    ).save_pretrained(segmenter)
+    return detector, segmenter
+
+
+def test_subjects_are_found_by_their_words(
+    tiny_dino: str, tiny_finders: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    detector, segmenter = tiny_finders
+    network = SubjectNetwork(config(dino=tiny_dino, detector=detector, segmenter=segmenter), CPU)
+    frames = noise(2, 48, 64)
+    box = network.box(Image.fromarray(frames[0]), "red square")
+    assert box is not None and 0 <= box[0] < box[2] <= 64 and 0 <= box[1] < box[3] <= 48
+    found = network.about(frames, ["red square", "cat", "red square"])
+    assert found.shape == (2, 3, 16) and np.array_equal(found[:, 0], found[:, 2])
+    assert network.pictures([Image.fromarray(frames[0])]).shape == (1, 16)
+    assert network.identity == SubjectNetwork(network.config, CPU).identity
+    monkeypatch.setattr("model.evaluate.subject.MIN_MASK", 2.0)  # SAM is never so sure
+    assert not network.about(frames, ["cat"]).any()
+    monkeypatch.setattr("model.evaluate.subject.MIN_BOX", 2.0)
+    assert network.box(Image.fromarray(frames[0]), "cat") is None
+
+
+def test_a_subject_is_cut_out_on_white() -> None:
+    frame, mask = np.full((10, 20, 3), 7, np.uint8), np.zeros((10, 20), bool)
+    mask[2:4, 5:15] = True
+    cut = alone(frame, mask, (4.0, 2.0, 16.0, 4.0))
+    assert cut.size == (12, 2) and cut.getpixel((0, 0)) == (255, 255, 255) and cut.getpixel((1, 1)) == (7, 7, 7)
+    assert square(cut).size == (12, 12) and square(cut).getpixel((5, 5)) == (7, 7, 7)
+
+
+def test_features_of_subjects_hang_on_their_words(
+    tmp_path: Path, tiny_dino: str, tiny_finders: tuple[str, str]
+) -> None:
+    detector, segmenter = tiny_finders
+    own = config(dino=tiny_dino, detector=detector, segmenter=segmenter)
+    extractor = Extractor(own, ["subject", "subject_references"], FeatureCache(str(tmp_path)), {}, CPU)
+    assert extractor.video_keys("video") == {}  # a video without references has none
+    keys = extractor.video_keys("video", ["cat"])
+    assert keys != extractor.video_keys("video", ["red square"])
+    extractor.video(keys, ["subject"], noise(2, 48, 64), ["cat"])
+    assert extractor.cache.require(keys["subject"]).shape == (2, 1, 16)
 
 
 def clip_config(tiny_encoder: dict[str, Any]) -> NetworkConfig:

@@ -13,7 +13,7 @@ from infra.errors import ConfigError
 from infra.storage import write_json
 from pipeline.evaluate.decode import FrameConfig, leading_frames, target_part
 from pipeline.evaluate.videos import find_videos, listing_hash
-from pipeline.evaluate.worker import EvaluateWorker
+from pipeline.evaluate.worker import EvaluateWorker, subjects
 from pipeline.media.frames import decode_frames
 from pipeline.schema import RowError
 from tests.model.prompt_tables import prompt_row, write_shards
@@ -26,13 +26,15 @@ class Recorder:
     def __init__(self) -> None:
         self.seen: dict[str, np.ndarray] = {}
 
-    def video_keys(self, video_id: str) -> dict[str, str]:
+    def video_keys(self, video_id: str, words: Sequence[str]) -> dict[str, str]:
         return {"frames": video_id}
 
     def missing(self, keys: dict[str, str]) -> list[str]:
         return [name for name, key in keys.items() if key not in self.seen]
 
-    def video(self, keys: dict[str, str], missing: Sequence[str], frames: np.ndarray) -> None:
+    def video(
+        self, keys: dict[str, str], missing: Sequence[str], frames: np.ndarray, words: Sequence[str]
+    ) -> None:
         self.seen[keys["frames"]] = frames
 
     def text(self, text: str) -> dict[str, str]:
@@ -131,8 +133,8 @@ def test_prompts_lie_beside_the_videos(tmp_path: Path, write_video: WriteVideo, 
     ]
     (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, lines)))
     one, two = find_videos(str(tmp_path))
-    assert one["prompt"] == {"text": "A runs.", "references": [str(tmp_path / "dog.png")]}
-    assert two["prompt"] == {"text": "A cat sits.", "references": []}
+    assert one["prompt"] == {"text": "A runs.", "references": [str(tmp_path / "dog.png")], "words": []}
+    assert two["prompt"] == {"text": "A cat sits.", "references": [], "words": []}
     worker = worker_of(num_frames=2)
     assert worker(one)["prompt"] == {"text": "A runs.", "references": "1"}
     (tmp_path / "dog.png").unlink()
@@ -156,6 +158,7 @@ def test_a_folder_of_samples_brings_its_prompts(tmp_path: Path, write_video: Wri
     (found,) = find_videos(str(tmp_path))
     assert found["prompt"]["text"] == "A dog runs."
     assert found["prompt"]["references"] == [str(tmp_path / "sample-000-subject-1.png")]
+    assert subjects(found["prompt"]) == ["dog"] and subjects({"references": ["a", "b"], "words": ["dog"]}) == []
 
 
 def test_targets_of_shards_are_real_videos(tmp_path: Path, worker_of: Any) -> None:

