@@ -22,6 +22,7 @@ from infra.clip.model import hash_weights
 from infra.config import Config, NameOrFile, NameOrFolder
 from infra.errors import ConfigError, first_line
 from infra.hub import require_hub_file
+from model.evaluate.weights import file_sha256
 
 
 class NetworkConfig(Config):
@@ -43,6 +44,10 @@ class NetworkConfig(Config):
     """GroundingDINO of subject: hub name or folder. MSRVTT-Personalization: SwinT, which is this one."""
     segmenter: NameOrFolder = "facebook/sam-vit-base"
     """SAM of subject, likewise; MSRVTT-Personalization: ViT-B."""
+    face_detector: NameOrFile | None = None
+    """Face detector as TorchScript: float32 `1 3 h w` in 0..255 -> `n 5`: left, top, right, bottom, score."""
+    face: NameOrFile | None = None
+    """ArcFace as TorchScript: float32 RGB `1 3 112 112` in [-1, 1] -> vector. MSRVTT-Personalization: R100."""
     inception: NameOrFile | None = None
     """FID's Inception (pt_inception-2015-12-05-6726825d.pth of pytorch-fid) as a file of tensors."""
     c3d: NameOrFile | None = None
@@ -134,3 +139,59 @@ def pretrained_identity(place: str, model: torch.nn.Module) -> dict[str, Any]:
         "name": place.rpartition("/")[2] if place.startswith("/") else place,
         "weight_hash": hash_weights(model),
     }
+
+
+def find_file(config: NetworkConfig, field: str, what: str, origin: str) -> str:
+    """Path of a file that the user names.
+
+    Raises:
+        ConfigError: it isn't there; says which it is.
+    """
+    place = getattr(config, field)
+    if place is None or not Path(place).is_file():
+        got = f"no {what}" + (f" at {place}" if place else "")
+        raise ConfigError(got, legal=origin, cure=f"--set networks.{field}=FILE")
+    return place
+
+
+def load_script(path: str, device: torch.device, origin: str) -> Any:
+    """A TorchScript module in eval mode.
+
+    Raises:
+        ConfigError: the file is none.
+    """
+    try:
+        return torch.jit.load(path, map_location=device).eval()
+    except RuntimeError as error:
+        raise ConfigError(f"{path} is no TorchScript: {first_line(error)}", legal=origin) from None
+
+
+class FileNetwork(Network):
+    """A network whose weights are one file that the user names."""
+
+    field: ClassVar[str]
+    file: ClassVar[str]
+    """Its usual name, and where it comes from."""
+
+    @classmethod
+    def find(cls, config: NetworkConfig) -> str:
+        place = find_file(config, cls.field, f"{cls.name} weights", cls.file)
+        return f"{cls.name} {Path(place).name} (sha256 {file_sha256(place)[:12]}...)"
+
+    @property
+    def path(self) -> str:
+        return find_file(self.config, self.field, f"{self.name} weights", self.file)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        return {"name": self.name, "sha256": file_sha256(self.path)}
+
+    def tensors(self, model: torch.nn.Module) -> torch.nn.Module:
+        """The model with the file's tensors, in eval mode on the device; nothing of the file is executed."""
+        try:
+            model.load_state_dict(torch.load(self.path, map_location="cpu", weights_only=True))
+        except Exception as error:  # noqa: BLE001 - torch raises many kinds on a foreign file
+            raise ConfigError(
+                f"{self.path} is not {self.name}'s: {first_line(error)}", legal=self.file
+            ) from None
+        return model.eval().requires_grad_(False).to(self.device)

@@ -3,8 +3,7 @@
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from itertools import pairwise
-from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,12 +11,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from infra.clip import Clip, check_clip, load_clip
-from infra.errors import ConfigError, DataError, first_line
+from infra.errors import DataError, first_line
 from model.evaluate.dino import DinoNetwork
+from model.evaluate.face import FaceNetwork
 from model.evaluate.i3d import MIN_FRAMES, SIDE_PX, I3d, convert
-from model.evaluate.network import Network, NetworkConfig, exactly
+from model.evaluate.network import FileNetwork, Network, NetworkConfig, exactly, load_script
 from model.evaluate.subject import SubjectNetwork
-from model.evaluate.weights import file_sha256, i3d_bytes, read_arrays
+from model.evaluate.weights import i3d_bytes, read_arrays
 
 __all__ = ["NETWORKS", "Network", "NetworkConfig", "network_of", "opener", "resize", "squeeze"]
 
@@ -83,7 +83,7 @@ def squeeze(
         side = min(frames.shape[1:3])
         top, left = (frames.shape[1] - side) // 2, (frames.shape[2] - side) // 2
         frames = frames[:, top : top + side, left : left + side]
-    pixels = (torch.from_numpy(np.ascontiguousarray(frame)).to(device) for frame in frames)
+    pixels = (torch.from_numpy(frame.copy()).to(device) for frame in frames)
     small = [resize(picture.permute(2, 0, 1).float(), size_px, config.resize) for picture in pixels]
     return torch.stack(small, 1)[None]
 
@@ -134,44 +134,6 @@ class ClipNetwork(Network):
         return np.concatenate([self.clip.encode_texts([text]) for text in texts])
 
 
-class FileNetwork(Network):
-    """A network whose weights are one file that the user names."""
-
-    field: ClassVar[str]
-    file: ClassVar[str]
-    """Its usual name, and where it comes from."""
-
-    @classmethod
-    def find(cls, config: NetworkConfig) -> str:
-        place = getattr(config, cls.field)
-        if place is None or not Path(place).is_file():
-            raise ConfigError(
-                f"no {cls.name} weights" + (f" at {place}" if place else ""),
-                legal=cls.file,
-                cure=f"--set networks.{cls.field}=FILE",
-            )
-        return f"{cls.name} {Path(place).name} (sha256 {file_sha256(place)[:12]}...)"
-
-    @property
-    def path(self) -> str:
-        self.find(self.config)
-        return getattr(self.config, self.field)
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        return {"name": self.name, "sha256": file_sha256(self.path)}
-
-    def tensors(self, model: torch.nn.Module) -> torch.nn.Module:
-        """The model with the file's tensors, in eval mode on the device; nothing of the file is executed."""
-        try:
-            model.load_state_dict(torch.load(self.path, map_location="cpu", weights_only=True))
-        except Exception as error:  # noqa: BLE001 - torch raises many kinds on a foreign file
-            raise ConfigError(
-                f"{self.path} is not {self.name}'s: {first_line(error)}", legal=self.file
-            ) from None
-        return model.eval().requires_grad_(False).to(self.device)
-
-
 class InceptionNetwork(FileNetwork):
     """Pooled features of FID's Inception, `t 2048`."""
 
@@ -206,10 +168,7 @@ class C3dNetwork(FileNetwork):
 
     @cached_property
     def model(self) -> Any:
-        try:
-            return torch.jit.load(self.path, map_location=self.device).eval()
-        except RuntimeError as error:
-            raise ConfigError(f"{self.path} is no TorchScript: {first_line(error)}", legal=self.file) from None
+        return load_script(self.path, self.device, self.file)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -267,6 +226,7 @@ NETWORKS: dict[str, type[Network]] = {
     for network in (
         *(Motion, I3dNetwork, ClipNetwork, DinoNetwork, InceptionNetwork, C3dNetwork, RaftNetwork),
         SubjectNetwork,
+        FaceNetwork,
     )
 }
 

@@ -9,6 +9,7 @@ from model.evaluate.metrics.copy_guard import CopyGuard
 from model.evaluate.metrics.dino_i import DinoI
 from model.evaluate.metrics.dynamic_degree import DynamicDegree
 from model.evaluate.metrics.dynamics import Dynamics
+from model.evaluate.metrics.face import Face
 from model.evaluate.metrics.fid import Fid
 from model.evaluate.metrics.flicker import Flicker
 from model.evaluate.metrics.frozen import Frozen
@@ -22,7 +23,7 @@ METRICS: dict[str, type[Metric]] = {
     metric.name: metric
     for metric in (
         *(Fvd, Kvd, Fid, ClipFid, Kid, Is, IsI3d),
-        *(ClipT, ClipI, DinoI, Subject, CopyGuard),
+        *(ClipT, ClipI, DinoI, Subject, Face, CopyGuard),
         *(Consistency, Flicker, Dynamics, DynamicDegree, Frozen),
     )
 }

@@ -13,7 +13,7 @@ from model.evaluate.metrics import METRICS
 from model.evaluate.networks import NETWORKS, NetworkConfig, network_of
 from model.evaluate.scores import Given, Setting, chosen, entry, folds_of, obstacles, refuse_small_n, score
 
-SETS = {"i3d": 12, "c3d": 12, "inception": 12, "clip": 12, "dino": 12, "raft": None, "motion": None}
+SETS = {"i3d": 12, "c3d": 12, "inception": 12, "clip": 12, "dino": 12, "face": 12, "raft": None, "motion": None}
 T = 5
 
 
@@ -27,7 +27,9 @@ def features(draw: np.random.Generator, shift: float = 0.0) -> dict[str, np.ndar
 
 
 def prompt(draw: np.random.Generator) -> dict[str, np.ndarray]:
-    references = {f"{name}_references": draw.normal(size=(2, 12)) for name in ("clip", "dino", "subject")}
+    references = {
+        f"{name}_references": draw.normal(size=(2, 12)) for name in ("clip", "dino", "face", "subject")
+    }
     return {"clip_text": draw.normal(size=12), **references}
 
 
@@ -117,6 +119,14 @@ def test_a_missing_subject_is_0_and_counts() -> None:
     seen[0, 1] = reference[1]
     given = [(Video("a", {"subject": seen}), {"subject_references": reference})]
     assert score(chosen(["subject"]), given)[0]["subject"].value == pytest.approx(5 / 8)
+
+
+def test_a_frame_without_a_face_counts_0() -> None:
+    faces, reference = np.array([[0.0, 1.0], [0.0, 0.0], [1.0, 0.0], [0.0, 0.0]]), np.array([[0.0, 2.0]])
+    found = [
+        (Video(n, {"face": f}), {"face_references": reference}) for n, f in (("a", faces), ("b", 0 * faces))
+    ]
+    assert score(chosen(["face"]), found)[0]["face"].each == {"a": 0.25, "b": 0.0}
 
 
 def test_motion_metrics_of_known_videos() -> None:

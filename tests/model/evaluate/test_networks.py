@@ -71,6 +71,39 @@ class Classifier(nn.Module):
         return torch.stack([red, 1 - red], 1)
 
 
+class BrightBox(nn.Module):
+    """A detector: the box of all pixels above 200, its score their share of the brightest; ends exclusive."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        bright = torch.nonzero(x[0].mean(0) > 200).float()
+        if len(bright) == 0:
+            return torch.zeros(0, 5)
+        low, high = bright.min(0).values, bright.max(0).values + 1
+        score = torch.ones(1)
+        return torch.cat([low[1:2], low[:1], high[1:2], high[:1], score])[None]
+
+
+class Colour(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.mean(dim=[2, 3]) + 1
+
+
+def test_the_best_face_of_a_frame_is_cut_out_and_seen(tmp_path: Path) -> None:
+    torch.jit.script(BrightBox()).save(tmp_path / "detector.pt")
+    torch.jit.script(Colour()).save(tmp_path / "arcface.pt")
+    own = config(face_detector=str(tmp_path / "detector.pt"), face=str(tmp_path / "arcface.pt"))
+    network = NETWORKS["face"](own, CPU)
+    frames = np.zeros((2, 40, 60, 3), np.uint8)
+    frames[0, 10:20, 30:50] = (255, 255, 204)
+    found = network(frames)
+    assert found[0] == pytest.approx([2, 2, 1.6], abs=1e-3) and not found[1].any()
+    crop = Image.new("RGB", (30, 30), (51, 0, 0))  # no face is found in it: it is one
+    assert network.pictures([crop])[0] == pytest.approx([0.4, 0, 0], abs=1e-3)
+    assert {"detector", "arcface"} < set(network.identity)
+    with pytest.raises(ConfigError, match=r"no ArcFace; .*--set networks\.face=FILE"):
+        NETWORKS["face"].find(config(face_detector=str(tmp_path / "detector.pt")))
+
+
 def test_c3d_is_any_torchscript_and_probabilities_are_seen(tmp_path: Path) -> None:
     torch.jit.script(Classifier()).save(tmp_path / "c3d.pt")
     network = NETWORKS["c3d"](config(c3d=str(tmp_path / "c3d.pt")), CPU)
