@@ -140,7 +140,10 @@ def make_plan(config: EvaluateConfig) -> Plan:
     plan = plan_run(config) if config.videos is None else plan_folder(config.videos)
     against = config.against or (config.prompts if plan.sample else None)
     if against is not None:
-        real = find_videos(against, rows=config.rows if against == config.prompts else None)
+        own = (
+            {payload["prompt_id"] for payload in plan.videos["sampled"]} if against == config.prompts else None
+        )
+        real = find_videos(against, only=own)
         plan.videos["real"], plan.inputs["real"] = real, listing_hash(real)
     return plan_metrics(config, plan)
 
@@ -165,7 +168,7 @@ def plan_run(config: EvaluateConfig) -> Plan:
     committed = read_bytes(join(find_checkpoint(sample.run), COMMITTED))
     checkpoint = hashlib.sha256(committed).hexdigest()[:16]
     videos = [
-        {"name": f"{video_name(n)}.mp4", "prompt": prompt_facts(request.prompt)}
+        {"name": f"{video_name(n)}.mp4", "prompt_id": request.prompt_id, "prompt": prompt_facts(request.prompt)}
         for n, request in enumerate(requests)
     ]
     inputs = {"checkpoint": checkpoint, "prompts": digest([prompt_hash(r.prompt) for r in requests])}

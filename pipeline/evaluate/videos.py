@@ -13,7 +13,7 @@ A line of prompts.jsonl names its video; `text` is the prompt in words alone, wh
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from infra.certificate import read_certificate
@@ -26,7 +26,7 @@ from pipeline.shards import SHARD_JOBS, ShardSet, is_shard, open_part
 SAMPLES, PROMPTS = "samples.json", "prompts.jsonl"
 SIDECARS = frozenset(
     {"json", "jsonl", "txt", "md", "csv", "tsv", "yaml", "yml", "html", "log", "parquet", "npy", "lock"}
-    | {"png", "jpg", "jpeg", "webp", "gif", "bmp", "tif", "tiff", "avif", "srt", "vtt"}
+    | {"png", "jpg", "jpeg", "webp", "bmp", "tif", "tiff", "avif", "srt", "vtt"}
 )
 """Endings of files that are no videos and aren't meant to be; all others are tried."""
 PLACEHOLDER = "<image>"
@@ -37,17 +37,17 @@ ROW_COLUMNS = ["prompt_id", "media", "caption", "source_uri", "source_sha256", "
 TARGET_COLUMNS = ["target.kind"]
 
 
-def find_videos(place: str, *, rows: int | None = None) -> list[Payload]:
+def find_videos(place: str, *, only: Collection[str | None] | None = None) -> list[Payload]:
     """All videos of a place, in the order of their names.
 
     Args:
         place: folder or URI.
-        rows: of prompt shards, how many; None = all.
+        only: of prompt shards, the ids of the rows that count; None = all.
 
     Raises:
         ConfigError: nothing is there.
     """
-    found = _clips_or_files(absolute(place), rows)
+    found = _clips_or_files(absolute(place), only)
     if not found:
         raise ConfigError(
             f"no video in {place}",
@@ -56,7 +56,7 @@ def find_videos(place: str, *, rows: int | None = None) -> list[Payload]:
     return sorted(found, key=lambda payload: payload["name"])
 
 
-def _clips_or_files(place: str, rows: int | None) -> list[Payload]:
+def _clips_or_files(place: str, only: Collection[str | None] | None) -> list[Payload]:
     try:
         certificate = read_certificate(place)
     except DataError as error:
@@ -66,7 +66,7 @@ def _clips_or_files(place: str, rows: int | None) -> list[Payload]:
         parts = [join(place, entry.path) for entry in certificate.files if is_shard(entry.path)]
         return [payload for part in parts for payload in _clips(part)]
     if job in SHARD_JOBS:
-        return list(_targets(place, rows))
+        return list(_targets(place, only))
     if exists(join(place, SAMPLES)):
         return _samples(place)
     return _files(place)
@@ -171,16 +171,14 @@ def _clips(part: str) -> Iterator[Payload]:
                 }
 
 
-def _targets(place: str, rows: int | None) -> Iterator[Payload]:
+def _targets(place: str, only: Collection[str | None] | None) -> Iterator[Payload]:
     """Targets of prompts that are videos, not pictures; a clip that several prompts refer to counts once."""
-    shards, left, seen = ShardSet(place), rows, set()
+    shards, seen = ShardSet(place), set()
     for number in range(len(shards)):
         table = shards.read_row_group(number, ROW_COLUMNS + TARGET_COLUMNS)
         for place_in, row in enumerate(table.to_pylist()):
-            if left == 0:
-                return
-            left = None if left is None else left - 1
-            if row["media"] != Media.VIDEO or not (row["target"] or {}).get("kind"):
+            counts = only is None or row["prompt_id"] in only
+            if not counts or row["media"] != Media.VIDEO or not (row["target"] or {}).get("kind"):
                 continue
             payload = _target(row, shards.uri, number, place_in)
             key = payload["uri"], payload.get("group"), payload.get("row"), payload["start_s"], payload["end_s"]
