@@ -36,7 +36,8 @@ class Extractor:
         seen: Mapping[str, Any],
         device: torch.device,
     ) -> None:
-        self.config, self.names, self.cache, self.seen = config, names, cache, dict(seen)
+        self.config, self.names, self.cache = config, names, cache
+        self.seen = {**seen, "device": device.type}  # another processor rounds otherwise
         self.network: Callable[[str], Network] = opener(config, device)
 
     @property
@@ -97,7 +98,7 @@ class Extractor:
         return found
 
     def _keep(self, parts: Any, compute: Callable[[], np.ndarray]) -> str:
-        key = FeatureCache.key(parts)
+        key = FeatureCache.key(parts, self.seen["device"])
         if self.cache.get(key) is None:
             self.cache.put(key, compute())
         return key
