@@ -1,6 +1,10 @@
 """`vimi-train evaluate` from words to scores.json: the same bytes however it comes about."""
 
 import json
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +25,7 @@ from pipeline.report import run as make_page
 from tests.model.conftest import tiny_encoder, trained_run  # noqa: F401 # pyright: ignore[reportUnusedImport]
 from tests.pipeline.conftest import WriteVideo, write_sound, write_video  # noqa: F401 # pyright: ignore[reportUnusedImport]
 
+ROOT = Path(__file__).resolve().parents[2]
 METRICS = ["clip_t", "clip_i", "copy_guard", "consistency", "flicker", "frozen", "clip_fid"]
 
 
@@ -178,3 +183,35 @@ def test_refusals_are_a_line_each(folders: Path, tiny_encoder: dict[str, Any]) -
         check(config(folders, tiny_encoder, metrics=["fid"]))
     with pytest.raises(ConfigError, match="no video in"):
         check(config(folders, tiny_encoder, against=str(folders / "gone")))
+
+
+@pytest.mark.slow
+def test_a_killed_command_goes_on_to_the_same_bytes(tmp_path: Path, write_video: WriteVideo) -> None:  # noqa: F811
+    for n in range(120):
+        write_video(tmp_path / "videos" / f"v{n:03d}.mp4", num_frames=16, size_px=(240, 320), seed=n % 4)
+
+    def start(out: str) -> subprocess.Popen[bytes]:
+        words = ["evaluate", "--videos", str(tmp_path / "videos"), "--out", str(tmp_path / out)]
+        words += [
+            "--metrics",
+            "flicker,frozen",
+            "--set",
+            f"cache={tmp_path / out}-cache",
+            "--set",
+            "num_workers=1",
+        ]
+        code = "from cli.train import main; main()"
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        return subprocess.Popen([sys.executable, "-c", code, *words], cwd=tmp_path, env=environment)
+
+    assert start("whole").wait(300) == 0
+    killed, journal = start("killed"), tmp_path / "killed" / "journal"
+    while not any(file.read_bytes().count(b"\n") for file in journal.glob("*.jsonl")):
+        assert killed.poll() is None
+        time.sleep(0.01)
+    killed.kill()
+    killed.wait()
+    assert not (tmp_path / "killed" / "scores.json").exists()
+    assert start("killed").wait(300) == 0
+    for name in ("scores.json", "videos.jsonl"):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
