@@ -53,7 +53,7 @@ def quick_steps() -> list[str]:
 
 def full_steps() -> list[str]:
     """The commands of the full form, in order."""
-    longer = "--set samples=96000"
+    longer = "--set samples=200000"
     return [
         command("vimi-data world", more="--distractors 2"),
         command("vimi-data crawl", "crawl_clips"),

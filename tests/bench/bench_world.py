@@ -37,6 +37,7 @@ FIT: dict[str, Any] = {
     "group_height": 4, "group_width": 4,
 }  # fmt: skip
 DIT: dict[str, Any] = {"dim": 128, "head_dim": 32, "num_blocks": 4, "qk_norm": True}
+NARROW = DIT | {"dim": 64, "condition_dim": 64}
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,12 @@ VARIANTS = {
     "fit, ln sigma -0.5 +- 1.6": Variant(log_mean=-0.5),
     "dit": Variant("dit-tiny", DIT),
     "dit, patches of 2 px": Variant("dit-tiny", DIT | {"patch_px": 2}),
+    "dit, patches of 8 px": Variant("dit-tiny", DIT | {"patch_px": 8}),
     "dit, AdamW, batch 16": Variant("dit-tiny", DIT, batch=16, optimizer="adamw", lr=2e-3),
+    "dit of 64": Variant("dit-tiny", NARROW, lr=1e-2),
+    "dit of 64, lr 2e-2": Variant("dit-tiny", NARROW, lr=2e-2),
+    "dit of 64, batch 64": Variant("dit-tiny", NARROW, batch=64, lr=1e-2),
+    "dit of 64, AdamW": Variant("dit-tiny", NARROW, optimizer="adamw", lr=5e-3),
 }
 
 
