@@ -113,18 +113,7 @@ def _augment(config: Any) -> str:
     return f"{search}\nvimi-data augment {{c.clips[0]}} --memory {{c.out}} --out {unused('prompts')}"
 
 
-BUILD = Job(
-    "pipeline.memory.build_index:BuildIndexConfig",
-    then=_augment,
-)
-ADD_CLIP = Job(
-    "pipeline.memory.build_index.add_clip:AddClipConfig",
-    when="--add-clip",
-    then='vimi-data search {c.out} "a dog on grass" --clip {c.clip.name}',
-)
-
-
-@command(app, BUILD, ADD_CLIP, name="build-index")
+@command(app, Job("pipeline.memory.build_index:BuildIndexConfig", then=_augment), name="build-index")
 def build_index(
     clips: Clips = None,
     out: Out = None,
@@ -135,13 +124,8 @@ def build_index(
     grow: Annotated[
         bool | None, typer.Option("--grow", help="Add these tables to the memory that is there.")
     ] = None,
-    add_clip: Annotated[
-        str | None, typer.Option(help="Embed the memory in --out with this CLIP too, in columns beside.")
-    ] = None,
-) -> Fields | tuple[Job, Fields]:
-    """Embed clips and pictures with CLIP into a LanceDB memory with a BM25 and a vector index."""
-    if add_clip:
-        return ADD_CLIP, {"out": out, "clip.name": add_clip}
+) -> Fields:
+    """Embed clips and pictures with CLIP into a memory: LanceDB, in shards that captions are joined with."""
     return {"clips": clips or None, "out": out, "clip.name": clip, "grow": grow}
 
 
@@ -152,7 +136,6 @@ def search(
     image: Annotated[str | None, typer.Option(help="A picture to look for.")] = None,
     retriever: Retriever = None,
     against: Annotated[str | None, typer.Option(help="What is compared: see retrieve.against below.")] = None,
-    clip: Annotated[str | None, typer.Option(help="One of the memory's CLIPs by name; the first.")] = None,
     k: Annotated[int | None, typer.Option("-k", help="How many documents.")] = None,
     out: Annotated[str | None, typer.Option("--out", "-o", help="Folder for the page of pictures.")] = None,
 ) -> Fields:
@@ -161,7 +144,6 @@ def search(
         "memory": memory,
         "text": text,
         "image": image,
-        "clip": clip,
         "out": out,
         "retrieve.retriever": retriever,
         "retrieve.against": against,

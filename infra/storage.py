@@ -8,6 +8,7 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 import stat
 import tempfile
 import time
@@ -172,6 +173,16 @@ def check_writable(uri: str) -> None:
         raise ConfigError(
             f"can't write to {uri}: {reason}", cure="choose another --out or mend its permissions"
         ) from None
+
+
+def free_bytes(uri: str) -> int | None:
+    """Room on the disk of a local place; None for an object store."""
+    place = Path(absolute(uri))
+    if is_remote(uri):
+        return None
+    while not place.exists():
+        place = place.parent
+    return shutil.disk_usage(place).free
 
 
 def sha256_file(uri: str) -> str:

@@ -1,25 +1,5 @@
-"""The memory: documents in LanceDB. Import names from here, not from the files."""
+"""The memory: documents in LanceDB, in shards. Import names from here, not from the files."""
 
-from pipeline.memory.store import (
-    TABLE,
-    Memory,
-    connect,
-    model_column,
-    open_memory,
-    open_table,
-    require_model,
-    upsert,
-    version_tag,
-)
+from pipeline.memory.store import TABLE, Memory, Shard, connect, open_memory, open_table, require_model
 
-__all__ = [
-    "TABLE",
-    "Memory",
-    "connect",
-    "model_column",
-    "open_memory",
-    "open_table",
-    "require_model",
-    "upsert",
-    "version_tag",
-]
+__all__ = ["TABLE", "Memory", "Shard", "connect", "open_memory", "open_table", "require_model"]

@@ -1,13 +1,12 @@
 """`vimi-data search MEMORY "a white dog on grass" --image dog.jpg`: a table here, a page of pictures there.
 
-One call answers a batch of queries by the retriever and vectors that `RetrieveConfig` names. Small and middling
-memories are answered exactly from arrays, those beyond by LanceDB's indexes with the settings whose recall the
-certificate proves. A filter comes first in both: ranks are ranks among the documents that pass.
+One call answers a batch of queries by the retriever and vectors that `RetrieveConfig` names. Words are compared
+exactly, by the shards' postings; vectors by LanceDB's index where the memory has one, else exactly. A filter
+comes first in both: ranks are ranks among the documents that pass.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,19 +15,20 @@ from infra.config import Config
 from infra.errors import ConfigError
 from infra.pictures import PictureError, decode_picture
 from infra.storage import absolute, check_writable, exists, join, read_bytes, write_bytes
-from pipeline.memory import Memory, model_column, open_memory, require_model
-from pipeline.memory.retrieve.bm25 import Hits
-from pipeline.memory.retrieve.documents import load_documents
-from pipeline.memory.retrieve.indexes import ArrayIndex, LanceIndex, check_indexes, uses_arrays
-from pipeline.memory.retrieve.retrievers import Index, RetrieveConfig
+from pipeline.memory.retrieve import RETRIEVERS, RetrieveConfig
+from pipeline.memory.retrieve.hits import HIT, NOTHING, Hits, by_query, flatten, merge
 from pipeline.memory.search_page import picture_grid, picture_page
-from pipeline.memory.store import clip_configs
+from pipeline.memory.store import Memory, clip_config, open_memory, require_model
+from pipeline.memory.tile import Tiles, ask_all, key_of
 from pipeline.memory.vectors import document_vector
 
 if TYPE_CHECKING:
     from infra.clip import Clip
 
 SHOWN = ("text", "image", "source_name", "licence", "split", "source_uri", "start_s")
+QUERIES_PER_CALL = 256  # LanceDB shares one scan among them; more costs memory and gains nothing
+REFINE = 20
+"""The first `REFINE * k` answers of an index are scored again on the stored vectors. Ours."""
 
 
 class Filters(Config):
@@ -59,8 +59,6 @@ class SearchConfig(Config):
     """Path or URI of a picture; with words, both are averaged (clip, hybrid)."""
     retrieve: RetrieveConfig = RetrieveConfig(retriever="hybrid", k=12)
     """bm25, clip or hybrid; against document, image or text; k."""
-    clip: str | None = None
-    """Name or hash of one of the memory's CLIPs (`build-index --add-clip`); None = the first."""
     filters: Filters = Filters()
     """Which documents may be found."""
     version: str | None = None
@@ -82,7 +80,8 @@ class Query:
 class Hit:
     """One answer."""
 
-    doc_id: str
+    number: int
+    """Of the document: see `Memory.take`."""
     rank: int
     """1 = best."""
     score: float
@@ -102,41 +101,49 @@ class Searcher:
     """
 
     def __init__(self, memory: Memory, config: RetrieveConfig, clip: "Clip | None" = None) -> None:
-        if config.method.needs_vectors:
-            if clip is None:
-                raise ConfigError(f"retriever {config.retriever} needs a CLIP", cure="use bm25, or load one")
-            if clip.model_hash not in memory.certificate.facts.get("clips", {}):
-                require_model(memory, clip.model_hash, name=clip.name)
+        check_model(memory, config, clip)
         self.memory, self.config, self.clip = memory, config, clip
-        self.added = None if clip is None or clip.model_hash == memory.model_hash else clip.model_hash
-        self.uses_arrays = self.added is None and uses_arrays(config, memory.num_documents)
-        if not self.uses_arrays:
-            check_indexes(memory, config)
+        self.tiles = Tiles(memory, config.against, kept=len(memory.shards))
+        self.where: str | None = None
 
     def __call__(self, queries: Sequence[Query], filters: Filters | None = None) -> list[list[Hit]]:
         """The `config.k` best documents of each query, best first."""
         method, k = self.config.method, self.config.k
-        index = self._index(filters.where() if filters else None)
-        texts = [query.text or "" for query in queries]
+        self._filter(filters.where() if filters else None)
+        texts, vectors = [query.text or "" for query in queries], self._vectors(queries)
         depth = max(k, self.config.depth) if method.needs_words and method.needs_vectors else k
-        found = method.search(index, texts, self._vectors(queries), depth)
-        return [self._named(Hits(hits.docs[:k], hits.scores[:k])) for hits in found]
+        rows = flatten(method.search(self, texts, vectors, depth))
+        fused = [method.fuse(own, depth)[:k] for own in by_query(merge([rows], depth), len(queries))]
+        return [
+            [Hit(int(row["doc"]), rank, float(row["score"])) for rank, row in enumerate(own, start=1)]
+            for own in fused
+        ]
 
-    def _index(self, where: str | None) -> Index:
-        if not self.uses_arrays:
-            column = model_column(f"{self.config.against}_embedding", self.added)
-            return LanceIndex(self.memory, column, where)
-        return self._arrays if where is None else Filtered(self._arrays, self._allowed(where))
+    def by_words(self, texts: Sequence[str], depth: int) -> list[Hits]:
+        """Exactly, by all shards."""
+        rows = ask_all(self.tiles, RETRIEVERS["bm25"], texts, np.zeros((len(texts), 0), np.float32), depth)
+        return [Hits(own["doc"], own["score"], own["key"]) for own in by_query(rows, len(texts))]
 
-    @cached_property
-    def _arrays(self) -> ArrayIndex:
-        return ArrayIndex(load_documents(self.memory, self.config.analysis), self.config.against)
+    def by_vectors(self, vectors: np.ndarray, depth: int) -> list[Hits]:
+        """By LanceDB."""
+        column = f"{self.config.against}_embedding"
+        known = self.memory.certificate.facts["indexes"].get(column, {})
+        probes, where = known.get("probes"), self.where
+        found = nearest(self.memory, self.memory.table, column, vectors, depth, probes=probes, where=where)
+        return [hits if vector.any() else NOTHING for hits, vector in zip(found, vectors, strict=True)]
 
-    def _allowed(self, where: str) -> np.ndarray:
-        found = self.memory.table.search().where(where).select(["doc_id"]).to_arrow()["doc_id"]
-        mask = np.zeros(len(self._arrays.documents), bool)
-        mask[self._arrays.documents.find(found.to_pylist())] = len(found) > 0
-        return mask
+    def _filter(self, where: str | None) -> None:
+        """Let only documents that pass be found by words; LanceDB filters for itself."""
+        if where == self.where:
+            return
+        self.where = where
+        for tile in self.tiles:
+            tile.allowed = None
+            if where is not None:
+                fragment = self.memory.dataset.get_fragment(tile.shard.fragment)
+                scan = fragment.scanner(columns=[], filter=where, with_row_address=True).to_table()
+                tile.allowed = np.zeros(len(tile), bool)
+                tile.allowed[scan["_rowaddr"].to_numpy().astype(np.int64) & 0xFFFFFFFF] = True
 
     def _vectors(self, queries: Sequence[Query]) -> np.ndarray:
         """The queries' unit vectors, float32 `q d`; a zero row for one that has nothing to embed."""
@@ -153,38 +160,55 @@ class Searcher:
             found[texts] = np.where(both[:, None], document_vector(found[texts], vectors), vectors)
         return found
 
-    def _named(self, hits: Hits) -> list[Hit]:
-        ids = self._arrays.documents.ids[hits.docs] if self.uses_arrays else hits.docs
-        found = zip(ids.tolist(), hits.scores.tolist(), strict=True)
-        return [Hit(doc_id.decode(), rank, score) for rank, (doc_id, score) in enumerate(found, start=1)]
+
+def check_model(memory: Memory, config: RetrieveConfig, clip: "Clip | None") -> None:
+    """Refuse a retriever that compares vectors without the memory's CLIP."""
+    if config.method.needs_vectors:
+        if clip is None:
+            raise ConfigError(f"retriever {config.retriever} needs a CLIP", cure="use bm25, or load one")
+        require_model(memory, clip.model_hash, name=clip.name)
 
 
-@dataclass(frozen=True)
-class Filtered:
-    """An index of which only some documents may be found; it looks deeper until there are enough of them."""
+def nearest(
+    memory: Memory,
+    table: Any,
+    column: str,
+    queries: np.ndarray,
+    k: int,
+    *,
+    probes: int | None = None,
+    where: str | None = None,
+) -> list[Hits]:
+    """The k nearest documents of each query by LanceDB: numbers and cosines, best first.
 
-    index: ArrayIndex
-    allowed: np.ndarray
-    """bool `n`."""
-
-    def by_words(self, texts: Sequence[str], depth: int) -> list[Hits]:
-        return self._passing(lambda reach: self.index.by_words(texts, reach), depth)
-
-    def by_vectors(self, vectors: np.ndarray, depth: int) -> list[Hits]:
-        return self._passing(lambda reach: self.index.by_vectors(vectors, reach), depth)
-
-    def _passing(self, search: Callable[[int], list[Hits]], depth: int) -> list[Hits]:
-        wanted, reach, total = min(depth, int(self.allowed.sum())), depth, len(self.allowed)
-        while True:
-            every = search(reach)
-            masks = [self.allowed[hits.docs] for hits in every]
-            found = [
-                Hits(h.docs[mask][:depth], h.scores[mask][:depth]) for h, mask in zip(every, masks, strict=True)
-            ]
-            is_enough = [len(f) >= wanted or len(e) < reach for f, e in zip(found, every, strict=True)]
-            if reach >= total or all(is_enough):
-                return found
-            reach = min(4 * reach, total)
+    Args:
+        memory: an open memory.
+        table: its LanceDB table.
+        column: embedding column.
+        queries: float32 `q d`.
+        k: answers a query.
+        probes: partitions of the index that are read; None = exact, without an index.
+        where: SQL filter, applied before the search.
+    """
+    first = np.zeros(1 + max(shard.fragment for shard in memory.shards), np.int64)
+    first[[shard.fragment for shard in memory.shards]] = [shard.first for shard in memory.shards]
+    answers: list[Hits] = []
+    for start in range(0, len(queries), QUERIES_PER_CALL):
+        chunk = list(queries[start : start + QUERIES_PER_CALL])
+        asked = chunk * 2 if len(chunk) == 1 else chunk  # LanceDB numbers the answers of two queries and more
+        query = table.search(asked, vector_column_name=column).distance_type("cosine").with_row_id(True)
+        query = query.bypass_vector_index() if probes is None else query.nprobes(probes).refine_factor(REFINE)
+        query = query.where(where, prefilter=True) if where else query
+        found = query.limit(k).select(["doc_id", "_distance"]).to_arrow()
+        address = found["_rowid"].to_numpy().astype(np.int64)
+        rows = np.zeros(len(found), HIT)
+        rows["query"], rows["score"] = found["query_index"].to_numpy(), 1.0 - found["_distance"].to_numpy()
+        rows["doc"] = first[address >> 32] + (address & 0xFFFFFFFF)
+        rows["key"] = [key_of(doc_id) for doc_id in found["doc_id"].to_pylist()]
+        answers += [
+            Hits(own["doc"], own["score"], own["key"]) for own in by_query(merge([rows], k), len(chunk))
+        ]
+    return answers
 
 
 def check(config: SearchConfig) -> None:
@@ -205,7 +229,7 @@ def run(config: SearchConfig) -> list[dict[str, Any]]:
     """Answer, print the table, write the pictures; returns the rows of the table."""
     check(config)
     memory = open_memory(config.memory, version=config.version)
-    clip = load_memory_clip(memory, config.clip) if config.retrieve.method.needs_vectors else None
+    clip = load_memory_clip(memory) if config.retrieve.method.needs_vectors else None
     query = Query(config.text, read_bytes(absolute(config.image)) if config.image else None)
     hits = Searcher(memory, config.retrieve, clip)([query], config.filters)[0]
     rows = _rows(memory, hits)
@@ -218,29 +242,19 @@ def run(config: SearchConfig) -> list[dict[str, Any]]:
     return rows
 
 
-def load_memory_clip(memory: Memory, name: str | None) -> "Clip":
-    """A CLIP that embedded the memory, as its own config names it.
-
-    Args:
-        memory: an open memory.
-        name: name or hash of one of them; None = the one that it was built with.
+def load_memory_clip(memory: Memory) -> "Clip":
+    """The CLIP that the memory was built with, as its own config names it.
 
     Raises:
         ConfigError: the memory doesn't say, or that model can't be loaded.
     """
     from infra.clip import load_clip
 
-    configs = clip_configs(memory)
-    found = [clip for key, clip in configs.items() if name is None or clip.name == name or key.startswith(name)]
-    if not found:
-        raise ConfigError(
-            f"no CLIP {name!r} in {memory.uri}", legal=", ".join(c.name for c in configs.values())
-        )
-    return load_clip(found[0], "cpu")
+    return load_clip(clip_config(memory), "cpu")
 
 
 def _rows(memory: Memory, hits: list[Hit]) -> list[dict[str, Any]]:
-    found = memory.rows([hit.doc_id for hit in hits], SHOWN).to_pylist()
+    found = memory.take([hit.number for hit in hits], SHOWN).to_pylist()
     return [{"rank": hit.rank, "score": hit.score, **row} for hit, row in zip(hits, found, strict=True)]
 
 

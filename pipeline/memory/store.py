@@ -1,38 +1,52 @@
-"""The LanceDB table of documents: open, read, upsert, tag. One folder, one table, one model.
+"""The memory's folder: open a version, read its rows.
 
 memory/
-lance/documents.lance   the table; every build leaves a tag that prompts can pin
-certificate.json        model identity, tag, indexes and their measured recall, hashes of the table's files
+lance/documents.lance   the table: one fragment a shard; every build leaves a tag that prompts can pin
+shards/NAME/            the guard's columns, BM25's postings, and a certificate of all of the shard's files
+words-TAG.arrow         BM25's statistics of all shards of a version
+sample-TAG.arrow        the documents of the smallest ids: what the guard's bound and the recall are measured on
+certificate.json        model identity, versions, shards, recall of the index, hashes
 """
 
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 from urllib.parse import quote
 
 import numpy as np
 import pyarrow as pa
 
-from infra.certificate import (
-    Certificate,
-    FileEntry,
-    check_files,
-    file_entries,
-    read_sealed,
-    require_certificate,
-)
+from infra.certificate import Certificate, check_files, read_certificate, read_sealed, require_certificate
 from infra.claim import JOB_FILE
 from infra.clip import ClipConfig
 from infra.errors import ConfigError, DataError, first_line
-from infra.storage import absolute, exists, is_remote, join, list_files
+from infra.storage import absolute, is_remote, join, read_bytes, size_bytes
+from pipeline.memory.retrieve.analysis import Analysis
+from pipeline.memory.retrieve.bm25 import Statistics
 from pipeline.schema import check_table, content_id, memory_schema
 
-TABLE, LANCE_FOLDER = "documents", "lance"
+TABLE, LANCE_FOLDER, SHARDS = "documents", "lance", "shards"
 IDS_PER_QUERY = 512  # ids in one `IN (...)`: long lists make the SQL parser slow
 MADE_BY = "vimi-data build-index"
 EMBEDDINGS = ("image_embedding", "text_embedding", "document_embedding")
+SHARD_JOB = "shard"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Where a shard's documents are."""
+
+    name: str
+    first: int
+    """Number of its first document: documents are numbered through all shards, in their order."""
+    rows: int
+    fragment: int
+    """Of the table."""
+    version: str
+    """Tag of the first version that has it."""
 
 
 @dataclass(frozen=True)
@@ -43,11 +57,9 @@ class Memory:
     table: Any
     """lancedb.table.Table, checked out at `version`."""
     certificate: Certificate
-
-    @property
-    def version(self) -> str:
-        """Tag of this version: a hash of its documents and of the model, so equal content, equal tag."""
-        return str(self.certificate.facts["memory_version"])
+    version: str
+    """Tag of this version: a hash of its documents and of the model, so equal content, equal tag."""
+    shards: tuple[Shard, ...]
 
     @property
     def model_hash(self) -> str:
@@ -58,92 +70,104 @@ class Memory:
         return int(self.certificate.facts["dim"])
 
     @property
+    def analysis(self) -> Analysis:
+        return self.certificate.facts["analysis"]
+
+    @property
     def num_documents(self) -> int:
-        return int(self.table.count_rows())
+        return sum(shard.rows for shard in self.shards)
 
-    def columns_arrow(self, columns: Sequence[str]) -> pa.Table:
-        """The named columns of all documents, in doc_id order whatever the history of the table."""
-        return sorted_columns(self.table, columns)
+    @cached_property
+    def dataset(self) -> Any:
+        """The table as `lance.LanceDataset`: its fragments one by one, its rows by number."""
+        return lance_dataset(self.uri, self.version)
 
-    def vectors(self, column: str) -> Iterator[tuple[pa.Array, np.ndarray]]:
-        """Stream (doc_id, float16 [n d]) blocks of an embedding column, in table order."""
-        yield from stream_vectors(self.table, column)
+    @cached_property
+    def statistics(self) -> Statistics:
+        """BM25's, of all shards."""
+        return read_statistics(self.uri, self.version)
+
+    @cached_property
+    def sample(self) -> pa.Table:
+        """doc_id, source_uri, source_sha256 and vectors of the documents with the smallest ids: as good as
+        drawn by lot, and the same however the memory was built.
+        """
+        return read_table(join(self.uri, sample_name(self.version)))
+
+    def take(self, numbers: Sequence[int], columns: Sequence[str]) -> pa.Table:
+        """The named columns of the documents with these numbers, in their order."""
+        if not len(numbers):
+            return pa.schema([self.table.schema.field(name) for name in columns]).empty_table()
+        return self.dataset.take(list(map(int, numbers)), columns=list(columns))
 
     def rows(self, doc_ids: Sequence[str], columns: Sequence[str]) -> pa.Table:
         """The named columns of these documents, in the order of `doc_ids`; unknown ids are left out."""
-        names = list(dict.fromkeys(["doc_id", *columns]))
-        unique = list(dict.fromkeys(doc_ids))
-        parts = [
-            self.table.search().where(id_filter(chunk)).select(names).limit(len(chunk)).to_arrow()
-            for chunk in _chunks(unique, IDS_PER_QUERY)
-        ]
-        if not parts:
-            return empty_table(self.table.schema, names)
-        found = pa.concat_tables(parts).combine_chunks()
+        names, unique = list(dict.fromkeys(["doc_id", *columns])), list(dict.fromkeys(doc_ids))
+        chunks = [unique[at : at + IDS_PER_QUERY] for at in range(0, len(unique), IDS_PER_QUERY)]
+        empty = pa.schema([self.table.schema.field(name) for name in names]).empty_table()
+        search = lambda some: self.table.search().where(id_filter(some)).select(names).limit(len(some))  # noqa: E731
+        found = pa.concat_tables([empty, *(search(some).to_arrow().select(names) for some in chunks)])
         place = {doc_id: index for index, doc_id in enumerate(found["doc_id"].to_pylist())}
-        return found.take(pa.array([place[d] for d in doc_ids if d in place], pa.int64()))
-
-    def images(self, doc_ids: Sequence[str]) -> dict[str, bytes]:
-        """The JPEG of each of these documents."""
-        table = self.rows(list(dict.fromkeys(doc_ids)), ["image"])
-        return dict(zip(table["doc_id"].to_pylist(), table["image"].to_pylist(), strict=True))
+        return found.combine_chunks().take(pa.array([place[d] for d in doc_ids if d in place], pa.int64()))
 
 
-def open_memory(uri: str, *, version: str | None = None) -> Memory:
+def open_memory(uri: str, *, version: str | None = None, read_through: bool = True) -> Memory:
     """Open a certified memory at its certified version, or at an older tag.
 
+    Args:
+        uri: its folder.
+        version: an older tag; None = the newest.
+        read_through: compare every file of every shard with its hash, once a process. False = only that each
+            shard is there, for those who have `check_shard` read each of them.
+
     Raises:
-        ConfigError: no memory there, an unfinished one, a foreign table, an unknown tag.
-        DataError: a file of the table is missing, damaged or changed (Lance's own files bear no checksums).
+        ConfigError: no memory there, an unfinished one, a foreign table, an unknown tag, an older layout.
+        DataError: a file is missing, damaged or changed (Lance's own files bear no checksums).
     """
     uri = absolute(uri)
     certificate = require_certificate(uri, job="build-index", made_by=MADE_BY)
-    check_table_files(uri, certificate)
-    tag = version or str(certificate.facts.get("memory_version"))
+    if "shards" not in certificate.facts:
+        cure = "build it again, in another folder"
+        raise ConfigError(f"{uri} is a memory of an older layout, without shards", cure=cure)
+    check_files(uri, certificate.files)
+    tags = certificate.facts["versions"]
+    tag = version or str(certificate.facts["memory_version"])
+    if tag not in tags:
+        raise ConfigError(f"memory version {tag!r} is not in {uri}", legal=", ".join(sorted(tags)) or "none")
+    there = set(tags[: tags.index(tag) + 1])
+    shards = tuple(Shard(**s) for s in certificate.facts["shards"] if s["version"] in there)
+    for shard in shards:
+        check_shard(uri, shard.name, read_through=read_through)
     table = open_table(uri)
     if table is None:
         raise ConfigError(f"{uri} holds a certificate but no table {TABLE!r}", cure=f"run `{MADE_BY}` again")
     try:
-        tags = table.tags.list()
-        if tag in tags:
-            table.checkout(tag)
+        table.checkout(tag)
     except (OSError, RuntimeError, ValueError) as error:
         raise _unreadable(uri, error) from None
-    if tag not in tags:
-        raise ConfigError(f"memory version {tag!r} is not in {uri}", legal=", ".join(sorted(tags)) or "none")
-    _check_schema(table, int(certificate.facts["dim"]), uri)
-    return Memory(uri=uri, table=table, certificate=certificate)
+    try:
+        check_table(table.schema, memory_schema(int(certificate.facts["dim"])), f"memory {uri}")
+    except ValueError as error:
+        raise ConfigError(str(error), cure=f"build it again with `{MADE_BY}`") from None
+    return Memory(uri, table, certificate, tag, shards)
 
 
-def check_table_files(uri: str, certificate: Certificate, *, but: str = "\0") -> None:
-    """Read the table's files through once a process and compare them with the certificate of the memory.
-
-    Args:
-        uri: the memory's folder.
-        certificate: of it.
-        but: files with this in their path are not looked at.
+def check_shard(uri: str, name: str, *, read_through: bool = True) -> None:
+    """Refuse a shard of which a file is missing or, if it is read through, damaged.
 
     Raises:
-        DataError: names the first file that is missing, damaged or changed, and the cure.
+        DataError: names the first such file, and the cure.
     """
-    files = (entry for entry in certificate.files if entry.path.startswith(f"{LANCE_FOLDER}/"))
-    check_files(uri, [entry for entry in files if but not in entry.path])
-
-
-REWRITTEN = ("/_transactions/", "/latest_version_hint.json")
-"""Files of Lance that no reader of a certified version depends on."""
-
-
-def memory_files(uri: str, *others: str) -> list[FileEntry]:
-    """The table's files as they lie there, for the certificate; and these others beside it.
-
-    What Lance needs of all versions: data, deletions, indexes, manifests, tags; not what the next version
-    rewrites, its log of transactions and its hint of the latest version.
-    """
-    base = absolute(uri)
-    places = [p for p in list_files(join(base, LANCE_FOLDER)) if not any(part in p for part in REWRITTEN)]
-    places += [place for place in others if exists(place)]
-    return file_entries(base, places)
+    certificate = read_certificate(join(uri, SHARDS, name), job=SHARD_JOB)
+    cure = f"restore it, or delete {uri} and build it again"
+    if certificate is None:
+        raise DataError(f"shard {name} of {uri} is missing; cure: {cure}")
+    if read_through:
+        check_files(uri, certificate.files)
+        return
+    for entry in certificate.files:
+        if size_bytes(join(uri, entry.path)) != entry.num_bytes:
+            raise DataError(f"{entry.path} of {uri} is missing or cut short; cure: {cure}")
 
 
 def require_model(memory: Memory, model_hash: str, *, name: str) -> None:
@@ -161,18 +185,16 @@ def require_model(memory: Memory, model_hash: str, *, name: str) -> None:
         )
 
 
-def clip_configs(memory: Memory) -> dict[str, ClipConfig]:
-    """Model hash -> config of each CLIP whose vectors the memory holds; the one that it was built with first.
+def clip_config(memory: Memory) -> ClipConfig:
+    """The CLIP that the memory was built with.
 
     Raises:
         ConfigError: the memory doesn't say.
     """
-    claim = join(memory.uri, JOB_FILE)
-    if not exists(claim):
-        raise ConfigError(f"{memory.uri} doesn't name its CLIP", cure="give the clip in the config")
-    found = {memory.model_hash: read_sealed(claim)["config"]["clip"]}
-    found |= {added: facts["config"] for added, facts in memory.certificate.facts.get("clips", {}).items()}
-    return {model_hash: ClipConfig.model_validate(values) for model_hash, values in found.items()}
+    try:
+        return ClipConfig.model_validate(read_sealed(join(memory.uri, JOB_FILE))["config"]["clip"])
+    except FileNotFoundError:
+        raise ConfigError(f"{memory.uri} doesn't name its CLIP", cure="give the clip in the config") from None
 
 
 def connect(uri: str) -> Any:
@@ -186,12 +208,28 @@ def connect(uri: str) -> Any:
     import lancedb
 
     try:
-        place = join(absolute(uri), LANCE_FOLDER)
-        # Lance takes an object store's place for a URL: unquoted, two memories "a#1" and "a#2" would be one.
-        place = quote(place, safe=":/") if is_remote(place) else place
-        return lancedb.connect(place, storage_options=_storage_options(uri))
+        return lancedb.connect(_lance_place(uri), storage_options=storage_options(uri))
     except (OSError, RuntimeError, ValueError) as error:
         raise ConfigError(f"can't open a LanceDB directory at {uri}: {first_line(error)}") from None
+
+
+def _lance_place(uri: str, *parts: str) -> str:
+    place = join(absolute(uri), LANCE_FOLDER, *parts)
+    # Lance takes an object store's place for a URL: unquoted, two memories "a#1" and "a#2" would be one.
+    return quote(place, safe=":/") if is_remote(place) else place
+
+
+def lance_table(uri: str) -> str:
+    """Place of the table, as Lance takes it."""
+    return _lance_place(uri, f"{TABLE}.lance")
+
+
+def lance_dataset(uri: str, version: str | int | None = None) -> Any:
+    """The table as `lance.LanceDataset`."""
+    warnings.filterwarnings("ignore", message=".*fork", category=RuntimeWarning)
+    import lance
+
+    return lance.dataset(lance_table(uri), version=version, storage_options=storage_options(uri))
 
 
 def open_table(uri: str) -> Any | None:
@@ -217,78 +255,51 @@ def _unreadable(uri: str, error: Exception) -> ConfigError:
     )
 
 
-def upsert(table: Any, rows: pa.Table | pa.RecordBatchReader) -> int:
-    """Insert the documents whose id the table lacks; one atomic commit. Returns how many were new.
+def version_tag(model_hash: str, rows: int, ids_sum: int) -> str:
+    """The tag of a memory's content.
 
-    An id is a hash of the content, so a row that is there already is the same row and stays. The id is
-    declared as the table's primary key (pipeline/schema.py): without that, concurrent writers
-    duplicate keys silently (measured). Columns that the rows lack (another CLIP's) stay empty.
+    Args:
+        model_hash: of the CLIP.
+        rows: documents.
+        ids_sum: sum of all their ids as numbers: the same in any order, and added to when a memory grows.
     """
-    try:
-        result = table.merge_insert("doc_id").when_not_matched_insert_all().execute(rows)
-    except (OSError, RuntimeError, ValueError) as error:
-        raise DataError(
-            f"can't write documents: {first_line(error)}; the table stays at its last version"
-        ) from error
-    return int(result.num_inserted_rows)
+    return "memory-" + content_id("memory", model_hash, rows, f"{ids_sum % 2**96:x}")[:12]
 
 
-def version_tag(table: Any, model_hash: str) -> str:
-    """The tag of the table's content: hash of the sorted document ids and of the model."""
-    ids = sorted_columns(table, ["doc_id"])["doc_id"].to_pylist()
-    return "memory-" + content_id("memory", model_hash, *ids)[:12]
+def words_name(tag: str) -> str:
+    return f"words-{tag}.arrow"
 
 
-def tag_table(table: Any, tag: str) -> None:
-    """Tag the version that is there now: these documents with their indexes."""
-    if tag in table.tags.list():
-        table.tags.update(tag, table.version)
-    else:
-        table.tags.create(tag, table.version)
+def sample_name(tag: str) -> str:
+    return f"sample-{tag}.arrow"
 
 
-def model_column(column: str, model_hash: str | None = None) -> str:
-    """Name of an embedding column: the first model's have plain names, others carry their hash."""
-    return column if model_hash is None else f"{column}_{model_hash[:8]}"
+def read_statistics(uri: str, tag: str) -> Statistics:
+    """BM25's statistics of a version."""
+    table = read_table(join(uri, words_name(tag)))
+    counts = {name.decode(): int(value) for name, value in (table.schema.metadata or {}).items()}
+    return Statistics(column(table, "hash"), column(table, "count"), **counts)
 
 
-def sorted_columns(table: Any, columns: Sequence[str]) -> pa.Table:
-    names = list(dict.fromkeys(["doc_id", *columns]))
-    found = table.search().select(names).to_arrow()
-    return found.sort_by("doc_id").select(list(columns))
+def read_table(place: str) -> pa.Table:
+    """An Arrow file: a local one is memory-mapped, another read whole. One record batch, so columns are
+    arrays.
+    """
+    source = pa.BufferReader(read_bytes(place)) if is_remote(place) else pa.memory_map(place)
+    return pa.ipc.open_file(source).read_all()
 
 
-def stream_vectors(table: Any, column: str, *, batch_rows: int = 8192) -> Iterator[tuple[pa.Array, np.ndarray]]:
-    """Yield (doc_id, float16 [n d]) of rows that have a vector; memory is bounded by the batch."""
-    reader = table.search().select(["doc_id", column]).to_batches(batch_size=batch_rows)
-    for batch in reader:
-        ids, vectors = batch["doc_id"], batch[column]
-        if vectors.null_count:
-            keep = vectors.is_valid()
-            ids, vectors = ids.filter(keep), vectors.filter(keep)
-        yield ids, vectors_numpy(vectors)
+def column(table: pa.Table, name: str) -> np.ndarray:
+    """A column of numbers without nulls; of a table that `read_table` mapped, without a copy."""
+    return table[name].combine_chunks().to_numpy(zero_copy_only=False)
 
 
-def vectors_numpy(array: pa.Array) -> np.ndarray:
-    """A FixedSizeList<float16> array without nulls as float16 [n d], without a copy."""
-    return np.asarray(array.flatten()).reshape(len(array), array.type.list_size)
-
-
-def vectors_arrow(vectors: np.ndarray) -> pa.Array:
-    """Float [n d] as FixedSizeList<float16>."""
-    flat = pa.array(np.ascontiguousarray(vectors, dtype=np.float16).reshape(-1))
-    return pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1])
-
-
-def empty_table(schema: pa.Schema, names: Sequence[str]) -> pa.Table:
-    return pa.schema([schema.field(name) for name in names]).empty_table()
-
-
-def _check_schema(table: Any, dim: int, uri: str) -> None:
-    try:
-        check_table(table.schema, memory_schema(dim), f"memory {uri}")
-    except ValueError as error:
-        raise ConfigError(str(error), cure=f"build it again with `{MADE_BY}`") from None
+def arrow_bytes(table: pa.Table) -> bytes:
+    """As an Arrow file of one record batch."""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table.combine_chunks())
+    return sink.getvalue().to_pybytes()
 
 
 def id_filter(doc_ids: Sequence[str]) -> str:
@@ -296,12 +307,7 @@ def id_filter(doc_ids: Sequence[str]) -> str:
     return f"doc_id IN ({quoted})"
 
 
-def _chunks(items: Sequence[str], size: int) -> Iterator[Sequence[str]]:
-    for start in range(0, len(items), size):
-        yield items[start : start + size]
-
-
-def _storage_options(uri: str) -> dict[str, str] | None:
+def storage_options(uri: str) -> dict[str, str] | None:
     """Options for object stores that plain environment variables don't reach (endpoints over HTTP)."""
     endpoint = os.environ.get("AWS_ENDPOINT_URL")
     if not str(uri).startswith("s3://") or not endpoint:

@@ -38,9 +38,8 @@ EVALUATION_SPLITS = ("test", "val")
 """Values of the `split` column, in lower case, that are never retrieved nor made into prompts."""
 RA_CM3 = 0.9
 """RA-CM3, section 3.2, and CM3Leon: what is more similar than this is skipped. With their CLIP."""
-NUM_PAIRS = 200_000
 STRANGERS_FRAC = 1e-4
-"""Share of the random pairs that may lie above the bound. Ours, from `tests/bench/bench_guard.py`."""
+"""Share of the pairs of a sample that may lie above the bound. Ours, from `tests/bench/bench_guard.py`."""
 MIN_DOCUMENTS = 150
 """With fewer there are not 1 / STRANGERS_FRAC different pairs to learn from: RA-CM3's bound is taken."""
 LOWEST, HIGHEST = 0.85, 0.98
@@ -80,7 +79,7 @@ class GuardConfig(Config):
 
 @dataclass(frozen=True)
 class GuardedDocuments:
-    """What the guard knows of each document: one row each, the same order as the index."""
+    """What the guard knows of some documents: one row each."""
 
     shas: np.ndarray  # uint64 [n] key of source_sha256, 0 = unknown
     sources: np.ndarray  # uint64 [n] key of the source video's name, 0 = unknown
@@ -130,7 +129,7 @@ def judge(
     Args:
         config: the bounds.
         clip: the clip that the prompt is for.
-        documents: all documents of the memory.
+        documents: the candidates among them.
         candidates: int [m] document numbers.
 
     Returns:
@@ -181,7 +180,7 @@ def count(verdicts: Sequence[int] | np.ndarray) -> dict[str, int]:
     return {v.name.lower(): int(numbers[v]) for v in Verdict if v and numbers[v]}
 
 
-def similarity_bound(config: GuardConfig, documents: GuardedDocuments) -> float:
+def similarity_bound(config: GuardConfig, sample: GuardedDocuments) -> float:
     """The cosine above which a document is refused as a copy, measured on the memory.
 
     A cosine of 0.9 means "nearly the same picture" to the CLIP of RA-CM3, "half of all the pictures of a
@@ -191,25 +190,24 @@ def similarity_bound(config: GuardConfig, documents: GuardedDocuments) -> float:
 
     Args:
         config: its `max_similarity`, if given, is the answer.
-        documents: of the memory; pairs from one source, or from one file, don't count as strangers.
+        sample: documents of the memory (`Memory.sample`), all pairs of which are looked at; pairs from one
+            source, or from one file, don't count as strangers.
 
     Returns:
         A pure function of its arguments, in (0, 1].
     """
     if config.max_similarity is not None:
         return config.max_similarity
-    count = len(documents.sources)
-    if count < MIN_DOCUMENTS:
+    if len(sample.sources) < MIN_DOCUMENTS:
         return RA_CM3
-    one, other = np.random.default_rng(0).integers(0, count, (2, NUM_PAIRS))
-    strange = one != other
-    for names in (documents.sources, documents.shas):  # 0 = unknown
-        strange &= (names[one] != names[other]) | (names[one] == 0)
-    one, other = one[strange], other[strange]
-    if len(one) < 1 / STRANGERS_FRAC:
+    found = []
+    for n in range(len(sample.sources) - 1):
+        strange = np.ones(len(sample.sources) - 1 - n, bool)
+        for names in (sample.sources, sample.shas):  # 0 = unknown
+            strange &= (names[n + 1 :] != names[n]) | (names[n] == 0)
+        found.append(cosines(sample.vectors[n + 1 :][strange], sample.vectors[n]))
+    values = np.concatenate(found)
+    if len(values) < 1 / STRANGERS_FRAC:
         return RA_CM3
-    vectors, size = documents.vectors, 8192
-    parts = [slice(start, start + size) for start in range(0, len(one), size)]
-    found = np.concatenate([cosines(vectors[one[part]], vectors[other[part]]) for part in parts])
-    bound = float(np.quantile(found, 1 - STRANGERS_FRAC, method="higher"))
+    bound = float(np.quantile(values, 1 - STRANGERS_FRAC, method="higher"))
     return round(min(max(bound, LOWEST), HIGHEST), 4)

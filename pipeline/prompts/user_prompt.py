@@ -1,6 +1,6 @@
 """Retrieves for a user's own prompt what `augment` would have stored for the same caption.
 
-    memory ── once ──▶ arrays, evaluation rule, index          texts ──▶ search ─▶ guard ─▶ choose ──▶ segments
+    memory ── once ──▶ its shards, open          texts ──▶ search ─▶ guard ─▶ choose ──▶ segments
 
 A prompt has no source, so the guard knows no clip, sibling or copy of it; what belongs to an evaluation split,
 or is listed as one, stays out of reach as in training. One machine, no Ray.
@@ -14,11 +14,10 @@ import pyarrow as pa
 from infra.clip import Clip, ClipConfig, check_clip, load_clip
 from infra.config import Config, Incidental, Location
 from infra.errors import ConfigError
-from pipeline.memory import Memory, open_memory, require_model
-from pipeline.memory.retrieve.documents import load_documents
-from pipeline.memory.retrieve.retrievers import RetrieveConfig
-from pipeline.memory.search import load_memory_clip
-from pipeline.prompts.augment.match import document_segments, open_matcher
+from pipeline.memory import Memory, open_memory
+from pipeline.memory.retrieve import RetrieveConfig
+from pipeline.memory.search import check_model, load_memory_clip
+from pipeline.prompts.augment.match import Matcher, document_segments, shown
 from pipeline.prompts.exclusion import Exclusion, read_exclusion
 from pipeline.prompts.guard import GuardConfig
 from pipeline.schema import CLIPS, SEGMENT, Role
@@ -55,7 +54,7 @@ class PromptRetriever:
         guard: as augment had it.
 
     Raises:
-        ConfigError: a CLIP is missing or is not the memory's, or the table lacks an index.
+        ConfigError: a CLIP is missing or is not the memory's.
     """
 
     def __init__(
@@ -66,16 +65,12 @@ class PromptRetriever:
         *,
         guard: GuardConfig = GuardConfig(),
     ) -> None:
-        if retrieve.method.needs_vectors:
-            if clip is None:
-                raise ConfigError(f"retriever {retrieve.retriever} needs a CLIP", cure="use bm25, or load one")
-            require_model(memory, clip.model_hash, name=clip.name)
+        check_model(memory, retrieve, clip)
         self.memory, self.retrieve, self.clip = memory, retrieve, clip
-        self.documents = load_documents(memory, retrieve.analysis)
         listed = Exclusion()
         if guard.exclude is not None:
             listed = read_exclusion(guard.exclude, source_pattern=guard.source_pattern)
-        self.matcher = open_matcher(retrieve, guard, listed, self.documents, memory)
+        self.matcher = Matcher(memory, retrieve, guard, listed, kept=len(memory.shards))
 
     def __call__(self, texts: Sequence[str]) -> list[dict[str, Any]]:
         """A row for each text: caption, segments, num_documents, memory_version, model_hash."""
@@ -89,11 +84,10 @@ class PromptRetriever:
             captions=[None] * len(texts) if vectors is None else list(vectors),
             queries=vectors,
         )
-        ids = sorted({self.documents.ids[doc].decode() for match in matches for doc in match.docs})
-        pictures = self.memory.images(ids) if ids else {}
+        documents = shown(self.memory, matches)
         segments = [
             [
-                *document_segments(match, self.documents, pictures, self.retrieve.retriever),
+                *document_segments(match, documents, self.retrieve.retriever),
                 {"type": "text", "role": Role.CAPTION.value, "text": text},
             ]
             for text, match in zip(texts, matches, strict=True)
@@ -138,5 +132,5 @@ def open_retriever(config: UserRetrievalConfig, memory: Memory) -> PromptRetriev
     """
     clip = None
     if config.retrieve.method.needs_vectors:
-        clip = load_memory_clip(memory, None) if config.clip is None else load_clip(config.clip)
+        clip = load_memory_clip(memory) if config.clip is None else load_clip(config.clip)
     return PromptRetriever(memory, config.retrieve, clip, guard=config.guard)

@@ -20,7 +20,6 @@ from pydantic import Field
 from infra.config import Config
 from infra.errors import ConfigError
 from infra.progress import bytes_in_words, span
-from pipeline.memory.vectors import Setting
 
 STORED = Path(__file__).with_name("estimate_profile.json")
 COLUMNS, DIM = 3, 512  # image, text and document vectors; their width at ViT-B-32
@@ -53,7 +52,7 @@ class PlanConfig(Config):
     clip: str = "ViT-B-32"
     """The CLIP of the profile's embedding rates (stored: ViT-B-32, offline)."""
     profile: str | None = None
-    """JSON of measurements, made by `tests/bench/bench_index.py --profile` and `bench_embed.py --profile`;
+    """JSON of measurements, as `tests/bench/bench_embed.py --profile` writes one;
     None = the stored one."""
 
 
@@ -144,8 +143,7 @@ def plan(config: PlanConfig) -> list[Line]:
     # Measured with one column of vectors; the memory has three.
     factors = {name: 1.0 if name == "text_index_s" else COLUMNS * scale for name in MEASURED}
     seconds = {name: factors[name] * laws[name](count) for name in MEASURED}
-    rq = Setting("rq", num_bits=1)
-    vectors_bytes, index_bytes = COLUMNS * 2 * DIM * count, COLUMNS * rq.bytes_of(count, DIM)
+    vectors_bytes, index_bytes = COLUMNS * 2 * DIM * count, COLUMNS * (DIM // 8 + 20) * count
     on_one = f"on one machine of {machine['cpus']} CPUs, as measured"
     columns = f"{COLUMNS} columns of {DIM}: {COLUMNS * scale:.2g}x of "
     lines += [
@@ -214,6 +212,6 @@ def load_profile(place: str | None) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(
             f"profile {place} can't be used: {type(error).__name__} {error}",
-            cure="make one with tests/bench/bench_index.py --profile",
+            cure="make one with tests/bench/bench_embed.py --profile",
         ) from None
     return {**stored, **own} if points else stored

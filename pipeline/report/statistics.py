@@ -15,7 +15,7 @@ from markupsafe import Markup
 
 from infra.run_folder import HELD_OUT, LOSS, VALIDATION
 from infra.validation_cells import DOCUMENTS, Cell, cells_of, rows_name, validation_losses
-from pipeline.memory.vectors import cosines, rows_or_zeros
+from pipeline.memory.vectors import cosines, vectors_numpy
 from pipeline.report.charts import Series, difference_chart, histogram, line_chart, short
 from pipeline.report.read import MAX_ROWS, Parts, Run, read_columns
 from pipeline.schema import Media, Status
@@ -119,15 +119,12 @@ def _random_similarities(memory: str) -> np.ndarray:
     """Cosines of texts and pictures of different documents of the memory, in its own CLIP space."""
     from pipeline.memory import open_memory
 
-    table = open_memory(memory).table
-    rows = min(table.count_rows(), PAIRS)
+    found = open_memory(memory).sample
+    rows, random = len(found), np.random.default_rng(0)
     if rows < 2:
         return np.empty(0)
-    random = np.random.default_rng(0)
-    places = np.sort(random.choice(table.count_rows(), rows, replace=False))
-    columns = ["text_embedding", "image_embedding"]
-    found = table.take_offsets(places.tolist()).select(columns).to_arrow()
-    texts, pictures = (rows_or_zeros(found[name]) for name in columns)
+    columns = ("text_embedding", "image_embedding")
+    texts, pictures = (vectors_numpy(found[name].combine_chunks()) for name in columns)
     shift = 1 + random.integers(0, rows - 1, size=rows)
     others = (np.arange(rows) + shift) % rows
     return cosines(texts, pictures[others])[texts.any(1) & pictures[others].any(1)]

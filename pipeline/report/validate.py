@@ -22,8 +22,8 @@ from infra.errors import DataError, VimiError
 from infra.storage import absolute
 from pipeline.memory import Memory, open_memory
 from pipeline.memory.embed.worker import row_doc_id
-from pipeline.memory.vectors import rows_or_zeros
-from pipeline.prompts.augment.match import excluded, guarded_clip, guarded_documents
+from pipeline.memory.vectors import vectors_numpy
+from pipeline.prompts.augment.facts import excluded, guarded_clip, guarded_documents
 from pipeline.prompts.exclusion import Exclusion, read_exclusion
 from pipeline.prompts.guard import GuardConfig, Verdict, judge
 from pipeline.report.shard_checks import (
@@ -133,7 +133,7 @@ def _check_documents(
     wanted = list(dict.fromkeys([*chain(*shown), *map(row_doc_id, rows)]))
     table = memory.rows(wanted, [*FACTS, VECTOR])
     place = {doc_id: number for number, doc_id in enumerate(table["doc_id"].to_pylist())}
-    vectors, phashes = rows_or_zeros(table[VECTOR]), table["phash"].to_pylist()
+    vectors, phashes = vectors_numpy(table[VECTOR].combine_chunks()), table["phash"].to_pylist()
     documents = guarded_documents(table, vectors, guard, listed)
     own = [place.get(row_doc_id(row)) for row in rows]
     clips = [{**row, "phash": None if n is None else phashes[n]} for row, n in zip(rows, own, strict=True)]

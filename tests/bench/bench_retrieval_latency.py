@@ -16,15 +16,13 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from infra.certificate import Certificate, write_certificate
 from infra.clip import ClipConfig, load_clip
 from pipeline.memory import open_memory
-from pipeline.memory.commit import create_table
-from pipeline.memory.index import build_id_index, compact
-from pipeline.memory.retrieve.retrievers import RETRIEVERS, RetrieveConfig
-from pipeline.memory.store import memory_files, tag_table, upsert, version_tag
+from pipeline.memory.build_index.index import IndexConfig
+from pipeline.memory.retrieve import RETRIEVERS, RetrieveConfig
 from pipeline.prompts.user_prompt import PromptRetriever
-from tests.bench.bench_memory_growth import rows_of
+from tests.bench.bench_scale import planted_rows
+from tests.pipeline.memory.memory_tables import make_memory
 
 CHUNK, WORDS, TEXT_WORDS = 20_000, 20_000, 10
 LIMIT_MS = 50.0
@@ -39,23 +37,13 @@ def texts_of(start: int, count: int) -> list[str]:
 
 
 def write_memory(uri: str, count: int, dim: int, model_hash: str) -> None:
-    """A certified memory, committed, compacted and indexed by id, as build-index does it."""
-    table = create_table(uri, dim)
-    for start in range(0, count, CHUNK):
-        rows = rows_of(start, min(CHUNK, count - start), dim)
-        place = rows.schema.get_field_index("text")
-        texts = pa.array(texts_of(start, len(rows)))
-        upsert(table, rows.set_column(place, rows.schema.field(place), texts))
-    compact(table, tagged=False)
-    build_id_index(table)
-    tag = version_tag(table, model_hash)
-    tag_table(table, tag)
-    facts = {"memory_version": tag, "model_hash": model_hash, "dim": dim, "model": {"name": "planted"}}
-    files = memory_files(uri)
-    certificate = Certificate(
-        job="build-index", config_hash="0", num_in=count, num_out=count, facts=facts, files=files
-    )
-    write_certificate(uri, certificate)
+    """A certified memory of one shard, as build-index makes it, without an index of its vectors."""
+    rows = pa.concat_tables([planted_rows(at, min(CHUNK, count - at), dim) for at in range(0, count, CHUNK)])
+    texts = [text for at in range(0, count, CHUNK) for text in texts_of(at, min(CHUNK, count - at))]
+    place = rows.schema.get_field_index("text")
+    rows = rows.set_column(place, rows.schema.field(place), pa.array(texts))
+    index = IndexConfig(min_rows=count + 1)
+    make_memory(uri, rows, shard_rows=count, unit_rows=CHUNK, model_hash=model_hash, index=index)
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ from infra.certificate import read_certificate
 from infra.cluster import RayConfig, ray_session
 from pipeline.clips import crawl
 from pipeline.memory import build_index, open_memory
-from pipeline.memory.retrieve.documents import load_documents
+from pipeline.memory.vectors import cosines, vectors_numpy
 from pipeline.prompts import augment
 from pipeline.shards import ShardSet
 from tests.infra.tiny_clips import mini_clip
@@ -61,13 +61,12 @@ def similarities(out: Path) -> tuple[list[float], list[float]]:
 
 
 def at_random(memory: Path, captions: int) -> np.ndarray:
-    documents = load_documents(open_memory(str(memory)))
+    sample = open_memory(str(memory)).sample
+    text, image = (vectors_numpy(sample[f"{n}_embedding"].combine_chunks()) for n in ("text", "image"))
     draw = np.random.default_rng(0)
-    texts = draw.integers(0, len(documents), captions * 20)
-    pictures = draw.integers(0, len(documents), captions * 20)
+    texts, pictures = draw.integers(0, len(sample), (2, captions * 20))
     different = texts != pictures
-    left = np.asarray(documents.text[texts[different]], np.float32)
-    return (left * np.asarray(documents.image[pictures[different]], np.float32)).sum(axis=1)
+    return cosines(text[texts[different]], image[pictures[different]])
 
 
 def main() -> None:

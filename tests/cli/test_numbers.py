@@ -95,7 +95,6 @@ def legal(world: Any, trained_run: Any, tiny_encoder: Any, tmp_path_factory: Any
         "vimi-data crawl": crawl,
         "vimi-data redrive": {"clips": world.clips, "out": out},
         "vimi-data build-index": {"clips": clips, "out": out, "clip": offline},
-        "vimi-data build-index --add-clip": {"out": world.memory, "clip": offline},
         "vimi-data search": {"memory": world.memory, "text": "a dog"},
         "vimi-data plan": {},
         "vimi-data augment": {"clips": clips, "memory": world.memory, "out": out},

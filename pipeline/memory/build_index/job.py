@@ -1,90 +1,169 @@
-"""`vimi-data build-index`: clips tables -> the retrieval memory, embedded, indexed, certified.
+"""`vimi-data build-index`: clips tables -> the retrieval memory, embedded, in shards, certified.
 
     clips (certified) ── slices ──▶ CLIP workers ──▶ staged Arrow files + receipts
-                                          one committer, in unit order ──▶ LanceDB
-                          compact, BM25 index, vector indexes held to their recall, tag, certificate
+    staged files ── groups ──▶ keys ──▶ pairs of duplicates          (workers)
+    staged files ── groups ──▶ fragments and arrays of a shard       (workers)
+    one commit of metadata, BM25's statistics, an index for search, tag, certificate       (driver)
 
-Killed at any moment, the same command ends in the same table. A finished memory grows: the same command
-with more tables and `grow` adds the documents that are new.
+Killed at any moment, the same command ends in the same memory. A finished memory grows: the same command with
+more tables and `grow` adds shards of the documents that are new; nothing that is there is written again.
 """
 
-import json
-import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from functools import partial
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from infra.certificate import Certificate
 from infra.cluster import is_cluster, wants_gpus
-from infra.storage import delete, exists, join, read_bytes, read_json, write_json
+from infra.storage import delete, join, write_bytes
 from pipeline.job import JobConfig, carry_out, run_units
 from pipeline.journal import Receipt, Receipts, Unit
-from pipeline.memory import sample
 from pipeline.memory.build_index.account import (
     account,
-    carried,
     check_failures,
     one_model,
-    volume,
+    write_parquet,
     write_rejected,
-    write_table,
+)
+from pipeline.memory.build_index.duplicates import (
+    PAIRS,
+    Documents,
+    Duplicates,
+    KeyWriter,
+    PairFinder,
+    calibrate,
+    group,
+    key_units,
+    num_bands,
+    pair_units,
 )
 from pipeline.memory.build_index.preflight import BUILD, BuildIndexConfig, Tables, begin, preflight
-from pipeline.memory.commit import STAGED, commit_staged, create_table, staged_rows
-from pipeline.memory.duplicates import Duplicates, drop, find_duplicates
+from pipeline.memory.build_index.publish import own_files, publish, smallest
+from pipeline.memory.build_index.shards import DROPPED, STAGED, Group, ShardWriter, commit, create_table, deal
 from pipeline.memory.embed.worker import Embedder, clip_units
-from pipeline.memory.index import Finished, finish
-from pipeline.memory.store import memory_files, tag_table
+from pipeline.memory.store import Shard, read_table, version_tag
 from pipeline.schema import content_id
 
-MEASURED, DUPLICATES = "measured.json", "duplicates.parquet"
 MOST_THREADS = 8
 """Of an embedding worker. Ours."""
 
 
 def run(config: BuildIndexConfig) -> Certificate:
-    """Embed, commit, index, verify, certify.
+    """Embed, find duplicates, write shards, commit, index, certify.
 
     Raises:
         ConfigError: refused before anything starts (see `check`).
-        DataError: no documents, two models in one memory, or a recall below the declared one.
+        DataError: no documents, two models in one memory, or a recall below the declared floor.
         TooManyFailuresError: more rows failed than `max_failed_frac` allows.
     """
     new, base = preflight(config)
-    out = config.out
     if base is not None and not new:
-        delete(join(out, BUILD))
+        delete(join(config.out, BUILD))
         return base
     begin(config, new, base)
-    key = content_id(config.clip.hash(), config.key_frames)
-    units = list(clip_units(new, rows_per_unit=config.rows_per_unit, key=key))
-    certificate = carry_out(
-        config,
-        work=lambda: _embed(config, units, base),
-        finish=lambda receipts: _commit(config, new, base, [r for _, r in receipts.in_order(units)]),
-    )
-    delete(join(out, BUILD))
-    sample.keep_only(out, certificate.facts["memory_version"])
+    build = Build(config, new, base)
+    certificate = carry_out(config, work=build.work, finish=build.finish)
+    delete(join(config.out, BUILD))
     return certificate
 
 
-def _embed(config: BuildIndexConfig, units: list[Unit], base: Certificate | None) -> Receipts:
-    """All units to staged files, by workers that suit the session that is running."""
-    device, threads, resources = worker_resources(config)
-    embedder = Embedder(
-        clip=config.clip,
-        key_frames=config.key_frames,
-        staged=join(config.out, BUILD, STAGED),
-        base=config.out if base else None,
-        base_version=base.facts["memory_version"] if base else None,
-        device=device,
-        threads=threads,
-    )
-    started_s = time.monotonic()
-    receipts = run_units(join(config.out, BUILD), units, embedder, what="embed", total=len(units), **resources)
-    write_json(join(config.out, BUILD, MEASURED), {"embed_s": time.monotonic() - started_s})
-    return receipts
+class Build:
+    """One build: what it adds to which memory."""
+
+    def __init__(self, config: BuildIndexConfig, new: Tables, base: Certificate | None) -> None:
+        self.config, self.new, self.base = config, new, base
+        self.out, self.folder = config.out, join(config.out, BUILD)
+        self.old = [Shard(**shard) for shard in base.facts["shards"]] if base else []
+        self.base_version = str(base.facts["memory_version"]) if base else None
+        key = content_id(config.clip.hash(), config.key_frames)
+        self.near: dict[str, Any] = {}
+        self.units = list(clip_units(new, rows_per_unit=config.rows_per_unit, key=key))
+
+    def work(self) -> Receipts:
+        """All that workers do; call inside a `ray_session`."""
+        self.embedded = self._run("embed", self.units, *self._embedder())
+        self.model = one_model(self.embedded, self.base, self.out)
+        check_failures(self.embedded, self.config)
+        create_table(self.out, self.model["dim"])
+        old = sum(shard.rows for shard in self.old)
+        groups = deal(self.embedded, self.config.shard_rows, shards=len(self.old), documents=old)
+        self.duplicates = self._find_duplicates(groups, old)
+        writer = partial(ShardWriter, self.out, self.folder, self.model["dim"], self.config.analysis)
+        written = self._run("write shards", [group.unit("shard") for group in groups], writer)
+        self.written = [receipt for receipt in written if receipt["rows"]]
+        return Receipts(self.folder)
+
+    def _run(self, what: str, units: Sequence[Unit], worker: Any, options: Any = None) -> list[Receipt]:
+        options = options or {"num_workers": self.config.num_workers}
+        receipts = run_units(self.folder, units, worker, what=what, total=len(units), **options)
+        return [receipt for _, receipt in receipts.in_order(units)]
+
+    def _embedder(self) -> tuple[Callable[[], Any], dict[str, Any]]:
+        device, threads, options = worker_resources(self.config)
+        embedder = Embedder(
+            clip=self.config.clip,
+            key_frames=self.config.key_frames,
+            staged=join(self.folder, STAGED),
+            base=self.out if self.base else None,
+            base_version=self.base_version,
+            device=device,
+            threads=threads,
+        )
+        return embedder, options
+
+    def _find_duplicates(self, groups: Sequence[Group], old: int) -> Duplicates:
+        """Repeated ids always; exact and near duplicates if asked; what is dropped is noted for the writers."""
+        config, partitions = self.config.dedup, max(len(groups) + len(self.old), 1)
+        near = config.mode != "off"
+        tables: list[pa.Table] = []
+        if groups:
+            documents = Documents(self.out, self.folder, self.base_version, old)
+            documents.write(groups)
+            bands = num_bands(old + sum(group.rows for group in groups), config.max_phash_bits) if near else 0
+            writer = partial(KeyWriter, self.out, self.folder, bands, partitions)
+            keys = self._run("keys of duplicates", key_units(groups, self.old), writer)
+            bound = calibrate(config, documents, keys)
+            finder = partial(PairFinder, documents, bands, config.max_phash_bits, bound, near)
+            found = self._run("duplicates", list(pair_units(keys, partitions)), finder)
+            tables = [read_table(join(self.folder, PAIRS, r["file"])) for r in found if r["file"]]
+            self.near = (
+                {"min_cosine": bound, "certain_bits": min(bands - 1, config.max_phash_bits)} if near else {}
+            )
+        duplicates = group(tables, old)
+        places = [duplicates.copies, *([duplicates.places] if config.mode == "drop" else [])]
+        write_bytes(join(self.folder, DROPPED), np.unique(np.concatenate(places)).tobytes())
+        return duplicates
+
+    def finish(self, receipts: Receipts) -> Certificate:
+        """Commit, index, certify: the driver alone."""
+        first = sum(shard.rows for shard in self.old)
+        rows = first + sum(r["rows"] for r in self.written)
+        ids_sum = sum(int(r["ids_sum"], 16) for r in self.written)
+        ids_sum += int(self.base.facts["ids_sum"], 16) if self.base else 0
+        tag = version_tag(self.model["model_hash"], rows, ids_sum)
+        facts = self.model | {
+            "analysis": self.config.analysis,
+            "memory_version": tag,
+            "versions": list(dict.fromkeys([*(self.base.facts["versions"] if self.base else []), tag])),
+            "ids_sum": f"{ids_sum:x}",
+            "shards": [
+                asdict(s) for s in [*self.old, *commit(self.out, self.written, first=first, version=tag)]
+            ],
+            "indexes": self.base.facts["indexes"] if self.base else {},
+            "duplicates": self.duplicates.counts | self.near | {"dropped": self.config.dedup.mode == "drop"},
+        }
+        if tag != self.base_version:
+            facts["indexes"] = publish(self.out, facts, smallest(self.written, first), self.config.index)
+        if self.config.dedup.mode != "off":
+            write_parquet(join(self.out, "duplicates.parquet"), self.duplicates.table)
+        dropped = self.duplicates if self.config.dedup.mode == "drop" else None
+        write_rejected(self.out, len(facts["versions"]), self.embedded, dropped)
+        certificate = account(self.config, self.embedded, self.new, self.base, facts, self.duplicates)
+        return certificate.model_copy(update={"files": own_files(self.out, facts)})
 
 
 def worker_resources(config: JobConfig) -> tuple[str, int, dict[str, Any]]:
@@ -111,71 +190,3 @@ def worker_resources(config: JobConfig) -> tuple[str, int, dict[str, Any]]:
         "actors": workers > 1 or gpus > 0,
     }
     return device, threads, options
-
-
-def _commit(
-    config: BuildIndexConfig, new: Tables, base: Certificate | None, receipts: list[Receipt]
-) -> Certificate:
-    """Staged files -> the table, its indexes, its tag; the certificate that proves them."""
-    out = config.out
-    model = one_model(receipts, base, out)
-    check_failures(receipts, config)
-    table = create_table(out, model["dim"])
-    commit_staged(table, join(out, BUILD), receipts)
-    duplicates = _deduplicate(table, config, base=base, receipts=receipts)
-    done = _finish(table, config, base, receipts, duplicates)
-    facts = model | {"analysis": config.index.analysis} | carried(base, done.facts)
-    certificate = account(config, table, receipts, new, base, facts, duplicates)
-    write_rejected(out, receipts, certificate, duplicates if config.dedup.mode == "drop" else None)
-    measured = read_json(join(out, BUILD, MEASURED)) | done.measured | volume(receipts)
-    write_json(join(out, MEASURED), measured)
-    tag = certificate.facts["memory_version"]
-    sample.save(out, tag, done.samples)
-    tag_table(table, tag)
-    return certificate.model_copy(update={"files": memory_files(out, sample.place_of(out, tag))})
-
-
-def _finish(
-    table: Any,
-    config: BuildIndexConfig,
-    base: Certificate | None,
-    receipts: list[Receipt],
-    duplicates: Duplicates,
-) -> Finished:
-    """Index and verify; a memory that grew keeps the sample that it was verified on before."""
-    if base is None:
-        return finish(table, config.index)
-    kept = sample.load(config.out, base)
-    dropped = duplicates.table["doc_id"].to_pylist() if config.dedup.mode == "drop" else []
-    growth = None
-    if kept is not None:
-        rows = lambda: staged_rows(join(config.out, BUILD), receipts)  # noqa: E731
-        growth = sample.Growth(kept=kept, new_rows=rows, removed=frozenset(dropped))
-    return finish(table, config.index, before=base.facts, growth=growth)
-
-
-def _deduplicate(
-    table: Any, config: BuildIndexConfig, *, base: Certificate | None, receipts: list[Receipt]
-) -> Duplicates:
-    """Find the duplicates, keep the list beside the memory, drop them if asked.
-
-    The list is made once and kept in the build's folder: a build that was killed while it dropped them
-    goes on with the same list.
-    """
-    if config.dedup.mode == "off":
-        return Duplicates.none()
-    place = join(config.out, BUILD, DUPLICATES)
-    if exists(place):
-        read = pq.read_table(pa.BufferReader(read_bytes(place)))
-        found = Duplicates(read, json.loads((read.schema.metadata or {}).get(b"min_cosine", b"null")))
-    else:
-        new = None
-        if base is not None:
-            new = [i for ids, _ in staged_rows(join(config.out, BUILD), receipts) for i in ids.to_pylist()]
-        found = find_duplicates(table, config.dedup, new=new, facts=base.facts if base else None)
-        bound = {"min_cosine": json.dumps(found.min_cosine)}
-        write_table(place, found.table.replace_schema_metadata(bound))
-    write_table(join(config.out, DUPLICATES), found.table)
-    if config.dedup.mode == "drop":
-        drop(table, found)
-    return found

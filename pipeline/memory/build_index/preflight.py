@@ -7,17 +7,20 @@ from infra.claim import JOB_FILE, find_job, open_job
 from infra.clip import ClipConfig, check_clip, clip_dim
 from infra.config import Incidental, Location
 from infra.errors import ConfigError
-from infra.storage import delete, exists, join, read_json, write_json
+from infra.storage import delete, exists, free_bytes, join, read_json, write_json
 from pipeline.job import JobConfig
+from pipeline.memory.build_index.duplicates import DedupConfig
+from pipeline.memory.build_index.index import IndexConfig, K
 from pipeline.memory.embed.pictures import KEY_FRAMES
-from pipeline.memory.index import kinds
-from pipeline.memory.near_duplicates import DedupConfig
-from pipeline.memory.recall import IndexConfig, K
-from pipeline.memory.store import LANCE_FOLDER, check_table_files, open_table
+from pipeline.memory.retrieve.analysis import Analysis
+from pipeline.memory.store import LANCE_FOLDER, SHARDS, lance_dataset, open_memory
 from pipeline.schema import CLIPS, check_table
 from pipeline.shards import open_part
 
 JOB, BUILD = "build-index", "build"
+IMAGE_BYTES, DIM = 25_000, 512
+"""A document's JPEG (384 px at quality 90: 15 to 40 kB) and the width of its vectors, where they aren't
+known."""
 
 
 class BuildIndexConfig(JobConfig):
@@ -34,8 +37,14 @@ class BuildIndexConfig(JobConfig):
     takes every 25th frame). The document's picture is the middle one. 4 is ours."""
     dedup: DedupConfig = DedupConfig()
     """Duplicates among the documents."""
-    index: IndexConfig = IndexConfig()
-    """From vectors to a search with a declared recall."""
+    analysis: Analysis = "english"
+    """What BM25 compares: Lucene's English analysis (no stop words, stems), a language whose Snowball stems are
+    taken, or none: words as they stand."""
+    index: Incidental[IndexConfig] = IndexConfig()
+    """Approximate vectors for `vimi-data search`; prompts don't depend on it."""
+    shard_rows: Incidental[int] = Field(default=1_000_000, ge=1, le=100_000_000)
+    """Documents of a shard, about: what a worker of the join holds at once, some 300 B each. What is made
+    doesn't depend on it. Ours."""
     rows_per_unit: int = Field(default=256, ge=1, le=65536)
     """Clips of one unit of work: what a kill loses at most, for each worker. Ours."""
     max_failed_frac: Incidental[float] = Field(default=0.1, ge=0, le=1)
@@ -52,7 +61,8 @@ def check(config: BuildIndexConfig) -> str:
     there = f", beside {base.num_out:,} documents that are there" if base else ""
     return (
         f"up to {rows:,} documents{there}, embedded by {config.clip.name} in units of {config.rows_per_unit}; "
-        f"recall@{K} of at least {config.index.recall} for {', '.join(config.index.columns)}"
+        f"shards of {config.shard_rows:,}; recall@{K} of at least {config.index.recall} for "
+        f"{', '.join(config.index.columns)}"
     )
 
 
@@ -68,7 +78,7 @@ def preflight(config: BuildIndexConfig, *, reach: bool = True) -> tuple[Tables, 
 
     Raises:
         ConfigError: no or foreign input tables, an unknown CLIP, an output of something else, or a
-            memory that would grow without `grow`; an index that will not fit `max_index_bytes`.
+            memory that would grow without `grow`; a disk without room.
     """
     if not config.clips:
         raise ConfigError("no clips to build a memory of", cure="set clips to folders made by crawl")
@@ -81,18 +91,27 @@ def preflight(config: BuildIndexConfig, *, reach: bool = True) -> tuple[Tables, 
         )
     base = find_job(out, job=JOB, config=config, inputs={})
     if base is not None:
-        check_table_files(out, base, but="/_refs/")  # a build that was killed may have moved a tag
-        _check_table_is_there(out)
+        open_memory(out, read_through=False)
     fresh = [(uri, table) for uri, table in tables if not is_in(base, table)]
     if base is not None and fresh and not config.grow:
         raise ConfigError(
             f"{out} is a finished memory of other tables than {', '.join(uri for uri, _ in fresh)}",
             cure="add them with --grow (grow=true), or choose another out",
         )
-    dim = clip_dim(config.clip)
-    if dim is not None and fresh:  # refused now, not once everything is embedded
-        kinds(config.index, sum(table.num_out for _, table in fresh) + (base.num_out if base else 0), dim)
+    _check_room(config, sum(table.num_out for _, table in fresh))
     return fresh, base
+
+
+def _check_room(config: BuildIndexConfig, documents: int) -> None:
+    """Refuse a disk that can't hold the staged documents and the table; those that are there already count."""
+    free = free_bytes(config.out)
+    each = IMAGE_BYTES + 6 * (clip_dim(config.clip) or DIM)
+    if free is not None and not exists(join(config.out, BUILD)) and 2 * each * documents > free:
+        raise ConfigError(
+            f"{documents:,} documents of about {each:,} bytes, staged and in the table, need "
+            f"{2 * each * documents:,} bytes; {config.out} has {free:,}",
+            cure="another disk or an object store as out",
+        )
 
 
 def _input(uri: str) -> Certificate:
@@ -108,14 +127,6 @@ def _input(uri: str) -> Certificate:
     return certificate
 
 
-def _check_table_is_there(out: str) -> None:
-    if open_table(out) is None:
-        raise ConfigError(
-            f"{out} holds a certificate, but its LanceDB table is gone",
-            cure="restore it, or delete the folder and build again",
-        )
-
-
 def is_in(base: Certificate | None, table: Certificate) -> bool:
     return base is not None and table.content_hash() in base.inputs.values()
 
@@ -124,17 +135,22 @@ def begin(config: BuildIndexConfig, new: Tables, base: Certificate | None) -> No
     """Claim the folder; start a build or continue the one that was stopped, from the certified version."""
     out = config.out
     open_job(out, job=JOB, config=config, inputs={})
-    claim, inputs = join(out, BUILD, "inputs.json"), [table.content_hash() for _, table in new]
+    claim = join(out, BUILD, "inputs.json")
+    inputs = {"tables": [table.content_hash() for _, table in new], "shard_rows": config.shard_rows}
     if exists(claim):
-        if read_json(claim) != inputs:
+        there = read_json(claim)
+        if there != inputs:
+            what = "of other tables" if there["tables"] != inputs["tables"] else "in other shards"
             raise ConfigError(
-                f"{out} holds an unfinished build of other tables",
+                f"{out} holds an unfinished build {what} (shard_rows={there['shard_rows']})",
                 cure=f"run the same command again, or delete {join(out, BUILD)} to start this one",
             )
         return
     if base is None:
-        delete(join(out, LANCE_FOLDER))  # of a build that was given up
-    elif (table := open_table(out)) is not None:
-        table.checkout(base.facts["memory_version"])
-        table.restore()
+        for folder in (LANCE_FOLDER, SHARDS):
+            delete(join(out, folder))  # of a build that was given up
+    else:
+        dataset = lance_dataset(out, base.facts["memory_version"])
+        if dataset.version != lance_dataset(out).version:
+            dataset.restore()
     write_json(claim, inputs)

@@ -15,8 +15,8 @@ from infra.storage import join, write_bytes
 from pipeline.journal import Receipt, Unit
 from pipeline.memory.embed.pictures import KEY_FRAMES, Picture, Row, read_picture
 from pipeline.memory.embed.streams import CPU_BATCH, GPU_BATCH, Streams, ahead, batches, settle_process
-from pipeline.memory.store import id_filter, open_table, vectors_arrow
-from pipeline.memory.vectors import document_vector, frame_mean, unit
+from pipeline.memory.store import arrow_bytes, id_filter, open_table
+from pipeline.memory.vectors import document_vector, frame_mean, unit, vectors_arrow
 from pipeline.schema import (
     CLIPS,
     MAX_CAPTION_CHARS,
@@ -254,13 +254,6 @@ def documents_table(
         c if isinstance(c := columns[field.name], pa.Array) else pa.array(c, field.type) for field in schema
     ]
     return pa.Table.from_arrays(arrays, schema=schema)
-
-
-def arrow_bytes(table: pa.Table) -> bytes:
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_file(sink, table.schema) as writer:
-        writer.write_table(table)
-    return sink.getvalue().to_pybytes()
 
 
 assert set(COLUMNS) <= set(CLIPS.names)

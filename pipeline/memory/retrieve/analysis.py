@@ -38,7 +38,7 @@ Analysis = Literal[
     "turkish",
     "none",
 ]
-"""The languages that both Snowball and LanceDB's full-text index stem."""
+"""Languages that Snowball stems."""
 _STOP = """
 a an and are as at be but by for if in into is it no not of on or such that the their then there these they this
 to was will with s
@@ -60,17 +60,6 @@ def analyser(analysis: Analysis) -> Callable[[str], list[str]]:
     if analysis == "english":
         return lambda text: stem([w for w in words(text) if w not in STOP_WORDS])
     return lambda text: stem(words(text))
-
-
-def lance_options(analysis: Analysis) -> dict[str, object]:
-    """The same for LanceDB's full-text index, as far as it can be told."""
-    return {
-        "language": "English" if analysis == "none" else analysis.capitalize(),
-        "stem": analysis != "none",
-        "remove_stop_words": analysis == "english",
-        "custom_stop_words": sorted(STOP_WORDS),
-        "ascii_folding": False,
-    }
 
 
 def words(text: str) -> list[str]:

@@ -7,7 +7,7 @@ from pydantic import Field, field_validator
 from infra.clip import ClipConfig
 from infra.config import Incidental, Location
 from pipeline.job import JobConfig
-from pipeline.memory.retrieve.retrievers import RetrieveConfig
+from pipeline.memory.retrieve import RetrieveConfig
 from pipeline.prompts.augment.target import TargetConfig
 from pipeline.prompts.guard import GuardConfig
 

@@ -1,8 +1,8 @@
 """`vimi-data augment`: captions x memory -> multimodal prompts, guarded, as shards for the trainer.
 
-clips (certified) ── slices ──▶ search ─▶ guard ─▶ choose ─▶ one shard a slice + receipt
-memory's arrays, shared          in slice order:
-rejected, meta, certificate last
+clips (certified) ── blocks of slices ──▶ x shards of the memory ──▶ candidates      (join.py)
+slices ──▶ candidates of all shards ─▶ guard ─▶ choose ─▶ one file of prompts a slice + receipt
+in slice order: rejected, meta, certificate last
 """
 
 from collections import Counter
@@ -12,14 +12,26 @@ from functools import partial
 from typing import Any
 
 from infra.certificate import Certificate, FileEntry, require_certificate
-from infra.errors import ConfigError
-from infra.storage import join
+from infra.cluster import wants_gpus
+from infra.errors import ConfigError, DataError
+from infra.storage import delete, join
 from pipeline.job import count_fates, output_hash, refuse_failures, run_job, run_units
 from pipeline.journal import Receipts, Unit
 from pipeline.memory import Memory, open_memory
 from pipeline.memory.embed.worker import row_doc_id
-from pipeline.memory.retrieve.indexes import check_indexes, uses_arrays
 from pipeline.prompts.augment.config import AugmentConfig
+from pipeline.prompts.augment.join import (
+    CHECKED,
+    FOLDER,
+    CheckWorker,
+    QueryWorker,
+    TileWorker,
+    check_room,
+    check_units,
+    is_joined,
+    query_units,
+    tile_units,
+)
 from pipeline.prompts.augment.relevance import sentences, total
 from pipeline.prompts.augment.worker import AugmentWorker, clip_config, good_rows, has_caption
 from pipeline.prompts.exclusion import read_exclusion
@@ -48,12 +60,35 @@ def run(config: AugmentConfig) -> Certificate:
     """
     inputs = check(config)
     units = list(make_units(config, inputs))
-    worker = partial(AugmentWorker, config, output_hash(config, inputs.hashes))
-    work = partial(
-        run_units, config.out, units, worker, what=JOB, total=len(units), num_workers=config.num_workers
-    )
     finish = partial(_finish, config, inputs, units)
-    return run_job(JOB, config, inputs.hashes, work=work, finish=finish)
+    certificate = run_job(JOB, config, inputs.hashes, work=partial(_work, config, inputs, units), finish=finish)
+    for folder in (FOLDER, CHECKED):
+        delete(join(config.out, folder))
+    return certificate
+
+
+def _work(config: AugmentConfig, inputs: Inputs, units: list[Unit]) -> Receipts:
+    """Read the memory through, join, make the prompts; call inside a `ray_session`."""
+
+    def run(what: str, units: list[Unit], worker: Any, *, out: str = config.out, **options: Any) -> Receipts:
+        options = {"num_workers": config.num_workers, **options}
+        return run_units(out, units, worker, what=what, total=len(units), **options)
+
+    memory, joined = inputs.memory, is_joined(config, inputs.memory)
+    checked = join(config.out, CHECKED)
+    told = run("read the memory through", check_units(memory), partial(CheckWorker, config), out=checked)
+    for _, receipt in told.in_order(check_units(memory)):
+        if "damage" in receipt:
+            delete(checked)
+            raise DataError(receipt["damage"])
+    if joined:
+        by_vectors = config.retrieve.method.needs_vectors
+        if by_vectors:
+            run("queries", query_units(units), partial(QueryWorker, config))
+        gpus = float(by_vectors and wants_gpus(config.ray))
+        run("search", tile_units(units, memory), partial(TileWorker, config), num_gpus=gpus)
+    worker = partial(AugmentWorker, config, output_hash(config, inputs.hashes), joined=joined)
+    return run(JOB, units, worker)
 
 
 def check(config: AugmentConfig) -> Inputs:
@@ -71,12 +106,11 @@ def check(config: AugmentConfig) -> Inputs:
             f"no usable clip in {', '.join(config.clips)}",
             cure="look at the reasons in the certificate, mend the corpus, crawl again",
         )
-    memory = open_memory(config.memory, version=config.memory_version)
+    memory = open_memory(config.memory, version=config.memory_version, read_through=False)
     if not memory.num_documents:
         raise ConfigError(f"the memory {config.memory} is empty", cure="build it from a corpus")
     _check_clip(config, clips, memory)
-    if not uses_arrays(config.retrieve, memory.num_documents):
-        check_indexes(memory, config.retrieve)
+    check_room(config, memory, sum(certificate.num_out for _, certificate in clips))
     hashes = {f"clips-{n}": certificate.content_hash() for n, (_, certificate) in enumerate(clips)}
     hashes["memory"] = content_id(memory.version, memory.model_hash)
     if config.guard.exclude is not None:

@@ -6,18 +6,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
 from pipeline.memory import Memory
-from pipeline.memory.embed.worker import row_doc_id
-from pipeline.memory.retrieve.bm25 import Hits
-from pipeline.memory.retrieve.documents import Documents
-from pipeline.memory.retrieve.indexes import Search, open_search
-from pipeline.memory.retrieve.retrievers import MAX_CHOSEN_SIMILARITY, RetrieveConfig
-from pipeline.memory.vectors import cosines, spread
-from pipeline.prompts.exclusion import Exclusion, key, keys, source_name
+from pipeline.memory.retrieve import MAX_CHOSEN_SIMILARITY, RetrieveConfig
+from pipeline.memory.retrieve.hits import merge
+from pipeline.memory.tile import Tiles
+from pipeline.memory.vectors import cosines, spread, vectors_numpy
+from pipeline.prompts.augment.candidates import candidates, fused, guarded_candidates
+from pipeline.prompts.augment.facts import guarded_clip
+from pipeline.prompts.exclusion import Exclusion, keys, source_name
 from pipeline.prompts.guard import (
-    EVALUATION_SPLITS,
     GuardConfig,
     GuardedClip,
     GuardedDocuments,
@@ -26,9 +24,10 @@ from pipeline.prompts.guard import (
     judge,
     similarity_bound,
 )
-from pipeline.schema import ORIGIN, Role, clip_id
+from pipeline.schema import ORIGIN, Role
 
 DEEPER = 8  # how many times deeper the second look goes, where the guard left fewer than k
+READ_FIRST = 4  # times k candidates whose picture vectors are read at first
 Row = dict[str, Any]
 
 
@@ -44,93 +43,29 @@ class Match:
     """Reason -> candidates that were refused before the last one was chosen."""
 
 
-def own_documents(rows: Sequence[Row], documents: Documents) -> np.ndarray:
-    """int64 number of the document that was made from each clip, -1 where there is none."""
-    return documents.find([row_doc_id(row) for row in rows])
-
-
-def excluded(rows: Sequence[Row], config: GuardConfig, exclusion: Exclusion) -> list[str | None]:
-    """Why each clip may not be trained on; None = it may."""
-    reasons: list[str | None] = []
-    for row in rows:
-        hashes = np.array([row["phash"] or 0], np.uint64)
-        if (row["split"] or "").lower() in EVALUATION_SPLITS:
-            reasons.append(f"split {row['split']}")
-        elif row["clip_id"] in exclusion.ids:
-            reasons.append("id in the exclusion file")
-        elif row["source_sha256"] in exclusion.hashes:
-            reasons.append("hash in the exclusion file")
-        elif source_name(row["source_uri"] or "", config.source_pattern) in exclusion.sources:
-            reasons.append("source in the exclusion file")
-        elif _near(hashes, exclusion.phashes, config.max_hash_bits)[0]:
-            reasons.append("picture near one in the exclusion file")
-        else:
-            reasons.append(None)
-    return reasons
-
-
-def guarded_documents(
-    table: pa.Table, vectors: np.ndarray, config: GuardConfig, exclusion: Exclusion
-) -> GuardedDocuments:
-    """What the guard knows of documents of the memory.
+class Matcher:
+    """Finds the documents of a batch of clips.
 
     Args:
-        table: with the columns doc_id, text, source_uri, source_sha256, start_s, end_s, split, phash.
-        vectors: float `n d`, their unit picture embeddings; zero rows = none.
-        config: the guard's.
+        memory: an open memory.
+        retrieve: how a caption finds its documents.
+        guard: what is a leak; the bound on similar pictures is measured on the memory if it names none.
         exclusion: what may not be shown.
+        kept: shards that stay open.
     """
-    uris = [uri or "" for uri in table["source_uri"].to_pylist()]
-    shas = table["source_sha256"].to_pylist()
-    names = [source_name(uri, config.source_pattern) for uri in uris]
-    phashes = table["phash"].fill_null(0).to_numpy().astype(np.uint64)
-    splits = [(split or "").lower() in EVALUATION_SPLITS for split in table["split"].to_pylist()]
-    starts, ends = (table[name].fill_null(0.0).to_numpy() for name in ("start_s", "end_s"))
-    evaluation = np.array(splits, bool)
-    if exclusion:
-        evaluation |= np.array([sha in exclusion.hashes for sha in shas], bool)
-        evaluation |= np.array([name in exclusion.sources for name in names], bool)
-        evaluation |= _near(phashes, exclusion.phashes, config.max_hash_bits)
-    if exclusion.ids:
-        evaluation |= _listed(table, exclusion)
-    return GuardedDocuments(
-        shas=keys(shas),
-        sources=keys(names),
-        start_s=starts,
-        end_s=ends,
-        phashes=phashes,
-        vectors=vectors,
-        evaluation=evaluation,
-    )
 
-
-def _listed(table: pa.Table, exclusion: Exclusion) -> np.ndarray:
-    """Documents listed by their own id, or by the id of the clip that they were made from."""
-    columns = ("doc_id", "text", "source_uri", "source_sha256", "start_s", "end_s")
-    found = []
-    for row in table.select(columns).to_pylist():
-        source = row["source_sha256"] or row["source_uri"]
-        clip = clip_id(source, row["start_s"] or 0.0, row["end_s"] or 0.0, row["text"])
-        found.append(row["doc_id"] in exclusion.ids or clip in exclusion.ids)
-    return np.array(found, bool)
-
-
-def _near(phashes: np.ndarray, listed: tuple[int, ...], max_bits: int) -> np.ndarray:
-    near = np.zeros(len(phashes), bool)
-    for phash in listed if max_bits >= 0 else ():
-        near |= np.bitwise_count(phashes ^ np.uint64(phash)) <= max_bits
-    return near & (phashes != 0)
-
-
-@dataclass(frozen=True)
-class Matcher:
-    """Finds the documents of a batch of clips. All of it is a function of its arguments."""
-
-    retrieve: RetrieveConfig
-    guard: GuardConfig
-    documents: Documents
-    guarded: GuardedDocuments
-    search: Search
+    def __init__(
+        self,
+        memory: Memory,
+        retrieve: RetrieveConfig,
+        guard: GuardConfig,
+        exclusion: Exclusion,
+        *,
+        kept: int = 1,
+    ) -> None:
+        self.memory, self.retrieve, self.exclusion = memory, retrieve, exclusion
+        self.guard = guard.model_copy(update={"max_similarity": measured_bound(memory, guard)})
+        self.tiles = Tiles(memory, retrieve.against, kept=kept)
 
     def match(
         self,
@@ -140,6 +75,7 @@ class Matcher:
         pictures: Sequence[np.ndarray | None],
         captions: Sequence[np.ndarray | None],
         queries: np.ndarray | None,
+        found: Sequence[np.ndarray] | None = None,
     ) -> list[Match]:
         """The documents of each clip.
 
@@ -149,6 +85,7 @@ class Matcher:
             pictures: float [d] unit image vector of each clip, where there is one.
             captions: float [d] unit text vector of each caption, where there is one.
             queries: float32 [n d] unit text vectors of the queries; None where the retriever needs none.
+            found: each clip's candidates at the config's depth, if the join has them (`join.found`).
 
         Returns:
             One match a row, in order.
@@ -158,82 +95,99 @@ class Matcher:
             guarded_clip(row, hashes, picture, self.guard)
             for row, hashes, picture in zip(rows, phashes, pictures, strict=True)
         ]
-        matches = [Match() for _ in rows]
-        todo = list(range(len(rows))) if self.retrieve.k and len(self.documents) else []
-        depth = min(self.retrieve.depth, len(self.documents))
+        vectors = np.zeros((len(rows), 0), np.float32) if queries is None else queries
+        matches, total = [Match() for _ in rows], self.memory.num_documents
+        todo = list(range(len(rows))) if self.retrieve.k and total else []
+        depth = min(self.retrieve.depth, total)
         while todo:
-            wanted = None if queries is None else queries[todo]
-            found = self.search([texts[i] for i in todo], wanted, depth)
+            if found is None:
+                found = self.search([texts[i] for i in todo], vectors[todo], depth)
+            clip, caption = [clips[i] for i in todo], [captions[i] for i in todo]
             short = []
-            for i, hits in zip(todo, found, strict=True):
-                matches[i] = self._choose(clips[i], hits, captions[i])
-                if len(matches[i].docs) < self.retrieve.k and len(hits) == depth < len(self.documents):
+            for i, rows_of, match in zip(todo, found, self._choose_all(clip, found, caption), strict=True):
+                matches[i] = match
+                if len(match.docs) < self.retrieve.k and len(rows_of) == depth < total:
                     short.append(i)
-            todo, depth = short, min(depth * DEEPER, len(self.documents))
+            todo, depth, found = short, min(depth * DEEPER, total), None
         return matches
 
-    def _choose(self, clip: GuardedClip, hits: Hits, caption: np.ndarray | None) -> Match:
-        verdicts = judge(self.guard, clip, self.guarded, hits.docs)
+    def search(self, texts: Sequence[str], vectors: np.ndarray, depth: int) -> list[np.ndarray]:
+        """`CANDIDATE [m]` of each query, best first, of the whole memory."""
+        method = self.retrieve.method
+        parts = (
+            candidates(tile, method, texts, vectors, depth, self.guard, self.exclusion) for tile in self.tiles
+        )
+        return fused(method, merge(parts, depth), len(texts), depth)
+
+    def _choose_all(
+        self,
+        clips: Sequence[GuardedClip],
+        found: Sequence[np.ndarray],
+        captions: Sequence[np.ndarray | None],
+    ) -> list[Match]:
+        """Each clip's choice. Picture vectors are read of the first candidates, and of all where these don't
+        do.
+        """
+        matches, todo, reach = [Match()] * len(clips), list(range(len(clips))), READ_FIRST * self.retrieve.k
+        while todo:
+            heads = [found[i][:reach] for i in todo]
+            numbers = np.unique(np.concatenate([head["doc"] for head in heads]))
+            table = self.memory.take(numbers.tolist(), ["image_embedding"])
+            vectors = vectors_numpy(table["image_embedding"].combine_chunks())
+            short = []
+            for i, head in zip(todo, heads, strict=True):
+                own = vectors[np.searchsorted(numbers, head["doc"])]
+                matches[i] = self._choose(clips[i], head, own, captions[i])
+                if len(matches[i].docs) < self.retrieve.k and len(head) < len(found[i]):
+                    short.append(i)
+            todo, reach = short, max(len(rows) for rows in found)
+        return matches
+
+    def _choose(
+        self, clip: GuardedClip, rows: np.ndarray, vectors: np.ndarray, caption: np.ndarray | None
+    ) -> Match:
+        verdicts = judge(self.guard, clip, guarded_candidates(rows, vectors), np.arange(len(rows)))
         allowed = np.flatnonzero(verdicts == Verdict.ALLOWED)
-        docs, scores = hits.docs[allowed], hits.scores[allowed]
-        vectors = self.documents.image[docs]
         alike = max(MAX_CHOSEN_SIMILARITY, self.guard.max_similarity or 0.0)
-        chosen, repeated = spread(vectors, self.retrieve.k, max_similarity=alike)
-        last = int(allowed[max(chosen)]) if len(chosen) == self.retrieve.k else len(hits)
+        chosen, repeated = spread(vectors[allowed], self.retrieve.k, max_similarity=alike)
+        last = int(allowed[max(chosen)]) if len(chosen) == self.retrieve.k else len(rows)
         refused = Counter(count(verdicts[:last])) + Counter({"repeated": repeated})
+        places = allowed[chosen]
         similarities: list[float | None] = [None] * len(chosen)
         if caption is not None:
-            similarities = [float(x) for x in cosines(vectors[chosen], caption)]
-        return Match(
-            [int(docs[c]) for c in chosen],
-            [float(scores[c]) for c in chosen],
-            similarities,
-            dict(refused),
-        )
+            similarities = [float(x) for x in cosines(vectors[places], caption)]
+        return Match(rows["doc"][places].tolist(), rows["score"][places].tolist(), similarities, dict(refused))
 
 
-def open_matcher(
-    retrieve: RetrieveConfig, guard: GuardConfig, exclusion: Exclusion, documents: Documents, memory: Memory
-) -> Matcher:
-    """The matcher of one memory, with the bound on similar pictures that it tells.
-
-    Raises:
-        ConfigError: the table lacks an index.
-    """
-    guarded = guarded_documents(documents.table, documents.image, guard, exclusion)
-    guard = guard.model_copy(update={"max_similarity": similarity_bound(guard, guarded)})
-    return Matcher(retrieve, guard, documents, guarded, open_search(retrieve, documents, memory))
-
-
-def guarded_clip(
-    row: Row, phashes: Sequence[int], picture: np.ndarray | None, config: GuardConfig
-) -> GuardedClip:
-    """What the guard knows of one clip."""
-    return GuardedClip(
-        sha=key(row["source_sha256"]),
-        source=key(source_name(row["source_uri"] or "", config.source_pattern)),
-        start_s=row["start_s"] or 0.0,
-        end_s=row["end_s"] or 0.0,
-        phashes=np.array([row["phash"] or 0, *phashes], np.uint64),
-        vector=picture,
+def measured_bound(memory: Memory, guard: GuardConfig) -> float:
+    """The bound on similar pictures that the guard uses with this memory."""
+    sample = memory.sample
+    names = [source_name(uri or "", guard.source_pattern) for uri in sample["source_uri"].to_pylist()]
+    none = np.zeros(len(sample))
+    documents = GuardedDocuments(
+        shas=keys(sample["source_sha256"].to_pylist()),
+        sources=keys(names),
+        start_s=none,
+        end_s=none,
+        phashes=none.astype(np.uint64),
+        vectors=vectors_numpy(sample["image_embedding"].combine_chunks()),
+        evaluation=none.astype(bool),
     )
+    return similarity_bound(guard, documents)
 
 
-def document_segments(
-    match: Match, documents: Documents, pictures: Mapping[str, bytes], retriever: str
-) -> list[dict[str, Any]]:
+def document_segments(match: Match, documents: Mapping[int, Row], retriever: str) -> list[dict[str, Any]]:
     """Retrieved text and picture of each document, best first (the order of VIMI's figure).
 
     Args:
         match: the documents of one prompt.
-        documents: of the memory.
-        pictures: doc_id -> JPEG of the chosen ones.
+        documents: number -> its row of the memory (`shown`).
         retriever: its name.
     """
     found: list[dict[str, Any]] = []
-    rows = documents.table.take(pa.array(match.docs, pa.int64())).to_pylist()
-    places = zip(rows, match.scores, match.similarities, strict=True)
-    for rank, (row, score, similarity) in enumerate(places, start=1):
+    places = zip(match.docs, match.scores, match.similarities, strict=True)
+    for rank, (number, score, similarity) in enumerate(places, start=1):
+        row = documents[number]
         document = {
             "doc_id": row["doc_id"],
             "retriever": retriever,
@@ -244,6 +198,13 @@ def document_segments(
         }
         retrieved = {"role": Role.RETRIEVED.value, "document": document}
         found.append({"type": "text", "text": row["text"] or "", **retrieved})
-        if pictures.get(row["doc_id"]):
-            found.append({"type": "image", "image": pictures[row["doc_id"]], **retrieved})
+        if row["image"]:
+            found.append({"type": "image", "image": row["image"], **retrieved})
     return found
+
+
+def shown(memory: Memory, matches: Sequence[Match]) -> dict[int, Row]:
+    """The rows of all chosen documents, with their pictures."""
+    numbers = sorted({number for match in matches for number in match.docs})
+    rows = memory.take(numbers, ["doc_id", "text", "image", *ORIGIN[:4]]).to_pylist()
+    return dict(zip(numbers, rows, strict=True))

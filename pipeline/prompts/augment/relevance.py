@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.memory.retrieve.analysis import Analysis, analyser
-from pipeline.memory.retrieve.documents import Documents
-from pipeline.memory.vectors import cosines
+from pipeline.memory import Memory
+from pipeline.memory.embed.worker import row_doc_id
+from pipeline.memory.retrieve.analysis import analyser
+from pipeline.memory.vectors import cosines, vectors_numpy
 from pipeline.prompts.augment.match import Match
 from pipeline.schema import content_id
 
@@ -24,20 +25,16 @@ ERRORS = 2
 def measure(
     rows: Sequence[dict[str, Any]],
     matches: Sequence[Match],
-    own: Sequence[int] | np.ndarray,
     pictures: Sequence[np.ndarray | None],
-    documents: Documents,
-    analysis: Analysis,
+    memory: Memory,
 ) -> Sums:
     """Sums over the clips that got a document; each also meets a random document, fixed by its id.
 
     Args:
         rows: of a clips table.
         matches: their documents.
-        own: number of the document that was made from each clip, -1 where there is none.
         pictures: float [d] unit image vector of each clip, where there is one.
-        documents: the memory's.
-        analysis: that of the retriever.
+        memory: of the documents.
 
     Returns:
         words: content words of the captions, each once a caption; words_best, words_random: how many of them
@@ -47,17 +44,25 @@ def measure(
     """
     names = ("words", "words_best", "words_random", "pictures", "best", "random", "lead", "lead_squared")
     sums: Sums = dict.fromkeys(names, 0)
-    terms_of, texts = analyser(analysis), documents.table["text"]
-    for row, match, itself, picture in zip(rows, matches, own, pictures, strict=True):
-        if not match.docs:
-            continue
-        pair = [match.docs[0], random_document(row["clip_id"], len(documents), int(itself))]
+    terms_of, total = analyser(memory.analysis), memory.num_documents
+    with_one = [i for i, match in enumerate(matches) if match.docs]
+    numbers = [(matches[i].docs[0], *random_documents(rows[i]["clip_id"], total)) for i in with_one]
+    unique = sorted({number for some in numbers for number in some})
+    table = memory.take(unique, ["doc_id", "text", "image_embedding"])
+    ids, texts = table["doc_id"].to_pylist(), table["text"].to_pylist()
+    vectors, place = (
+        vectors_numpy(table["image_embedding"].combine_chunks()),
+        {n: i for i, n in enumerate(unique)},
+    )
+    for i, some in zip(with_one, numbers, strict=True):
+        row, picture = rows[i], pictures[i]
+        best, first, second = (place[number] for number in some)
+        pair = [best, second if ids[first] == row_doc_id(row) else first]
         wanted = set(terms_of(row["caption"] or ""))
-        best, other = (len(wanted & set(terms_of(texts[n].as_py() or ""))) for n in pair)
-        found: Sums = {"words": len(wanted), "words_best": best, "words_random": other}
-        vectors = documents.image[pair]
-        if picture is not None and picture.any() and vectors.any(axis=1).all():
-            near, far = cosines(vectors, picture).tolist()
+        with_best, with_random = (len(wanted & set(terms_of(texts[n] or ""))) for n in pair)
+        found: Sums = {"words": len(wanted), "words_best": with_best, "words_random": with_random}
+        if picture is not None and picture.any() and vectors[pair].any(axis=1).all():
+            near, far = cosines(vectors[pair], picture).tolist()
             lead = near - far
             found |= {"pictures": 1, "best": near, "random": far, "lead": lead, "lead_squared": lead**2}
         for name, value in found.items():
@@ -65,10 +70,10 @@ def measure(
     return sums
 
 
-def random_document(clip: str, num_documents: int, own: int) -> int:
-    """A document's number, drawn by the clip's id among all but its own."""
-    number = int(content_id("random document", clip)[:12], 16) % (num_documents - (own >= 0))
-    return number + (0 <= own <= number)
+def random_documents(clip: str, num_documents: int) -> tuple[int, int]:
+    """Two documents' numbers, drawn by the clip's id: one, and the next where the first is the clip's own."""
+    number = int(content_id("random document", clip)[:12], 16) % num_documents
+    return number, (number + 1) % num_documents
 
 
 def total(shards: Sequence[Sums]) -> Sums:

@@ -11,21 +11,13 @@ from infra.clip import Clip, ClipConfig, load_clip
 from infra.storage import join
 from pipeline.journal import Receipt
 from pipeline.media.isolate import MEMORY_BYTES, Isolated
-from pipeline.memory import Memory, open_memory, require_model
+from pipeline.memory import Memory, open_memory, require_model, store
 from pipeline.memory.embed.pictures import read_picture
-from pipeline.memory.embed.worker import read_slice
-from pipeline.memory.retrieve.documents import Documents, load_documents
-from pipeline.memory.store import clip_configs
-from pipeline.memory.vectors import frame_mean
+from pipeline.memory.embed.worker import read_slice, row_doc_id
+from pipeline.memory.vectors import frame_mean, vectors_numpy
 from pipeline.prompts.augment.config import AugmentConfig
-from pipeline.prompts.augment.match import (
-    Match,
-    Matcher,
-    document_segments,
-    excluded,
-    open_matcher,
-    own_documents,
-)
+from pipeline.prompts.augment.facts import excluded
+from pipeline.prompts.augment.match import Match, Matcher, document_segments, shown
 from pipeline.prompts.augment.relevance import Sums, measure
 from pipeline.prompts.augment.target import Row, Target, make_target
 from pipeline.prompts.exclusion import Exclusion, read_exclusion
@@ -36,27 +28,86 @@ DECODE_TIMEOUT_S = 120.0
 """Time that decoding one clip may take; then its row is `timeout`. As in crawl. Ours."""
 
 
-class AugmentWorker:
-    """Payload -> receipt; the memory's arrays and the CLIP are loaded when first needed, and kept.
+class Retrieving:
+    """What every worker of the job needs; opened and loaded when first asked for, and kept."""
+
+    def __init__(self, config: AugmentConfig) -> None:
+        self.config = config
+
+    @cached_property
+    def memory(self) -> Memory:
+        """The job has read all shards through (`join.check_units`)."""
+        config = self.config
+        return open_memory(config.memory, version=config.memory_version, read_through=False)
+
+    @cached_property
+    def exclusion(self) -> Exclusion:
+        guard = self.config.guard
+        if guard.exclude is None:
+            return Exclusion()
+        return read_exclusion(guard.exclude, source_pattern=guard.source_pattern)
+
+    @cached_property
+    def clip(self) -> Clip:
+        clip = load_clip(clip_config(self.config, self.memory))
+        require_model(self.memory, clip.model_hash, name=clip.name)
+        return clip
+
+    def read(self, payload: dict[str, Any]) -> tuple[list[Row], list[Row]]:
+        """(the rows of a slice that may be trained on, the rejected ones)."""
+        rows = [row for piece in payload["pieces"] for row in good_rows(*piece)]
+        lost = [rejected_row(r, Status.FILTERED_NO_CAPTION, "no caption") for r in rows if not has_caption(r)]
+        rows = [row for row in rows if has_caption(row)]
+        kept = []
+        for row, reason in zip(rows, excluded(rows, self.config.guard, self.exclusion), strict=True):
+            if reason is None:
+                kept.append(row)
+            else:
+                lost.append(rejected_row(row, Status.FILTERED_EVAL_SPLIT, reason))
+        return kept, lost
+
+    def own(self, rows: Sequence[Row]) -> dict[str, dict[str, np.ndarray]]:
+        """doc_id -> vectors of the documents that were made from these clips, where the memory has them."""
+        table = self.memory.rows([row_doc_id(row) for row in rows], ["text_embedding", "image_embedding"])
+        text, image = (vectors_numpy(table[f"{n}_embedding"].combine_chunks()) for n in ("text", "image"))
+        ids = table["doc_id"].to_pylist()
+        return {doc: {"text": t, "image": i} for doc, t, i in zip(ids, text, image, strict=True)}
+
+    def caption_vectors(
+        self, rows: Sequence[Row], own: dict[str, dict[str, np.ndarray]]
+    ) -> list[np.ndarray | None]:
+        """Text vectors: the memory's where the clip is in it, else computed where that is wanted."""
+        vectors: list[np.ndarray | None] = [own.get(row_doc_id(row), {}).get("text") for row in rows]
+        wanted = self.config.vectors == "all" or self.config.retrieve.method.needs_vectors
+        missing = [i for i, vector in enumerate(vectors) if vector is None and wanted]
+        if missing:
+            texts = [rows[i]["caption"] or "" for i in missing]
+            for i, vector in zip(missing, self.clip.encode_texts(texts), strict=True):
+                vectors[i] = vector
+        return vectors
+
+
+class AugmentWorker(Retrieving):
+    """Payload -> receipt.
 
     Args:
         config: of the job.
         config_hash: names what the output depends on.
+        joined: what the join found lies in files; False = this worker searches for itself.
     """
 
-    def __init__(self, config: AugmentConfig, config_hash: str) -> None:
-        self.config, self.config_hash = config, config_hash
+    def __init__(self, config: AugmentConfig, config_hash: str, *, joined: bool = False) -> None:
+        super().__init__(config)
+        self.config_hash, self.joined = config_hash, joined
 
     def __call__(self, payload: dict[str, Any]) -> Receipt:
-        rows = [row for piece in payload["pieces"] for row in good_rows(*piece)]
-        silent = [row for row in rows if not has_caption(row)]
-        rows, left_out = self.without_excluded([row for row in rows if has_caption(row)])
-        left_out += [rejected_row(row, Status.FILTERED_NO_CAPTION, "no caption") for row in silent]
-        rows, targets, failed = self.with_targets(rows)
-        matches, relevance = self.match(rows, targets)
-        pictures = self.pictures(matches)
+        kept, lost = self.read(payload)
+        rows, targets, failed = self.with_targets(kept)
+        found = self.found(payload, kept, rows) if self.joined else None
+        matches, relevance = self.match(rows, targets, found)
+        documents = shown(self.memory, matches)
         prompts = [
-            self._prompt(row, target, match, pictures)
+            self._prompt(row, target, match, documents)
             for row, target, match in zip(rows, targets, matches, strict=True)
         ]
         file = None
@@ -64,7 +115,7 @@ class AugmentWorker:
             place = join(self.config.out, shard_name(payload["number"]))
             entry = write_shard(place, prompts, PROMPTS, row_group_rows=self.config.row_group_rows)
             file = entry.model_dump()
-        lost = [*left_out, *failed]
+        lost = [*lost, *failed]
         return {
             "file": file,
             "rejected": lost,
@@ -76,45 +127,21 @@ class AugmentWorker:
         }
 
     @cached_property
-    def memory(self) -> Memory:
-        return open_memory(self.config.memory, version=self.config.memory_version)
-
-    @cached_property
-    def documents(self) -> Documents:
-        return load_documents(self.memory, self.config.retrieve.analysis)
-
-    @cached_property
-    def exclusion(self) -> Exclusion:
-        guard = self.config.guard
-        if guard.exclude is None:
-            return Exclusion()
-        return read_exclusion(guard.exclude, source_pattern=guard.source_pattern)
-
-    @cached_property
     def decoder(self) -> Isolated:
         return Isolated(timeout_s=DECODE_TIMEOUT_S)
 
     @cached_property
-    def clip(self) -> Clip:
-        clip = load_clip(clip_config(self.config, self.memory))
-        require_model(self.memory, clip.model_hash, name=clip.name)
-        return clip
-
-    @cached_property
     def matcher(self) -> Matcher:
         config = self.config
-        return open_matcher(config.retrieve, config.guard, self.exclusion, self.documents, self.memory)
+        return Matcher(self.memory, config.retrieve, config.guard, self.exclusion)
 
-    def without_excluded(self, rows: list[Row]) -> tuple[list[Row], list[Row]]:
-        """The rows that may be trained on, and the rejected ones."""
-        reasons = excluded(rows, self.config.guard, self.exclusion)
-        kept = [row for row, reason in zip(rows, reasons, strict=True) if reason is None]
-        left_out = [
-            rejected_row(row, Status.FILTERED_EVAL_SPLIT, reason)
-            for row, reason in zip(rows, reasons, strict=True)
-            if reason is not None
-        ]
-        return kept, left_out
+    def found(self, payload: dict[str, Any], kept: Sequence[Row], rows: Sequence[Row]) -> list[np.ndarray]:
+        """What the join found for these of the slice's rows."""
+        from pipeline.prompts.augment.join import found
+
+        place = {row["clip_id"]: n for n, row in enumerate(kept)}
+        every = found(self.config, payload, len(kept), len(self.memory.shards))
+        return [every[place[row["clip_id"]]] for row in rows]
 
     def with_targets(self, rows: list[Row]) -> tuple[list[Row], list[Target], list[Row]]:
         """The rows whose target could be made, their targets, and the rejected rows."""
@@ -136,55 +163,39 @@ class AugmentWorker:
         except MemoryError:
             raise RowError(Status.TOO_LARGE, f"needs more than {MEMORY_BYTES:,} bytes") from None
 
-    def match(self, rows: list[Row], targets: list[Target]) -> tuple[list[Match], Sums]:
+    def match(
+        self, rows: list[Row], targets: list[Target], found: list[np.ndarray] | None
+    ) -> tuple[list[Match], Sums]:
         """The documents of each row, and what they say of its target."""
         if not rows or not self.config.retrieve.k:
             return [Match() for _ in rows], {}
-        own = own_documents(rows, self.documents)
-        captions = self._caption_vectors(rows, own)
-        pictures = self._picture_vectors(rows, own)
+        own = self.own(rows)
+        captions, pictures = self.caption_vectors(rows, own), self._picture_vectors(rows, own)
+        queries = None
+        if self.config.retrieve.method.needs_vectors:
+            queries = np.stack([np.asarray(vector, np.float32) for vector in captions if vector is not None])
         matches = self.matcher.match(
             rows,
             phashes=[target.phashes for target in targets],
             pictures=pictures,
             captions=captions,
-            queries=self._query_vectors(rows, captions),
+            queries=queries,
+            found=found,
         )
-        analysis = self.config.retrieve.analysis
-        return matches, measure(rows, matches, own, pictures, self.documents, analysis)
+        return matches, measure(rows, matches, pictures, self.memory)
 
-    def _caption_vectors(self, rows: list[Row], own: np.ndarray) -> list[np.ndarray | None]:
-        """Text vectors: the memory's where the clip is in it, else computed where that is wanted."""
-        vectors: list[np.ndarray | None] = [self.documents.text[i] if i >= 0 else None for i in own]
-        wanted = self.config.vectors == "all" or self.config.retrieve.method.needs_vectors
-        missing = [i for i, vector in enumerate(vectors) if vector is None and wanted]
-        if missing:
-            texts = [rows[i]["caption"] or "" for i in missing]
-            for i, vector in zip(missing, self.clip.encode_texts(texts), strict=True):
-                vectors[i] = vector
-        return vectors
-
-    def _query_vectors(self, rows: list[Row], captions: Sequence[np.ndarray | None]) -> np.ndarray | None:
-        if not self.config.retrieve.method.needs_vectors:
-            return None
-        return np.stack([np.asarray(vector, np.float32) for vector in captions if vector is not None])
-
-    def _picture_vectors(self, rows: list[Row], own: np.ndarray) -> list[np.ndarray | None]:
+    def _picture_vectors(
+        self, rows: list[Row], own: dict[str, dict[str, np.ndarray]]
+    ) -> list[np.ndarray | None]:
         """Picture vectors for the guard: the memory's where the clip is in it, else computed."""
-        vectors: list[np.ndarray | None] = [self.documents.image[i] if i >= 0 else None for i in own]
+        vectors: list[np.ndarray | None] = [own.get(row_doc_id(row), {}).get("image") for row in rows]
         missing = [i for i, vector in enumerate(vectors) if vector is None]
         if missing and self.config.vectors == "all" and self.config.guard.max_similarity != 1:
             for i in missing:
                 vectors[i] = clip_picture_vector(rows[i], self.clip)
         return vectors
 
-    def pictures(self, matches: list[Match]) -> dict[str, bytes]:
-        """JPEGs of the chosen documents only."""
-        numbers = sorted({doc for match in matches for doc in match.docs})
-        ids = [self.documents.ids[number].decode() for number in numbers]
-        return self.memory.images(ids) if ids else {}
-
-    def _prompt(self, row: Row, target: Target, match: Match, pictures: dict[str, bytes]) -> Row:
+    def _prompt(self, row: Row, target: Target, match: Match, documents: dict[int, Row]) -> Row:
         fewer = len(match.docs) < self.config.retrieve.k
         return {
             "prompt_id": prompt_id(Task.PRETRAIN, row["clip_id"], self.config_hash),
@@ -193,7 +204,7 @@ class AugmentWorker:
             "media": row["media"],
             "caption": row["caption"],
             "segments": [
-                *document_segments(match, self.documents, pictures, self.config.retrieve.retriever),
+                *document_segments(match, documents, self.config.retrieve.retriever),
                 {"type": "text", "role": Role.CAPTION.value, "text": row["caption"]},
             ],
             "num_documents": len(match.docs),
@@ -209,7 +220,7 @@ class AugmentWorker:
 
 def clip_config(config: AugmentConfig, memory: Memory) -> ClipConfig:
     """The CLIP to load: the one that was asked for, else the one that the memory was built with."""
-    return config.clip or next(iter(clip_configs(memory).values()))
+    return config.clip or store.clip_config(memory)
 
 
 def clip_picture_vector(row: Row, clip: Clip) -> np.ndarray | None:

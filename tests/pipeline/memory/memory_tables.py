@@ -1,12 +1,20 @@
 """Planted documents for the tests of the memory: real tables, invented vectors."""
 
+import hashlib
+from dataclasses import asdict
+from typing import Any
+
 import numpy as np
 import pyarrow as pa
 
 from infra.certificate import Certificate, write_certificate
-from pipeline.memory.commit import create_table
-from pipeline.memory.store import memory_files, upsert, vectors_arrow, version_tag
-from pipeline.memory.vectors import unit
+from infra.storage import delete, join, write_bytes
+from pipeline.memory.build_index.index import IndexConfig
+from pipeline.memory.build_index.publish import own_files, publish, smallest
+from pipeline.memory.build_index.shards import DROPPED, STAGED, ShardWriter, commit, create_table, deal
+from pipeline.memory.retrieve.analysis import Analysis
+from pipeline.memory.store import arrow_bytes, version_tag
+from pipeline.memory.vectors import unit, vectors_arrow
 from pipeline.schema import doc_id, memory_schema
 
 MODEL_HASH = "planted"
@@ -51,28 +59,68 @@ def documents(
     return pa.Table.from_arrays(arrays, schema=schema)
 
 
-def make_memory(uri: str, rows: pa.Table, *, dim: int = 16, indexes: dict | None = None) -> None:
-    """A certified memory of these documents, as build-index leaves one."""
-    table = create_table(uri, dim)
-    upsert(table, rows)
-    tag = version_tag(table, MODEL_HASH)
-    table.tags.create(tag, table.version)
+def stage(build: str, rows: pa.Table, unit_rows: int) -> list[dict[str, Any]]:
+    """Write staged files of `unit_rows` documents, as the embedding workers leave them; their receipts."""
+    receipts = []
+    for start in range(0, len(rows), unit_rows):
+        data = arrow_bytes(part := rows.slice(start, unit_rows))
+        digest = hashlib.sha256(data).hexdigest()
+        write_bytes(join(build, STAGED, f"{digest[:32]}.arrow"), data)
+        receipts.append({"file": f"{digest[:32]}.arrow", "sha256": digest, "documents": len(part)})
+    return receipts
+
+
+def make_memory(
+    uri: str,
+    rows: pa.Table,
+    *,
+    shard_rows: int = 1000,
+    unit_rows: int = 10,
+    analysis: Analysis = "english",
+    model_hash: str | None = None,
+    index: IndexConfig = IndexConfig(),
+) -> None:
+    """A certified memory of these documents, by build-index's own functions."""
+    build, dim = join(uri, "build"), rows.schema.field("image_embedding").type.list_size
+    create_table(uri, dim)
+    write_bytes(join(build, DROPPED), b"")
+    groups = deal(stage(build, rows, min(unit_rows, shard_rows)), shard_rows, shards=0, documents=0)
+    writer = ShardWriter(uri, build, dim, analysis)
+    written = [writer(group.unit("shard").payload) for group in groups]
+    publish_memory(uri, written, len(rows), dim, analysis=analysis, model_hash=model_hash, index=index)
+    delete(build)
+
+
+def publish_memory(
+    uri: str,
+    written: list[dict[str, Any]],
+    count: int,
+    dim: int,
+    *,
+    analysis: Analysis = "english",
+    model_hash: str | None = None,
+    index: IndexConfig = IndexConfig(),
+) -> None:
+    """Commit, index and certify shards that `ShardWriter` wrote."""
+    ids_sum = sum(int(receipt["ids_sum"], 16) for receipt in written)
+    tag = version_tag(model_hash or MODEL_HASH, count, ids_sum)
     facts = {
         "memory_version": tag,
         "versions": [tag],
-        "model_hash": MODEL_HASH,
-        "model": {"name": "planted"},
+        "model_hash": model_hash or MODEL_HASH,
+        "model": {"name": "offline"},
         "dim": dim,
-        "indexes": indexes or {},
+        "analysis": analysis,
+        "ids_sum": f"{ids_sum:x}",
+        "shards": [asdict(shard) for shard in commit(uri, written, first=0, version=tag)],
     }
-    write_certificate(
-        uri,
-        Certificate(
-            job="build-index",
-            config_hash="0",
-            num_in=len(rows),
-            num_out=len(rows),
-            facts=facts,
-            files=memory_files(uri),
-        ),
+    facts["indexes"] = publish(uri, facts, smallest(written, 0), index)
+    certificate = Certificate(
+        job="build-index",
+        config_hash="0",
+        num_in=count,
+        num_out=count,
+        facts=facts,
+        files=own_files(uri, facts),
     )
+    write_certificate(uri, certificate)

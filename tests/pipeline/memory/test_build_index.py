@@ -17,11 +17,9 @@ from infra.clip import ClipConfig
 from infra.errors import ConfigError, DataError, TooManyFailuresError
 from infra.storage import exists, filesystem
 from pipeline.memory import open_memory
-from pipeline.memory.build_index import BuildIndexConfig, add_clip, check, run
-from pipeline.memory.build_index.add_clip import AddClipConfig
-from pipeline.memory.near_duplicates import DedupConfig
-from pipeline.memory.recall import IndexConfig
-from pipeline.memory.retrieve.retrievers import RetrieveConfig
+from pipeline.memory.build_index import BuildIndexConfig, check, preflight, run
+from pipeline.memory.build_index.duplicates import DedupConfig
+from pipeline.memory.retrieve import RetrieveConfig
 from pipeline.memory.search import SearchConfig
 from pipeline.memory.search import run as search
 from pipeline.schema import Status
@@ -41,7 +39,7 @@ def corpus(folder: Path, numbers: range, *, bad: int = 0) -> str:
 
 
 def config(out: Path, *clips: str, **values) -> BuildIndexConfig:
-    values = {"clip": OFFLINE, "rows_per_unit": 5, "max_failed_frac": 0.3, **values}
+    values = {"clip": OFFLINE, "rows_per_unit": 5, "shard_rows": 8, "max_failed_frac": 0.3, **values}
     return BuildIndexConfig(clips=clips, out=str(out), **values)
 
 
@@ -72,16 +70,15 @@ def test_a_memory_is_built_once_and_grows(ray_cluster: None, tiny: ClipConfig, t
     out = tmp_path / "memory"
     certificate = run(config(out, first, clip=tiny))
     assert (certificate.num_in, certificate.num_out, certificate.dead) == (16, 14, {"undecodable": 2})
-    assert certificate.facts["indexes"]["document_embedding"]["by_query"]
     rejected = pq.read_table(next(out.glob("rejected-*.parquet")))
     assert rejected["status"].to_pylist() == ["undecodable"] * 2
     assert not (out / "build").exists()
 
     memory = open_memory(str(out))
     assert memory.num_documents == 14 and memory.model_hash == certificate.facts["model_hash"]
-    kinds = {index.index_type for index in memory.table.list_indices()}
-    assert {"FTS", "IvfFlat"} <= kinds
-    assert memory.table.search("wave number 7", query_type="fts").limit(1).to_list()[0]["text"].endswith(" 7")
+    assert [shard.rows for shard in memory.shards] == [8, 6]
+    files = {f: f.read_bytes() for f in (out / "shards").rglob("*.arrow")}
+    files |= {f: f.read_bytes() for f in (out / "lance").rglob("*.lance") if f.is_file()}
 
     started_s = time.monotonic()
     assert run(config(out, first, clip=tiny)) == certificate
@@ -95,47 +92,13 @@ def test_a_memory_is_built_once_and_grows(ray_cluster: None, tiny: ClipConfig, t
     assert grown.filtered == {"filtered_duplicate": 4}  # the same bytes and words, found in another folder
     assert grown.facts["versions"] == [certificate.facts["memory_version"], grown.facts["memory_version"]]
     assert open_memory(str(out), version=certificate.facts["memory_version"]).num_documents == 14
-    assert open_memory(str(out)).num_documents == 20
+    memory = open_memory(str(out))
+    assert memory.num_documents == 20 and [shard.rows for shard in memory.shards] == [8, 6, 6]
+    assert all(file.read_bytes() == data for file, data in files.items())  # nothing old is written again
+    assert memory.statistics.documents == 20
 
     with pytest.raises(ConfigError, match=r"another build-index run.*key_frames"):
         check(config(out, first, key_frames=9, clip=tiny))
-
-
-@pytest.mark.ray
-@pytest.mark.slow
-def test_a_second_clip_is_added_searched_and_outlives_growth(
-    ray_cluster: None, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(add_clip, "ROWS_PER_UNIT", 5)
-    out, first = tmp_path / "memory", corpus(tmp_path / "one", range(12))
-    before = run(config(out, first))
-    stamps = {f: f.stat().st_mtime_ns for f in (out / "lance").rglob("data/*.lance")}
-    another = AddClipConfig(out=str(out), clip=tiny_clip(tmp_path / "tiny"))
-    certificate = add_clip.run(another)
-    assert all(f.stat().st_mtime_ns == stamp for f, stamp in stamps.items())
-    assert certificate.num_out == 12 and len(certificate.facts["indexes"]) == 6
-    assert certificate.facts["versions"] == [
-        before.facts["memory_version"],
-        certificate.facts["memory_version"],
-    ]
-    old = open_memory(str(out), version=before.facts["memory_version"])
-    assert not any("_embedding_" in name for name in old.table.schema.names)
-    with pytest.raises(ConfigError, match="has the vectors of this CLIP already"):
-        add_clip.run(another)
-
-    question = SearchConfig(
-        memory=str(out), text="a wave number 7", retrieve=RetrieveConfig(retriever="clip", against="text", k=3)
-    )
-    name = str(another.clip.name)
-    assert search(question.model_copy(update={"clip": name}))[0]["text"] == "a wave number 7"
-    assert search(question)[0]["text"] == "a wave number 7"
-    with pytest.raises(ConfigError, match=r"no CLIP 'ViT-Q'.*legal: offline"):
-        search(question.model_copy(update={"clip": "ViT-Q"}))
-
-    grown = run(config(out, first, corpus(tmp_path / "two", range(12, 14)), grow=True))
-    assert grown.num_out == 14 and set(grown.facts["clips"]) == set(certificate.facts["clips"])
-    assert len(search(question.model_copy(update={"clip": name}))) == 3
-    capsys.readouterr()
 
 
 @pytest.mark.ray
@@ -167,7 +130,18 @@ def test_too_many_failures_and_no_document_at_all_are_errors(
     assert read_certificate(tmp_path / "empty") is None
 
 
-def test_bad_inputs_are_refused_before_anything_starts(tmp_path: Path) -> None:
+def test_shards_of_another_size_are_refused_while_a_build_is_unfinished(tmp_path: Path) -> None:
+    clips = write_clips(tmp_path / "clips", [clip_row(picture(tmp_path / "1.png", 1), "a wave")])
+    first = config(tmp_path / "memory", clips)
+    preflight.begin(first, *preflight.preflight(first, reach=False))
+    other = config(tmp_path / "memory", clips, shard_rows=9)
+    with pytest.raises(
+        ConfigError, match=r"unfinished build in other shards \(shard_rows=8\); cure: run the same"
+    ):
+        preflight.begin(other, *preflight.preflight(other, reach=False))
+
+
+def test_bad_inputs_are_refused_before_anything_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "memory"
     with pytest.raises(ConfigError, match="no clips"):
         check(config(out))
@@ -178,9 +152,10 @@ def test_bad_inputs_are_refused_before_anything_starts(tmp_path: Path) -> None:
         check(config(out, clips, clip=ClipConfig(name="ViT-Q")))
     assert "up to 1 documents" in check(config(out, clips))
     assert "up to 1 documents" in check(config(out, clips, clip=ClipConfig()))  # the hub isn't asked
-    tight = IndexConfig(kind="rq", max_index_bytes=200)  # 1 x 384, three columns
-    with pytest.raises(ConfigError, match="max_index_bytes of at least 204"):
-        check(config(out, clips, index=tight))
+    monkeypatch.setattr(preflight, "free_bytes", lambda place: 50_000)
+    with pytest.raises(ConfigError, match=r"1 documents of about 27,304 bytes.*has 50,000; cure: another disk"):
+        check(config(out, clips))
+    monkeypatch.undo()
     assert not out.exists()
     table = pq.read_table(tmp_path / "clips" / "part-00000.parquet").drop_columns(["caption"])
     certificate = read_certificate(clips)
@@ -240,10 +215,14 @@ def test_a_killed_build_ends_in_the_same_memory(tmp_path: Path) -> None:
     assert build_in_process(clips, out).wait(240) == 0
     expected, found = read_certificate(tmp_path / "whole"), read_certificate(out)
     assert expected is not None and found is not None
-    assert found.content_hash() == expected.content_hash()
-    columns = ["doc_id", "text", "image", "phash", "source_uri"]
+    assert (found.facts, found.num_in, found.filtered, found.dead) == (
+        *(expected.facts, expected.num_in, expected.filtered, expected.dead),
+    )
+    columns, numbers = ["doc_id", "text", "image", "phash", "source_uri"], range(found.num_out)
     one, other = open_memory(str(tmp_path / "whole")), open_memory(str(out))
-    assert one.columns_arrow(columns).equals(other.columns_arrow(columns))
+    assert one.take(numbers, columns).equals(other.take(numbers, columns))
+    for file in (tmp_path / "whole" / "shards").rglob("*.arrow"):
+        assert file.read_bytes() == (out / file.relative_to(tmp_path / "whole")).read_bytes()
 
 
 @pytest.mark.slow
@@ -256,17 +235,17 @@ def test_a_full_disk_leaves_the_last_version_readable(tmp_path: Path) -> None:
     assert before is not None
     code = (
         "import resource, signal, sys\n"
-        "from pipeline.memory.store import open_table, upsert\n"
+        "from pipeline.memory.build_index.shards import write_fragments\n"
         "from tests.pipeline.memory.memory_tables import documents\n"
-        "table, rows = open_table(sys.argv[1]), documents(3000, dim=384, start=100)\n"
+        "rows = documents(3000, dim=384, start=100)\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
-        "upsert(table, rows)\n"
+        "write_fragments(sys.argv[1], iter(rows.to_batches()), 384)\n"
     )
     result = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code, str(out)], cwd=ROOT, capture_output=True, text=True
     )
-    assert result.returncode == 1 and "the table stays at its last version" in result.stderr
+    assert result.returncode == 1 and "can't write documents" in result.stderr
     assert open_memory(str(out)).num_documents == before.num_out == 6
 
 

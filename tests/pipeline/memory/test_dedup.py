@@ -11,15 +11,26 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pipeline.media.phash import phash64
-from pipeline.memory import duplicates, near_duplicates
-from pipeline.memory.commit import create_table
-from pipeline.memory.duplicates import drop, find_duplicates
-from pipeline.memory.near_duplicates import DedupConfig
-from pipeline.memory.store import sorted_columns, upsert, vectors_arrow
-from pipeline.memory.vectors import unit
+from pipeline.memory.build_index import duplicates
+from pipeline.memory.build_index.duplicates import (
+    DedupConfig,
+    Documents,
+    Duplicates,
+    KeyWriter,
+    PairFinder,
+    band,
+    calibrate,
+    group,
+    key_units,
+    num_bands,
+    pair_units,
+)
+from pipeline.memory.build_index.shards import deal
+from pipeline.memory.store import open_memory, read_table
+from pipeline.memory.vectors import unit, vectors_arrow
 from pipeline.schema import Status
 from tests.pipeline.clip_tables import picture
-from tests.pipeline.memory.memory_tables import documents
+from tests.pipeline.memory.memory_tables import documents, make_memory, stage
 
 
 def with_images(rows: pa.Table, vectors: np.ndarray) -> pa.Table:
@@ -35,14 +46,46 @@ def chain(count: int, step_rad: float, dim: int = 16) -> np.ndarray:
     return vectors
 
 
+def find(
+    folder: Path, rows: pa.Table, config: DedupConfig = DedupConfig(), *, old: int = 0, group_rows: int = 50
+) -> Duplicates:
+    """The duplicates of these documents, the first `old` of which are a memory already."""
+    out, build = str(folder), str(folder / "new")
+    version = None
+    if old:
+        make_memory(out, rows.slice(0, old), shard_rows=group_rows)
+        version = open_memory(out).version
+    shards = open_memory(out).shards if old else ()
+    groups = deal(stage(build, rows.slice(old), 5), group_rows, shards=len(shards), documents=old)
+    there = Documents(out, build, version, old)
+    there.write(groups)
+    units, bands = key_units(groups, shards), num_bands(len(rows), config.max_phash_bits)
+    keys = [KeyWriter(out, build, bands, len(units))(unit.payload) for unit in units]
+    bound = calibrate(config, there, keys)
+    finder = PairFinder(there, bands, config.max_phash_bits, bound, True)
+    found = [finder(unit.payload) for unit in pair_units(keys, len(units))]
+    return group([read_table(f"{build}/pairs/{r['file']}") for r in found if r["file"]], old)
+
+
+def replaced(rows: pa.Table, **columns: list) -> pa.Table:
+    for name, values in columns.items():
+        place = rows.schema.get_field_index(name)
+        rows = rows.set_column(place, rows.schema.field(place), pa.array(values, rows.schema.field(place).type))
+    return rows
+
+
+def pairs(found: Duplicates) -> set[frozenset[str]]:
+    return {
+        frozenset(pair) for pair in zip(*(found.table[c].to_pylist() for c in ("doc_id", "kept")), strict=True)
+    }
+
+
 def test_a_chain_of_neighbours_is_one_group(tmp_path: Path) -> None:
     step = np.arccos(0.95)
     vectors = np.concatenate([chain(5, step), chain(3, np.pi / 2)[1:] + np.eye(16)[5]])
-    table = create_table(str(tmp_path), 16)
-    upsert(table, with_images(documents(7), unit(vectors)))
-    found = find_duplicates(table, DedupConfig()).table
-    rows = sorted_columns(table, ["doc_id", "source_uri"]).to_pylist()
-    names = {row["doc_id"]: row["source_uri"] for row in rows}
+    rows = with_images(documents(7), unit(vectors))
+    found = find(tmp_path, rows).table
+    names = dict(zip(rows["doc_id"].to_pylist(), rows["source_uri"].to_pylist(), strict=True))
     assert len(found) == 4 and len(set(found["kept"].to_pylist())) == 1
     members = {names[d] for d in [*found["doc_id"].to_pylist(), found["kept"][0].as_py()]}
     assert members == {f"/corpus/{n}.png" for n in range(5)}
@@ -51,58 +94,58 @@ def test_a_chain_of_neighbours_is_one_group(tmp_path: Path) -> None:
 
 def test_the_same_piece_with_the_same_words_is_an_exact_duplicate(tmp_path: Path) -> None:
     rows = documents(3, texts=["A  red ball", "a red BALL", "a blue ball"])
-    for column, values in (("source_sha256", ["x", "x", "x"]), ("width_px", [10, 20, 10])):
-        place = rows.schema.get_field_index(column)
-        rows = rows.set_column(place, rows.schema.field(place), pa.array(values, rows.schema.field(place).type))
-    table = create_table(str(tmp_path), 16)
-    upsert(table, with_images(rows, np.eye(16)[:3]))
-    found = find_duplicates(table, DedupConfig())
-    assert found.counts == {"filtered_duplicate": 1}
-    kept = table.search().where(f"doc_id = '{found.table['kept'][0].as_py()}'").to_arrow()
-    assert kept["width_px"].to_pylist() == [20]  # the larger picture stands for the group
-    drop(table, found)
-    drop(table, found)
-    assert table.count_rows() == 2
+    rows = replaced(rows, source_sha256=["x", "x", "x"], width_px=[10, 20, 10])
+    found = find(tmp_path, with_images(rows, np.eye(16)[:3]))
+    assert found.counts == {"filtered_duplicate": 1} and found.places.tolist() == [0]
+    assert (
+        found.table["kept"][0].as_py() == rows["doc_id"][1].as_py()
+    )  # the larger picture stands for the group
+
+
+def test_a_document_that_is_staged_twice_is_taken_once_and_is_no_pair(tmp_path: Path) -> None:
+    rows = documents(12)
+    found = find(tmp_path, pa.concat_tables([rows, rows.slice(3, 2)]), group_rows=5)
+    assert found.copies.tolist() == [12, 13] and len(found.table) == 0
 
 
 def test_perceptual_hashes_can_veto(tmp_path: Path) -> None:
-    table = create_table(str(tmp_path), 16)
-    upsert(table, with_images(documents(4), np.tile(np.eye(16)[:1], (4, 1))))  # phash 0, 1, 2, 3
-    assert len(find_duplicates(table, DedupConfig()).table) == 3
-    assert len(find_duplicates(table, DedupConfig(max_phash_bits=0)).table) == 0
+    rows = with_images(documents(4), np.tile(np.eye(16)[:1], (4, 1)))  # phash 0, 1, 2, 3
+    assert len(find(tmp_path / "a", rows).table) == 3
+    assert len(find(tmp_path / "b", rows, DedupConfig(max_phash_bits=0)).table) == 0
 
 
-@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(seed=st.integers(0, 10**6), new=st.integers(1, 11))
-def test_a_grown_memory_finds_the_pairs_of_its_new_documents(tmp_path: Path, seed: int, new: int) -> None:
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(seed=st.integers(0, 10**6), new=st.integers(1, 11), group_rows=st.sampled_from([1, 4, 50]))
+def test_a_grown_memory_keeps_what_it_has_and_finds_the_pairs_of_its_new_documents(
+    tmp_path: Path, seed: int, new: int, group_rows: int
+) -> None:
     random = np.random.default_rng(seed)
     vectors = unit(np.eye(16)[random.integers(0, 6, 12)] + 0.01 * random.normal(size=(12, 16)))
     folder = tmp_path / f"{len(list(tmp_path.iterdir()))}"
-    table = create_table(str(folder), 16)
     rows = with_images(documents(12), vectors)
-    upsert(table, rows)
     ids = rows["doc_id"].to_pylist()
-    everything = find_duplicates(table, DedupConfig(), new=ids)
-    assert everything.table.equals(find_duplicates(table, DedupConfig()).table)
-    some = find_duplicates(table, DedupConfig(), new=ids[-new:]).table
-    touched = {*some["doc_id"].to_pylist(), *some["kept"].to_pylist()}
+    found = find(folder, rows, old=12 - new, group_rows=group_rows)
+    assert set(found.table["doc_id"].to_pylist()) <= set(ids[-new:])
+    touched = set().union(*pairs(found))
     for i in range(12 - new, 12):
         alone = all(vectors[i] @ vectors[j] < 0.94 for j in range(12) if j != i)
         assert (ids[i] in touched) != alone
 
 
-def test_a_large_table_is_compared_through_an_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = documents(600)
-    place = rows.schema.get_field_index("image_embedding")
-    vectors = np.stack(rows.column(place).to_pylist())
-    vectors[300:310] = vectors[:10]
-    table = create_table(str(tmp_path), 16)
-    upsert(table, with_images(rows, unit(vectors)))
-    exact = find_duplicates(table, DedupConfig(min_cosine=0.995))
-    monkeypatch.setattr(duplicates, "EXACT_ROWS", 0)
-    indexed = find_duplicates(table, DedupConfig(min_cosine=0.995))
-    assert len(exact.table) >= 10
-    assert indexed.table["doc_id"].equals(exact.table["doc_id"])
+@settings(max_examples=30, deadline=None)
+@given(
+    count=st.sampled_from([100, 10**5, 10**6, 10**7, 10**9]), bits=st.integers(0, 12), seed=st.integers(0, 999)
+)
+def test_hashes_that_differ_in_fewer_bits_than_bands_share_one(count: int, bits: int, seed: int) -> None:
+    random = np.random.default_rng(seed)
+    bands = num_bands(count, bits)
+    assert min(4, bits + 1) <= bands <= bits + 1 and (count > 10**5 or bands == bits + 1)
+    flips = sum(1 << int(bit) for bit in random.choice(64, bands - 1, replace=False))
+    one = random.integers(0, 2**63, 1).astype(np.uint64)
+    other = one ^ np.uint64(flips)
+    assert any(band(one, n, bands) == band(other, n, bands) for n in range(bands))
+    whole = [int(band(one, n, bands)[0]) << (64 * n // bands) for n in range(bands)]
+    assert sum(whole) == int(one[0])
 
 
 def re_encoded(path: Path, *, quality: int, scale: float) -> bytes:
@@ -124,29 +167,18 @@ def test_distinct_pictures_stay_and_re_encoded_ones_are_found_at_a_weak_encoder(
     random = np.random.default_rng(0)
     vectors = np.eye(16)[0] + 0.05 * random.normal(size=(170, 16))
     vectors[150:] = vectors[:20] + 0.02 * random.normal(size=(20, 16))
-    rows = with_images(documents(170), unit(vectors))
-    place = rows.schema.get_field_index("phash")
-    rows = rows.set_column(place, rows.schema.field(place), pa.array(hashes, pa.uint64()))
-    table = create_table(str(tmp_path / "m"), 16)
-    upsert(table, rows)
+    rows = replaced(with_images(documents(170), unit(vectors)), phash=hashes)
     strangers = unit(vectors[:150]) @ unit(vectors[:150]).T
     assert np.mean(strangers > 0.94) > 0.5
-    monkeypatch.setattr(near_duplicates, "NEIGHBOURS", 170)
-    for exact_rows in (duplicates.EXACT_ROWS, 0):
-        monkeypatch.setattr(duplicates, "EXACT_ROWS", exact_rows)
-        found = find_duplicates(table, DedupConfig()).table
-        pairs = {
-            frozenset(pair) for pair in zip(*(found[c].to_pylist() for c in ("doc_id", "kept")), strict=True)
-        }
-        ids = rows["doc_id"].to_pylist()
-        assert pairs == {frozenset((ids[n], ids[150 + n])) for n in range(20)}
+    ids = rows["doc_id"].to_pylist()
+    for most in (duplicates.MAX_COMPARED, 0):  # all bands, and as few as a huge memory has
+        monkeypatch.setattr(duplicates, "MAX_COMPARED", most)
+        found = find(tmp_path / f"most-{most}", rows, group_rows=60)
+        assert pairs(found) == {frozenset((ids[n], ids[150 + n])) for n in range(20)}
 
 
 def test_black_frames_are_one_group_and_cost_no_square(tmp_path: Path) -> None:
     rows = with_images(documents(400), np.tile(np.eye(16)[:1], (400, 1)))
-    place = rows.schema.get_field_index("phash")
-    hashes = pa.array([0] * 300 + [2**40 * n for n in range(1, 101)], pa.uint64())
-    table = create_table(str(tmp_path), 16)
-    upsert(table, rows.set_column(place, rows.schema.field(place), hashes))
-    found = find_duplicates(table, DedupConfig(max_phash_bits=0))
-    assert len(found.table) == 299 and found.min_cosine == 0.94
+    rows = replaced(rows, phash=[0] * 300 + [2**40 * n for n in range(1, 101)])
+    found = find(tmp_path, rows, DedupConfig(max_phash_bits=0), group_rows=90)
+    assert len(found.table) == 299

@@ -9,11 +9,11 @@ import pytest
 
 from infra.clip import load_clip
 from infra.pictures import decode_picture
-from pipeline.memory.retrieve.bm25 import Bm25, Hits
-from pipeline.memory.retrieve.dense import Dense
-from pipeline.memory.retrieve.retrievers import reciprocal_rank
+from pipeline.memory.retrieve import RETRIEVERS
+from pipeline.memory.retrieve.hits import Hits, by_query, flatten, merge
 from pipeline.memory.vectors import document_vector
 from tests.infra.tiny_clips import mini_clip
+from tests.pipeline.memory.test_retrieve import bm25, dense
 
 DOCUMENTS, DEPTH = 600, 100
 
@@ -32,16 +32,17 @@ def test_english_analysis_finds_more_and_hybrid_is_no_worse_than_its_parts(
     ]
     vectors = document_vector(np.concatenate(pictures), clip.encode_texts(texts)).astype(np.float16)
 
-    def score(found: list[Hits]) -> int:
-        firsts = [rows[int(hits.docs[0])]["id"] if len(hits) else None for hits in found]
+    def score(*lists: list[Hits]) -> int:
+        fuse = RETRIEVERS["hybrid"].fuse
+        found = [fuse(own, 1) for own in by_query(merge([flatten(lists)], DEPTH), len(captions))]
+        firsts = [rows[int(own["doc"][0])]["id"] if len(own) else None for own in found]
         return sum(first in label["relevant"] for first, label in zip(firsts, labels, strict=True))
 
-    dense = Dense(vectors).search(clip.encode_texts(captions), DEPTH)
-    found = {"clip": score(dense)}
+    by_vectors = dense(vectors, clip.encode_texts(captions), DEPTH)
+    found = {"clip": score(by_vectors)}
     for analysis in ("none", "english"):
-        by_words = Bm25.build(texts, analysis).search(captions, DEPTH)
-        fused = [reciprocal_rank(pair, DEPTH) for pair in zip(by_words, dense, strict=True)]
-        found |= {f"bm25 {analysis}": score(by_words), f"hybrid {analysis}": score(fused)}
+        by_words = bm25(texts, analysis).search(captions, DEPTH)
+        found |= {f"bm25 {analysis}": score(by_words), f"hybrid {analysis}": score(by_words, by_vectors)}
     print("\n".join(f"{name:16} {count:3} of {len(labels)}" for name, count in found.items()))
     assert found["bm25 english"] > found["bm25 none"]
     assert found["hybrid english"] >= max(found["bm25 english"], found["clip"])

@@ -1,4 +1,4 @@
-"""Laws of search: a batch is its queries one by one, filters come first, every engine says the same."""
+"""Laws of search: a batch is its queries one by one, filters come first, LanceDB finds what is there."""
 
 import io
 import itertools
@@ -14,19 +14,15 @@ from infra.certificate import write_sealed
 from infra.clip import Clip, ClipConfig, load_clip
 from infra.errors import ConfigError
 from pipeline.memory import Memory, open_memory
-from pipeline.memory.commit import create_table
-from pipeline.memory.index import finish
-from pipeline.memory.recall import IndexConfig
-from pipeline.memory.retrieve.bm25 import Hits
-from pipeline.memory.retrieve.documents import load_documents
-from pipeline.memory.retrieve.indexes import open_search
-from pipeline.memory.retrieve.retrievers import RETRIEVERS, Index, RetrieveConfig, Retriever
+from pipeline.memory.build_index.index import IndexConfig
+from pipeline.memory.retrieve import RETRIEVERS, RetrieveConfig
+from pipeline.memory.retrieve.hits import Hits
+from pipeline.memory.retrieve.retriever import Retriever, Searched
 from pipeline.memory.search import Filters, Query, SearchConfig, Searcher, check, run
-from pipeline.memory.store import upsert, vectors_arrow
-from pipeline.memory.vectors import document_vector
+from pipeline.memory.tile import Tiles, ask_all
+from pipeline.memory.vectors import document_vector, vectors_arrow
 from tests.pipeline.clip_tables import picture
-from tests.pipeline.memory import memory_tables
-from tests.pipeline.memory.memory_tables import documents, make_memory
+from tests.pipeline.memory.memory_tables import documents, make_memory, planted
 
 COUNT = 30
 
@@ -51,11 +47,7 @@ def memory(clip: Clip, tmp_path_factory: pytest.TempPathFactory) -> Memory:
     place = rows.schema.get_field_index("image")
     rows = rows.set_column(place, rows.schema.field(place), pa.array([f.read_bytes() for f in files]))
     uri = str(folder / "memory")
-    memory_tables.MODEL_HASH = clip.model_hash
-    table = create_table(uri, clip.dim)
-    upsert(table, rows)
-    facts = finish(table, IndexConfig()).facts
-    make_memory(uri, rows, dim=clip.dim, indexes=facts)
+    make_memory(uri, rows, shard_rows=11, unit_rows=11, model_hash=clip.model_hash)
     write_sealed(f"{uri}/job.json", {"config": {"clip": {"name": "offline"}}})
     return open_memory(uri)
 
@@ -64,56 +56,61 @@ def searcher(memory: Memory, clip: Clip, **values) -> Searcher:
     return Searcher(memory, RetrieveConfig(**{"k": 5, "retriever": "hybrid", **values}), clip)
 
 
-def image_of(memory: Memory, doc_id: str) -> bytes:
-    return memory.images([doc_id])[doc_id]
-
-
-@pytest.mark.parametrize("engine", ["arrays", "lance"])
 @pytest.mark.parametrize("retriever", ["bm25", "clip", "hybrid"])
-def test_a_batch_is_its_queries_one_by_one(memory: Memory, clip: Clip, retriever: str, engine: str) -> None:
-    ask = searcher(memory, clip, retriever=retriever, engine=engine)
+def test_a_batch_is_its_queries_one_by_one(memory: Memory, clip: Clip, retriever: str) -> None:
+    ask = searcher(memory, clip, retriever=retriever)
     queries = [Query("a red ball"), Query("number 7"), Query("zzz"), Query("it's a (blue) +ball:")]
     together = ask(queries)
-    assert [[h.doc_id for h in hits] for hits in together] == [
-        [h.doc_id for h in ask([query])[0]] for query in queries
+    assert [[h.number for h in hits] for hits in together] == [
+        [h.number for h in ask([query])[0]] for query in queries
     ]
     assert [hit.rank for hit in together[0]] == [1, 2, 3, 4, 5]
     assert all(a.score >= b.score for hits in together for a, b in itertools.pairwise(hits))
 
 
-def test_both_engines_find_the_same_by_vector(memory: Memory, clip: Clip) -> None:
-    queries = [Query(f"a {word} ball") for word in ("red", "green", "white")]
+def test_the_scan_of_lancedb_is_the_exact_search(memory: Memory, clip: Clip) -> None:
+    texts = [f"a {word} ball" for word in ("red", "green", "white")]
     for against in ("document", "image", "text"):
-        one, other = (
-            searcher(memory, clip, retriever="clip", against=against, engine=engine)(queries)
-            for engine in ("arrays", "lance")
-        )
-        for a, b in zip(one, other, strict=True):
-            assert np.allclose([h.score for h in a], [h.score for h in b], atol=2e-3)
+        found = searcher(memory, clip, retriever="clip", against=against)([Query(text) for text in texts])
+        vectors = clip.encode_texts(texts)
+        exact = ask_all(Tiles(memory, against), RETRIEVERS["clip"], texts, vectors, 5)["score"].reshape(3, 5)
+        assert np.allclose([[hit.score for hit in hits] for hits in found], exact, atol=2e-3)
+
+
+def test_an_index_is_held_to_its_floor(tmp_path: Path) -> None:
+    rows = documents(400)
+    make_memory(str(tmp_path / "m"), rows, shard_rows=150, index=IndexConfig(min_rows=300, recall=0.9))
+    memory = open_memory(str(tmp_path / "m"))
+    facts = memory.certificate.facts["indexes"]
+    assert set(facts) == {"image_embedding", "text_embedding", "document_embedding"}
+    assert all(0.9 <= fact["recall"] <= 1 and fact["queries"] == 200 for fact in facts.values())
+    ask = Searcher(memory, RetrieveConfig(retriever="bm25", k=3))
+    hits = ask.by_vectors(planted(2, start=7), 3)
+    assert [hits[0].docs[0], hits[1].docs[0]] == [7, 8]
 
 
 def test_a_picture_finds_itself_and_words_find_themselves(memory: Memory, clip: Clip) -> None:
-    rows = memory.columns_arrow(["doc_id", "text"]).to_pylist()
+    rows = memory.take(range(COUNT), ["text", "image"]).to_pylist()
     ask = searcher(memory, clip, retriever="clip", against="image")
-    found = ask([Query(image=image_of(memory, row["doc_id"])) for row in rows[:6]])
-    assert [hits[0].doc_id for hits in found] == [row["doc_id"] for row in rows[:6]]
+    found = ask([Query(image=row["image"]) for row in rows[:6]])
+    assert [hits[0].number for hits in found] == list(range(6))
     ask = searcher(memory, clip, retriever="clip", against="text")
-    assert [h[0].doc_id for h in ask([Query(row["text"]) for row in rows])] == [r["doc_id"] for r in rows]
+    assert [hits[0].number for hits in ask([Query(row["text"]) for row in rows])] == list(range(COUNT))
     ask = searcher(memory, clip, retriever="clip", against="document")
-    both = [Query(row["text"], image_of(memory, row["doc_id"])) for row in rows[:6]]
-    assert [hits[0].doc_id for hits in ask(both)] == [row["doc_id"] for row in rows[:6]]
+    both = [Query(row["text"], row["image"]) for row in rows[:6]]
+    assert [hits[0].number for hits in ask(both)] == list(range(6))
 
 
-@pytest.mark.parametrize("engine", ["arrays", "lance"])
 @pytest.mark.parametrize("retriever", ["bm25", "clip", "hybrid"])
-def test_filters_come_before_ranks(memory: Memory, clip: Clip, retriever: str, engine: str) -> None:
-    ask = searcher(memory, clip, retriever=retriever, engine=engine)
+def test_filters_come_before_ranks(memory: Memory, clip: Clip, retriever: str) -> None:
+    ask = searcher(memory, clip, retriever=retriever)
     filters = Filters(sources=("films",), splits=("train",))
     hits = ask([Query("a ball")], filters)[0]
-    rows = memory.rows([hit.doc_id for hit in hits], ["source_name", "split"]).to_pylist()
+    rows = memory.take([hit.number for hit in hits], ["source_name", "split"]).to_pylist()
     assert len(hits) == 5
     assert all(row["source_name"] == "films" and row["split"] == "train" for row in rows)
     assert ask([Query("a ball")], Filters(sources=("o'nowhere",))) == [[]]
+    assert len(ask([Query("a ball")])[0]) == 5
 
 
 def test_a_retriever_from_elsewhere_is_one_entry(
@@ -121,21 +118,25 @@ def test_a_retriever_from_elsewhere_is_one_entry(
 ) -> None:
     """The second best by words, registered from outside: config, search and the join know it by its name."""
 
-    def runner_up(index: Index, texts: Sequence[str], _: np.ndarray, depth: int) -> list[Hits]:
-        found = index.by_words(texts, depth + 1)
-        return [Hits(hits.docs[1:], hits.scores[1:]) for hits in found]
+    class RunnerUp(Retriever):
+        needs_words = True
+
+        def search(
+            self, tile: Searched, texts: Sequence[str], vectors: np.ndarray, depth: int
+        ) -> list[list[Hits]]:
+            return [tile.by_words(texts, depth + 1)]
+
+        def fuse(self, rows: np.ndarray, depth: int) -> np.ndarray:
+            return rows[1:]
 
     with pytest.raises(ValueError, match="no such retriever; legal: bm25, clip, hybrid"):
         RetrieveConfig(retriever="runner-up")
-    monkeypatch.setitem(RETRIEVERS, "runner-up", Retriever(runner_up, needs_words=True))
+    monkeypatch.setitem(RETRIEVERS, "runner-up", RunnerUp())
     query = [Query("a white ball number 13")]
-    for engine in ("arrays", "lance"):
-        words = searcher(memory, clip, retriever="bm25", engine=engine)(query)[0]
-        found = searcher(memory, clip, retriever="runner-up", engine=engine, k=4)(query)[0]
-        assert [hit.doc_id for hit in found] == [hit.doc_id for hit in words[1:]]
+    words = searcher(memory, clip, retriever="bm25")(query)[0]
+    found = searcher(memory, clip, retriever="runner-up", k=5)(query)[0]
+    assert [hit.number for hit in found] == [hit.number for hit in words[1:]]
     config = RetrieveConfig(retriever="runner-up")
-    documents = load_documents(memory)
-    assert open_search(config, documents, memory)(["a ball"], None, 3)[0].docs.shape == (3,)
     with pytest.raises(ConfigError, match="runner-up compares words, the query is a picture"):
         check(SearchConfig(memory=memory.uri, image="dog.jpg", retrieve=config))
 

@@ -1,5 +1,6 @@
 """Laws of retrieval for a user's prompt: the ranks of search, and nothing of an evaluation."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -8,7 +9,7 @@ import pytest
 from infra.clip import Clip
 from infra.errors import ConfigError
 from pipeline.memory import Memory, open_memory
-from pipeline.memory.retrieve.retrievers import RetrieveConfig
+from pipeline.memory.retrieve import RetrieveConfig
 from pipeline.memory.search import Query, Searcher
 from pipeline.prompts.guard import GuardConfig
 from pipeline.prompts.user_prompt import PromptRetriever
@@ -22,14 +23,14 @@ def ids(row: dict) -> list[str]:
     return [s["document"]["doc_id"] for s in row["segments"] if s["type"] == "text" and s.get("document")]
 
 
-@pytest.mark.parametrize("engine", ["arrays", "lance"])
 @pytest.mark.parametrize("retriever", ["bm25", "clip", "hybrid"])
-def test_documents_are_those_of_search_in_its_order(memory: Memory, clip: Clip, retriever: str, engine: str):  # noqa: F811
-    config = RetrieveConfig(retriever=retriever, engine=engine, k=5)  # type: ignore[arg-type]
+def test_documents_are_those_of_search_in_its_order(memory: Memory, clip: Clip, retriever: str):  # noqa: F811
+    config = RetrieveConfig(retriever=retriever, k=5)
     found = PromptRetriever(memory, config, clip)(TEXTS)
     ranked = Searcher(memory, config.model_copy(update={"k": 100}), clip)([Query(text) for text in TEXTS])
     for text, row, hits in zip(TEXTS, found, ranked, strict=True):
-        places = [[hit.doc_id for hit in hits].index(doc_id) for doc_id in ids(row)]
+        names = memory.take([hit.number for hit in hits], ["doc_id"])["doc_id"].to_pylist()
+        places = [names.index(doc_id) for doc_id in ids(row)]
         assert places == sorted(places) and places[0] == 0 and len(places) == row["num_documents"] > 1
         assert (row["segments"][-1]["role"], row["segments"][-1]["text"]) == ("caption", text)
         similarities = [s["document"]["clip_similarity"] for s in row["segments"] if s.get("document")]
@@ -60,11 +61,11 @@ def test_an_empty_memory_finds_nothing(tmp_path: Path) -> None:
 
 
 def test_a_memory_of_another_clip_is_refused(tmp_path: Path, clip: Clip) -> None:  # noqa: F811
-    make_memory(str(tmp_path / "memory"), documents(3, dim=clip.dim), dim=clip.dim)
+    make_memory(str(tmp_path / "memory"), documents(3, dim=clip.dim))
     opened = open_memory(str(tmp_path / "memory"))
     facts = opened.certificate.facts | {"model_hash": "another"}
-    other = Memory(opened.uri, opened.table, opened.certificate.model_copy(update={"facts": facts}))
-    with pytest.raises(ConfigError, match=r"was embedded with planted \(another\), not with offline"):
+    other = replace(opened, certificate=opened.certificate.model_copy(update={"facts": facts}))
+    with pytest.raises(ConfigError, match=r"was embedded with offline \(another\), not with offline"):
         PromptRetriever(other, RetrieveConfig(retriever="clip"), clip)
     with pytest.raises(ConfigError, match="retriever hybrid needs a CLIP"):
         PromptRetriever(other, RetrieveConfig(retriever="hybrid"))

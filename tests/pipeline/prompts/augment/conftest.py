@@ -16,12 +16,11 @@ from infra.claim import JOB_FILE
 from infra.storage import sha256_file
 from pipeline.media.frames import decode_frames
 from pipeline.media.phash import phash64
-from pipeline.memory.commit import create_table
 from pipeline.memory.embed.worker import row_doc_id
-from pipeline.memory.index import build_text_index
-from pipeline.memory.store import memory_files, upsert, vectors_arrow, version_tag
+from pipeline.memory.vectors import vectors_arrow
 from pipeline.schema import CLIPS, clip_id, content_id, memory_schema
 from pipeline.shards import write_shard
+from tests.pipeline.memory.memory_tables import make_memory
 
 DIM = 64
 NOUNS = ["man", "dog", "cat", "boat", "road", "guitar", "piano", "hill"]
@@ -101,27 +100,10 @@ def unit(seeds: list[int], salt: int, dim: int = DIM) -> np.ndarray:
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
-def write_memory(out: Path, rows: list[dict[str, Any]], *, later: list[dict[str, Any]] | None = None) -> str:
-    """A certified memory that holds one document a row; its full-text index lacks the `later` ones."""
-    table = create_table(str(out), DIM)
-    upsert(table, document_rows(rows))
-    build_text_index(table)
-    if later:
-        upsert(table, document_rows(later))
-    tag = version_tag(table, "a model")
-    table.tags.create(tag, table.version)
-    facts = {"memory_version": tag, "model_hash": "a model", "dim": DIM, "model": {"name": "offline"}}
+def write_memory(out: Path, rows: list[dict[str, Any]], *, shard_rows: int = 1000) -> str:
+    """A certified memory that holds one document a row."""
+    make_memory(str(out), document_rows(rows), shard_rows=shard_rows, model_hash="a model")
     write_sealed(str(out / JOB_FILE), {"config": {"clip": {"name": "offline"}}})
-    count = table.count_rows()
-    certificate = Certificate(
-        job="build-index",
-        config_hash="x",
-        num_in=count,
-        num_out=count,
-        facts=facts,
-        files=memory_files(str(out)),
-    )
-    write_certificate(str(out), certificate)
     return str(out)
 
 

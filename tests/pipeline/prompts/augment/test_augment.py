@@ -8,14 +8,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from infra.certificate import Certificate
-from infra.errors import ConfigError
+from infra.errors import ConfigError, DataError
 from pipeline.memory import open_memory
 from pipeline.memory.embed.worker import row_doc_id
-from pipeline.memory.retrieve.documents import load_documents
-from pipeline.memory.vectors import unit
+from pipeline.memory.vectors import unit, vectors_numpy
 from pipeline.prompts.augment import AugmentConfig, check, run
 from pipeline.prompts.augment.match import Match
-from pipeline.prompts.augment.relevance import measure, random_document, sentences, total
+from pipeline.prompts.augment.relevance import measure, random_documents, sentences, total
 from pipeline.report.validate import ValidateConfig, validate
 from pipeline.schema import PROMPTS, check_table
 from tests.pipeline.prompts.augment.jobs import config, contents, read
@@ -90,26 +89,59 @@ def test_certificate_says_whether_documents_tell_anything_of_their_targets(
 
 
 def test_documents_that_look_like_their_targets_are_told_from_random_ones(world: Any) -> None:
-    documents = load_documents(open_memory(world.memory))
-    rows = [{"clip_id": f"clip {n}", "caption": "Dogs on the GUITAR"} for n in range(len(documents))]
-    matches = [Match(docs=[n]) for n in range(len(documents))]
-    near = [unit(documents.image[n] + documents.image[n - 1]) for n in range(len(documents))]
-    own = range(len(documents))
+    memory = open_memory(world.memory)
+    count = memory.num_documents
+    rows = [row | {"caption": "Dogs on the GUITAR"} for row in world.rows]
+    matches = [Match(docs=[n]) for n in range(count)]
+    table = memory.take(range(count), ["text", "image_embedding"])
+    image = vectors_numpy(table["image_embedding"].combine_chunks())
+    near = [unit(image[n] + image[n - 1]) for n in range(count)]
     parts = [slice(at, at + 5) for at in range(0, 24, 5)]
-    sums = total([measure(rows[p], matches[p], own[p], near[p], documents, "english") for p in parts])
+    sums = total([measure(rows[p], matches[p], near[p], memory) for p in parts])
     stems = {"dog", "guitar"}
-    texts = documents.table["text"].to_pylist()
-    assert sums["words"] == 2 * len(documents)
+    assert sums["words"] == 2 * count
+    texts = table["text"].to_pylist()
     assert sums["words_best"] == sum(len(stems & set(text.lower().split())) for text in texts)
     assert sentences(sums)[1].endswith("24 clips): retrieval can help") and sums["best"] / 24 > 0.6
     assert "not compared" in sentences(sums | {"pictures": 0})[1]
-    assert sentences(measure(rows, [Match() for _ in rows], own, near, documents, "english")) == []
+    assert sentences(measure(rows, [Match() for _ in rows], near, memory)) == []
 
 
-def test_random_documents_are_all_but_the_clips_own() -> None:
-    for own in (-1, 0, 3, 4):
-        drawn = {random_document(f"clip {n}", 5, own) for n in range(200)}
-        assert drawn == set(range(5)) - {own}
+def test_random_documents_are_two_of_all() -> None:
+    drawn = [random_documents(f"clip {n}", 5) for n in range(200)]
+    assert {first for first, _ in drawn} == set(range(5)) == {second for _, second in drawn}
+    assert all(first != second for first, second in drawn)
+
+
+@pytest.mark.parametrize("retriever", ["bm25", "hybrid"])
+def test_the_number_of_shards_does_not_change_a_byte(
+    world: Any, ray_cluster: None, tmp_path: Path, retriever: str
+) -> None:
+    """One shard is searched by the worker that writes; several by the join."""
+    made = {}
+    retrieve = {"retriever": retriever, "k": 4, "depth": 5}  # so shallow that the guard asks for more
+    for shard_rows in (1000, 4, 1):
+        memory = world.write_memory(tmp_path / f"memory-{shard_rows}", world.rows, shard_rows=shard_rows)
+        out = tmp_path / f"out-{shard_rows}"
+        run(config(world, out, memory=memory, target=REFERENCE, retrieve=retrieve, shard_rows=1))
+        made[shard_rows] = contents(out)
+        assert not (out / "join").exists()
+    assert len(open_memory(str(tmp_path / "memory-1")).shards) == len(world.rows)
+    assert made[1000] == made[4] == made[1]
+
+
+def test_a_damaged_shard_is_refused_before_anything_is_made(
+    world: Any, ray_cluster: None, tmp_path: Path
+) -> None:
+    memory = world.write_memory(tmp_path / "memory", world.rows, shard_rows=8)
+    file = tmp_path / "memory" / "shards" / "00001" / "postings.arrow"
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(DataError, match=r"postings.arrow is not the file that was certified") as error:
+        run(config(world, tmp_path / "out", memory=memory))
+    assert "\n" not in str(error.value)
+    assert not list((tmp_path / "out").glob("*.parquet"))
 
 
 def test_number_of_workers_does_not_change_a_byte(
@@ -145,19 +177,6 @@ def test_retrievers_agree_on_form_and_the_clip_is_not_loaded_for_clips_of_the_me
         assert validate(ValidateConfig(prompts=str(out))).is_valid
         shown[name] = [document["doc_id"] for document in documents]
     assert len({tuple(ids) for ids in shown.values()}) == 3
-
-
-def test_lance_and_arrays_find_the_same_documents_by_vector(
-    world: Any, ray_cluster: None, tmp_path: Path
-) -> None:
-    found = []
-    for engine in ("arrays", "lance"):
-        out = tmp_path / engine
-        retrieve = {"retriever": "bm25", "engine": engine, "k": 2}
-        run(config(world, out, target=REFERENCE, retrieve=retrieve))
-        found.append([row["num_documents"] for row in read(out)])
-        assert validate(ValidateConfig(prompts=str(out))).is_valid
-    assert found[0] == found[1]
 
 
 def test_fewer_survivors_than_k_give_fewer_documents_and_a_flag(
@@ -215,12 +234,10 @@ def test_captions_of_every_kind_are_answered(world: Any, ray_cluster: None, tmp_
         for n, (row, text) in enumerate(zip(world.rows[::3], captions, strict=False))
     ]
     clips = world.write_clips(tmp_path / "clips", rows)
-    for engine in ("arrays", "lance"):
-        out = tmp_path / engine
-        retrieve = {"engine": engine, "k": 2}
-        run(config(world, out, clips=clips, target=REFERENCE, vectors="stored", retrieve=retrieve))
-        found = [row["num_documents"] for row in read(out)]
-        assert found[0] == found[3] == found[5] == 2 and found[4] == 0
+    out = tmp_path / "out"
+    run(config(world, out, clips=clips, target=REFERENCE, vectors="stored", retrieve={"k": 2}))
+    found = [row["num_documents"] for row in read(out)]
+    assert found[0] == found[3] == found[5] == 2 and found[4] == 0
 
 
 def refused(world: Any, tmp_path: Path, words: str, **more: Any) -> None:
@@ -244,14 +261,3 @@ def test_wrong_inputs_are_refused_in_one_line(world: Any, tmp_path: Path) -> Non
     refused(world, tmp_path, "no usable clip", clips=empty)
     with pytest.raises(ConfigError, match="retriever"):
         AugmentConfig.load(options={"clips": "a", "memory": "b", "out": "c", "retrieve.retriever": "bm52"})
-
-
-def test_documents_newer_than_the_index_are_found(world: Any, ray_cluster: None, tmp_path: Path) -> None:
-    """The full-text index covers half of the table; the other half is not hidden by either engine."""
-    memory = world.write_memory(tmp_path / "memory", world.rows[:12], later=world.rows[12:])
-    later = {row_doc_id(row) for row in world.rows[12:]}
-    for engine in ("arrays", "lance"):
-        out = tmp_path / engine
-        run(config(world, out, memory=memory, target=REFERENCE, retrieve={"engine": engine, "k": 20}))
-        shown = {s["document"]["doc_id"] for row in read(out) for s in row["segments"][:-1]}
-        assert later <= shown

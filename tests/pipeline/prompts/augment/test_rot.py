@@ -20,6 +20,7 @@ from model.data.shards import index_shards, open_shards
 from pipeline.memory import open_memory
 from pipeline.memory.search import SearchConfig
 from pipeline.memory.search import run as search
+from pipeline.memory.store import check_shard
 from pipeline.prompts import augment, instruct
 from pipeline.prompts.augment.job import make_units
 from pipeline.prompts.augment.worker import AugmentWorker
@@ -71,6 +72,8 @@ def commands(folder: Path) -> Commands:
         config = augment_config(folder, "scratch")
         inputs = augment.check(config)
         worker = AugmentWorker(config, "x")
+        for shard in inputs.memory.shards:  # as the job does first
+            check_shard(config.memory, shard.name)
         receipts = [worker(unit.payload) for unit in list(make_units(config, inputs))[:2]]
         return json.dumps(receipts, default=str)
 

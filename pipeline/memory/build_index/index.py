@@ -1,0 +1,93 @@
+"""LanceDB's indexes for interactive search: ids, and approximate vectors that are held to a declared recall.
+
+The join needs none of them, and what it makes doesn't depend on them. The recall is measured on the memory's
+own
+captions: their exact neighbours (`tile.ask_all`) against what the index answers. Below the declared floor the
+build fails, and says what would have met it.
+"""
+
+from typing import Any
+
+import numpy as np
+from pydantic import Field
+
+from infra.config import Config
+from infra.errors import DataError
+from pipeline.memory.retrieve import RETRIEVERS
+from pipeline.memory.search import nearest
+from pipeline.memory.store import EMBEDDINGS, Memory
+from pipeline.memory.tile import Tiles, ask_all
+from pipeline.memory.vectors import unit, vectors_numpy
+
+K, QUERIES = 10, 200
+PROBES = (20, 60, 200)
+"""Partitions that are read, the least that meets the floor. Ours."""
+REBUILT_FRAC = 0.1
+"""A memory that grew is indexed again when more than this share of its rows lies outside its indexes; until
+then LanceDB scans those rows beside them. Ours."""
+
+
+class IndexConfig(Config):
+    """Approximate search by vectors."""
+
+    columns: tuple[str, ...] = EMBEDDINGS
+    """Embedding columns that get an index; searching another one scans it exactly."""
+    min_rows: int = Field(default=20_000, ge=1)
+    """Smaller memories get none: a scan takes milliseconds. Ours."""
+    recall: float = Field(default=0.95, ge=0, lt=1)
+    """Floor of the mean recall@10 of a sample of captions. Ours."""
+
+
+def build_indexes(memory: Memory, config: IndexConfig) -> dict[str, Any]:
+    """Index the table at its latest version, and measure.
+
+    Returns:
+        Facts for the certificate, by column: probes and recall.
+
+    Raises:
+        DataError: a recall below the floor.
+    """
+    from lancedb.index import BTree
+
+    table = memory.table
+    _create(table, "doc_id", BTree())
+    if memory.num_documents < config.min_rows:
+        return {}
+    return {name: _vectors(memory, table, name, config) for name in config.columns}
+
+
+def _create(table: Any, column: str, kind: Any) -> None:
+    """Build this index, unless there is one that holds nearly all rows."""
+    there = [index for index in table.list_indices() if index.columns == [column]]
+    if any((i.num_unindexed_rows or 0) <= REBUILT_FRAC * table.count_rows() for i in there):
+        return
+    table.create_index(column, config=kind, replace=True)
+
+
+def _vectors(memory: Memory, table: Any, column: str, config: IndexConfig) -> dict[str, Any]:
+    from lancedb.index import IvfFlat, IvfRq
+
+    # RaBitQ packs 8 dimensions to a byte.
+    kind = IvfFlat(distance_type="cosine") if memory.dim % 8 else IvfRq(distance_type="cosine", num_bits=1)
+    _create(table, column, kind)
+    queries = unit(vectors_numpy(memory.sample["text_embedding"].combine_chunks())[:QUERIES])
+    tiles, texts = Tiles(memory, column.removesuffix("_embedding")), [""] * len(queries)
+    exact = ask_all(tiles, RETRIEVERS["clip"], texts, queries, K)
+    true = exact["doc"].reshape(len(queries), -1)
+    reached = 0.0
+    for probes in PROBES:
+        found = nearest(memory, table, column, queries, K, probes=probes)
+        reached = float(
+            np.mean([np.isin(row, hits.docs).mean() for row, hits in zip(true, found, strict=True)])
+        )
+        if reached >= config.recall:
+            return {
+                "probes": probes,
+                "recall": round(reached, 4),
+                "floor": config.recall,
+                "queries": len(queries),
+            }
+    raise DataError(
+        f"recall@{K} of {column}: {reached:.4f} with {PROBES[-1]} probes, declared {config.recall}; "
+        f"cure: index.recall={max(reached - 0.01, 0):.2f}, or leave it out of index.columns (exact, slower)"
+    )
