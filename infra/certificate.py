@@ -24,7 +24,8 @@ CERTIFICATE = "certificate.json"
 VERSION = "0.1.0"
 TRUST = "VIMI_TRUST"
 """Environment variable: 1 = files are not compared with their certificate when they are first read."""
-_SEAL = "sealed"
+SEAL = "sealed"
+"""Key of the hash that `write_sealed` adds."""
 _checked: dict[str, tuple[str, Any, Any]] = {}
 """Place -> hash, size and time of change of a file that this process has found whole."""
 _listed: dict[str, tuple[Any, "dict[str, FileEntry]"]] = {}
@@ -34,7 +35,7 @@ _locks: dict[str, threading.Lock] = defaultdict(threading.Lock)
 
 def write_sealed(uri: str, values: dict[str, Any]) -> None:
     """Write JSON that carries the hash of its own values: `read_sealed` refuses it once a bit has flipped."""
-    write_json(uri, {**values, _SEAL: _seal(values)})
+    write_json(uri, {**values, SEAL: _seal(values)})
 
 
 def read_sealed(uri: str) -> dict[str, Any]:
@@ -44,7 +45,7 @@ def read_sealed(uri: str) -> dict[str, Any]:
         DataError: not JSON, or not what was written.
     """
     values = read_json(uri)
-    if not isinstance(values, dict) or values.pop(_SEAL, None) != _seal(values):
+    if not isinstance(values, dict) or values.pop(SEAL, None) != _seal(values):
         raise DataError(
             f"{uri} was damaged, edited or made by an earlier version; cure: restore it, or make it again"
         )
@@ -160,6 +161,11 @@ def file_entries(folder: str, places: list[str]) -> list[FileEntry]:
         FileEntry(path=place[start:], rows=0, num_bytes=size_bytes(place), sha256=digest)
         for place, digest in zip(places, hashes, strict=True)
     ]
+
+
+def entry_of(path: str, data: bytes) -> FileEntry:
+    """The entry for a certificate of a file that holds one row, by its bytes."""
+    return FileEntry(path=path, rows=1, num_bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
 
 
 def check_files(folder: str, entries: Iterable[FileEntry]) -> None:

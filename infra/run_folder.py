@@ -108,6 +108,10 @@ class RunFolder:
         """Samples seen at the whole checkpoints, ascending."""
         return _positions(list_files(self.checkpoints, suffix="/" + COMMITTED))
 
+    def half_written(self) -> list[int]:
+        """Samples seen at checkpoints that hold files but no `COMMITTED`, ascending."""
+        return sorted({*_positions(list_files(self.checkpoints))} - {*self.positions()})
+
     def latest_checkpoint(self) -> str | None:
         positions = self.positions()
         return self.checkpoint(positions[-1]) if positions else None

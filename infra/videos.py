@@ -1,4 +1,4 @@
-"""Opens videos of strangers by ffmpeg (PyAV): listed containers, files and pipes alone."""
+"""How videos are read and written by ffmpeg (PyAV): strangers' in listed containers, ours to the same bytes."""
 
 from typing import Any
 
@@ -7,6 +7,11 @@ FORMATS = ("mov", "matroska", "avi", "mpeg", "mpegts", "flv", "asf", "ogg", "yuv
 scripts or open what they name: concat, hls, dash, sdp, imf, image sequences, ..."""
 SAFE = {"format_whitelist": ",".join(FORMATS), "protocol_whitelist": "file,pipe"}
 """Options of `av.open`: ffmpeg looks at the bytes, and refuses what they turn out to be if it is not listed."""
+
+X264 = {"threads": "1", "x264-params": "mbtree=0"}
+"""Options of the encoder `libx264` with which the same frames give the same bytes. Its output depends on the
+number of threads; and its macroblock tree (mbtree) reads memory that nobody wrote, where sides are no multiples
+of 16. Without that tree files are an eighth to a fifth larger, as quick and as good (6 real clips)."""
 
 
 class UnlistedContainerError(ValueError):

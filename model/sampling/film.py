@@ -12,6 +12,7 @@ from torch import Tensor
 
 from infra.pictures import PictureError, decode_picture
 from infra.storage import join, write_bytes
+from infra.videos import X264
 
 ABOVE_GAP_PX = 8
 """Between the pictures above the frames of a contact sheet and the frames."""
@@ -39,7 +40,7 @@ def encode_mp4(frames: np.ndarray, fps: float, *, scale: int = 1, crf: int = 12)
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="mp4") as container:
         rate = Fraction(fps).limit_denominator(1001)
-        stream = container.add_stream("libx264", rate=rate, options={"crf": str(crf), "threads": "1"})
+        stream = container.add_stream("libx264", rate=rate, options={"crf": str(crf), **X264})
         stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
         for frame in frames:
             picture = np.ascontiguousarray(frame[:height, :width])

@@ -27,7 +27,7 @@ from infra.certificate import VERSION, FileEntry, check_files, read_sealed, writ
 from infra.checkpoint_files import SafeReader, files_writer
 from infra.errors import ConfigError, DataError, TrainingError
 from infra.run_folder import COMMITTED, RunFolder, split_checkpoint
-from infra.storage import delete, exists, join, list_files, read_json
+from infra.storage import delete, exists, join, read_json
 from model.optim import local_shard
 
 FORMAT = 3
@@ -135,11 +135,8 @@ class CheckpointWriter:
         """Delete what a kill left half written; call once at the start, with a barrier behind it."""
         if self.rank:
             return
-        whole = {self.run.checkpoint(p) for p in self.run.positions()}
-        folder = self.run.checkpoints
-        found = {folder + "/" + f.removeprefix(folder + "/").split("/")[0] for f in list_files(folder)}
-        for uri in sorted(f for f in found if "/samples-" in f and f not in whole):
-            delete(uri)
+        for position in self.run.half_written():
+            delete(self.run.checkpoint(position))
 
     def save(self, state: State, facts: dict[str, Any]) -> None:
         """Copy `state` aside, write and commit it, in the background; until `settle` nobody may change it.

@@ -19,12 +19,13 @@ import pyarrow as pa
 import torch
 
 from infra.certificate import Certificate, read_sealed, write_certificate, write_sealed
-from infra.claim import open_job
+from infra.claim import alone, open_job
 from infra.cluster import is_cluster, ray_session, wants_gpus
 from infra.errors import ConfigError, DataError, TrainingError, VimiError
 from infra.progress import say
-from infra.run_folder import RunFolder
+from infra.run_folder import COMMITTED, RunFolder
 from infra.storage import delete, filesystem, is_remote
+from model.data.shards import Shards
 from model.training.checkpoint import last_line, read_facts
 from model.training.config import Stage1Config, Stage2Config, StageConfig, config_class
 from model.training.loop import NonFiniteError, Training
@@ -61,21 +62,37 @@ def run(config: StageConfig) -> Certificate:
     if done is not None:
         say(f"  {config.out} is already complete: {done.num_out:,} samples")
         return done
-    prepare_index(config, ready.shards)
-    position = last_position(folder)
-    if position:
-        say(f"  resumes at {position:,} of {config.total_samples:,} samples")
+    with alone(config.out):
+        carry_out(config, ready.shards, folder)
+        return certify(config, ready.inputs)
+
+
+def carry_out(config: StageConfig, shards: Shards, folder: RunFolder) -> None:
+    """Train in a Ray session until all samples are seen."""
+    prepare_index(config, shards)
+    position = say_where_it_goes_on(folder, config.total_samples)
     with (
         ray_session(config.ray, KEEP_MEMORY),
         RunPrinter(folder, config.total_samples, position=position),
     ):
         while True:
-            fit(config, train, num_groups=len(ready.shards.groups))
+            fit(config, train, num_groups=len(shards.groups))
             if last_position(folder) >= config.total_samples:
                 break
             say("  a worker was told to leave, and saved before it did; the run goes on from there")
     draw_curves(folder)
-    return certify(config, ready.inputs)
+
+
+def say_where_it_goes_on(run: RunFolder, total: int) -> int:
+    """Samples seen at the last whole checkpoint; what lies after it and is none gets a line."""
+    position = last_position(run)
+    for torn in run.half_written():
+        if torn > position:
+            where = f"from {position:,}" if position else "from the start"
+            say(f"  note: checkpoint {torn:,} has no {COMMITTED}, so it is not whole; the run goes on {where}")
+    if position:
+        say(f"  resumes at {position:,} of {total:,} samples")
+    return position
 
 
 def last_position(run: RunFolder) -> int:

@@ -25,8 +25,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
+from infra.certificate import Certificate, FileEntry, entry_of, write_certificate, write_sealed
 from infra.run_folder import HELD_OUT, RunFolder
-from infra.storage import join, read_bytes, read_json, write_json
+from infra.storage import join, read_bytes, read_json
 from infra.validation_cells import DOCUMENTS, Cell, rows_name
 from model.condition import Prompt
 from model.data.batch import TASKS, Batch, collate, prompt_key, read_prompt
@@ -271,7 +272,7 @@ class Preview:
     def make(self, went_on: WentOn = lambda what, done, total: None) -> dict[str, bytes]:
         """Sample, write into the run's folder; contact sheets by title. Equal weights give equal bytes."""
         training, rows = self.training, self.rows
-        folder, entries = training.run.samples(training.position), []
+        folder, made = training.run.samples(training.position), []
         guidance = GuidanceConfig(weight=GUIDANCE_WEIGHT)
         maker = Maker(training.model, training.config, training.encoder, training.targets.latents, guidance)
         with evaluating(training.model):
@@ -281,18 +282,27 @@ class Preview:
                 stepped = partial(self._stepped, went_on, first)
                 frames, entry = self._video(maker, min(mine, len(rows) - 1), stepped)
                 if mine < len(rows):
-                    files, _ = write_video(folder, f"sample-{mine:03d}", frames, entry["fps"])
-                    entries.append((mine, entry | files))
-        found: list[Any] = [entries]
+                    said, files = write_video(folder, f"sample-{mine:03d}", frames, entry["fps"])
+                    made.append((mine, entry | said, [entry_of(*file) for file in files.items()]))
+        found: list[Any] = [made]
         if training.world_size > 1:
             found = [None] * training.world_size
-            dist.all_gather_object(found, entries)
+            dist.all_gather_object(found, made)
         if training.rank:
             return {}
-        samples = [entry for _, entry in sorted((e for part in found for e in part), key=lambda e: e[0])]
-        facts = {"run": training.config.out, "position": training.position, "ema": WEIGHTS}
-        write_json(join(folder, "samples.json"), {**facts, "samples": samples})
+        self._certify(folder, sorted((video for part in found for video in part), key=lambda video: video[0]))
         return contact_sheets(training.run, training.position)
+
+    def _certify(self, folder: str, made: list[tuple[int, dict[str, Any], list[FileEntry]]]) -> None:
+        """What the page of a report compares with the files that it shows; samples.json comes last."""
+        config, count = self.training.config, len(made)
+        files = [entry for _, _, entries in made for entry in entries]
+        certificate = Certificate(
+            job="preview", config_hash=config.hash(), num_in=count, num_out=count, files=files
+        )
+        write_certificate(folder, certificate)
+        facts = {"run": config.out, "position": self.training.position, "ema": WEIGHTS}
+        write_sealed(join(folder, "samples.json"), {**facts, "samples": [entry for _, entry, _ in made]})
 
     def _stepped(self, went_on: WentOn, first: int, step: int) -> None:
         """Sampling steps of all ranks' videos; `first` is the first video that they are at."""

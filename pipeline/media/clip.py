@@ -10,6 +10,7 @@ import numpy as np
 from av.error import FFmpegError
 
 from infra.pictures import decode_picture
+from infra.videos import X264
 from pipeline.media.frames import decode_frames, probe
 from pipeline.media.store import open_media, read_media, row_errors
 from pipeline.schema import Media, RowError, Status, TargetKind
@@ -117,8 +118,7 @@ def cut_mp4(source: str | bytes, start_s: float, end_s: float, *, crf: int) -> d
     sink = io.BytesIO()
     try:
         with av.open(sink, "w", format="mp4") as container:
-            # One thread: x264's output depends on how many it is given.
-            options = {"crf": str(crf), "preset": "veryfast", "threads": "1"}
+            options = {"crf": str(crf), "preset": "veryfast", **X264}
             stream = container.add_stream("libx264", rate=rate, options=options)
             stream.height, stream.width, stream.pix_fmt = *size, "yuv420p"
             for first in range(0, count, 32):  # frames of a long clip don't fit in memory at once

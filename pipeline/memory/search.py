@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from pydantic import field_validator
 
 from infra.config import Config
 from infra.errors import ConfigError
@@ -65,6 +66,13 @@ class SearchConfig(Config):
     """Tag of an older version of the memory; None = the newest."""
     out: str | None = None
     """Folder for `search.html` and `search.png`; None = no pictures."""
+
+    @field_validator("retrieve")
+    @classmethod
+    def _finds_something(cls, value: RetrieveConfig) -> RetrieveConfig:
+        if value.k < 1:
+            raise ValueError(f"k {value.k}; legal: at least 1")
+        return value
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from infra.certificate import SEAL, check_certified, read_sealed
 from infra.storage import absolute, exists, join, read_bytes, read_json
 from pipeline.media.clip import read_frames, target_frames
 from pipeline.media.frames import clip_times, decode_frames, probe
@@ -199,9 +200,20 @@ def sample_cards(
     """
     uri = absolute(folder)
     label = label or uri.rpartition("/")[2]
-    entries = read_json(join(uri, "samples.json"))
-    entries = entries.get("samples", []) if isinstance(entries, dict) else entries
-    return [_sample_card(uri, entry, n, shards, album, label) for n, entry in enumerate(entries[:NUM_SAMPLES])]
+    entries = read_samples(uri)[:NUM_SAMPLES]
+    return [_sample_card(uri, entry, n, shards, album, label) for n, entry in enumerate(entries)]
+
+
+def read_samples(uri: str) -> list[Card]:
+    """The entries of a folder's samples.json.
+
+    Raises:
+        DataError: damaged.
+    """
+    place = join(uri, "samples.json")
+    found = read_json(place)
+    is_plain = isinstance(found, dict) and SEAL not in found
+    return (found if is_plain else read_sealed(place)).get("samples", [])
 
 
 def _sample_card(
@@ -242,9 +254,16 @@ def _as_sampled(uri: str, entry: Card, stored: list[Card]) -> list[Card]:
 
 
 def _file(uri: str, name: Any) -> bytes | None:
-    """A file of the folder; names come from a file, so only their last part counts."""
+    """A file of the folder as it was made; names come from a file, so only their last part counts.
+
+    Raises:
+        DataError: damaged.
+    """
     place = join(uri, str(name).rpartition("/")[2] or "-")
-    return read_bytes(place) if exists(place) else None
+    if not exists(place):
+        return None
+    check_certified(place)
+    return read_bytes(place)
 
 
 def own_segments(uri: str, entry: Card) -> list[Card]:

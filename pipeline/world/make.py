@@ -35,6 +35,7 @@ from infra.config import Config, Incidental, Location
 from infra.errors import ConfigError
 from infra.progress import ProgressPrinter
 from infra.storage import delete, join, list_files, write_bytes
+from infra.videos import X264
 from pipeline.media.phash import mirror_mask, phash64
 from pipeline.prompts.guard import frame_hashes
 from pipeline.shards import write_shard
@@ -354,9 +355,7 @@ def encode_video(frames: np.ndarray) -> bytes:
     """h264 mp4 of uint8 `t h w 3` with colours at full size; the same frames give the same bytes."""
     sink = io.BytesIO()
     with av.open(sink, "w", format="mp4") as container:
-        # One thread: x264's output depends on how many it is given. And no mbtree: with it some videos of a few
-        # frames come out by one of two or three ways, at random.
-        options = {"crf": str(CRF), "preset": "veryfast", "threads": "1", "x264-params": "mbtree=0"}
+        options = {"crf": str(CRF), "preset": "veryfast", **X264}
         stream = container.add_stream("libx264", rate=FPS, options=options)
         stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv444p"
         for frame in frames:

@@ -1,4 +1,4 @@
-"""Every number of every config: nonsense is refused in one line before anything starts, dry, without a hang."""
+"""Every number of every config: nonsense is refused in one line before anything starts, without a hang."""
 
 import math
 import resource
@@ -10,12 +10,16 @@ from typing import Any
 
 import pytest
 
+from cli import data, train
+from cli.common import Job
+from cli.errors import tell
 from cli.reference import config_class, jobs
 from infra.certificate import Certificate, write_certificate
 from infra.claim import open_job
 from infra.config import Config, set_dotted
 from infra.errors import ConfigError
 from infra.fields import ConfigField, type_text, walk
+from infra.storage import write_json
 from pipeline.clips.crawl import CrawlConfig
 from pipeline.prompts.augment.target import TargetConfig
 from pipeline.world.make import WorldConfig
@@ -28,7 +32,7 @@ from tests.pipeline.prompts.augment.conftest import world  # noqa: F401 # pyrigh
 VALUES = (0, -1, 1e9, math.nan, math.inf)
 MAPPINGS = {"noise": "sigma_data", "dropout": "all", "tasks": "subject_driven", "proportions": "subject_driven"}
 BACKBONE = ("num_latents", "latent_dim", "num_blocks", "layers_per_block", "patch_px", "patch_dim", "dropout")
-MAX_S, MAX_BYTES = 30, 600_000_000
+MAX_S, MAX_RUN_S, MAX_BYTES = 30, 240, 600_000_000
 
 
 def cases(cls: type[Config]) -> Iterator[tuple[str, Callable[[float], Any]]]:
@@ -56,6 +60,7 @@ def judged(folder: Path) -> dict[str, Any]:
     """A claim about samples of a world."""
     make_world(WorldConfig(out=str(folder / "world"), nouns=1, unseen=1, distractors=0))
     write_certificate(folder / "sampled", Certificate(job="sample", config_hash="0", num_in=0, num_out=0))
+    write_json(str(folder / "sampled" / "samples.json"), {"samples": []})
     sampled = {"samples": str(folder / "sampled"), "prompts": str(folder / "prompts")}
     claim = {"words": "it is so", "measure": "colour", "of": "one", "at_least": 0.5}
     where = {"world": str(folder / "world"), "out": str(folder / "judged")}
@@ -95,7 +100,7 @@ def legal(world: Any, trained_run: Any, tiny_encoder: Any, tmp_path_factory: Any
         "vimi-data crawl": crawl,
         "vimi-data redrive": {"clips": world.clips, "out": out},
         "vimi-data build-index": {"clips": clips, "out": out, "clip": offline},
-        "vimi-data search": {"memory": world.memory, "text": "a dog"},
+        "vimi-data search": {"memory": world.memory, "text": "a dog", "retrieve": {"retriever": "bm25"}},
         "vimi-data plan": {},
         "vimi-data augment": {"clips": clips, "memory": world.memory, "out": out},
         "vimi-data benchmark": {"protocol": "own", "source": str(prompts), "out": out, "held_out_frac": 0.5},
@@ -105,7 +110,13 @@ def legal(world: Any, trained_run: Any, tiny_encoder: Any, tmp_path_factory: Any
         "vimi-data report": {"out": out + ".html", "prompts": str(prompts)},
         "vimi-train stage1": stage,
         "vimi-train stage2": {**two, "start_from": trained_run.out},
-        "vimi-train sample": {"run": trained_run.out, "prompts": ["a dog"], "out": out, "memory": world.memory},
+        "vimi-train sample": {
+            "run": trained_run.out,
+            "prompts": ["a dog"],
+            "out": out,
+            "memory": world.memory,
+            "num_steps": 2,
+        },
         "vimi-train evaluate": {"videos": videos, "out": out, "metrics": ["flicker"]},
         "vimi-train export": {"run": trained_run.out, "out": out},
     }
@@ -133,6 +144,76 @@ def test_nonsense_is_refused_in_a_line_or_harmless(title: str, target: str, lega
     assert not wrong, "\n".join(wrong)
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
     assert grown < MAX_BYTES
+
+
+def quick_jobs() -> Iterator[tuple[str, Job]]:
+    """(command as typed, job) of all commands but the trainings."""
+    for program, app in (("vimi-data", data.app), ("vimi-train", train.app)):
+        for command in app.registered_commands:
+            name = command.name or getattr(command.callback, "__name__", "")
+            if name not in ("stage1", "stage2"):  # 1e9 samples are legal there, and take their time
+                for job in getattr(command.callback, "jobs", ()):
+                    yield " ".join(filter(None, [program, name, job.when])), job
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize(("title", "job"), list(quick_jobs()), ids=[title for title, _ in quick_jobs()])
+def test_what_is_accepted_runs_to_an_end_or_ends_in_a_line(
+    title: str, job: Job, legal: dict[str, Any], tmp_path: Path, ray_cluster: None
+) -> None:
+    """The same walk, real: each number that the preflight lets pass, on a few rows."""
+    numbers = list(cases(config_class(job.target)))
+    if not numbers:
+        pytest.skip("it has no numbers")
+    old = signal.signal(signal.SIGALRM, too_long)
+    try:
+        told = carry_out(job, copied(legal[title]), tmp_path / "base")
+        wrong = [f"as it is: {told}"] if told else []
+        for name, make in numbers:
+            for value in VALUES:
+                values = copied(legal[title])
+                put(values, name, make(value))
+                told = carry_out(job, values, tmp_path / f"{name}-{value:g}")
+                if told and not told.startswith("line"):
+                    wrong.append(f"{name} = {value}: {told}")
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, old)
+    assert not wrong, "\n".join(wrong)
+
+
+def carry_out(job: Job, values: dict[str, Any], folder: Path) -> str:
+    """Run a job into a folder of its own; empty = done, `line: ...` = refused in a line, else what is wrong."""
+    values = moved(values, folder)
+    signal.alarm(MAX_RUN_S)
+    try:
+        module, config = job.load(None, None, values)
+        check = getattr(module, "check", None)
+        if check is not None:
+            check(config)
+        getattr(module, job.run)(config)
+    except BaseException as error:  # noqa: BLE001 - that is what is looked for
+        told = tell(error)
+        if told is None or not all(0 < len(line) < 1000 for line in told[0].splitlines()):
+            return f"{type(error).__name__}: {error}"
+        return f"line: {told[0]}"
+    finally:
+        signal.alarm(0)
+        shutil.rmtree(folder, ignore_errors=True)
+    return ""
+
+
+def moved(values: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The values with an output in this folder; a memory that would grow is copied there."""
+    folder.mkdir()
+    out = values.get("out")
+    if out is None:
+        return values
+    if Path(out).is_dir() and (Path(out) / "certificate.json").exists():
+        shutil.copytree(out, folder / "out")
+    return {**values, "out": str(folder / ("out.html" if str(out).endswith(".html") else "out"))}
 
 
 def copied(value: Any) -> Any:

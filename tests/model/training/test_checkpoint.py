@@ -17,6 +17,7 @@ from model.training.checkpoint import (
     read_facts,
     tensors_in,
 )
+from model.training.driver import say_where_it_goes_on
 
 
 def a_state() -> dict[str, torch.Tensor]:
@@ -71,14 +72,21 @@ def test_newest_checkpoints_stay(tmp_path: Path) -> None:
     assert not Path(RunFolder(str(tmp_path)).checkpoint(8)).exists()
 
 
-def test_half_written_checkpoint_is_none_and_is_cleaned(tmp_path: Path) -> None:
-    save_one(tmp_path, 8, a_state())
-    save_one(tmp_path, 16, a_state())
-    (Path(RunFolder(str(tmp_path)).checkpoint(16)) / "committed.json").unlink()
-    assert RunFolder(str(tmp_path)).latest_checkpoint() == RunFolder(str(tmp_path)).checkpoint(8)
-    CheckpointWriter(RunFolder(str(tmp_path))).clean()
-    assert not Path(RunFolder(str(tmp_path)).checkpoint(16)).exists()
-    assert RunFolder(str(tmp_path)).positions() == [8]
+def test_half_written_checkpoint_is_none_is_named_and_is_cleaned(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = RunFolder(str(tmp_path))
+    for position in (4, 8, 16):
+        save_one(tmp_path, position, a_state())
+    for position in (4, 16):  # 4: a kill while it was pruned, which loses nothing
+        (Path(run.checkpoint(position)) / "committed.json").unlink()
+    assert run.latest_checkpoint() == run.checkpoint(8)
+    assert say_where_it_goes_on(run, 40) == 8
+    told = [line for line in capsys.readouterr().err.splitlines() if "note:" in line]
+    assert len(told) == 1 and "checkpoint 16 has no committed.json" in told[0] and "goes on from 8" in told[0]
+    CheckpointWriter(run).clean()
+    assert not Path(run.checkpoint(16)).exists() and not Path(run.checkpoint(4)).exists()
+    assert run.positions() == [8] and run.half_written() == []
 
 
 def test_other_shapes_and_names_are_said(tmp_path: Path) -> None:

@@ -139,6 +139,8 @@ def test_a_retriever_from_elsewhere_is_one_entry(
     config = RetrieveConfig(retriever="runner-up")
     with pytest.raises(ConfigError, match="runner-up compares words, the query is a picture"):
         check(SearchConfig(memory=memory.uri, image="dog.jpg", retrieve=config))
+    with pytest.raises(ValueError, match="k 0; legal: at least 1"):
+        SearchConfig(memory=memory.uri, text="a dog", retrieve=RetrieveConfig(k=0))
 
 
 def test_the_command_prints_a_table_and_writes_pictures(

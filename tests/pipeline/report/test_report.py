@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from infra.certificate import Certificate, write_certificate
-from infra.errors import ConfigError
+from infra.certificate import Certificate, entry_of, write_certificate, write_sealed
+from infra.errors import ConfigError, DataError
 from infra.run_folder import record_line
 from infra.storage import write_json
 from pipeline.prompts.subjects.cutout import Picture
@@ -164,6 +164,13 @@ def save_clips(folder: Path, source: Path) -> str:
     return str(folder)
 
 
+def save_preview(folder: Path, sheet: bytes) -> None:
+    (folder / "sample-000.png").write_bytes(sheet)
+    files = [entry_of("sample-000.png", sheet)]
+    write_certificate(folder, Certificate(job="preview", config_hash="1", num_in=1, num_out=1, files=files))
+    write_sealed(str(folder / "samples.json"), {"samples": [{"prompt": "a preview"}]})
+
+
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """A small output of each kind, with a hostile caption in every row."""
@@ -192,8 +199,7 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     for position in (8, 16, 48):
         shown = trained / "samples" / f"samples-{position:012d}"
         shown.mkdir(parents=True)
-        (shown / "sample-000.png").write_bytes(picture(position))
-        write_json(str(shown / "samples.json"), {"samples": [{"prompt": "a preview"}]})
+        save_preview(shown, picture(position))
     sampled = root / "samples"
     sampled.mkdir()
     (sampled / "sample-000.mp4").write_bytes(b"not really a video")
@@ -264,6 +270,17 @@ def test_page_says_what_became_of_each_row(page: str):
 def test_first_and_last_previews_of_a_run_are_shown(page: str):
     assert "stage1 at 8 samples" in page and "stage1 at 48 samples" in page
     assert "stage1 at 16 samples" not in page
+
+
+@pytest.mark.parametrize("name", ["sample-000.png", "samples.json", "certificate.json"])
+def test_a_flipped_bit_of_a_video_or_its_words_is_refused(tmp_path: Path, name: str) -> None:
+    save_preview(tmp_path, picture(1))
+    make_page(tmp_path / "page.html", samples=[str(tmp_path)])
+    data = bytearray((tmp_path / name).read_bytes())
+    data[len(data) // 2] ^= 1
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(DataError, match=f"{name}[^\n]*cure: [^\n]*$"):
+        make_page(tmp_path / "page.html", samples=[str(tmp_path)])
 
 
 def test_a_video_is_shown_with_the_documents_it_was_made_with(parts: dict[str, Any], tmp_path: Path) -> None:

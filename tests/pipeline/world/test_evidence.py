@@ -162,6 +162,10 @@ def test_what_cannot_be_judged_is_refused(made: Made, tmp_path: Path) -> None:
     claims = [claim(at_least=1.0)]
     with pytest.raises(ValueError, match="set 'best'"):
         EvidenceConfig.model_validate({**made.config, "claims": claims, "guidance": {1: "best"}})
+    write_certificate(tmp_path / "lost", Certificate(job="sample", config_hash="0", num_in=1, num_out=1))
+    lost = {"right": {"samples": str(tmp_path / "lost"), "prompts": str(made.folder / "prompts")}}
+    with pytest.raises(ConfigError, match="no samples in"):
+        check(EvidenceConfig.model_validate({**made.config, "claims": claims, "sets": lost}))
     write_run(tmp_path / "run", {"loss": 1.0})
     with pytest.raises(ConfigError, match="no validation"):
         check(EvidenceConfig.model_validate({**made.config, "claims": claims, "runs": [str(tmp_path / "run")]}))
