@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 
 SHOWN = ("text", "image", "source_name", "licence", "split", "source_uri", "start_s")
 QUERIES_PER_CALL = 256  # LanceDB shares one scan among them; more costs memory and gains nothing
-REFINE = 20
-"""The first `REFINE * k` answers of an index are scored again on the stored vectors. Ours."""
 
 
 class Filters(Config):
@@ -136,8 +134,8 @@ class Searcher:
         """By LanceDB."""
         column = f"{self.config.against}_embedding"
         known = self.memory.certificate.facts["indexes"].get(column, {})
-        probes, where = known.get("probes"), self.where
-        found = nearest(self.memory, self.memory.table, column, vectors, depth, probes=probes, where=where)
+        effort, where = known.get("effort"), self.where
+        found = nearest(self.memory, self.memory.table, column, vectors, depth, effort=effort, where=where)
         return [hits if vector.any() else NOTHING for hits, vector in zip(found, vectors, strict=True)]
 
     def _filter(self, where: str | None) -> None:
@@ -184,7 +182,7 @@ def nearest(
     queries: np.ndarray,
     k: int,
     *,
-    probes: int | None = None,
+    effort: Sequence[int] | None = None,
     where: str | None = None,
 ) -> list[Hits]:
     """The k nearest documents of each query by LanceDB: numbers and cosines, best first.
@@ -195,7 +193,8 @@ def nearest(
         column: embedding column.
         queries: float32 `q d`.
         k: answers a query.
-        probes: partitions of the index that are read; None = exact, without an index.
+        effort: partitions of the index that are read, and times k candidates that are scored again on the
+            stored vectors; None = exact, without an index.
         where: SQL filter, applied before the search.
     """
     first = np.zeros(1 + max(shard.fragment for shard in memory.shards), np.int64)
@@ -205,7 +204,9 @@ def nearest(
         chunk = list(queries[start : start + QUERIES_PER_CALL])
         asked = chunk * 2 if len(chunk) == 1 else chunk  # LanceDB numbers the answers of two queries and more
         query = table.search(asked, vector_column_name=column).distance_type("cosine").with_row_id(True)
-        query = query.bypass_vector_index() if probes is None else query.nprobes(probes).refine_factor(REFINE)
+        query = (
+            query.bypass_vector_index() if effort is None else query.nprobes(effort[0]).refine_factor(effort[1])
+        )
         query = query.where(where, prefilter=True) if where else query
         found = query.limit(k).select(["doc_id", "_distance"]).to_arrow()
         address = found["_rowid"].to_numpy().astype(np.int64)
