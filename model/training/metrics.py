@@ -166,7 +166,11 @@ TRACKERS: dict[str, Any] = {"tensorboard": TensorBoard, "wandb": WeightsAndBiase
 
 
 class RayGauges:
-    """Ray's metrics endpoint, which Prometheus reads and infra/grafana/vimi.json plots."""
+    """Ray's metrics endpoint, which Prometheus reads and infra/grafana/vimi.json plots.
+
+    Ray shows a gauge for some reports of its process after it was set, then no more (2 s at a report each half
+    second); so the dashboard asks for the last value of the time before.
+    """
 
     def __init__(self, run: str) -> None:
         self.metrics = RunMetrics(run)
@@ -180,7 +184,7 @@ class RayGauges:
         """Numbers alone."""
 
     def close(self) -> None:
-        """Ray keeps them."""
+        """Ray lets go of them by itself."""
 
 
 class MetricsLog:
