@@ -157,7 +157,7 @@ def _start(**options: Any) -> Any:
 
 
 @contextmanager
-def say_what_is_awaited(every_s: float = 10.0) -> Iterator[None]:
+def say_what_is_awaited(every_s: float = 3.0) -> Iterator[None]:
     """Say which resources no node of the cluster has free, while that is so: a cluster may start from none."""
     stop = threading.Event()
 
