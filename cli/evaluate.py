@@ -35,7 +35,6 @@ from model.evaluate.sampling import (
     prompt_facts,
     system_of,
     video_name,
-    write_samples,
 )
 from model.evaluate.scores import DEFAULT_METRICS, Given, chosen, digest, obstacles, refuse_small_n
 from model.sampling import generate
@@ -231,7 +230,8 @@ def make_videos(config: EvaluateConfig, sample: SampleConfig, count: int, worker
     units = [Unit(f"sample/{payload['first']:06d}", payload) for payload in batches(sample, count)]
     worker = partial(SampleWorker, sample)
     receipts = run_units(config.out, units, worker, what="sample", total=len(units), **workers)
-    write_samples(sample, [entry for _, made in receipts.in_order(units) for entry in made["entries"]])
+    entries = [entry for _, made in receipts.in_order(units) for entry in made["entries"]]
+    generate.tell_samples(sample, find_checkpoint(sample.run), entries)
 
 
 def sampled(plan: Plan) -> Plan:

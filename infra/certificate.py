@@ -131,16 +131,25 @@ def read_certificate(uri: str | Path, *, job: str | None = None) -> Certificate 
     return certificate
 
 
+def input_certificate(uri: str | Path) -> Certificate | None:
+    """As `read_certificate`; a damaged one is the input's fault, so the command is wrong.
+
+    Raises:
+        ConfigError: damaged.
+    """
+    try:
+        return read_certificate(uri)
+    except DataError as error:
+        raise ConfigError(str(error)) from None
+
+
 def require_certificate(uri: str | Path, *, job: str, made_by: str) -> Certificate:
     """The certificate of an input.
 
     Raises:
         ConfigError: nothing certified there; `made_by` names the command that makes it.
     """
-    try:
-        certificate = read_certificate(uri)
-    except DataError as error:
-        raise ConfigError(str(error)) from None
+    certificate = input_certificate(uri)
     if certificate is not None and certificate.job != job:
         raise ConfigError(f"{uri} was made by {certificate.job!r}", cure=f"give the output of `{made_by}`")
     if certificate is None:

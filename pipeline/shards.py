@@ -19,7 +19,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from infra.certificate import Certificate, FileEntry, check_certified, check_files, read_certificate
+from infra.certificate import Certificate, FileEntry, check_certified, check_files, input_certificate
 from infra.errors import ConfigError, DataError
 from infra.storage import absolute, filesystem, join, write_bytes
 from pipeline.schema import REJECTED, Status
@@ -47,6 +47,11 @@ def shard_name(number: int) -> str:
 def is_shard(uri: str) -> bool:
     """Is this path or URI one of the files that `shard_name` names?"""
     return uri.rpartition("/")[2].startswith(PREFIX)
+
+
+def shards_of(uri: str, certificate: Certificate) -> list[str]:
+    """Places of the shards that a folder's certificate lists, in order."""
+    return [join(uri, entry.path) for entry in certificate.files if is_shard(entry.path)]
 
 
 def shard_bytes(rows: pa.Table | Iterable[dict[str, Any]], schema: pa.Schema, *, row_group_rows: int) -> bytes:
@@ -255,10 +260,7 @@ def shard_certificate(uri: str) -> Certificate:
     Raises:
         ConfigError: nothing certified there, or the output of another job.
     """
-    try:
-        certificate = read_certificate(uri)
-    except DataError as error:
-        raise ConfigError(str(error)) from None
+    certificate = input_certificate(uri)
     if certificate is None:
         raise ConfigError(
             f"no certified shards at {uri}",

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from infra.run_folder import split_checkpoint
-from infra.storage import join, write_json
 from model.condition import Prompt
 from model.data.batch import Role
 from model.prompt.select import retrieved
@@ -75,13 +74,6 @@ class SampleWorker:
             entry, _ = self.sampler.write(video_name(number), request, video)
             entries.append(entry)
         return {"entries": entries}
-
-
-def write_samples(config: SampleConfig, entries: list[dict[str, Any]]) -> None:
-    """samples.json beside the videos, as `vimi-train sample` writes it."""
-    facts = {"run": config.run, "checkpoint": find_checkpoint(config.run)}
-    facts |= {"ema": config.ema, "documents": config.documents}
-    write_json(join(config.out, "samples.json"), {**facts, "samples": entries})
 
 
 def system_of(config: SampleConfig, checkpoint: str, num_with_documents: int) -> dict[str, Any]:

@@ -21,7 +21,8 @@ from infra.config import Config, Incidental, Location
 from infra.errors import ConfigError
 from infra.progress import ProgressPrinter, say
 from infra.run_folder import COMMITTED
-from infra.storage import join, read_bytes, write_bytes, write_json
+from infra.samples import write_samples
+from infra.storage import join, read_bytes, write_bytes
 from infra.validation_cells import Documents
 from model.condition import Prompt
 from model.prompt.select import retrieved
@@ -276,8 +277,7 @@ def run(config: SampleConfig, found: Found = NOTHING) -> Certificate:
             files += written
             progress.add()
     progress.close()
-    facts = {"run": config.run, "checkpoint": uri, "ema": config.ema, "documents": config.documents}
-    write_json(join(config.out, "samples.json"), {**facts, "samples": entries})
+    tell_samples(config, uri, entries)
     certificate = Certificate(
         job="sample",
         config_hash=config.hash(),
@@ -289,6 +289,18 @@ def run(config: SampleConfig, found: Found = NOTHING) -> Certificate:
     )
     write_certificate(config.out, certificate)
     return certificate
+
+
+def tell_samples(config: SampleConfig, checkpoint: str, entries: Sequence[dict[str, Any]]) -> None:
+    """Write samples.json beside the videos of a checkpoint."""
+    write_samples(
+        config.out,
+        entries,
+        run=config.run,
+        checkpoint=checkpoint,
+        ema=config.ema,
+        documents=config.documents,
+    )
 
 
 def _hash_of_checkpoint(uri: str) -> str:

@@ -25,9 +25,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
-from infra.certificate import Certificate, FileEntry, entry_of, write_certificate, write_sealed
+from infra.certificate import Certificate, FileEntry, entry_of, write_certificate
 from infra.run_folder import HELD_OUT, RunFolder
-from infra.storage import join, read_bytes, read_json
+from infra.samples import read_samples, write_samples
+from infra.storage import join, read_bytes
 from infra.validation_cells import DOCUMENTS, Cell, rows_name
 from model.condition import Prompt
 from model.data.batch import TASKS, Batch, collate, prompt_key, read_prompt
@@ -301,8 +302,8 @@ class Preview:
             job="preview", config_hash=config.hash(), num_in=count, num_out=count, files=files
         )
         write_certificate(folder, certificate)
-        facts = {"run": config.out, "position": self.training.position, "ema": WEIGHTS}
-        write_sealed(join(folder, "samples.json"), {**facts, "samples": [entry for _, entry, _ in made]})
+        entries = [entry for _, entry, _ in made]
+        write_samples(folder, entries, run=config.out, position=self.training.position, ema=WEIGHTS)
 
     def _stepped(self, went_on: WentOn, first: int, step: int) -> None:
         """Sampling steps of all ranks' videos; `first` is the first video that they are at."""
@@ -349,5 +350,5 @@ def contact_sheets(run: RunFolder, position: int) -> dict[str, bytes]:
     folder = run.samples(position)
     return {
         f"{number} {' '.join(entry['prompt'].split())[:TITLE_CHARS]}": read_bytes(join(folder, entry["sheet"]))
-        for number, entry in enumerate(read_json(join(folder, "samples.json"))["samples"])
+        for number, entry in enumerate(read_samples(folder))
     }

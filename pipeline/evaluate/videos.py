@@ -16,14 +16,15 @@ import json
 from collections.abc import Collection, Iterator
 from typing import Any
 
-from infra.certificate import read_certificate
-from infra.errors import ConfigError, DataError
-from infra.storage import absolute, exists, is_remote, join, list_files, read_bytes, read_json, size_bytes
+from infra.certificate import input_certificate
+from infra.errors import ConfigError
+from infra.samples import SAMPLES, read_samples
+from infra.storage import absolute, exists, is_remote, join, list_files, read_bytes, size_bytes
 from pipeline.media.store import file_uri
 from pipeline.schema import ROLES, Media, Role, Status, TargetKind
-from pipeline.shards import SHARD_JOBS, ShardSet, is_shard, open_part
+from pipeline.shards import SHARD_JOBS, ShardSet, open_part, shards_of
 
-SAMPLES, PROMPTS = "samples.json", "prompts.jsonl"
+PROMPTS = "prompts.jsonl"
 SIDECARS = frozenset(
     {"json", "jsonl", "txt", "md", "csv", "tsv", "yaml", "yml", "html", "log", "parquet", "npy", "lock"}
     | {"png", "jpg", "jpeg", "webp", "bmp", "tif", "tiff", "avif", "srt", "vtt"}
@@ -57,14 +58,10 @@ def find_videos(place: str, *, only: Collection[str | None] | None = None) -> li
 
 
 def _clips_or_files(place: str, only: Collection[str | None] | None) -> list[Payload]:
-    try:
-        certificate = read_certificate(place)
-    except DataError as error:
-        raise ConfigError(str(error)) from None
+    certificate = input_certificate(place)
     job = certificate.job if certificate else None
     if certificate is not None and job == "crawl":
-        parts = [join(place, entry.path) for entry in certificate.files if is_shard(entry.path)]
-        return [payload for part in parts for payload in _clips(part)]
+        return [payload for part in shards_of(place, certificate) for payload in _clips(part)]
     if job in SHARD_JOBS:
         return list(_targets(place, only))
     if exists(join(place, SAMPLES)):
@@ -133,7 +130,7 @@ def plain(prompt: str) -> str:
 
 def _samples(place: str) -> list[Payload]:
     """Of a folder of `vimi-train sample`."""
-    entries = read_json(join(place, SAMPLES)).get("samples", [])
+    entries = read_samples(place)
     return [_file(_last(e["video"]), join(place, _last(e["video"])), sampled_prompt(e, place)) for e in entries]
 
 

@@ -8,8 +8,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from infra.certificate import SEAL, check_certified, read_sealed
-from infra.storage import absolute, exists, join, read_bytes, read_json
+from infra.certificate import check_certified
+from infra.samples import read_samples
+from infra.storage import absolute, exists, join, read_bytes
 from pipeline.media.clip import read_frames, target_frames
 from pipeline.media.frames import clip_times, decode_frames, probe
 from pipeline.report.album import Album
@@ -202,18 +203,6 @@ def sample_cards(
     label = label or uri.rpartition("/")[2]
     entries = read_samples(uri)[:NUM_SAMPLES]
     return [_sample_card(uri, entry, n, shards, album, label) for n, entry in enumerate(entries)]
-
-
-def read_samples(uri: str) -> list[Card]:
-    """The entries of a folder's samples.json.
-
-    Raises:
-        DataError: damaged.
-    """
-    place = join(uri, "samples.json")
-    found = read_json(place)
-    is_plain = isinstance(found, dict) and SEAL not in found
-    return (found if is_plain else read_sealed(place)).get("samples", [])
 
 
 def _sample_card(

@@ -13,6 +13,7 @@ from markupsafe import Markup
 
 from infra.certificate import require_certificate
 from infra.errors import ConfigError
+from infra.samples import SAMPLES
 from infra.storage import absolute, check_writable, exists, join, write_bytes
 from pipeline.report.album import Album
 from pipeline.report.galleries import clip_cards, instruction_cards, prompt_cards, sample_cards
@@ -49,7 +50,7 @@ def check(config: ReportConfig) -> None:
     for folder in config.runs:
         _require_file(folder, "metrics.jsonl", "vimi-train stage1")
     for folder in config.samples:
-        _require_file(folder, "samples.json", "vimi-train sample")
+        _require_file(folder, SAMPLES, "vimi-train sample")
     for folder in config.scores:
         require_certificate(folder, job="evaluate", made_by="vimi-train evaluate")
     check_writable(str(PurePosixPath(page_path(config)).parent))

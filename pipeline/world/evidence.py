@@ -20,7 +20,8 @@ from pydantic import Field, model_validator
 from infra.certificate import read_certificate, require_certificate
 from infra.config import Config, Location
 from infra.errors import ConfigError, DataError
-from infra.storage import check_writable, exists, join, read_bytes, read_json, write_bytes, write_json
+from infra.samples import SAMPLES, read_samples
+from infra.storage import check_writable, exists, join, read_bytes, write_bytes, write_json
 from infra.validation_cells import cells_of
 from pipeline.media.clip import target_frames
 from pipeline.media.frames import clip_times, decode_frames, probe
@@ -164,7 +165,7 @@ def check(config: EvidenceConfig) -> None:
     require_certificate(config.world, job="world", made_by="vimi-data world")
     for found in config.sets.values():
         certificate = read_certificate(found.samples)
-        if certificate is None or certificate.job != "sample" or not exists(samples_file(found)):
+        if certificate is None or certificate.job != "sample" or not exists(join(found.samples, SAMPLES)):
             raise ConfigError(f"no samples in {found.samples}", cure="run `vimi-train sample` first")
     for place in config.runs:
         if not last_validation(read_run(place)):
@@ -193,11 +194,6 @@ def run(config: EvidenceConfig) -> list[Row]:
     return rows
 
 
-def samples_file(found: SampleSet) -> str:
-    """What says which videos a set has."""
-    return join(found.samples, "samples.json")
-
-
 def read_prompts(folder: str) -> dict[str, Row]:
     """Prompt id -> its row."""
     shards = ShardSet(folder)
@@ -212,7 +208,7 @@ def judge_set(found: SampleSet, prompts: dict[str, Row], world: World) -> list[J
     Raises:
         DataError: a sample whose prompt or clip is not of this world.
     """
-    entries = read_json(samples_file(found))["samples"]
+    entries = read_samples(found.samples)
     return [judge_sample(found.samples, entry, prompts, world) for entry in entries]
 
 

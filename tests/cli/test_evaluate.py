@@ -18,6 +18,7 @@ from cli import train
 from cli.evaluate import EvaluateConfig, check, run
 from infra.errors import ConfigError
 from infra.storage import read_json
+from model.sampling import generate
 from model.training.config import Stage1Config
 from pipeline.evaluate.worker import EvaluateWorker
 from pipeline.report import ReportConfig
@@ -133,7 +134,7 @@ def test_a_runs_videos_are_sampled_on_all_workers_and_scored_against_its_prompts
     assert fid["manifest"]["system"]["prompts_with_documents"] == 5
 
     with monkeypatch.context() as patch:  # killed between two videos, and the last one torn
-        patch.setattr(module, "write_samples", lambda *_: 1 / 0)
+        patch.setattr(generate, "tell_samples", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             run(asked("b", num_workers=2))
     journals = sorted((tmp_path / "b" / "journal").iterdir())

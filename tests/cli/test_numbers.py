@@ -19,7 +19,7 @@ from infra.claim import open_job
 from infra.config import Config, set_dotted
 from infra.errors import ConfigError
 from infra.fields import ConfigField, type_text, walk
-from infra.storage import write_json
+from infra.samples import write_samples
 from pipeline.clips.crawl import CrawlConfig
 from pipeline.prompts.augment.target import TargetConfig
 from pipeline.world.make import WorldConfig
@@ -60,7 +60,7 @@ def judged(folder: Path) -> dict[str, Any]:
     """A claim about samples of a world."""
     make_world(WorldConfig(out=str(folder / "world"), nouns=1, unseen=1, distractors=0))
     write_certificate(folder / "sampled", Certificate(job="sample", config_hash="0", num_in=0, num_out=0))
-    write_json(str(folder / "sampled" / "samples.json"), {"samples": []})
+    write_samples(str(folder / "sampled"), [])
     sampled = {"samples": str(folder / "sampled"), "prompts": str(folder / "prompts")}
     claim = {"words": "it is so", "measure": "colour", "of": "one", "at_least": 0.5}
     where = {"world": str(folder / "world"), "out": str(folder / "judged")}

@@ -2,13 +2,12 @@
 
 from typing import Any
 
-from infra.certificate import read_certificate
-from infra.errors import ConfigError, DataError
+from infra.certificate import input_certificate
+from infra.errors import ConfigError
 from infra.splits import is_held_out
-from infra.storage import join
 from pipeline.prompts.benchmark.item import Exam, Item
 from pipeline.schema import CLIPS, Media, Status
-from pipeline.shards import SHARD_JOBS, ShardSet, is_shard, open_part
+from pipeline.shards import SHARD_JOBS, ShardSet, open_part, shards_of
 
 Row = dict[str, Any]
 
@@ -23,14 +22,11 @@ def read_own(source: str, *, held_out_frac: float) -> Exam:
     Raises:
         ConfigError: another place, or nothing held out there.
     """
-    try:
-        certificate = read_certificate(source)
-    except DataError as error:
-        raise ConfigError(str(error)) from None
+    certificate = input_certificate(source)
     job = certificate.job if certificate else None
     if certificate is not None and job == "crawl":
-        parts = [join(source, entry.path) for entry in certificate.files if is_shard(entry.path)]
-        items = [_of_clip(row) for part in parts for row in _clips(part) if _counts(row, held_out_frac)]
+        rows = (row for part in shards_of(source, certificate) for row in _clips(part))
+        items = [_of_clip(row) for row in rows if _counts(row, held_out_frac)]
     elif job in SHARD_JOBS:
         items = [Item(key=r["prompt_id"], caption=r["caption"], row=r) for r in _rows(source, held_out_frac)]
     else:

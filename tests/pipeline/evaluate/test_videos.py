@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from infra.errors import ConfigError
-from infra.storage import write_json
+from infra.samples import write_samples
 from pipeline.evaluate.decode import FrameConfig, leading_frames, target_part
 from pipeline.evaluate.videos import find_videos, listing_hash
 from pipeline.evaluate.worker import EvaluateWorker, subjects
@@ -154,7 +154,7 @@ def test_a_folder_of_samples_brings_its_prompts(tmp_path: Path, write_video: Wri
         {"type": "text", "role": "caption", "text": "runs.", "picture": None},
     ]
     entry = {"video": "sample-000.mp4", "prompt": "A <subject> runs.", "segments": segments}
-    write_json(str(tmp_path / "samples.json"), {"samples": [entry]})
+    write_samples(str(tmp_path), [entry])
     (found,) = find_videos(str(tmp_path))
     assert found["prompt"]["text"] == "A dog runs."
     assert found["prompt"]["references"] == [str(tmp_path / "sample-000-subject-1.png")]

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from infra.certificate import Certificate, entry_of, write_certificate, write_sealed
+from infra.certificate import Certificate, entry_of, write_certificate
 from infra.errors import ConfigError, DataError
 from infra.run_folder import record_line
-from infra.storage import write_json
+from infra.samples import write_samples
 from pipeline.prompts.subjects.cutout import Picture
 from pipeline.prompts.subjects.entities import find_entities
 from pipeline.prompts.tasks import RECIPES, image, replace_words
@@ -168,7 +168,7 @@ def save_preview(folder: Path, sheet: bytes) -> None:
     (folder / "sample-000.png").write_bytes(sheet)
     files = [entry_of("sample-000.png", sheet)]
     write_certificate(folder, Certificate(job="preview", config_hash="1", num_in=1, num_out=1, files=files))
-    write_sealed(str(folder / "samples.json"), {"samples": [{"prompt": "a preview"}]})
+    write_samples(str(folder), [{"prompt": "a preview"}])
 
 
 @pytest.fixture(scope="module")
@@ -204,7 +204,7 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     sampled.mkdir()
     (sampled / "sample-000.mp4").write_bytes(b"not really a video")
     (sampled / "sample-000.png").write_bytes(picture(3))
-    write_json(str(sampled / "samples.json"), {"samples": sample})
+    write_samples(str(sampled), sample)
     return {
         "clips": save_clips(root / "clips", source),
         "prompts": save_shards(
@@ -294,7 +294,7 @@ def test_a_video_is_shown_with_the_documents_it_was_made_with(parts: dict[str, A
         {"prompt": "a dog", "prompt_id": stored, "retrieved": []},
         {"prompt": "a cat", "prompt_id": None, "retrieved": [document]},
     ]
-    write_json(str(tmp_path / "samples.json"), {"samples": entries})
+    write_samples(str(tmp_path), entries)
     lines = [card["line"] for card in sample_cards(str(tmp_path), [shards], Album(max_bytes=10**6))]
     for line in (lines[0], lines[2]):
         found = [piece for piece in line if piece["role"] == "retrieved"]
@@ -318,7 +318,7 @@ def test_a_prompt_of_two_pictures_is_shown_with_its_pictures(tmp_path: Path) -> 
         "segments": kept,
         "retrieved": [],
     }
-    write_json(str(tmp_path / "samples.json"), {"samples": [entry]})
+    write_samples(str(tmp_path), [entry])
     page = Path(run(ReportConfig(out=str(tmp_path / "page.html"), samples=(str(tmp_path),)))).read_text()
     line = re.search(r'<p class="line">.*?</p>', page, re.DOTALL)
     assert line is not None and "&lt;subject&gt;" not in line[0]

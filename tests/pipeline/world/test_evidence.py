@@ -12,7 +12,8 @@ import pytest
 from infra.certificate import Certificate, write_certificate
 from infra.errors import ConfigError, DataError
 from infra.run_folder import record_line
-from infra.storage import read_json, write_bytes, write_json
+from infra.samples import write_samples
+from infra.storage import read_json, write_bytes
 from model.sampling.film import write_video
 from pipeline.media.frames import decode_frames
 from pipeline.world.evidence import EvidenceConfig, check, run, table
@@ -37,7 +38,7 @@ def write_set(folder: Path, prompts: list[dict[str, Any]], videos: list[np.ndarr
     for number, (row, frames) in enumerate(zip(prompts, videos, strict=True)):
         said, _ = write_video(str(folder), f"sample-{number:03d}", frames, 6.0)
         entries.append({"prompt_id": row["prompt_id"], "seed": 0, "fps": 6.0, **said})
-    write_json(str(folder / "samples.json"), {"samples": entries})
+    write_samples(str(folder), entries)
     write_certificate(folder, Certificate(job="sample", config_hash="0", num_in=COUNT, num_out=COUNT))
     return {"samples": str(folder), "prompts": str(folder.parent / "prompts")}
 

@@ -1,0 +1,30 @@
+"""samples.json: what is said of the sampled videos beside it, sealed by a hash of its own values."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from infra.certificate import read_sealed, write_sealed
+from infra.storage import join
+
+SAMPLES = "samples.json"
+
+
+def write_samples(folder: str, entries: Sequence[dict[str, Any]], **facts: Any) -> None:
+    """Write it, after the videos.
+
+    Args:
+        folder: of the videos.
+        entries: one a video, in order.
+        facts: of all of them: the run, its weights, ...
+    """
+    write_sealed(join(folder, SAMPLES), {**facts, "samples": list(entries)})
+
+
+def read_samples(folder: str) -> list[dict[str, Any]]:
+    """The entries, in order.
+
+    Raises:
+        DataError: damaged, or of an earlier version.
+        FileNotFoundError: there is none.
+    """
+    return read_sealed(join(folder, SAMPLES))["samples"]
