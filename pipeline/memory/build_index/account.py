@@ -75,7 +75,7 @@ def check_failures(receipts: Sequence[Receipt], config: BuildIndexConfig) -> Non
     """Raise TooManyFailuresError if too many of the clips that the crawl found good can't be embedded."""
     rejected = [dict(zip(REJECTED.names, row, strict=True)) for r in receipts for row in r["rejected"]]
     counts = Counter(row["status"] for row in rejected)
-    counts[Status.OK] = sum(receipt["rows_ok"] for receipt in receipts) - counts.total()
+    counts[Status.OK] = sum(receipt["rows"] for receipt in receipts) - counts.total()
     what = "good clips could not be embedded"
     refuse_failures(counts, config.max_failed_frac, what=what, rejected=rejected)
 

@@ -32,7 +32,7 @@ from pipeline.shards import open_part
 if TYPE_CHECKING:
     from infra.clip.model import Clip
 
-COLUMNS = ["clip_id", "media", "caption", *ORIGIN, "local_uri", "phash", "status", "error"]
+COLUMNS = ["clip_id", "media", "caption", *ORIGIN, "local_uri", "phash", "status"]
 COPIED = ["media", "source_uri", "source_sha256", "start_s", "end_s", "source_name", "licence", "split"]
 Fate = tuple[Row, Status, str]
 
@@ -66,8 +66,9 @@ class Embedder:
         return load_clip(self.clip, self.device, batch_size=rows)
 
     def run(self, payload: dict[str, Any], clip: "Clip", streams: Streams) -> Receipt:
-        """Embed one slice; bad rows get a fate, never raise."""
-        rows = read_slice(payload["uri"], payload["start"], payload["rows"], COLUMNS).to_pylist()
+        """Embed the rows of a slice that the crawl found good; those that fail get a fate, never raise."""
+        every = read_slice(payload["uri"], payload["start"], payload["rows"], COLUMNS).to_pylist()
+        rows = [row for row in every if row["status"] == Status.OK]
         good, fates = self._sort(rows)
         texts = start_texts(clip, [row["caption"].strip() for row in good], streams)
         decoded = ahead(
@@ -88,7 +89,7 @@ class Embedder:
         vectors = [vector for _, _, vector in found if vector is not None]
         table = documents_table(documents, vectors, texts()[kept], clip.dim)
         model = {"model": clip.identity, "model_hash": clip.model_hash, "dim": clip.dim}
-        return self._stage(table, rows, fates) | model
+        return self._stage(table, len(rows), fates) | model
 
     def _decode(self, row: Row, clip: "Clip") -> Picture | RowError:
         try:
@@ -115,8 +116,6 @@ class Embedder:
         return [row for row in good if row["doc_id"] not in known], fates
 
     def _fate(self, row: Row) -> tuple[Status, str]:
-        if row["status"] != Status.OK:
-            return Status(row["status"]), row["error"] or ""
         caption = (row["caption"] or "").strip()
         if not caption:
             return Status.FILTERED_NO_CAPTION, "no caption"
@@ -134,25 +133,22 @@ class Embedder:
         found = table.search().where(id_filter(doc_ids)).select(["doc_id"]).limit(len(doc_ids))
         return set(found.to_arrow()["doc_id"].to_pylist())
 
-    def _stage(self, table: pa.Table, rows: list[Row], fates: list[Fate]) -> Receipt:
+    def _stage(self, table: pa.Table, rows: int, fates: list[Fate]) -> Receipt:
         data = arrow_bytes(table)
         digest = hashlib.sha256(data).hexdigest()
         name = f"{digest[:32]}.arrow"
         if len(table):
             write_bytes(join(self.staged, name), data)
-        upstream = Counter(row["status"] for row in rows if row["status"] != Status.OK)
-        ours = [(r, s, e) for r, s, e in fates if r["status"] == Status.OK]
-        counts = upstream + Counter(status.value for _, status, _ in ours)
+        counts = Counter(status.value for _, status, _ in fates)
         return {
-            "rows": len(rows),
-            "rows_ok": len(rows) - sum(upstream.values()),
+            "rows": rows,
             "documents": len(table),
             "file": name if len(table) else None,
             "sha256": digest,
             "fates": dict(sorted(counts.items())),
             "rejected": [
                 [r["clip_id"], r["source_uri"], s.value, e[:500]]
-                for r, s, e in ours
+                for r, s, e in fates
                 if s is not Status.FILTERED_DUPLICATE
             ],
             "notes": {Status.OK.value: len(table), **counts},
