@@ -1,10 +1,10 @@
-"""`vimi-data plan`: what a memory of N documents costs on M nodes, from measured points and fitted laws.
+"""`vimi-data plan`: what a memory of N documents and its join with Q captions cost, from measured points.
 
 Every number says where it comes from, and all of them are estimates. A law has three parts that can't be
 negative, `cost = a + b N + c N^1.5`: what every run pays, what every document pays, and what it pays more the
-more there are. The last is the vector index's alone, which took 38 times as long for 10 times the rows (the
-stored profile, 10^5 to 10^6). It is fitted to runs of growing size by least squares of the relative error;
-beyond the largest run it is an extrapolation, and is called one.
+more there are. The last is the index's alone, which is built on one machine; workers meet each document once,
+or at most `MAX_COMPARED` others. A law is fitted to runs of growing size by least squares of the relative
+error; beyond the largest run it is an extrapolation, and is called one. Workers' seconds are of one core.
 """
 
 import json
@@ -27,15 +27,16 @@ GPU_DOCUMENTS_PER_S = 1500.0
 """Documents a second and GPU: clip-retrieval's published rate for ViT-B/32 on an RTX 3080."""
 IMAGE_BYTES = 25_000
 """Mean size of a document's JPEG (384 px at quality 90: 15 to 40 kB). Ours."""
-MEASURED = {
-    "write_s": "write vectors",
-    "vector_index_s": "vector indexes (IVF_RQ)",
-    "tune_and_verify_s": "tune and verify the recall",
-    "text_index_s": "BM25 index",
+SHARED = {
+    "keys_s": "keys of duplicates",
+    "duplicates_s": "duplicates",
+    "shards_s": "write shards, without pictures",
 }
-"""Columns of the profile's runs, and what the plan calls them."""
-CROWDED = ("vector_index_s",)
-"""Those that grow faster than the documents, as measured; the others read each document once."""
+"""Columns of the profile's runs that workers share out, and what the plan calls them."""
+INDEX_S, INDEX_BYTES = "index_s", "index_bytes"
+"""Columns of what one machine does: commit, index for search, its recall."""
+NODE_BYTES = 64 << 30
+"""An index that takes more memory than this is called a break. Ours: a common node."""
 
 
 class PlanConfig(Config):
@@ -43,6 +44,8 @@ class PlanConfig(Config):
 
     documents: int = Field(default=500_000_000, ge=1)
     """Documents of the memory. Default: the paper's 500M image-text pairs."""
+    captions: int = Field(default=10_000_000, ge=0)
+    """Captions that augment joins with it. 10M is ours: the paper names no number."""
     nodes: int = Field(default=1, ge=1, le=100_000)
     """Machines."""
     cpus_per_node: int = Field(default=64, ge=1, le=4096)
@@ -52,8 +55,8 @@ class PlanConfig(Config):
     clip: str = "ViT-B-32"
     """The CLIP of the profile's embedding rates (stored: ViT-B-32, offline)."""
     profile: str | None = None
-    """JSON of measurements, as `tests/bench/bench_embed.py --profile` writes one;
-    None = the stored one."""
+    """JSON of measurements, as `bench_scale.py --profile` and `bench_embed.py --profile` of `tests/bench` write
+    them; None = the stored one."""
 
 
 @dataclass(frozen=True)
@@ -69,11 +72,11 @@ class Law:
     def __call__(self, count: float) -> float:
         return self.fixed + self.each * count + self.crowd * count**1.5
 
-    def source(self, count: int) -> str:
+    def source(self, count: int, unit: str = "s") -> str:
         terms = {"": self.fixed, " N": self.each, " N^1.5": self.crowd}
         words = " + ".join(f"{value:.3g}{name}" for name, value in terms.items() if value)
         reach = f", extrapolated {count / self.largest:,.0f}x" if count > self.largest else ""
-        return f"{words} s, fitted to {self.smallest:,} to {self.largest:,} rows{reach}"
+        return f"{words} {unit}, fitted to {self.smallest:,} to {self.largest:,} rows{reach}"
 
 
 @dataclass(frozen=True)
@@ -133,46 +136,72 @@ def run(config: PlanConfig) -> list[Line]:
 def plan(config: PlanConfig) -> list[Line]:
     """Work, room and time, each with its source."""
     profile = load_profile(config.profile)
-    count, machine = config.documents, profile["machine"]
-    lines, embed_s = _embedding(config, profile)
-    laws = {
-        name: fit_law([(r["rows"], r[name]) for r in profile["index"]], crowded=name in CROWDED)
-        for name in MEASURED
-    }
-    scale = DIM / machine["dim"]
-    # Measured with one column of vectors; the memory has three.
-    factors = {name: 1.0 if name == "text_index_s" else COLUMNS * scale for name in MEASURED}
-    seconds = {name: factors[name] * laws[name](count) for name in MEASURED}
-    vectors_bytes, index_bytes = COLUMNS * 2 * DIM * count, COLUMNS * (DIM // 8 + 20) * count
-    on_one = f"on one machine of {machine['cpus']} CPUs, as measured"
-    columns = f"{COLUMNS} columns of {DIM}: {COLUMNS * scale:.2g}x of "
-    lines += [
-        Line(
-            what,
-            span(seconds[name]),
-            f"{'' if name == 'text_index_s' else columns}{laws[name].source(count)}; {on_one}",
+    embedding, embed_s = _embedding(config, profile)
+    build, build_s = _build(config, profile["scale"])
+    total = Line("build, wall", span(embed_s + build_s), "sum of the above; no faults")
+    return [*embedding, *build, total, *_join(config, profile["scale"]), *_room(config, profile["scale"])]
+
+
+def _build(config: PlanConfig, scale: dict[str, Any]) -> tuple[list[Line], float]:
+    """Lines of the memory's parts after embedding, and their seconds one after the other."""
+    count, cpus = config.documents, config.nodes * config.cpus_per_node
+    lines, total_s = [], 0.0
+    for name, what in SHARED.items():
+        law = fit_law(_points(scale, name), crowded=False)
+        seconds = law(count) / cpus
+        lines.append(
+            Line(what, span(seconds), f"{law.source(count)} of a core; on {cpus:,} CPUs{_width(scale)}")
         )
-        for name, what in MEASURED.items()
-    ]
-    lines += [
-        Line(
-            "pictures on disk",
-            bytes_in_words(IMAGE_BYTES * count),
-            f"{IMAGE_BYTES:,} bytes each (mean of such JPEGs)",
-        ),
-        Line("vectors on disk", bytes_in_words(vectors_bytes), f"{COLUMNS} x {DIM} x float16 (schema)"),
-        Line(
-            "index in memory",
-            bytes_in_words(index_bytes),
-            f"{COLUMNS} x (dim/8 + 20) bytes each (1-bit IVF_RQ)",
-        ),
-        Line(
-            "wall time",
-            span(embed_s + sum(seconds.values())),
-            "sum of the above; no faults; a larger machine indexes faster",
-        ),
-    ]
+        total_s += seconds
+    law = fit_law(_points(scale, INDEX_S))
+    words = f"{law.source(count)}; on one machine of {scale['cpus']} CPUs, as measured{_width(scale)}"
+    return [*lines, Line("index for search", span(law(count)), words)], total_s + law(count)
+
+
+def _join(config: PlanConfig, scale: dict[str, Any]) -> list[Line]:
+    """A line a retriever: every caption meets every shard."""
+    cpus, largest = config.nodes * config.cpus_per_node, max(scale["runs"], key=lambda run: run["rows"])
+    met = largest["rows"] * scale["captions"]
+    lines = []
+    for name, seconds in largest["join_s"].items():
+        value = seconds / met * config.documents * config.captions / cpus
+        words = f"{seconds / met * 1e9:.3g} ns of a core a caption and document"
+        words += f", measured at {largest['rows']:,} x {scale['captions']:,}; linear in both"
+        lines.append(Line(f"join {name}, wall", span(value), f"{words}; on {cpus:,} CPUs{_width(scale)}"))
     return lines
+
+
+def _room(config: PlanConfig, scale: dict[str, Any]) -> list[Line]:
+    """Disk, memory, and what breaks."""
+    count, largest = config.documents, max(scale["runs"], key=lambda run: run["rows"])
+    law = fit_law(_points(scale, INDEX_BYTES), crowded=False)
+    index_bytes = int(law(count))
+    breaks = "; BREAKS: more than a node has; cure: index.columns=[]" if index_bytes > NODE_BYTES else ""
+    worker = f"largest measured, shards of {scale['shard_rows']:,}; does not grow with the memory"
+    picture = f"{IMAGE_BYTES:,} bytes each (mean of such JPEGs)"
+    return [
+        Line("pictures on disk", bytes_in_words(IMAGE_BYTES * count), picture),
+        Line(
+            "vectors on disk",
+            bytes_in_words(COLUMNS * 2 * DIM * count),
+            f"{COLUMNS} x {DIM} x float16 (schema)",
+        ),
+        Line("memory of a worker", bytes_in_words(largest["worker_bytes"]), worker),
+        Line(
+            "memory of the index's build",
+            bytes_in_words(index_bytes),
+            f"{law.source(count, unit='bytes')}{_width(scale)}{breaks}",
+        ),
+    ]
+
+
+def _points(scale: dict[str, Any], name: str) -> list[tuple[int, float]]:
+    return [(run["rows"], run[name]) for run in scale["runs"]]
+
+
+def _width(scale: dict[str, Any]) -> str:
+    """That vectors were measured at another width, where that is so."""
+    return "" if scale["dim"] == DIM else f"; vectors of {scale['dim']} in place of {DIM}"
 
 
 def _embedding(config: PlanConfig, profile: dict[str, Any]) -> tuple[list[Line], float]:
@@ -207,11 +236,14 @@ def load_profile(place: str | None) -> dict[str, Any]:
         return stored
     try:
         own = json.loads(Path(place).read_text(encoding="utf-8"))
-        points = [[r[name] for name in ("rows", *MEASURED)] for r in own.get("index", stored["index"])]
+        scale = own.get("scale", stored["scale"])
+        names = ("rows", *SHARED, INDEX_S, INDEX_BYTES, "join_s", "worker_bytes")
+        points = [[run[name] for name in names] for run in scale["runs"]]
+        _ = [scale[name] for name in ("dim", "captions", "shard_rows", "cpus")]
         _ = [rate["cpu_s_per_document"] for rate in own.get("embed", stored["embed"]).values()]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(
             f"profile {place} can't be used: {type(error).__name__} {error}",
-            cure="make one with tests/bench/bench_embed.py --profile",
+            cure="make one with tests/bench/bench_scale.py --profile",
         ) from None
     return {**stored, **own} if points else stored

@@ -8,7 +8,19 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from infra.errors import ConfigError
-from pipeline.report.estimate import PlanConfig, fit_law, load_profile, plan, run
+from pipeline.memory.retrieve import RETRIEVERS
+from pipeline.report.estimate import (
+    INDEX_BYTES,
+    INDEX_S,
+    SHARED,
+    PlanConfig,
+    _join,
+    fit_law,
+    load_profile,
+    plan,
+    run,
+)
+from tests.bench.bench_scale import INDEX, Cost, profile_run
 
 COSTS = st.sampled_from([0.0, 1.0, 3.0, 10.0])
 
@@ -40,7 +52,32 @@ def test_every_line_has_a_source_and_the_plan_is_called_an_estimate(capsys: pyte
     printed = capsys.readouterr().out
     assert printed.startswith("ESTIMATE") and "500,000,000" in printed
     assert all(line.source for line in lines)
-    assert {"embed, CPU hours", "index in memory", "wall time"} <= {line.what for line in lines}
+    named = {"embed, CPU hours", "duplicates", "build, wall", "join bm25, wall", "memory of a worker"}
+    assert named <= {line.what for line in lines}
+
+
+def test_every_part_that_the_benchmark_measures_is_in_the_plan() -> None:
+    """What build-index and augment do no more, or newly do, must not be planned by old laws."""
+    run_of_profile = load_profile(None)["scale"]["runs"][0]
+    assert set(run_of_profile) == {"rows", *SHARED, INDEX_S, INDEX_BYTES, "worker_bytes", "join_s"}
+    assert set(run_of_profile["join_s"]) == set(RETRIEVERS)
+    kinds = {"keys of duplicates", "duplicates", "shards", INDEX, *(f"join {name}" for name in RETRIEVERS)}
+    assert set(profile_run(1, dict.fromkeys(kinds, Cost(1.0, 1.0, 1)))) == set(run_of_profile)
+
+
+def test_an_index_that_no_node_holds_is_called_a_break() -> None:
+    def source(documents: int) -> str:
+        (line,) = [x for x in plan(PlanConfig(documents=documents)) if x.what == "memory of the index's build"]
+        return line.source
+
+    assert "BREAKS" in source(10**10) and "BREAKS" not in source(10**4)
+
+
+def test_no_captions_cost_no_join() -> None:
+    seconds = [
+        _join(PlanConfig(documents=10**6, captions=count), load_profile(None)["scale"]) for count in (0, 10**6)
+    ]
+    assert {line.value for line in seconds[0]} == {"0 s"} and "0 s" not in {line.value for line in seconds[1]}
 
 
 def test_twice_the_nodes_halve_the_embedding_and_not_the_disk() -> None:
@@ -55,12 +92,12 @@ def test_twice_the_nodes_halve_the_embedding_and_not_the_disk() -> None:
 
 def test_a_profile_of_ones_own_is_used_and_a_bad_one_refused(tmp_path: Path) -> None:
     stored = load_profile(None)
-    own = {"machine": {"cpus": 8, "processor": "x", "dim": 64}, "index": stored["index"]}
+    own = {"machine": {"cpus": 8, "processor": "x"}, "scale": stored["scale"]}
     (tmp_path / "own.json").write_text(json.dumps(own))
     assert "8 CPUs" in plan(PlanConfig(profile=str(tmp_path / "own.json")))[0].source
     with pytest.raises(ConfigError, match=r"no embedding rate of 'ViT-Q'.*legal: ViT-B-32, offline"):
         plan(PlanConfig(clip="ViT-Q"))
-    (tmp_path / "bad.json").write_text('{"index": 3}')
+    (tmp_path / "bad.json").write_text('{"scale": 3}')
     for name in ("bad.json", "absent.json"):
         with pytest.raises(ConfigError, match="can't be used"):
             load_profile(str(tmp_path / name))
