@@ -54,8 +54,6 @@ class Job:
 
     target: str
     """`module:ConfigClass`; the module has `run(config)` and, if it can refuse or plan, `check(config)`."""
-    when: str = ""
-    """Option of the command that chooses this job, for a variant."""
     then: str | Callable[[Any], str] = ""
     """The commands to type next, one a line, or a function of the config that gives them; `{c.out}` is a field
     of the config, quoted for the shell."""

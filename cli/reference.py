@@ -47,7 +47,7 @@ def jobs() -> Iterator[tuple[str, str]]:
         for command in app.registered_commands:
             name = command.name or getattr(command.callback, "__name__", "")
             for job in getattr(command.callback, "jobs", ()):
-                yield " ".join(filter(None, [program, name, job.when])), job.target
+                yield f"{program} {name}", job.target
 
 
 def config_class(target: str) -> type[Config]:

@@ -30,9 +30,14 @@ class DinoNetwork(Network):
         from transformers import AutoImageProcessor, AutoModel
 
         self.find(self.config)
-        processor = load_pretrained(AutoImageProcessor, self.config.dino, "DINO", use_fast=False)
-        model = load_pretrained(AutoModel, self.config.dino, "DINO")
-        return processor, model.eval().requires_grad_(False).to(self.device)
+        return load_pretrained(
+            self.config.dino,
+            "DINO",
+            processor=AutoImageProcessor,
+            model=AutoModel,
+            device=self.device,
+            use_fast=False,
+        )
 
     @property
     def identity(self) -> dict[str, Any]:

@@ -27,8 +27,8 @@ CONFIDENCE = 0.95
 Z = 1.959964
 """Of a normal distribution, the middle of which holds `CONFIDENCE`."""
 SMALL_N = 256
-"""Fewer videos on a side give no Fréchet distance: two sets of one Gaussian are 2 to 5 times as far apart at 30
-as at 256, and 8 times as far at 256 as at 2,048 (400 dimensions)."""
+"""Fewer videos on a side give no Fréchet distance: two sets of one Gaussian of 400 dimensions are 2 to 3 times
+as far apart at 30 as at 256, and 7 to 8 times at 256 as at 2,048 (tests/model/evaluate/test_frechet.py)."""
 WARN_N = 2048
 Features = Mapping[str, np.ndarray]
 

@@ -98,11 +98,12 @@ class Network(ABC):
         """Float32 features of uint8 `t h w 3`."""
 
     def about(self, frames: np.ndarray, words: Sequence[str]) -> np.ndarray:
-        """Of the things that the words name, one a reference picture."""
-        raise NotImplementedError
+        """Of the things that the words name, one a reference picture; asked where `reads_words`."""
+        raise NotImplementedError(f"{self.name} reads no words")
 
     def texts(self, texts: Sequence[str]) -> np.ndarray:
-        raise NotImplementedError
+        """Of texts; asked only where a metric needs `NAME_text`."""
+        raise NotImplementedError(f"{self.name} reads no texts")
 
     def pictures(self, pictures: Sequence[Image.Image]) -> np.ndarray:
         """Of reference pictures, as of frames."""
@@ -121,14 +122,25 @@ def find_pretrained(place: str, what: str, *, field: str) -> str:
     return f"{what} {place}"
 
 
-def load_pretrained(kind: Any, place: str, what: str, **options: Any) -> Any:
-    """`kind.from_pretrained`, its errors a line.
+def load_pretrained(
+    place: str, what: str, *, processor: Any, model: Any, device: torch.device, **how: Any
+) -> tuple[Any, Any]:
+    """(preprocessing, frozen network) of a folder or hub name, by their classes of transformers.
+
+    Args:
+        place: folder or hub name.
+        what: it is, for the error.
+        processor: class of the preprocessing, with `from_pretrained`.
+        model: class of the network, likewise.
+        device: of the network.
+        how: options of the preprocessing.
 
     Raises:
-        ConfigError: it can't be loaded.
+        ConfigError: they can't be loaded.
     """
     try:
-        return kind.from_pretrained(place, **options)
+        network = model.from_pretrained(place).eval().requires_grad_(False).to(device)
+        return processor.from_pretrained(place, **how), network
     except (OSError, ValueError) as error:
         raise ConfigError(f"can't load {what} {place}: {first_line(error)}") from None
 

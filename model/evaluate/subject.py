@@ -49,19 +49,15 @@ class SubjectNetwork(Network):
     def detector(self) -> tuple[Any, Any]:
         from transformers import AutoModelForZeroShotObjectDetection, AutoProcessor
 
-        return self._load(
-            self.config.detector, "GroundingDINO", AutoProcessor, AutoModelForZeroShotObjectDetection
-        )
+        kinds = {"processor": AutoProcessor, "model": AutoModelForZeroShotObjectDetection}
+        return load_pretrained(self.config.detector, "GroundingDINO", device=self.device, **kinds)
 
     @cached_property
     def segmenter(self) -> tuple[Any, Any]:
         from transformers import AutoProcessor, SamModel
 
-        return self._load(self.config.segmenter, "SAM", AutoProcessor, SamModel)
-
-    def _load(self, place: str, what: str, processor: Any, model: Any) -> tuple[Any, Any]:
-        loaded = load_pretrained(model, place, what)
-        return load_pretrained(processor, place, what), loaded.eval().requires_grad_(False).to(self.device)
+        kinds = {"processor": AutoProcessor, "model": SamModel}
+        return load_pretrained(self.config.segmenter, "SAM", device=self.device, **kinds)
 
     @property
     def identity(self) -> dict[str, Any]:

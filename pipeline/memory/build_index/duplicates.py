@@ -27,7 +27,7 @@ from pydantic import Field
 from infra.config import Config
 from infra.storage import filesystem, join, write_bytes
 from pipeline.journal import Receipt, Unit
-from pipeline.memory.build_index.shards import STAGED, Group, read_staged
+from pipeline.memory.build_index.shards import SAMPLE_ROWS, STAGED, Group, read_staged
 from pipeline.memory.store import SHARDS, Memory, Shard, arrow_bytes, column, open_memory, read_table
 from pipeline.memory.tile import LIGHT, documents_table
 from pipeline.memory.vectors import cosines, unit, vectors_numpy
@@ -40,8 +40,6 @@ MAX_COMPARED = 20_000
 """Hashes that a document's is compared with, in the mean: 44 us of a core. Ours."""
 MIN_BANDS = 4
 RAGME_COSINE = 0.94
-CALIBRATION_DOCS = 1000
-"""Documents whose pairs calibrate the bound: half a million pairs."""
 SCHEMA = pa.schema(
     [("doc_id", pa.string()), ("kept", pa.string()), ("reason", pa.string()), ("cosine", pa.float32())]
 )
@@ -138,7 +136,7 @@ class KeyWriter:
         write_bytes(join(self.build, KEYS, file), keys.tobytes())
         ends = np.cumsum(np.bincount(part, minlength=self.partitions))
         ids = column(rows, "key")
-        smallest = np.argsort(ids, kind="stable")[:CALIBRATION_DOCS]
+        smallest = np.argsort(ids, kind="stable")[:SAMPLE_ROWS]
         places = (smallest + payload["first"]).tolist()
         return {
             "file": file,
@@ -287,8 +285,8 @@ def calibrate(config: DedupConfig, documents: Documents, receipts: Sequence[Rece
     enough for any encoder.
     """
     every = {tuple(row) for receipt in receipts for row in receipt["smallest"]}
-    smallest = sorted(every)[:CALIBRATION_DOCS]
-    if config.min_cosine is not None or len(smallest) < CALIBRATION_DOCS // 10:
+    smallest = sorted(every)[:SAMPLE_ROWS]
+    if config.min_cosine is not None or len(smallest) < SAMPLE_ROWS // 10:
         return config.min_cosine or RAGME_COSINE
     _, vectors = documents.take(np.sort([place for _, place in smallest]))
     strangers = (vectors @ vectors.T)[np.triu_indices(len(vectors), 1)]

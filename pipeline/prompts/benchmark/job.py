@@ -25,7 +25,6 @@ from pipeline.shards import shard_name, write_meta, write_shard
 JOB = "benchmark"
 EXCLUDE = "exclude.jsonl"
 ROWS_PER_SHARD, ROWS_PER_GROUP = 1024, 64
-PROTOCOLS = ("ucf101", "msrvtt", "personalization", "own")
 
 
 class BenchmarkConfig(UserRetrievalConfig):

@@ -93,3 +93,15 @@ def test_roots_of_low_rank_are_real() -> None:
     covariance = np.cov(x, rowvar=False)
     root = symmetric_root(covariance)
     assert np.isfinite(root).all() and root @ root == pytest.approx(covariance, abs=1e-10)
+
+
+@pytest.mark.parametrize("power", [0.0, 0.5], ids=["white", "falling"])
+def test_few_videos_are_far_apart_for_their_number_alone(power: float) -> None:
+    """What `SMALL_N` and docs/evaluate.md say, of two sets of one Gaussian, white or of a falling spectrum."""
+    draw, scale = np.random.default_rng(0), np.arange(1, 401) ** -power
+
+    def distance(n: int) -> float:
+        return frechet_distance(*(moments(draw.normal(size=(n, 400)) * scale) for _ in range(2)))
+
+    few, some, many = distance(30), distance(256), distance(2048)
+    assert 2 < few / some < 3.5 and 7 < some / many < 8.5
