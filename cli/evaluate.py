@@ -38,7 +38,8 @@ from model.evaluate.sampling import (
 )
 from model.evaluate.scores import DEFAULT_METRICS, Given, chosen, digest, obstacles, refuse_small_n
 from model.sampling import generate
-from model.sampling.generate import SampleConfig
+from model.sampling.plan import SampleConfig
+from model.sampling.plan import check as check_sampling
 from model.sampling.requests import prompt_hash
 from model.training.checkpoint import find_checkpoint
 from pipeline.evaluate.decode import FrameConfig
@@ -117,7 +118,7 @@ def check(config: EvaluateConfig) -> str:
     plan = make_plan(config)
     lines = [f"{len(plan.videos[side]):,} {side} videos" for side in SIDES if side in plan.videos]
     if plan.sample is not None:
-        lines.append(f"to sample: {generate.check(plan.sample)}")
+        lines.append(f"to sample: {check_sampling(plan.sample)}")
     for name in dict.fromkeys(network_of(feature) for feature in plan.features):
         needing = ", ".join(m.name for m in plan.metrics.values() if name in map(network_of, m.needs))
         lines.append(f"{needing}: {NETWORKS[name].find(config.networks)}")
@@ -159,7 +160,7 @@ def plan_run(config: EvaluateConfig) -> Plan:
         ConfigError: no prompts, or what `vimi-train sample` would refuse.
     """
     sample = sample_config(config)
-    generate.check(sample)
+    check_sampling(sample)
     base, requests = planned(sample)
     learned, number = learned_with_documents(base, requests)
     if learned and not number:

@@ -9,7 +9,7 @@ from typing import Any
 from infra.certificate import Certificate
 from infra.errors import ConfigError
 from infra.progress import say
-from model.sampling import generate
+from model.sampling import generate, plan
 from model.sampling.documents import Found, made_with
 from model.training.checkpoint import find_checkpoint, read_facts
 from model.training.config import StageConfig, config_of
@@ -20,7 +20,7 @@ SHOWN_CHARS = 19
 """Of a hash so much is shown; a memory's tag is as long."""
 
 
-class SampleConfig(UserRetrievalConfig, generate.SampleConfig):
+class SampleConfig(UserRetrievalConfig, plan.SampleConfig):
     """What to sample, and the memory that prompts in words get their documents from."""
 
 
@@ -28,17 +28,17 @@ def check(config: SampleConfig) -> str:
     """Refuse what can't work before anything is loaded; the plan in words."""
     memory = check_retrieval(config)
     if memory is None:
-        return generate.check(config)
+        return plan.check(config)
     base = base_of(config)
     compare(config, base, memory)
-    texts = generate.texts_to_retrieve(config, base)
+    texts = plan.texts_to_retrieve(config, base)
     if not texts:
         raise ConfigError(
             "a memory, but no prompt in words that lacks documents",
             cure='give a prompt ("A dog runs."), or leave --memory out: rows of shards bring their documents',
         )
-    plan = generate.check(config.model_copy(update={"documents": "right"}))
-    return f"{plan}, documents by {config.retrieve.retriever} from {memory.version} of {memory.uri}"
+    words = plan.check(config.model_copy(update={"documents": "right"}))
+    return f"{words}, documents by {config.retrieve.retriever} from {memory.version} of {memory.uri}"
 
 
 def run(config: SampleConfig) -> Certificate:
@@ -50,7 +50,7 @@ def run(config: SampleConfig) -> Certificate:
     base = base_of(config)
     for note in compare(config, base, memory):
         say(f"  note: {note}")
-    return generate.run(config, retrieve(config, memory, generate.texts_to_retrieve(config, base)))
+    return generate.run(config, retrieve(config, memory, plan.texts_to_retrieve(config, base)))
 
 
 def base_of(config: SampleConfig) -> StageConfig:

@@ -14,7 +14,8 @@ from infra.run_folder import split_checkpoint
 from model.condition import Prompt
 from model.data.batch import Role
 from model.prompt.select import retrieved
-from model.sampling.generate import SampleConfig, Sampler, plan_videos
+from model.sampling.generate import Sampler
+from model.sampling.plan import SampleConfig, plan_videos
 from model.sampling.requests import SampleRequest, caption_of
 from model.training.checkpoint import find_checkpoint, read_facts
 from model.training.config import StageConfig, config_of

@@ -153,7 +153,7 @@ def quick_jobs() -> Iterator[tuple[str, Job]]:
             name = command.name or getattr(command.callback, "__name__", "")
             if name not in ("stage1", "stage2"):  # 1e9 samples are legal there, and take their time
                 for job in getattr(command.callback, "jobs", ()):
-                    yield " ".join(filter(None, [program, name, job.when])), job
+                    yield f"{program} {name}", job
 
 
 @pytest.mark.ray

@@ -17,7 +17,7 @@ from model.condition import Prompt
 from model.data.batch import read_prompt
 from model.data.shards import open_shards
 from model.prompt.select import select
-from model.sampling import generate
+from model.sampling.plan import plan_videos, texts_to_retrieve
 from model.training.config import Stage1Config
 from model.training.loop import Training
 from model.training.preflight import prepare_index, read_index
@@ -86,8 +86,8 @@ def values(trained: Trained, out: Path, **changes: Any) -> SampleConfig:
 
 def plan(config: SampleConfig) -> list[Prompt]:
     base = base_of(config)
-    found = retrieve(config, open_memory(str(config.memory)), generate.texts_to_retrieve(config, base))
-    return [request.prompt for request in generate.plan_videos(config, base, found)]
+    found = retrieve(config, open_memory(str(config.memory)), texts_to_retrieve(config, base))
+    return [request.prompt for request in plan_videos(config, base, found)]
 
 
 def test_segments_are_those_that_augment_stores_for_the_same_caption(trained: Trained) -> None:

@@ -15,7 +15,7 @@ from infra.errors import ConfigError
 from infra.run_folder import COMMITTED
 from infra.storage import read_json, write_json
 from model.data.shards import open_shards
-from model.sampling import export, generate
+from model.sampling import export, plan
 from model.training.build import make_generator
 from model.training.checkpoint import find_checkpoint
 from model.training.config import Stage1Config, Stage2Config
@@ -47,8 +47,8 @@ def strange(
     sys.modules.pop("strange_code", None)
 
 
-def _sampling(run: Path) -> generate.SampleConfig:
-    return generate.SampleConfig(run=str(run), out=str(run / "out"), prompts=("A dog.",))
+def _sampling(run: Path) -> plan.SampleConfig:
+    return plan.SampleConfig(run=str(run), out=str(run / "out"), prompts=("A dog.",))
 
 
 def test_nothing_that_a_checkpoint_names_is_imported(
@@ -63,7 +63,7 @@ def test_nothing_that_a_checkpoint_names_is_imported(
     second = Stage2Config.model_validate(stage_values(start_from=str(strange), tasks=None))
     cpu = torch.device("cpu")
     uses: dict[str, Callable[[], object]] = {
-        "sample": lambda: generate.check(_sampling(strange)),
+        "sample": lambda: plan.check(_sampling(strange)),
         "export": lambda: export.check(export.ExportConfig(run=str(strange), out=str(strange / "out"))),
         "restore": lambda: restore_generator(str(strange), device=cpu),
         "stage 2": lambda: check_same_model(second, find_checkpoint(str(strange))),
@@ -101,7 +101,7 @@ def test_what_the_user_names_is_imported(
     strange: Path, stage_values: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(ALLOW_IMPORTS, NAME)
-    assert "videos of 4 frames" in generate.check(_sampling(strange))
+    assert "videos of 4 frames" in plan.check(_sampling(strange))
     monkeypatch.delenv(ALLOW_IMPORTS)
     preset = read_json(str(Path(find_checkpoint(str(strange))) / COMMITTED))["config"]["preset"]
     own = stage_values(preset=preset, start_from=str(strange), tasks=None, optim={"name": NAME})

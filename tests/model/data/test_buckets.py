@@ -13,9 +13,9 @@ from model.cost import training_flops
 from model.data.buckets import Bucket, nearest_bucket
 from model.data.shards import open_shards
 from model.edm import sigma_in
-from model.sampling.generate import SampleConfig
-from model.sampling.generate import check as check_sample
 from model.sampling.generate import run as sample
+from model.sampling.plan import SampleConfig
+from model.sampling.plan import check as check_sample
 from model.training.config import Stage1Config
 from model.training.loop import Training
 from model.training.preflight import prepare_index, read_index

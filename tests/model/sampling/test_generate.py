@@ -15,7 +15,8 @@ from infra.errors import ConfigError
 from infra.storage import read_json
 from model.prompt.select import documents, retrieved
 from model.sampling.documents import with_found
-from model.sampling.generate import SampleConfig, Sampler, check, plan_videos, run
+from model.sampling.generate import Sampler, run
+from model.sampling.plan import SampleConfig, check, plan_videos
 from model.sampling.requests import (
     SampleRequest,
     describe_prompt,

@@ -12,9 +12,9 @@ from pydantic import ValidationError
 from infra.errors import ConfigError
 from infra.storage import read_json
 from model.data.shards import open_shards
-from model.sampling.generate import SampleConfig
-from model.sampling.generate import check as check_sample
 from model.sampling.generate import run as sample
+from model.sampling.plan import SampleConfig
+from model.sampling.plan import check as check_sample
 from model.training.config import Stage1Config, Stage2Config
 from model.training.driver import check
 from model.training.loop import Training

@@ -15,8 +15,8 @@ from model.edm import sigma_in
 from model.latents import load_latents
 from model.sampling.export import ExportConfig, load_exported
 from model.sampling.export import run as export
-from model.sampling.generate import SampleConfig
 from model.sampling.generate import run as sample
+from model.sampling.plan import SampleConfig
 from model.training.config import Stage1Config, Stage2Config
 from model.training.driver import check
 from model.training.loop import Training

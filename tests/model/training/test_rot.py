@@ -13,7 +13,7 @@ import pytest
 from infra.claim import open_job
 from infra.errors import VimiError
 from infra.run_folder import RunFolder
-from model.sampling import export, generate
+from model.sampling import export, generate, plan
 from model.training.config import Stage1Config, Stage2Config, StageConfig
 from model.training.loop import Training
 from model.training.metrics import MetricsLog
@@ -49,7 +49,7 @@ def commands(config: Stage1Config) -> dict[str, Run]:
 
     def sampled() -> Any:
         values = {"run": config.out, "out": str(folder / "samples"), "prompts": ["a dog runs"], "num_steps": 1}
-        made = generate.run(generate.SampleConfig.model_validate(values))
+        made = generate.run(plan.SampleConfig.model_validate(values))
         return [file.sha256 for file in made.files]
 
     def exported() -> Any:

@@ -1,0 +1,219 @@
+"""What to sample: the config of `vimi-train sample`, what it refuses, and the videos that it asks for.
+
+Nothing is loaded here but prompts and a checkpoint's facts.
+"""
+
+from dataclasses import replace
+from types import MappingProxyType
+from typing import Annotated
+
+from pydantic import Field
+
+from infra.config import Config, Incidental, Location
+from infra.errors import ConfigError
+from infra.validation_cells import Documents
+from model.condition import Prompt
+from model.prompt.select import retrieved
+from model.sampling.documents import (
+    Found,
+    choose_documents,
+    cut_documents,
+    with_found,
+)
+from model.sampling.maker import GuidanceConfig
+from model.sampling.requests import (
+    SampleRequest,
+    caption_of,
+    parse_prompt,
+    prompts_in_file,
+    requests_in_shards,
+)
+from model.training.checkpoint import find_checkpoint, read_facts
+from model.training.config import WEIGHTS, StageConfig, config_of
+from model.training.state import check_average
+
+NOTHING: Found = MappingProxyType({})
+Side = Annotated[int, Field(ge=1, le=65536)]
+"""Of a picture, pixels."""
+
+
+class UpsampleConfig(Config):
+    """The cascade's second stage."""
+
+    run: Location
+    """Folder of an upsampler's run, or one of its checkpoints."""
+    ema: str = WEIGHTS
+    """As in the base model's config."""
+    num_steps: int = Field(default=40, ge=1, le=100_000)
+    """Sampling steps; 40 (Snap Video)."""
+    level: float = Field(default=0.1, ge=0, le=1000)
+    """Noise put on the small video, which hides what the base model got wrong. Snap Video searches it and
+    prints no value; 0.1 is ours."""
+    guidance: GuidanceConfig = GuidanceConfig()
+
+
+class SampleConfig(Config):
+    """What to sample. Prompts come from `prompts`, `prompts_file` and `prompts_uri`, one after another."""
+
+    run: Location
+    """Folder of a stage1 or stage2 run, or one of its checkpoints."""
+    out: Incidental[Location]
+    """Folder or URI of the videos."""
+    prompts: tuple[str, ...] = ()
+    """Prompts in words; `<image>` marks the place of a picture."""
+    images: tuple[str, ...] = ()
+    """Pictures for the placeholders of all `prompts`, in order: `path`, or `role:path` with role subject,
+    background, first_frame or retrieved; a document brings its text as `retrieved:text=path`."""
+    prompts_file: Location | None = None
+    """JSONL file of prompts (model/sampling/requests.py)."""
+    prompts_uri: Location | None = None
+    """Folder of prompt shards: their documents and pictures come with them."""
+    rows: int = Field(default=4, ge=1, le=1_000_000)
+    """How many prompts of `prompts_uri`."""
+    split: str | None = None
+    """Only rows of this split of `prompts_uri` (train, val, test, as the corpus names them); null = all."""
+    num_documents: int | None = Field(default=None, ge=0)
+    """Retrieved documents that stay in each prompt, best first; null = what was given by hand, and of a
+    shard's row as many as the run has learned with at most."""
+    documents: Documents = "right"
+    """Whose documents each prompt gets: its own (right), none, or those of another prompt (shuffled, another
+    shuffle for each seed): the controls, with the same noise."""
+    ema: str = WEIGHTS
+    """`weights`, a stored average by name (power-0.05, half-life-...), or `power-<sigma_rel>` of any width,
+    reconstructed from the stored ones (EDM2)."""
+    seeds: tuple[Annotated[int, Field(ge=0, lt=2**63)], ...] = (0,)
+    """One video for each prompt and seed. Prompts in words share a seed's noise; each row of shards has its
+    own, whatever its documents."""
+    num_steps: int = Field(default=256, ge=1, le=100_000)
+    """Sampling steps; 256 (Snap Video's base model; good from 64)."""
+    guidance: GuidanceConfig = GuidanceConfig()
+    fps: float = Field(default=24.0, gt=0, le=1000)
+    """Frame rate to condition on and to write, for prompts that don't bring their own; 24 (VIMI)."""
+    original_size_px: tuple[Side, Side] = (288, 512)
+    """(height, width) of the original to condition on, likewise; VIMI's output size."""
+    batch_size: int = Field(default=1, ge=1, le=65536)
+    """Videos made at once: faster for small models, as far as memory goes. At 1 a video is the same to the bit
+    whatever else is asked for; above, its company in the batch may change its last bits."""
+    num_frames: int | None = Field(default=None, ge=1)
+    """Frames; null = as trained."""
+    size_px: tuple[int, int] | None = None
+    """(height, width) of the base model's video: of a bucket that it was trained on; null = its main size."""
+    upsampler: UpsampleConfig | None = None
+    """Second stage of the cascade, which enlarges each video; null = the base model's size."""
+
+
+def check(config: SampleConfig, found: Found = NOTHING) -> str:
+    """Refuse what can't work before anything is loaded; the plan in words."""
+    uri = find_checkpoint(config.run)
+    check_average(uri, config.ema)
+    base = config_of(read_facts(uri), uri)
+    if base.upsampler is not None:
+        raise ConfigError(f"{uri} is an upsampler", cure="give a base model's run, and this one as --upsampler")
+    count = len(plan_videos(config, base, found))
+    frames = config.num_frames or base.num_frames
+    if frames > base.num_frames:
+        raise ConfigError(f"num_frames {config.num_frames}", legal=f"at most {base.num_frames}, as trained")
+    legal = {(base.height_px, base.width_px), *((b.height_px, b.width_px) for b in base.shapes)}
+    size = config.size_px or (base.height_px, base.width_px)
+    if size not in legal:
+        raise ConfigError(f"size_px {list(size)}", legal=" or ".join(str(list(s)) for s in sorted(legal)))
+    if config.upsampler is not None:
+        check_cascade(config.upsampler, frames, size)
+    return f"{count} videos of {frames} frames from {uri} ({config.ema})"
+
+
+def check_cascade(upsampler: UpsampleConfig, frames: int, size_px: tuple[int, int]) -> None:
+    """Refuse a cascade whose sizes don't meet: the base model makes `frames` of `size_px` (height, width).
+
+    Raises:
+        ConfigError: says which.
+    """
+    place = find_checkpoint(upsampler.run)
+    check_average(place, upsampler.ema)
+    large: StageConfig = config_of(read_facts(place), place)
+    taken = large.small_size_px
+    if taken is None:
+        raise ConfigError(
+            f"{place} is no upsampler", cure="train one: `upsampler: {...}` in the stage's config"
+        )
+    if size_px != taken or frames > large.num_frames:
+        raise ConfigError(
+            f"the base model makes {frames} frames of {size_px[0]} x {size_px[1]} pixels",
+            legal=f"what this upsampler takes: up to {large.num_frames} frames of {taken[0]} x {taken[1]}",
+        )
+
+
+def read_prompts(config: SampleConfig, base: StageConfig) -> list[Prompt]:
+    """The prompts in words, of the command line and of the file, as they were given.
+
+    Raises:
+        ConfigError: one that can't be read.
+    """
+    instruct, images = base.stage == "stage2", list(config.images)
+    prompts = []
+    for text in config.prompts:
+        mine = [images.pop(0) for _ in range(min(text.count("<image>"), len(images)))]
+        prompts.append(parse_prompt(text, mine, instruct=instruct))
+    if images:
+        raise ConfigError(f"{len(images)} images too many", legal="one for each <image> of the prompts")
+    if config.prompts_file:
+        prompts += prompts_in_file(config.prompts_file, instruct=instruct)
+    return prompts
+
+
+def texts_to_retrieve(config: SampleConfig, base: StageConfig) -> list[str]:
+    """Captions of the prompts in words that bring no documents of their own, each once."""
+    prompts = [prompt for prompt in read_prompts(config, base) if not retrieved(prompt)]
+    return list(dict.fromkeys(caption_of(prompt) for prompt in prompts))
+
+
+def read_requests(config: SampleConfig, base: StageConfig, found: Found) -> list[SampleRequest]:
+    """All prompts that the config asks for, of a model that `base` trained, each once.
+
+    Raises:
+        ConfigError: none, or one that can't be read.
+    """
+    fps, size, number = config.fps, config.original_size_px, config.num_documents
+    learned = max(base.documents) if number is None else number
+    requests = []
+    for prompt in read_prompts(config, base):
+        request = SampleRequest(prompt, fps, size)
+        row = None if retrieved(prompt) else found.get(caption_of(prompt))
+        if row is not None:
+            request = cut_documents(with_found(request, row, instruct=base.stage == "stage2"), learned)
+        requests.append(request if number is None else cut_documents(request, number))
+    if config.prompts_uri:
+        rows = requests_in_shards(
+            config.prompts_uri, config.rows, fps=fps, original_size_px=size, split=config.split
+        )
+        requests += [cut_documents(row, learned) for row in rows]
+    if not requests:
+        raise ConfigError("no prompts", cure='give a prompt ("A dog runs."), prompts_file or prompts_uri')
+    return requests
+
+
+def plan_videos(config: SampleConfig, base: StageConfig, found: Found = NOTHING) -> list[SampleRequest]:
+    """One request for each prompt and seed, with the documents that the config chooses.
+
+    Args:
+        config: what to sample.
+        base: config of the model's training.
+        found: what was retrieved for the captions of prompts in words.
+
+    Raises:
+        ConfigError: no prompts, or nothing to shuffle.
+    """
+    requests = read_requests(config, base, found)
+    if config.documents == "shuffled":
+        having = sum(bool(retrieved(request.prompt)) for request in requests)
+        if having < 2:
+            raise ConfigError(
+                f"documents shuffled: {having} of {len(requests)} prompts have documents",
+                legal="at least two, of a run that learned with documents",
+                cure="give more prompts, of shards with --set rows=N, or in words with --memory",
+            )
+    turns = [
+        [replace(request, seed=seed) for request in choose_documents(requests, config.documents, seed)]
+        for seed in config.seeds
+    ]
+    return [request for prompt in zip(*turns, strict=True) for request in prompt]
