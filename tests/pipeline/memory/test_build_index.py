@@ -17,8 +17,9 @@ from infra.clip import ClipConfig
 from infra.errors import ConfigError, DataError, TooManyFailuresError
 from infra.storage import exists, filesystem
 from pipeline.memory import open_memory
-from pipeline.memory.build_index import BuildIndexConfig, check, preflight, run
+from pipeline.memory.build_index import BuildIndexConfig, check, index, preflight, run
 from pipeline.memory.build_index.duplicates import DedupConfig
+from pipeline.memory.build_index.index import IndexConfig
 from pipeline.memory.retrieve import RetrieveConfig
 from pipeline.memory.search import SearchConfig
 from pipeline.memory.search import run as search
@@ -130,6 +131,26 @@ def test_too_many_failures_and_no_document_at_all_are_errors(
     assert read_certificate(tmp_path / "empty") is None
 
 
+@pytest.mark.ray
+def test_an_index_that_is_refused_costs_no_embedding(
+    ray_cluster: None, tiny: ClipConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its recall can't be known before; what was embedded is used again, with the declared floor changed."""
+    clips, out = corpus(tmp_path / "corpus", range(60)), tmp_path / "memory"
+    asked = {"clip": tiny, "shard_rows": 40, "rows_per_unit": 20}
+    wanted = IndexConfig(min_rows=1, recall=0.99, columns=("image_embedding",))
+    with monkeypatch.context() as patch:
+        patch.setattr(index, "LADDER", ((1, 1),))  # one bit a dimension, nothing scored again
+        with pytest.raises(DataError, match=r"recall@10 of image_embedding.*cure: index\.recall=0\."):
+            run(config(out, clips, index=wanted, **asked))
+        assert read_certificate(out) is None
+    for file in (tmp_path / "corpus").glob("*.png"):
+        file.unlink()  # who embeds again finds nothing
+    certificate = run(config(out, clips, index=wanted, **asked))
+    assert certificate.num_out == 60 and certificate.facts["indexes"]["image_embedding"]["recall"] >= 0.99
+    assert open_memory(str(out)).num_documents == 60
+
+
 def test_shards_of_another_size_are_refused_while_a_build_is_unfinished(tmp_path: Path) -> None:
     clips = write_clips(tmp_path / "clips", [clip_row(picture(tmp_path / "1.png", 1), "a wave")])
     first = config(tmp_path / "memory", clips)
@@ -150,6 +171,8 @@ def test_bad_inputs_are_refused_before_anything_starts(tmp_path: Path, monkeypat
     clips = write_clips(tmp_path / "clips", [clip_row(picture(tmp_path / "1.png", 1), "a wave")])
     with pytest.raises(ConfigError, match="no CLIP named 'ViT-Q'"):
         check(config(out, clips, clip=ClipConfig(name="ViT-Q")))
+    with pytest.raises(ConfigError, match=r"index\.columns.*document_embedding"):
+        BuildIndexConfig.load(options={"clips": [clips], "out": str(out), "index.columns": ["image"]})
     assert "up to 1 documents" in check(config(out, clips))
     assert "up to 1 documents" in check(config(out, clips, clip=ClipConfig()))  # the hub isn't asked
     monkeypatch.setattr(preflight, "free_bytes", lambda place: 50_000)

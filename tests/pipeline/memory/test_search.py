@@ -89,6 +89,18 @@ def test_an_index_is_held_to_its_floor(tmp_path: Path) -> None:
     assert [hits[0].docs[0], hits[1].docs[0]] == [7, 8]
 
 
+def test_a_caption_that_many_share_lowers_no_recall(tmp_path: Path) -> None:
+    """Which of its equally near documents are found is as good."""
+    rows = documents(300)
+    same = pa.concat_arrays([rows["text_embedding"].combine_chunks().slice(0, 1)] * 300)
+    rows = rows.set_column(
+        rows.schema.get_field_index("text_embedding"), rows.schema.field("text_embedding"), same
+    )
+    wanted = IndexConfig(min_rows=100, recall=0.99, columns=("text_embedding",))
+    make_memory(str(tmp_path / "m"), rows, index=wanted)
+    assert open_memory(str(tmp_path / "m")).certificate.facts["indexes"]["text_embedding"]["recall"] == 1
+
+
 def test_a_picture_finds_itself_and_words_find_themselves(memory: Memory, clip: Clip) -> None:
     rows = memory.take(range(COUNT), ["text", "image"]).to_pylist()
     ask = searcher(memory, clip, retriever="clip", against="image")
