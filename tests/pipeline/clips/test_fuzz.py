@@ -229,7 +229,7 @@ def test_no_table_or_sidecar_ends_a_crawl(tmp_path, name, seconds):
             rows = [row for item in items for row in inspect_parent(item.to_json(), found, "whole", FILTERS)]
             pa.Table.from_pylist(rows, schema=CLIPS)
 
-    run_all(read, [seeds[name]], seconds / 2, 3)
+    run_all(read, [seeds[name]], seconds, 3)
 
 
 FILTERS = CrawlConfig(sources=(), out="out").filters
