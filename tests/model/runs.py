@@ -78,7 +78,9 @@ class Driver:
         log = (folder / "driver.log").open("ab")
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-c", CODE, "stage1", "--config", str(folder / "config.yaml")]
-        self.process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+        self.process = subprocess.Popen(
+            command, stdout=log, stderr=log, env=environment, start_new_session=True
+        )
         log.close()
 
     @property
