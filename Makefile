@@ -38,11 +38,11 @@ docs: $(READY) ## write docs/config.md, the reference of all config fields, from
 
 test: lint ## lint, then every test that is not slow
 	@echo "Every test that is not slow; the slow ones too: make test-all"
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" $(ARGS)
 
 test-all: lint ## also the slow ones: kill sweeps, learning, long laws
 	@echo "Every test, the slow ones too: this takes long"
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 bench: $(READY) ## the benchmarks of tests/bench, one after the other, as tables; some ask for arguments
 	@for file in tests/bench/bench_*.py; do echo "== $$file"; $(BIN)/python $$file || echo "not run: $$?"; done

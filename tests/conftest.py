@@ -7,6 +7,10 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+# One thread a process: two processes with two threads each wait for one another over tiny tensors, and take
+# three times the processor's time. Read when torch and NumPy are first imported; Ray's workers inherit it.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 settings.register_profile("no clock", deadline=None)  # a slow machine is not a broken law
 settings.load_profile("no clock")
 

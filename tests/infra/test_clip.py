@@ -2,7 +2,6 @@
 
 import io
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -109,16 +108,7 @@ def test_offline_clip_knows_a_photograph(offline: Clip) -> None:
     assert similarity[0].argmax() == 0
 
 
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """Threads that wait for one another cost a busy machine minutes."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def test_offline_picture_tokens_tell_the_colour_of_a_thing(offline: Clip, one_thread: None) -> None:
+def test_offline_picture_tokens_tell_the_colour_of_a_thing(offline: Clip) -> None:
     """Ridge regression from 3x3 tokens to red, green and blue, held out; class names alone give R² .1."""
     rng = np.random.default_rng(0)
     colours = rng.integers(0, 256, (320, 3))

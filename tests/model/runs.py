@@ -24,6 +24,7 @@ from model.training.config import Stage1Config, StageConfig
 from model.training.loop import Training
 from model.training.preflight import prepare_index, read_index
 from model.training.state import hash_tensors, state_of
+from tests.processes import descendants
 
 ROOT = Path(__file__).parents[2]
 CODE = "from cli.train import main; main()"
@@ -61,7 +62,6 @@ def unbroken(config: StageConfig, steps: int) -> dict[str, Any]:
 
 def whole_weights_sha256(config: StageConfig, out: Path) -> str:
     """Of the same run to its end, in one go, without Ray."""
-    torch.set_num_threads(1)  # as the workers of these tests
     training = open_training(config.model_copy(update={"out": str(out)}))
     advance(training, config.num_steps)
     found = training.weights_sha256()
@@ -72,11 +72,11 @@ def whole_weights_sha256(config: StageConfig, out: Path) -> str:
 class Driver:
     """`vimi-train stage1` in a process of its own, as a user starts it."""
 
-    def __init__(self, folder: Path, values: dict[str, Any]) -> None:
-        self.folder, self.run = folder, Path(values["out"])
+    def __init__(self, folder: Path, values: dict[str, Any], address: str = "local") -> None:
+        self.folder, self.run, self.address = folder, Path(values["out"]), address
         (folder / "config.yaml").write_text(yaml.safe_dump(values))
         log = (folder / "driver.log").open("ab")
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "RAY_ADDRESS": address}
         command = [sys.executable, "-c", CODE, "stage1", "--config", str(folder / "config.yaml")]
         self.process = subprocess.Popen(
             command, stdout=log, stderr=log, env=environment, start_new_session=True
@@ -106,20 +106,8 @@ class Driver:
 
     def worker(self) -> int:
         """Pid of the Ray Train worker that descends from this driver."""
-        parents, names = {}, {}
-        for entry in Path("/proc").iterdir():
-            if entry.name.isdigit():
-                try:
-                    status = (entry / "stat").read_text()
-                    names[int(entry.name)] = (entry / "cmdline").read_bytes()
-                except OSError:
-                    continue
-                parents[int(entry.name)] = int(status.rpartition(")")[2].split()[1])
-        for pid, name in names.items():
-            above = pid
-            while above in parents and above != self.process.pid:
-                above = parents[above]
-            if above == self.process.pid and b"RayTrainWorker" in name:
+        for pid, name in descendants(self.process.pid).items():
+            if "RayTrainWorker" in name:
                 return pid
         raise AssertionError("no training worker")
 
@@ -142,7 +130,6 @@ def on_ranks(world: int, values: dict[str, Any], report: Path, steps: int) -> di
 
 
 def _rank(rank: int, world: int, port: str, values: dict[str, Any], report: str, steps: int) -> None:
-    torch.set_num_threads(1)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
     dist.init_process_group("gloo", rank=rank, world_size=world)
     config = Stage1Config.model_validate(values)

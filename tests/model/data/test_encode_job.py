@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,15 +34,6 @@ from model.training.validate import Preview, Validation
 from pipeline.prompts.encode import Worker, plan_units
 
 Values = Callable[..., dict[str, Any]]
-
-
-@pytest.fixture(autouse=True)
-def as_many_threads_as_a_worker() -> Iterator[None]:
-    """Ray gives a worker of one CPU one thread; the last bits of a sum depend on how many share it."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def encode(values: dict[str, Any], out: Path, **changes: Any) -> tuple[EncodeConfig, Certificate]:

@@ -36,20 +36,23 @@ def relative_distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tenso
     return float((mine - theirs).norm() / theirs.norm())
 
 
-@pytest.mark.parametrize("mode", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
-def test_two_ranks_see_the_samples_of_one_and_end_alike(
-    stage_values: Values, tmp_path: Path, mode: str
+@pytest.mark.parametrize(
+    ("world", "mode"),
+    [(3, "fsdp"), *(pytest.param(2, mode, marks=pytest.mark.slow) for mode in ("fsdp", "ddp"))],
+)
+def test_ranks_see_the_samples_of_one_and_end_alike(
+    stage_values: Values, tmp_path: Path, world: int, mode: str
 ) -> None:
+    """Also uneven ones: of four samples on three ranks, one of them takes two."""
     values = stage_values(parallel={"mode": mode}, self_condition_rate=0.5)
-    two = on_ranks(2, values | {"out": str(tmp_path / "two")}, tmp_path / "two.json", 4)
+    many = on_ranks(world, values | {"out": str(tmp_path / "many")}, tmp_path / "many.json", 4)
     ids, expected = alone(values | {"out": str(tmp_path / "one")}, 4)
-    assert two["ids"] == ids
-    for name, value in weights_at(str(tmp_path / "two")).items():
-        torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=2e-6)
-    # What two ranks wrote, one rank continues.
-    again = open_training(Stage1Config.model_validate(values | {"out": str(tmp_path / "two")}))
+    assert many["ids"] == ids
+    assert relative_distance(weights_at(str(tmp_path / "many")), expected) < 1e-6
+    # What many ranks wrote, one rank continues.
+    again = open_training(Stage1Config.model_validate(values | {"out": str(tmp_path / "many")}))
     assert again.position == 16
-    assert again.weights_sha256() == two["sha"]
+    assert again.weights_sha256() == many["sha"]
     advance(again, 1)
     again.close()
 
@@ -65,15 +68,6 @@ def test_hybrid_sharding_ends_like_one_rank(
     ids, expected = alone(values | {"out": str(tmp_path / "one")}, 4)
     assert four["ids"] == ids
     assert relative_distance(weights_at(str(tmp_path / "four")), expected) < 1e-6
-
-
-def test_uneven_ranks_see_the_samples_of_one_and_end_alike(stage_values: Values, tmp_path: Path) -> None:
-    """Four samples on three ranks: one of them takes two."""
-    values = stage_values()
-    three = on_ranks(3, values | {"out": str(tmp_path / "three")}, tmp_path / "three.json", 4)
-    ids, expected = alone(values | {"out": str(tmp_path / "one")}, 4)
-    assert three["ids"] == ids
-    assert relative_distance(weights_at(str(tmp_path / "three")), expected) < 1e-6
 
 
 @pytest.mark.slow
@@ -95,11 +89,8 @@ def test_fifty_steps_on_any_ranks_differ_by_rounding(
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_range_of_workers_takes_what_there_is(
-    ray_cluster: None, stage_values: Values, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_range_of_workers_takes_what_there_is(ray_cluster: None, stage_values: Values, tmp_path: Path) -> None:
     """Two CPUs, one to three workers: two of them train, on the samples of one."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     values = stage_values(num_workers="1-3", batch_size=6, samples=60)
     run(Stage1Config.model_validate(values))
     facts = read_facts(RunFolder(values["out"]).latest_checkpoint() or "")

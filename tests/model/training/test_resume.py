@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+import ray
 
 from infra.certificate import read_certificate
+from infra.errors import ConfigError
 from infra.run_folder import RunFolder
 from infra.storage import read_json
 from model.training import driver
@@ -75,7 +76,6 @@ def by_sigkill(config: Stage1Config, cut: int) -> None:
 
 
 def _die(values: dict[str, Any], cut: int) -> None:
-    torch.set_num_threads(1)
     config = Stage1Config.model_validate(values)
     live_until(config, cut, mid_step=lambda: os.kill(os.getpid(), signal.SIGKILL))
 
@@ -92,7 +92,6 @@ FORMS = {"exception": by_exception, "sigkill": by_sigkill, "leave": by_leave}
 
 
 def interrupted(config: Stage1Config, form: str, cuts: list[int], steps: int) -> dict[str, Any]:
-    torch.set_num_threads(1)
     for cut in cuts:
         FORMS[form](config, cut)
     training = open_training(config)
@@ -111,7 +110,6 @@ def test_interrupted_training_equals_unbroken_training(
     stage_values: Values, tmp_path: Path, form: str, cuts: list[int]
 ) -> None:
     values = stage_values(accumulation=2, optim={"name": "lamb", "lr": 1e-2})
-    torch.set_num_threads(1)
     whole = Stage1Config.model_validate(values | {"out": str(tmp_path / "whole")})
     parts = Stage1Config.model_validate(values | {"out": str(tmp_path / "parts")})
     assert interrupted(parts, form, cuts, 8) == unbroken(whole, 8)
@@ -119,7 +117,6 @@ def test_interrupted_training_equals_unbroken_training(
 
 def test_interrupted_muon_equals_unbroken_muon(stage_values: Values, tmp_path: Path) -> None:
     values = stage_values(optim={"name": "muon", "lr": 1e-3})
-    torch.set_num_threads(1)
     whole = Stage1Config.model_validate(values | {"out": str(tmp_path / "whole")})
     parts = Stage1Config.model_validate(values | {"out": str(tmp_path / "parts")})
     assert interrupted(parts, "leave", [2, 3], 5) == unbroken(whole, 5)
@@ -132,7 +129,6 @@ def test_any_cut_of_forty_steps_equals_unbroken_training(
     stage_values: Values, tmp_path: Path, form: str
 ) -> None:
     values = stage_values(accumulation=2, samples=160)
-    torch.set_num_threads(1)
     expected = unbroken(Stage1Config.model_validate(values | {"out": str(tmp_path / "whole")}), 40)
     for cut in range(1, 40):
         parts = Stage1Config.model_validate(values | {"out": str(tmp_path / f"cut-{cut}")})
@@ -142,9 +138,8 @@ def test_any_cut_of_forty_steps_equals_unbroken_training(
 @pytest.mark.ray
 @pytest.mark.slow
 def test_exception_in_user_code_restarts_the_run_to_the_same_end(
-    ray_cluster: None, stage_values: Values, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ray_cluster: None, stage_values: Values, tmp_path: Path
 ) -> None:
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     values = stage_values(samples=48, checkpoint={"every_samples": 12})
     config, marker = Stage1Config.model_validate(values), str(tmp_path / "stumbled")
     open_training(config).close()
@@ -172,7 +167,6 @@ def test_worker_killed_at_every_step_ends_like_an_unbroken_run(
     ray_cluster: None, stage_values: Values, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: int
 ) -> None:
     """One life of the worker more than there are steps, each one step longer than the last."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setattr(driver, "MAX_FAILURES", -1)
     changes = {
         "accumulation": 2,
@@ -189,7 +183,6 @@ def test_worker_killed_at_every_step_ends_like_an_unbroken_run(
 
     fit(config, dying, num_groups=6)
     assert {int(marker.name) for marker in died.iterdir()} == set(range(4, 4 * steps + 1, 4))
-    torch.set_num_threads(1)  # as the workers
     ended = open_training(config)
     assert fingerprint(ended) == unbroken(config.model_copy(update={"out": str(tmp_path / "whole")}), steps)
     ended.close()
@@ -227,7 +220,8 @@ def interrupt(driver: Driver, how: str) -> Driver:
         assert driver.finish() == 130, driver.log[-2000:]
         assert "the same command continues" in driver.log
     assert read_certificate(str(driver.run)) is None
-    return Driver(driver.folder, Stage1Config.load(driver.folder / "config.yaml").model_dump(mode="json"))
+    values = Stage1Config.load(driver.folder / "config.yaml").model_dump(mode="json")
+    return Driver(driver.folder, values, driver.address)
 
 
 @pytest.mark.ray
@@ -240,16 +234,22 @@ def interrupt(driver: Driver, how: str) -> Driver:
         pytest.param("worker told to leave", marks=pytest.mark.slow),
     ],
 )
-def test_interrupted_run_equals_unbroken_run(stage_values: Values, tmp_path: Path, how: str) -> None:
-    samples = 160 if how == "driver killed" else 400  # a kill needs no time to be heard
-    values = stage_values(samples=samples, ray={"num_cpus": 1}, checkpoint={"every_samples": samples // 8})
+def test_interrupted_run_equals_unbroken_run_and_claims_its_folder(
+    ray_cluster: None, stage_values: Values, tmp_path: Path, how: str
+) -> None:
+    # A kill needs no time to be heard, and no session of its own.
+    samples, address = (
+        (120, ray.get_runtime_context().gcs_address) if how == "driver killed" else (400, "local")
+    )
+    changes = {"ray": {"num_cpus": 1}, "checkpoint": {"every_samples": samples // 8}}
+    values = stage_values(samples=samples, trackers=["tensorboard"], **changes)
     config = Stage1Config.model_validate(values)
-    started = Driver(tmp_path, values)
+    started = Driver(tmp_path, values, address)
     started.wait_for_samples(samples // 4)
     last = interrupt(started, how)
     assert last.finish() == 0, last.log[-2000:]
     certificate = read_certificate(config.out, job="stage1")
-    assert certificate is not None
+    assert certificate is not None and certificate.num_out == samples
     assert trained_positions(config.out) == list(range(4, samples + 1, 4))  # as if nothing had happened
     assert certificate.facts["weights_sha256"] == whole_weights_sha256(config, tmp_path / "whole")
     said = {
@@ -258,16 +258,6 @@ def test_interrupted_run_equals_unbroken_run(stage_values: Values, tmp_path: Pat
         "worker told to leave": "saved before it did",
     }
     assert said.get(how, "") in last.log
-
-
-@pytest.mark.ray
-def test_finished_run_is_certified_and_claims_its_folder(ray_cluster: None, stage_values: Values) -> None:
-    from infra.errors import ConfigError
-
-    config = Stage1Config.model_validate(stage_values(trackers=["tensorboard"]))
-    certificate = run(config)
-    assert certificate.num_out == 40 and certificate.job == "stage1"
-    assert trained_positions(config.out) == list(range(4, 41, 4))
     for name in ("curves.png", "config.yaml", "certificate.json", "tensorboard"):
         assert (Path(config.out) / name).exists()
     assert run(config) == certificate  # already complete

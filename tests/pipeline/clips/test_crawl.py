@@ -92,7 +92,7 @@ EXPECTED = {
 }
 
 
-def test_every_bad_file_is_a_row_with_its_reason(ray_cluster, tmp_path, poisoned):
+def test_every_bad_file_is_a_row_with_its_reason_and_is_accounted_for(ray_cluster, tmp_path, poisoned):
     table = crawl(tmp_path / "clips", poisoned)
     assert table.schema.equals(CLIPS)
     found = fates(table)
@@ -103,10 +103,6 @@ def test_every_bad_file_is_a_row_with_its_reason(ray_cluster, tmp_path, poisoned
     rows = table.to_pylist()
     assert all(row["error"] for row in rows if row["status"] != "ok")
     assert {row["media"] for row in rows if row["source_uri"].endswith("film.jpg")} == {"video"}
-
-
-def test_certificate_accounts_for_every_row(ray_cluster, tmp_path, poisoned):
-    table = crawl(tmp_path / "clips", poisoned)
     certificate = read_certificate(str(tmp_path / "clips"), job="crawl")
     counts = Counter(table["status"].to_pylist())
     assert certificate is not None

@@ -10,27 +10,29 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import ray
 
 from infra.certificate import read_certificate
 from pipeline.clips import table
 from pipeline.clips.crawl import CrawlConfig, run
 from pipeline.clips.sources import source_from_path
 from pipeline.journal import Receipts
+from tests.processes import descendants
 
 NUM_VIDEOS, UNITS_IN_HAND = 48, 2  # two workers, one unit each
 SCRIPT = """
-import sys
-from infra.cluster import RayConfig
+import os, sys
+from infra.cluster import RayConfig, ray_session
 from pipeline.clips.crawl import CrawlConfig, run
 from pipeline.clips import table
 from pipeline.clips.sources import source_from_path
 table.ROWS_PER_PART = 17
-run(CrawlConfig(
-    sources=(source_from_path(sys.argv[1]),),
-    out=sys.argv[2],
-    filters={"plugins": ["slowly:slowly"]},
-    ray=RayConfig(num_cpus=2),
-))
+with ray_session(RayConfig(num_cpus=2), {name: os.environ[name] for name in ("PYTHONPATH", "VISITS")}):
+    run(CrawlConfig(
+        sources=(source_from_path(sys.argv[1]),),
+        out=sys.argv[2],
+        filters={"plugins": ["slowly:slowly"]},
+    ))
 """
 PLUGIN = """
 import os, time
@@ -50,11 +52,13 @@ def corpus(tmp_path_factory, write_video) -> Path:
     return root
 
 
-def start(corpus: Path, out: Path, visits: Path) -> "subprocess.Popen[bytes]":
+def start(corpus: Path, out: Path, visits: Path, address: str) -> "subprocess.Popen[bytes]":
+    """A driver of its own process group, with a Ray session of its own or on the tests'."""
     root = Path(__file__).resolve().parents[3]
     tools = visits.parent
     (tools / "slowly.py").write_text(PLUGIN)
     environment = {**os.environ, "PYTHONPATH": f"{root}:{tools}", "VISITS": str(visits)}
+    environment |= {"RAY_ADDRESS": address}
     return subprocess.Popen(
         [sys.executable, "-c", SCRIPT, str(corpus), str(out)],
         env=environment,
@@ -64,28 +68,10 @@ def start(corpus: Path, out: Path, visits: Path) -> "subprocess.Popen[bytes]":
     )
 
 
-def descendants(pid: int) -> dict[int, str]:
-    """Process id -> command line of everything below `pid`."""
-    parents, names = {}, {}
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdigit():
-            try:
-                parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-                names[int(folder.name)] = (folder / "cmdline").read_text().replace("\0", " ")
-            except (OSError, ValueError):
-                continue
-    found: dict[int, str] = {}
-    level = [pid]
-    while level:
-        level = [child for child, parent in parents.items() if parent in level]
-        found |= {child: names.get(child, "") for child in level}
-    return found
-
-
-def kill_one(process: "subprocess.Popen[bytes]", rng: random.Random) -> str:
-    """SIGKILL a Ray worker or a decoding child of this run; which, is drawn."""
+def kill_one(above: int, rng: random.Random) -> str:
+    """SIGKILL a Ray worker or a decoding child below a process; which, is drawn."""
     kind, mark = rng.choice([("worker", "ray::MapBatches"), ("child", "pipeline.media.isolate")])
-    found = [pid for pid, name in sorted(descendants(process.pid).items()) if mark in name]
+    found = [pid for pid, name in sorted(descendants(above).items()) if mark in name]
     for pid in found[: 1 if kind == "child" else None]:
         os.kill(pid, signal.SIGKILL)
         return kind
@@ -93,24 +79,25 @@ def kill_one(process: "subprocess.Popen[bytes]", rng: random.Random) -> str:
 
 
 def crawl_under_fire(
-    corpus: Path, out: Path, visits: Path, seed: int, kills: int, drivers: int
+    corpus: Path, out: Path, visits: Path, seed: int, kills: int, drivers: int, address: str
 ) -> Counter[str]:
     """Kill `kills` processes, the driver `drivers` times among them, restarting as a user would."""
     rng, done, deadline_s = random.Random(seed), Counter[str](), time.monotonic() + 240
-    process = start(corpus, out, visits)
+    process = start(corpus, out, visits, address)
     while time.monotonic() < deadline_s:
         certificate = read_certificate(str(out))
         if process.poll() is not None:
             if certificate is not None:
                 break
-            process = start(corpus, out, visits)  # the same command again
+            process = start(corpus, out, visits, address)  # the same command again
+        above = process.pid if address == "local" else os.getpid()  # whose session the workers belong to
         seen = len(Receipts(str(out))) if certificate is None else NUM_VIDEOS
         if 0 < seen < NUM_VIDEOS:
             if done["driver"] < drivers and seen > NUM_VIDEOS * (done["driver"] + 1) // (drivers + 1):
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
                 done["driver"] += 1
-            elif done.total() - done["driver"] < kills - drivers and (kind := kill_one(process, rng)):
+            elif done.total() - done["driver"] < kills - drivers and (kind := kill_one(above, rng)):
                 done[kind] += 1
         time.sleep(rng.uniform(0.05, 0.3))
     process.wait(timeout=60)
@@ -131,7 +118,8 @@ def test_killed_crawl_equals_unbroken_crawl(ray_cluster, tmp_path, corpus, seed,
     sources = (source_from_path(str(corpus)),)
     second = run(CrawlConfig(sources=sources, out=str(tmp_path / "unbroken")))
     visits = tmp_path / "visits"
-    done = crawl_under_fire(corpus, tmp_path / "clips", visits, seed, kills, drivers)
+    address = "local" if seed else ray.get_runtime_context().gcs_address  # a start of Ray costs seconds
+    done = crawl_under_fire(corpus, tmp_path / "clips", visits, seed, kills, drivers, address)
     assert done.total() >= kills // 2, f"too few kills to mean something: {done}"
     assert done["driver"] == drivers
     assert outputs(tmp_path / "clips") == outputs(tmp_path / "unbroken")

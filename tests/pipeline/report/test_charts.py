@@ -14,7 +14,7 @@ from pipeline.report.statistics import smooth
 NUMBERS = st.lists(st.tuples(st.floats(width=32), st.floats(width=32)), max_size=30)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=10)
 @given(NUMBERS, NUMBERS)
 def test_line_charts_are_valid_for_any_numbers(one: list[tuple[float, float]], two: list[tuple[float, float]]):
     series = [Series("a", [x for x, _ in p], [y for _, y in p], "raw") for p in (one, two)]
@@ -25,7 +25,7 @@ def test_line_charts_are_valid_for_any_numbers(one: list[tuple[float, float]], t
     assert bool(chart) == any(math.isfinite(x) and math.isfinite(y) for x, y in one + two)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=10)
 @given(st.lists(st.floats(width=32), max_size=50))
 def test_histograms_are_valid_for_any_numbers(values: list[float]):
     chart = histogram([Series("a", values, [], "one")], x_label="x", title="t")

@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import pytest
 from infra.certificate import read_certificate
 from infra.storage import list_files
 from pipeline.prompts.augment import AugmentConfig, run
+from tests.processes import descendants
 
 pytestmark = pytest.mark.ray
 
@@ -49,23 +49,6 @@ def start(config: Path, address: str) -> subprocess.Popen[bytes]:
     )
 
 
-def workers() -> Iterator[int]:
-    """Workers of this process's own Ray session that are running a block just now."""
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            if (folder / "cmdline").read_bytes().startswith(b"ray::MapBatches(BlockRunner)"):
-                raylet = parent(int(folder.name))
-                if parent(raylet) == os.getpid():  # never those of a stranger's session
-                    yield int(folder.name)
-        except OSError:
-            continue
-
-
-def parent(pid: int) -> int:
-    stat = Path(f"/proc/{pid}/stat").read_text()
-    return int(stat.rpartition(")")[2].split()[1])
-
-
 def stop_somewhere(config: Path, out: Path, address: str, seed: int) -> bool:
     """Start the job and kill the driver or a worker of it at a drawn moment; was anything killed?"""
     draw = random.Random(seed)
@@ -77,7 +60,8 @@ def stop_somewhere(config: Path, out: Path, address: str, seed: int) -> bool:
         time.sleep(draw.random() * 0.05)
         if driver.poll() is not None:
             return False
-        found = list(workers())
+        below = descendants(os.getpid())  # never those of a stranger's session
+        found = [pid for pid, name in below.items() if name.startswith("ray::MapBatches(BlockRunner)")]
         if draw.random() < 0.4 and found:
             os.kill(draw.choice(found), signal.SIGKILL)
             driver.wait(timeout=240)  # Ray runs the lost block again
