@@ -22,8 +22,7 @@ from infra.progress import say
 from infra.run_folder import COMMITTED
 from infra.storage import join, read_bytes, user_cache, write_bytes, write_json
 from model.data.shards import open_shards
-from model.evaluate.cache import FeatureCache
-from model.evaluate.extract import Extractor
+from model.evaluate.extract import Extractor, FeatureCache
 from model.evaluate.metric import Metric
 from model.evaluate.networks import NETWORKS, NetworkConfig, network_of
 from model.evaluate.results import SIDES, in_words, make_results, remarks

@@ -1,13 +1,11 @@
 """Metrics that compare two sets of features, or look at one as a whole: their shared parts."""
 
 from collections.abc import Sequence
-from typing import ClassVar
 
 import numpy as np
 
 from infra.errors import DataError
-from model.evaluate.frechet import Moments, frechet_distance
-from model.evaluate.kernel import KernelSums
+from model.evaluate.distances import KernelSums, Moments, frechet_distance
 from model.evaluate.metric import FOLDS, Features, Metric, Score, Video, jackknife, rounded
 
 WIDE = 1024
@@ -100,7 +98,6 @@ class InceptionScore(Metric):
 
     better = "higher"
     is_biased = True
-    temperature: ClassVar[float] = 1.0
 
     def __init__(self) -> None:
         self.counts, self.entropies = np.zeros(FOLDS), np.zeros(FOLDS)

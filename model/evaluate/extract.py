@@ -1,4 +1,9 @@
-"""Features of one video and of its prompt: from the cache, else by the networks that are still missing."""
+"""Features of one video and of its prompt: from the cache, else by the networks that are still missing.
+
+The cache is a folder that any number of evaluations and workers share. It keeps features by what they are a
+function of: the video's bytes, the network, and what it saw of the video. One small file each,
+`ab/abcdef....npy`, with the hash of its own bytes: a damaged one counts as absent.
+"""
 
 import io
 from collections.abc import Callable, Mapping, Sequence
@@ -9,12 +14,62 @@ import numpy as np
 import torch
 from PIL import Image
 
+from infra.config import canonical_json
+from infra.errors import DataError
 from infra.pictures import decode_picture
-from model.evaluate.cache import FeatureCache
+from infra.storage import join, read_bytes, write_bytes
 from model.evaluate.networks import NETWORKS, Network, NetworkConfig, network_of, opener
 
 Keys = dict[str, str]
 """Feature -> its key in the cache."""
+MAX_REFERENCES = 8
+"""Reference pictures of a prompt that are looked at. Ours."""
+
+
+class FeatureCache:
+    """Features in a folder; see above."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+
+    @staticmethod
+    def key(*parts: Any) -> str:
+        """Of plain values that decide the features."""
+        return sha256(canonical_json(parts)).hexdigest()
+
+    def get(self, key: str) -> np.ndarray | None:
+        """The features; None where there are none, or damaged ones."""
+        try:
+            data = read_bytes(self._place(key))
+        except FileNotFoundError:
+            return None
+        digest, body = data[:32], data[32:]
+        if sha256(body).digest() != digest:
+            return None
+        return np.load(io.BytesIO(body), allow_pickle=False)
+
+    def require(self, key: str) -> np.ndarray:
+        """The features that a worker has put here.
+
+        Raises:
+            DataError: they are gone.
+        """
+        found = self.get(key)
+        if found is None:
+            raise DataError(
+                f"features {key[:12]}... are gone from {self.folder} or damaged; cure: delete the journal "
+                "folder of the output and run the same command again"
+            )
+        return found
+
+    def put(self, key: str, features: np.ndarray) -> None:
+        buffer = io.BytesIO()
+        np.save(buffer, features, allow_pickle=False)
+        body = buffer.getvalue()
+        write_bytes(self._place(key), sha256(body).digest() + body)
+
+    def _place(self, key: str) -> str:
+        return join(self.folder, key[:2], f"{key}.npy")
 
 
 class Extractor:
@@ -88,7 +143,7 @@ class Extractor:
         Raises:
             PictureError: one of them is no picture.
         """
-        found, some = {}, list(pictures)[: self.config.max_references]
+        found, some = {}, list(pictures)[:MAX_REFERENCES]
         digests = [sha256(picture).hexdigest() for picture in some]
         for name in self.names if some else ():
             if name.endswith("_references"):

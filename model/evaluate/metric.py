@@ -1,4 +1,4 @@
-"""The interface of a metric, and how intervals come about; each metric is a file in `metrics/`.
+"""The interface of a metric, and how intervals come about; the metrics themselves are in `metrics.py`.
 
     class Mine(MeanMetric):                 one number a video
         name, needs, better = "mine", ("clip",), "higher"

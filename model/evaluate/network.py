@@ -15,7 +15,6 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import torch
 from PIL import Image
-from pydantic import Field
 
 from infra.clip import ClipConfig
 from infra.clip.model import hash_weights
@@ -54,8 +53,6 @@ class NetworkConfig(Config):
     """C3D of UCF101 as TorchScript: float32 `1 3 t 112 112` in 0..255 -> logits or probabilities."""
     raft: NameOrFile | None = None
     """RAFT as torchvision has it (raft_large_C_T_SKHT_V2-ff5fadd5.pth), a file of tensors."""
-    max_references: int = Field(default=8, ge=1, le=1000)
-    """Reference pictures of a prompt that are looked at."""
 
 
 @contextmanager

@@ -11,8 +11,7 @@ from typing import Any
 
 import torch
 
-from model.evaluate.cache import FeatureCache
-from model.evaluate.extract import Extractor
+from model.evaluate.extract import Extractor, FeatureCache
 from model.evaluate.metric import WARN_N, Features, Metric, Score, Video
 from model.evaluate.networks import NetworkConfig
 from model.evaluate.scores import Setting, digest, entry, folds_of, score

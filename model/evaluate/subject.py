@@ -1,4 +1,4 @@
-"""Finds a prompt's subjects in frames, as MSRVTT-Personalization does, and looks at them by DINO.
+"""DINO's look at frames, and at a prompt's subjects alone, found in them as MSRVTT-Personalization does.
 
 word ─ GroundingDINO ─▶ best box above .4 ─ SAM ─▶ best mask above .9 ─▶ the subject alone, on white,
 padded to a square, 224 pixels ─ DINO ─▶ class token; zeros where it was not found
@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from PIL import Image
 
-from model.evaluate.dino import DinoNetwork
 from model.evaluate.network import (
     Network,
     NetworkConfig,
@@ -27,6 +26,42 @@ MIN_BOX, MIN_TEXT, MIN_MASK = 0.4, 0.25, 0.9
 SIDE_PX = 224
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 Box = tuple[float, float, float, float]
+
+
+class DinoNetwork(Network):
+    """Class tokens of a DINO ViT, `t d`."""
+
+    name = "dino"
+
+    @classmethod
+    def find(cls, config: NetworkConfig) -> str:
+        return find_pretrained(config.dino, "DINO", field="dino")
+
+    @cached_property
+    def parts(self) -> tuple[Any, Any]:
+        from transformers import AutoImageProcessor, AutoModel
+
+        self.find(self.config)
+        return load_pretrained(
+            self.config.dino,
+            "DINO",
+            processor=AutoImageProcessor,
+            model=AutoModel,
+            device=self.device,
+            use_fast=False,
+        )
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        processor, model = self.parts
+        how = {key: value for key, value in processor.to_dict().items() if key != "_processor_class"}
+        return {**pretrained_identity(self.config.dino, model), "preprocessing": how}
+
+    def __call__(self, frames: np.ndarray) -> np.ndarray:
+        processor, model = self.parts
+        pixels = processor(images=[Image.fromarray(frame) for frame in frames], return_tensors="pt")
+        with exactly():
+            return model(**pixels.to(self.device)).last_hidden_state[:, 0].float().cpu().numpy()
 
 
 class SubjectNetwork(Network):

@@ -13,8 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from model.evaluate.cache import FeatureCache
-from model.evaluate.extract import Extractor
+from model.evaluate.extract import Extractor, FeatureCache
 from model.evaluate.metric import Video
 from model.evaluate.metrics import METRICS
 from model.evaluate.networks import NetworkConfig

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from infra.errors import DataError
-from model.evaluate.frechet import FINE, Moments, frechet_distance, symmetric_root
+from model.evaluate.distances import FINE, Moments, frechet_distance, symmetric_root
 
 
 def moments(x: np.ndarray) -> Moments:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from infra.errors import ConfigError, DataError
-from model.evaluate.frechet import Moments, frechet_distance
+from model.evaluate.distances import Moments, frechet_distance
 from model.evaluate.i3d import pad_same
 from model.evaluate.networks import I3dNetwork, NetworkConfig
 from model.evaluate.weights import I3D_FILE, I3D_SHA256, i3d_bytes, read_arrays

@@ -7,7 +7,7 @@ import pytest
 import scipy.special
 
 from infra.errors import ConfigError, DataError
-from model.evaluate.kernel import KernelSums
+from model.evaluate.distances import KernelSums
 from model.evaluate.metric import FOLDS, Features, MeanMetric, Video, bootstrap, jackknife
 from model.evaluate.metrics import METRICS
 from model.evaluate.networks import NETWORKS, NetworkConfig, network_of

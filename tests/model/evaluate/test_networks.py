@@ -12,8 +12,7 @@ from torch.nn import functional as F
 
 from infra.errors import ConfigError
 from infra.storage import write_bytes
-from model.evaluate.cache import FeatureCache
-from model.evaluate.extract import Extractor
+from model.evaluate.extract import Extractor, FeatureCache
 from model.evaluate.networks import NETWORKS, Motion, Network, NetworkConfig, opener, resize, squeeze
 from model.evaluate.subject import SubjectNetwork, alone, square
 

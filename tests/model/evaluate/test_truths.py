@@ -10,7 +10,7 @@ import torch
 from PIL import Image, ImageFilter
 
 from infra.errors import ConfigError
-from model.evaluate.frechet import Moments, frechet_distance
+from model.evaluate.distances import Moments, frechet_distance
 from model.evaluate.networks import ClipNetwork, I3dNetwork, NetworkConfig
 from pipeline.evaluate.decode import leading_frames
 
