@@ -14,7 +14,7 @@ from typing import Any
 
 from pydantic import Field
 
-from infra.certificate import Certificate, file_entries
+from infra.certificate import Certificate, FileEntry, file_entries
 from infra.cluster import is_cluster, wants_gpus
 from infra.config import Incidental, Location
 from infra.errors import ConfigError
@@ -218,20 +218,23 @@ def look(config: EvaluateConfig, plan: Plan) -> Receipts:
     has_gpu = wants_gpus(config.ray)
     workers: dict[str, Any] = {"num_workers": config.num_workers, "actors": has_gpu, "num_gpus": float(has_gpu)}
     if plan.sample is not None:
-        make_videos(config, plan.sample, len(plan.videos["sampled"]), workers)
+        make_videos(config, plan.sample, plan, workers)
     make = partial(make_extractor, config, plan.features, "cuda" if has_gpu else "cpu")
     units = sampled(plan).units
     worker = partial(EvaluateWorker, make, config.frames, config.timeout_s)
     return run_units(config.out, units, worker, what="evaluate", total=len(units), units_per_task=4, **workers)
 
 
-def make_videos(config: EvaluateConfig, sample: SampleConfig, count: int, workers: dict[str, Any]) -> None:
+def make_videos(config: EvaluateConfig, sample: SampleConfig, plan: Plan, workers: dict[str, Any]) -> None:
     """Sample what is missing into the folder `videos` of the output."""
+    count = len(plan.videos["sampled"])
     units = [Unit(f"sample/{payload['first']:06d}", payload) for payload in batches(sample, count)]
     worker = partial(SampleWorker, sample)
     receipts = run_units(config.out, units, worker, what="sample", total=len(units), **workers)
-    entries = [entry for _, made in receipts.in_order(units) for entry in made["entries"]]
-    generate.tell_samples(sample, find_checkpoint(sample.run), entries)
+    made = [receipt for _, receipt in receipts.in_order(units)]
+    entries = [entry for receipt in made for entry in receipt["entries"]]
+    files = [FileEntry(**file) for receipt in made for file in receipt["files"]]
+    generate.certify(sample, find_checkpoint(sample.run), entries, files, inputs=plan.inputs)
 
 
 def sampled(plan: Plan) -> Plan:

@@ -189,38 +189,58 @@ def check_files(folder: str, entries: Iterable[FileEntry]) -> None:
     Raises:
         DataError: a file is missing, truncated or changed.
     """
-    if os.environ.get(TRUST, "0") not in ("", "0"):
+    if is_trusted():
         return
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda entry: _check_file(join(absolute(folder), entry.path), entry), entries))
 
 
-def _check_file(place: str, entry: FileEntry) -> None:
+def is_trusted() -> bool:
+    """Whether the user asked for no comparisons of files with what they should be."""
+    return os.environ.get(TRUST, "0") not in ("", "0")
+
+
+def has_hash(place: str, sha256: str) -> bool:
+    """Whether the file has this hash; it is read through once a process, and again when it has changed."""
+    return _has_hash(place, sha256, _look(place))
+
+
+def _look(place: str) -> pafs.FileInfo:
+    fs, path = filesystem(place)
+    return fs.get_file_info(path)
+
+
+def _has_hash(place: str, sha256: str, info: pafs.FileInfo) -> bool:
+    state = (sha256, info.size, info.mtime_ns)
     with _locks[place]:
-        fs, path = filesystem(place)
-        info = fs.get_file_info(path)
-        state = (entry.sha256, info.size, info.mtime_ns)
-        if _checked.get(place) == state:
-            return
-        if info.type != pafs.FileType.File:
-            wrong = "is missing"
-        elif info.size != entry.num_bytes or sha256_file(place) != entry.sha256:
-            wrong = "is not the file that was certified: it was damaged or changed"
-        else:
+        if _checked.get(place) != state and sha256_file(place) == sha256:
             _checked[place] = state
-            return
-        raise DataError(f"{place} {wrong}; cure: restore it, or delete its folder and make it again")
+        return _checked.get(place) == state
 
 
-def check_certified(uri: str) -> None:
+def _check_file(place: str, entry: FileEntry) -> None:
+    info = _look(place)
+    if info.type != pafs.FileType.File:
+        wrong = "is missing"
+    elif info.size != entry.num_bytes or not _has_hash(place, entry.sha256, info):
+        wrong = "is not the file that was certified: it was damaged or changed"
+    else:
+        return
+    raise DataError(f"{place} {wrong}; cure: restore it, or delete its folder and make it again")
+
+
+def check_certified(uri: str, *, must_list: bool = True) -> None:
     """`check_files` for one file by its place: its certificate lies beside it.
+
+    Args:
+        uri: of the file.
+        must_list: False = it may also be a user's own file, which no certificate lists.
 
     Raises:
         DataError: it is missing, truncated or changed, or its certificate doesn't list it.
     """
     folder, _, name = absolute(uri).rpartition("/")
-    fs, path = filesystem(join(folder, CERTIFICATE))
-    info = fs.get_file_info(path)
+    info = _look(join(folder, CERTIFICATE))
     if info.type == pafs.FileType.NotFound:
         return  # nothing was promised
     state, listed = _listed.get(folder, (None, {}))
@@ -229,5 +249,7 @@ def check_certified(uri: str) -> None:
         listed = {entry.path: entry for entry in certificate.files} if certificate else {}
         _listed[folder] = (info.size, info.mtime_ns), listed
     if name not in listed:
+        if not must_list:
+            return
         raise DataError(f"{uri} is not in the certificate of its folder; cure: make that folder again")
     check_files(folder, [listed[name]])

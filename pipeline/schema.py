@@ -50,6 +50,7 @@ class Status(StrEnum):
     WRONG_TYPE = "wrong_type"
     NO_VIDEO = "no_video"
     UNDECODABLE = "undecodable"
+    CHANGED = "changed"
     BAD_CAPTION = "bad_caption"
     BAD_RANGE = "bad_range"
     BAD_ROW = "bad_row"

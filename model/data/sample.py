@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from infra.certificate import has_hash, is_trusted
 from infra.errors import DataError
 from infra.pictures import PictureError, decode_picture
 from infra.storage import absolute, is_remote
@@ -107,6 +108,9 @@ def read_target(row: dict[str, Any], bucket: Bucket) -> tuple[np.ndarray, float]
     uri = row["source_uri"]
     if is_remote(uri):
         raise DataError(f"target of prompt {row['prompt_id']} is a reference to {uri}: not a local file")
+    sha256 = row.get("source_sha256")
+    if sha256 and not is_trusted() and not has_hash(absolute(uri), sha256):
+        raise DataError(f"target of prompt {row['prompt_id']}: {uri} holds other bytes than the crawl found")
     if bucket.media == "image":
         return read_picture(absolute(uri), bucket.num_frames), 1.0
     return decode_video(

@@ -51,7 +51,7 @@ def batches(config: SampleConfig, count: int) -> Iterator[dict[str, int]]:
 
 
 class SampleWorker:
-    """Payload of `batches` -> receipt with the entries of samples.json."""
+    """Payload of `batches` -> receipt with the entries of samples.json and of the certificate."""
 
     def __init__(self, config: SampleConfig) -> None:
         torch.set_num_threads(1)  # sums depend on it
@@ -68,13 +68,14 @@ class SampleWorker:
     def __call__(self, payload: dict[str, int]) -> dict[str, Any]:
         first, count = payload["first"], payload["count"]
         requests = self.requests[first : first + count]
-        entries = []
+        entries, files = [], []
         for number, (request, video) in enumerate(
             zip(requests, self.sampler.videos(requests), strict=True), first
         ):
-            entry, _ = self.sampler.write(video_name(number), request, video)
+            entry, written = self.sampler.write(video_name(number), request, video)
             entries.append(entry)
-        return {"entries": entries}
+            files += [file.model_dump() for file in written]
+        return {"entries": entries, "files": files}
 
 
 def system_of(config: SampleConfig, checkpoint: str, num_with_documents: int) -> dict[str, Any]:

@@ -77,22 +77,19 @@ def run(config: SampleConfig, found: Found = NOTHING) -> Certificate:
             files += written
             progress.add()
     progress.close()
-    tell_samples(config, uri, entries)
-    certificate = Certificate(
-        job="sample",
-        config_hash=config.hash(),
-        num_in=len(work),
-        num_out=len(entries),
-        files=files,
-        inputs=inputs,
-        wall_s=time.monotonic() - started_s,
-    )
-    write_certificate(config.out, certificate)
-    return certificate
+    return certify(config, uri, entries, files, inputs=inputs, wall_s=time.monotonic() - started_s)
 
 
-def tell_samples(config: SampleConfig, checkpoint: str, entries: Sequence[dict[str, Any]]) -> None:
-    """Write samples.json beside the videos of a checkpoint."""
+def certify(
+    config: SampleConfig,
+    checkpoint: str,
+    entries: Sequence[dict[str, Any]],
+    files: Sequence[FileEntry],
+    *,
+    inputs: dict[str, str],
+    wall_s: float = 0.0,
+) -> Certificate:
+    """Write samples.json beside the videos of a checkpoint, and the certificate of all of them."""
     write_samples(
         config.out,
         entries,
@@ -101,6 +98,17 @@ def tell_samples(config: SampleConfig, checkpoint: str, entries: Sequence[dict[s
         ema=config.ema,
         documents=config.documents,
     )
+    certificate = Certificate(
+        job="sample",
+        config_hash=config.hash(),
+        num_in=len(entries),
+        num_out=len(entries),
+        files=list(files),
+        inputs=inputs,
+        wall_s=wall_s,
+    )
+    write_certificate(config.out, certificate)
+    return certificate
 
 
 def _hash_of_checkpoint(uri: str) -> str:

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from infra.certificate import check_certified
 from infra.pictures import PictureError
 from infra.storage import read_bytes, sha256_file
 from pipeline.evaluate.decode import FrameConfig, arguments, target_part
@@ -14,7 +15,7 @@ from pipeline.evaluate.videos import Payload
 from pipeline.journal import Receipt
 from pipeline.media.clip import target_frames
 from pipeline.media.isolate import Isolated
-from pipeline.media.store import PIECE, read_media, row_errors
+from pipeline.media.store import PIECE, open_media, read_media, row_errors
 from pipeline.schema import RowError, Status, TargetKind, content_id
 from pipeline.shards import ShardSet
 
@@ -46,6 +47,7 @@ class EvaluateWorker:
         self.shards: dict[str, ShardSet] = {}
 
     def __call__(self, payload: Payload) -> Receipt:
+        payload = self._certified(payload)
         try:
             with row_errors():
                 found = self._features(payload)
@@ -53,6 +55,19 @@ class EvaluateWorker:
             reason = str(error).replace(payload["uri"].removesuffix("#file"), payload["name"])
             return {"status": error.status.value, "error": reason, "notes": {error.status.value: 1}}
         return {"status": Status.OK.value, **found, "notes": {}}
+
+    def _certified(self, payload: Payload) -> Payload:
+        """The payload, with the target of a row that carries one.
+
+        Raises:
+            DataError: an output of ours is not as its job certified it: that is no fate of a row.
+        """
+        if payload["kind"] == "row":
+            return {**payload, "target": self._target(payload)}
+        files = [payload["uri"].removesuffix("#file")] if payload["kind"] == "file" else []
+        for file in [*files, *(payload["prompt"] or {}).get("references", ())]:
+            check_certified(file, must_list=False)
+        return payload
 
     def _features(self, payload: Payload) -> dict[str, Any]:
         video_id, digest = self._id(payload)
@@ -76,14 +91,18 @@ class EvaluateWorker:
     def _id(self, payload: Payload) -> tuple[str, str]:
         """What the frames are a function of: the part of the bytes, and their sha256."""
         if payload["kind"] == "row":
-            digest = sha256(self._target(payload)["data"]).hexdigest()
+            digest = sha256(payload["target"]["data"]).hexdigest()
         else:
-            digest = payload.get("source_sha256") or _hash(payload["uri"])
+            digest = payload.get("source_sha256")
+            if digest:
+                open_media(payload["uri"], digest)  # refuses other bytes
+            else:
+                digest = _hash(payload["uri"])
         return content_id("video", digest, payload["start_s"], payload["end_s"]), digest
 
     def _frames(self, payload: Payload) -> np.ndarray:
         if payload["kind"] == "row":
-            target = self._target(payload)
+            target = payload["target"]
             if target["kind"] == TargetKind.FRAMES:
                 return target_part(target_frames(target), target["fps"], self.how)
             payload = {**payload, "uri": target["data"]}

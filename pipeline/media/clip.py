@@ -80,10 +80,11 @@ def _crop(frames: np.ndarray, aspect: float) -> np.ndarray:
 
 
 def _from_source(row: dict[str, Any], fracs: tuple[float, ...], uri: str) -> np.ndarray:
+    sha256 = row["source_sha256"]
     if row["media"] == Media.IMAGE:
-        return np.stack([np.asarray(decode_picture(read_media(uri)))] * len(fracs))
+        return np.stack([np.asarray(decode_picture(read_media(uri, sha256)))] * len(fracs))
     start_s, end_s = row["start_s"] or 0.0, row["end_s"] or 0.0
-    return decode_frames(open_media(uri), [start_s + frac * (end_s - start_s) for frac in fracs])
+    return decode_frames(open_media(uri, sha256), [start_s + frac * (end_s - start_s) for frac in fracs])
 
 
 def _from_target(target: dict[str, Any], fracs: tuple[float, ...]) -> np.ndarray | None:

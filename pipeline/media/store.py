@@ -12,6 +12,7 @@ taken as they are: `Funny cat #shorts.mp4`, `What is this?.mp4`.
 So nothing is copied out of the corpus, and every later job reads it through the two calls here.
 """
 
+import hashlib
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from infra.certificate import has_hash, is_trusted
 from infra.errors import DataError
 from infra.pictures import PictureError
 from infra.storage import filesystem, is_remote, read_bytes
@@ -42,19 +44,51 @@ IMAGE_SIGNATURES = (
 )
 
 
-def open_media(local_uri: str) -> str | bytes:
-    """What `pipeline.media.frames` takes: the path itself, or the bytes of a piece."""
+def open_media(local_uri: str, sha256: str | None = None) -> str | bytes:
+    """What `pipeline.media.frames` takes: the path itself, or the bytes of a piece.
+
+    Args:
+        local_uri: where the bytes lie.
+        sha256: what a crawl found there; None = unknown. A whole file is compared with it once a process, but
+            not in an object store: a decoder reads only some of it, and the store checks what it hands out.
+
+    Raises:
+        RowError: other bytes lie there now.
+    """
     uri, piece = _fragment(local_uri)
-    return read_media(local_uri) if piece else uri
+    if piece:
+        return read_media(local_uri, sha256)
+    is_file = not is_remote(uri) and Path(uri).is_file()
+    if sha256 and is_file and not is_trusted() and not has_hash(uri, sha256):
+        raise _changed(local_uri)
+    return uri
 
 
-def read_media(local_uri: str) -> bytes:
+def read_media(local_uri: str, sha256: str | None = None) -> bytes:
     """The bytes behind a `local_uri`.
+
+    Args:
+        local_uri: where they lie.
+        sha256: what a crawl found there; None = unknown.
 
     Raises:
         FileNotFoundError: no such file.
         DataError: the file has no such row or member.
+        RowError: other bytes lie there now.
     """
+    data = _read(local_uri)
+    if sha256 and not is_trusted() and hashlib.sha256(data).hexdigest() != sha256:
+        raise _changed(local_uri)
+    return data
+
+
+def _changed(local_uri: str) -> RowError:
+    return RowError(
+        Status.CHANGED, f"{local_uri} holds other bytes than the crawl found: restore it, or crawl again"
+    )
+
+
+def _read(local_uri: str) -> bytes:
     uri, piece = _fragment(local_uri)
     if not piece:
         return read_bytes(uri)

@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from infra.certificate import check_certified
 from infra.errors import ConfigError, first_line
 from infra.storage import exists, read_bytes
 from pipeline.schema import content_id
@@ -60,9 +61,11 @@ def read_exclusion(uri: str, *, source_pattern: str | None = None) -> Exclusion:
 
     Raises:
         ConfigError: no such file, an unknown format, or a table without any known column.
+        DataError: one that `benchmark` wrote, and that has changed since.
     """
     if not exists(uri):
         raise ConfigError(f"no exclusion file at {uri}", cure="mend guard.exclude, or set it to null")
+    check_certified(uri, must_list=False)
     data, kind = read_bytes(uri), uri.rpartition(".")[2].lower()
     try:
         if kind == "parquet":

@@ -21,7 +21,7 @@ from pipeline.shards import ShardSet
 NUM_CLIPS, NUM_PROMPTS, NUM_INSTRUCTIONS, NUM_SAMPLES = 12, 8, 4, 12
 """Shown on the page: clips, prompts, instructions of each task, videos of each folder. Ours."""
 STRIP_FRAMES, TARGET_FRAMES = 5, 16
-CLIP_COLUMNS = ["clip_id", "media", "caption", "source_uri", "local_uri", "start_s", "end_s"]
+CLIP_COLUMNS = ["clip_id", "media", "caption", "source_uri", "source_sha256", "local_uri", "start_s", "end_s"]
 CLIP_COLUMNS += ["width_px", "height_px", "fps", "status"]
 SAMPLE_FACTS = {"documents": "documents", "seed": "seed", "num_steps": "steps", "guidance": "guidance"}
 Card = dict[str, Any]
@@ -246,13 +246,12 @@ def _file(uri: str, name: Any) -> bytes | None:
     """A file of the folder as it was made; names come from a file, so only their last part counts.
 
     Raises:
-        DataError: damaged.
+        DataError: damaged or missing.
     """
     place = join(uri, str(name).rpartition("/")[2] or "-")
-    if not exists(place):
-        return None
-    check_certified(place)
-    return read_bytes(place)
+    is_there = exists(place)
+    check_certified(place, must_list=is_there)
+    return read_bytes(place) if is_there else None
 
 
 def own_segments(uri: str, entry: Card) -> list[Card]:

@@ -9,10 +9,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from infra.certificate import check_files, require_certificate
+from infra.certificate import check_certified, check_files, require_certificate
 from infra.claim import read_job_config
-from infra.errors import ConfigError, DataError
-from infra.storage import absolute, exists, join, read_bytes, read_json
+from infra.storage import absolute, exists, join, list_files, read_bytes, read_json
 from pipeline.evaluate.decode import leading_frames
 from pipeline.evaluate.videos import Payload, find_videos
 from pipeline.media.store import open_media, row_errors
@@ -172,10 +171,9 @@ def curves(evaluations: list[Evaluation]) -> list[Card]:
 
 def extremes(evaluation: Evaluation, album: Album) -> Iterator[Card]:
     """The best and the worst videos of its metrics, beside their prompts and references."""
-    try:
-        payloads = {payload["name"]: payload for payload in find_videos(evaluation.videos)}
-    except (ConfigError, DataError):
-        return
+    if not list_files(evaluation.videos):
+        return  # they were not kept
+    payloads = {payload["name"]: payload for payload in find_videos(evaluation.videos)}
     ranked = {name: found for name, found in evaluation.scores.items() if found["best"]}
     table = read_bytes(join(evaluation.uri, "videos.jsonl")).decode().splitlines()
     rows = {row["name"]: row for row in map(json.loads, table) if row["side"] == "sampled"}
@@ -190,10 +188,13 @@ def extremes(evaluation: Evaluation, album: Album) -> Iterator[Card]:
 
 def _video(payload: Payload, frames: Card, facts: str, album: Album) -> Card:
     prompt = payload["prompt"] or {}
-    pictures = [read_bytes(place) for place in prompt.get("references", []) if exists(place)]
+    references = [place for place in prompt.get("references", []) if exists(place)]
+    for place in [*references, *([payload["uri"].removesuffix("#file")] if payload["kind"] == "file" else [])]:
+        check_certified(place, must_list=False)
+    pictures = [read_bytes(place) for place in references]
     try:
         with row_errors():
-            source = open_media(payload["uri"])
+            source = open_media(payload["uri"], payload.get("source_sha256"))
             how = {"fps": frames["fps"], "stride": frames["stride"]}
             found = leading_frames(source, frames["num_frames"], **how)
             strip = album.filmstrip(found[:: max(1, len(found) // STRIP_FRAMES)][:STRIP_FRAMES], height_px=96)

@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import pyarrow.parquet as pq
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from pydantic import Field, model_validator
 
-from infra.certificate import read_certificate, require_certificate
+from infra.certificate import check_certified, read_certificate, require_certificate
 from infra.config import Config, Location
 from infra.errors import ConfigError, DataError
 from infra.samples import SAMPLES, read_samples
@@ -31,7 +30,7 @@ from pipeline.report.page import FOLDER as REPORT
 from pipeline.report.read import Run, read_run
 from pipeline.report.statistics import document_tables, last_validation
 from pipeline.schema import Role
-from pipeline.shards import ShardSet
+from pipeline.shards import ShardSet, open_part
 from pipeline.world.concepts import CONCEPTS, HUES
 from pipeline.world.judge import Difference, Seen, judge_video, paired
 
@@ -141,7 +140,7 @@ class World:
 
     def __init__(self, folder: str) -> None:
         self.folder = folder
-        with pq.ParquetFile(join(folder, "concepts.parquet")) as file:
+        with open_part(join(folder, "concepts.parquet")) as file:
             if not file.schema_arrow.equals(CONCEPTS):
                 raise DataError(f"{folder}/concepts.parquet is of another version; cure: make the world again")
             self.rows = file.read().to_pylist()
@@ -232,6 +231,7 @@ def judge_sample(folder: str, entry: Row, prompts: dict[str, Row], world: World)
 
 def sampled_frames(place: str, target: Row) -> np.ndarray:
     """Frames of a sampled video at the size that it was made at: its file is enlarged to be looked at."""
+    check_certified(place)
     data = read_bytes(place)
     info = probe(data)
     whole = decode_frames(data, clip_times(0, info.duration_s, info.num_frames))

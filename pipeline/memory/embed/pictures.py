@@ -49,7 +49,7 @@ def read_picture(row: Row, preprocessing: "Preprocessing", *, key_frames: int = 
     """Decode a row's picture, or key frames of its clip.
 
     Args:
-        row: of a clips table: media, local_uri, start_s, end_s, phash.
+        row: of a clips table: media, local_uri, source_sha256, start_s, end_s, phash.
         preprocessing: of the CLIP.
         key_frames: decoded of a video.
 
@@ -59,7 +59,7 @@ def read_picture(row: Row, preprocessing: "Preprocessing", *, key_frames: int = 
     if row["media"] == Media.VIDEO:
         images, data = _video_frames(row, key_frames), b""
     else:
-        image, data = _image(row["local_uri"] or row["source_uri"])
+        image, data = _image(row["local_uri"] or row["source_uri"], row["source_sha256"])
         images = [image]
     middle = images[len(images) // 2]
     _check_shape(middle.width, middle.height)
@@ -77,13 +77,13 @@ def _video_frames(row: Row, key_frames: int) -> "list[Image]":
 
     times_s = clip_times(row["start_s"] or 0.0, row["end_s"] or 0.0, key_frames)
     with row_errors():
-        frames = decode_frames(open_media(row["local_uri"] or row["source_uri"]), times_s)
+        frames = decode_frames(open_media(row["local_uri"] or row["source_uri"], row["source_sha256"]), times_s)
         return [Image.fromarray(frame) for frame in frames]
 
 
-def _image(uri: str) -> "tuple[Image, bytes]":
+def _image(uri: str, sha256: str | None) -> "tuple[Image, bytes]":
     """Decode an image file: RGB, upright; with its bytes if they can be stored as they are, else b""."""
-    data = _bytes(uri)
+    data = _bytes(uri, sha256)
     try:
         with row_errors():
             image = open_picture(data)
@@ -106,11 +106,11 @@ def _is_plain_jpeg(image: "Image", data: bytes) -> bool:
     )
 
 
-def _bytes(uri: str) -> bytes:
+def _bytes(uri: str, sha256: str | None) -> bytes:
     with row_errors():
         if size_bytes(uri) > MAX_PICTURE_BYTES:  # 0 for a piece of a file: known once it is read
             raise RowError(Status.TOO_LARGE, f"{size_bytes(uri):,} bytes")
-        data = read_media(uri)
+        data = read_media(uri, sha256)
     if not data:
         raise RowError(Status.EMPTY, "0 bytes")
     return data

@@ -67,7 +67,7 @@ def make_target(row: Row, config: TargetConfig) -> Target:
     """The target of one clip or picture.
 
     Args:
-        row: of a clips table: media, local_uri, source_uri, start_s, end_s, width_px, height_px.
+        row: of a clips table: media, local_uri, source_uri, source_sha256, start_s, end_s, width_px, height_px.
         config: kind and size.
 
     Raises:
@@ -75,13 +75,13 @@ def make_target(row: Row, config: TargetConfig) -> Target:
     """
     if config.kind == TargetKind.REFERENCE:
         return Target({"kind": TargetKind.REFERENCE.value})
-    place = row["local_uri"] or row["source_uri"]
+    place, sha256 = row["local_uri"] or row["source_uri"], row["source_sha256"]
     with row_errors():
         if row["media"] == Media.IMAGE:
-            return _picture(read_media(place), config)
+            return _picture(read_media(place, sha256), config)
         if config.kind == TargetKind.VIDEO:
-            return _video(row, open_media(place), config)
-        return _frames(row, open_media(place), config)
+            return _video(row, open_media(place, sha256), config)
+        return _frames(row, open_media(place, sha256), config)
 
 
 def frame_times(start_s: float, end_s: float, config: TargetConfig) -> tuple[list[float], float]:

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from infra.certificate import Certificate, write_certificate
+from infra.certificate import Certificate, entry_of, write_certificate
 from infra.errors import ConfigError, DataError
 from infra.run_folder import record_line
 from infra.samples import write_samples
@@ -34,12 +34,14 @@ class Made:
 
 def write_set(folder: Path, prompts: list[dict[str, Any]], videos: list[np.ndarray]) -> dict[str, str]:
     """What `vimi-train sample` leaves: videos enlarged to be looked at, samples.json, certificate."""
-    entries = []
+    entries, files = [], []
     for number, (row, frames) in enumerate(zip(prompts, videos, strict=True)):
-        said, _ = write_video(str(folder), f"sample-{number:03d}", frames, 6.0)
+        said, made = write_video(str(folder), f"sample-{number:03d}", frames, 6.0)
+        files += [entry_of(*file) for file in made.items()]
         entries.append({"prompt_id": row["prompt_id"], "seed": 0, "fps": 6.0, **said})
     write_samples(str(folder), entries)
-    write_certificate(folder, Certificate(job="sample", config_hash="0", num_in=COUNT, num_out=COUNT))
+    certificate = Certificate(job="sample", config_hash="0", num_in=COUNT, num_out=COUNT, files=files)
+    write_certificate(folder, certificate)
     return {"samples": str(folder), "prompts": str(folder.parent / "prompts")}
 
 

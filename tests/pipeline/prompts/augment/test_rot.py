@@ -109,10 +109,10 @@ def commands(folder: Path) -> Commands:
     }
 
 
-def kinds(folder: Path) -> dict[str, list[Path]]:
+def kinds(folder: Path, folders: tuple[str, ...] = FOLDERS) -> dict[str, list[Path]]:
     """Kind of artefact -> its files."""
     found: dict[str, list[Path]] = {}
-    for name in FOLDERS:
+    for name in folders:
         for path in sorted((folder / name).rglob("*")):
             if path.is_file() and "_transactions" not in path.parts:
                 place = path.parent.name if name == "memory" else path.stem.partition("-")[0]

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from infra.errors import TooManyFailuresError
+from infra.storage import sha256_file
 from pipeline.prompts.augment import run, worker
 from pipeline.prompts.augment.target import TargetConfig, covering_size, frame_times
 from pipeline.report.validate import ValidateConfig, validate
@@ -25,22 +26,25 @@ def test_pictures_are_targets_of_one_frame_at_infinite_rate(
     row = dict.fromkeys(CLIPS.names) | {
         "clip_id": "picture", "media": "image", "caption": "a red dog", "status": "ok",
         "source_uri": str(tmp_path / "a.png"), "local_uri": str(tmp_path / "a.png"),
-        "source_sha256": "c" * 64, "start_s": 0.0, "end_s": 0.0, "width_px": 80, "height_px": 50,
+        "source_sha256": sha256_file(str(tmp_path / "a.png")), "start_s": 0.0, "end_s": 0.0,
+        "width_px": 80, "height_px": 50,
     }  # fmt: skip
     broken = row | {"clip_id": "broken", "local_uri": str(tmp_path / "absent.png"), "source_sha256": "d" * 64}
     (tmp_path / "torn.png").write_bytes((tmp_path / "a.png").read_bytes()[:60])
-    torn = row | {"clip_id": "torn", "local_uri": str(tmp_path / "torn.png"), "source_sha256": "e" * 64}
+    torn = row | {"clip_id": "torn", "local_uri": str(tmp_path / "torn.png")}
+    torn["source_sha256"] = sha256_file(str(tmp_path / "torn.png"))
+    changed = row | {"clip_id": "changed", "source_sha256": "e" * 64}
     silent = row | {"clip_id": "silent", "caption": None, "source_sha256": "f" * 64}
-    clips = world.write_clips(tmp_path / "clips", [row, broken, torn, silent])
+    clips = world.write_clips(tmp_path / "clips", [row, broken, torn, changed, silent])
     more = {"clips": clips, "vectors": "stored", "max_failed_frac": 0.9}
     certificate = run(config(world, tmp_path / "out", **more))
-    assert certificate.dead == {"not_found": 1, "undecodable": 1}
+    assert certificate.dead == {"not_found": 1, "undecodable": 1, "changed": 1}
     assert certificate.filtered == {"filtered_no_caption": 1}
     (made,) = read(tmp_path / "out")
     frames = np.frombuffer(made["target"]["data"], np.uint8).reshape(1, 36, 64, 3)
     assert made["target"]["fps"] == np.inf and (frames[0, 18, 32] == (200, 30, 90)).all()
     assert made["segments"][0]["document"]["clip_similarity"] is None  # no vector was wanted
-    with pytest.raises(TooManyFailuresError, match="2 of 4 clips could not become prompts"):
+    with pytest.raises(TooManyFailuresError, match="3 of 5 clips could not become prompts"):
         run(config(world, tmp_path / "strict", clips=clips, vectors="stored"))
 
 
