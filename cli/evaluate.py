@@ -5,7 +5,6 @@
 The floors don't know each other: this file hands the one's factories to the other's jobs.
 """
 
-import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -19,8 +18,7 @@ from infra.cluster import is_cluster, wants_gpus
 from infra.config import Incidental, Location
 from infra.errors import ConfigError
 from infra.progress import say
-from infra.run_folder import COMMITTED
-from infra.storage import join, read_bytes, user_cache, write_bytes, write_json
+from infra.storage import join, user_cache, write_bytes, write_json
 from model.data.shards import open_shards
 from model.evaluate.extract import Extractor, FeatureCache
 from model.evaluate.metric import Metric
@@ -40,7 +38,7 @@ from model.sampling import generate
 from model.sampling.plan import SampleConfig
 from model.sampling.plan import check as check_sampling
 from model.sampling.requests import prompt_hash
-from model.training.checkpoint import find_checkpoint
+from model.training.checkpoint import checkpoint_hash, find_checkpoint
 from pipeline.evaluate.decode import FrameConfig
 from pipeline.evaluate.videos import Payload, find_videos, listing_hash
 from pipeline.evaluate.worker import EvaluateWorker
@@ -164,8 +162,7 @@ def plan_run(config: EvaluateConfig) -> Plan:
     learned, number = learned_with_documents(base, requests)
     if learned and not number:
         say("  note: the run has learned with documents, and no prompt has any")
-    committed = read_bytes(join(find_checkpoint(sample.run), COMMITTED))
-    checkpoint = hashlib.sha256(committed).hexdigest()[:16]
+    checkpoint = checkpoint_hash(find_checkpoint(sample.run))
     videos = [
         {"name": f"{video_name(n)}.mp4", "prompt_id": request.prompt_id, "prompt": prompt_facts(request.prompt)}
         for n, request in enumerate(requests)

@@ -11,8 +11,8 @@ from infra.errors import ConfigError
 from infra.progress import say
 from model.sampling import generate, plan
 from model.sampling.documents import Found, made_with
-from model.training.checkpoint import find_checkpoint, read_facts
-from model.training.config import StageConfig, config_of
+from model.training.config import StageConfig
+from model.training.state import trained_by
 from pipeline.memory import Memory
 from pipeline.prompts.user_prompt import UserRetrievalConfig, check_retrieval, open_retriever
 
@@ -29,7 +29,7 @@ def check(config: SampleConfig) -> str:
     memory = check_retrieval(config)
     if memory is None:
         return plan.check(config)
-    base = base_of(config)
+    _, base = trained_by(config.run)
     compare(config, base, memory)
     texts = plan.texts_to_retrieve(config, base)
     if not texts:
@@ -47,16 +47,10 @@ def run(config: SampleConfig) -> Certificate:
     memory = check_retrieval(config)
     if memory is None:
         return generate.run(config)
-    base = base_of(config)
+    _, base = trained_by(config.run)
     for note in compare(config, base, memory):
         say(f"  note: {note}")
     return generate.run(config, retrieve(config, memory, plan.texts_to_retrieve(config, base)))
-
-
-def base_of(config: SampleConfig) -> StageConfig:
-    """What the model was trained by."""
-    uri = find_checkpoint(config.run)
-    return config_of(read_facts(uri), uri)
 
 
 def retrieve(config: SampleConfig, memory: Memory, texts: list[str]) -> Found:

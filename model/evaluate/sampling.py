@@ -17,14 +17,14 @@ from model.prompt.select import retrieved
 from model.sampling.generate import Sampler
 from model.sampling.plan import SampleConfig, plan_videos
 from model.sampling.requests import SampleRequest, caption_of
-from model.training.checkpoint import find_checkpoint, read_facts
-from model.training.config import StageConfig, config_of
+from model.training.checkpoint import find_checkpoint
+from model.training.config import StageConfig
+from model.training.state import trained_by
 
 
 def planned(config: SampleConfig) -> tuple[StageConfig, list[SampleRequest]]:
     """What the run was trained by, and the requests in order."""
-    uri = find_checkpoint(config.run)
-    base = config_of(read_facts(uri), uri)
+    _, base = trained_by(config.run)
     return base, plan_videos(config, base)
 
 

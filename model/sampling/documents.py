@@ -12,7 +12,7 @@ from typing import Any
 from infra.pictures import PictureError, open_picture
 from infra.validation_cells import Documents
 from model.condition import Prompt
-from model.data.batch import read_prompt
+from model.data.batch import Role, read_prompt
 from model.data.shards import open_parquet, open_shards
 from model.prompt.select import documents, keep_documents, retrieved, with_retrieved
 from model.sampling.requests import SampleRequest, describe_prompt, instructed, origins_in, prompt_hash
@@ -144,6 +144,28 @@ def ending_of(image: bytes) -> str:
         return (open_picture(image).format or "bin").lower()
     except PictureError:
         return "bin"
+
+
+def keep_segments(name: str, prompt: Prompt) -> tuple[list[dict[str, Any]], dict[str, bytes]]:
+    """The segments as plain values, but for the documents, which `describe_documents` tells of.
+
+    Args:
+        name: of the video's files, without ending; those of the pictures begin with it.
+        prompt: its segments.
+
+    Returns:
+        For each segment its type, role, text and the name of its picture's file; and the files.
+    """
+    segments, files = [], {}
+    for segment in prompt:
+        if segment.role == Role.RETRIEVED:
+            continue
+        file = None
+        if segment.image is not None:
+            file = f"{name}-{segment.role}-{len(files) + 1}.{ending_of(segment.image)}"
+            files[file] = segment.image
+        segments.append({"type": segment.type, "role": segment.role, "text": segment.text, "picture": file})
+    return segments, files
 
 
 def describe_documents(name: str, request: SampleRequest) -> list[dict[str, Any]]:

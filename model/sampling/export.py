@@ -4,7 +4,6 @@ model.safetensors   the generator's weights (or an average's) by name
 config.json         all that rebuilds it: sizes, the training's config, identity of prompt encoder and space
 """
 
-import hashlib
 import json
 from dataclasses import asdict
 
@@ -12,17 +11,16 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from infra.certificate import Certificate, FileEntry, check_files, read_certificate, write_certificate
+from infra.certificate import Certificate, check_files, entry_of, read_certificate, write_certificate
 from infra.claim import open_job
 from infra.config import Config, Incidental, Location
 from infra.errors import ConfigError, TrainingError
-from infra.run_folder import COMMITTED
 from infra.storage import absolute, join, read_bytes, read_json, write_bytes
 from model.generator import Generator
 from model.training.build import make_generator, space_in
-from model.training.checkpoint import find_checkpoint, read_facts
+from model.training.checkpoint import checkpoint_hash, find_checkpoint
 from model.training.config import WEIGHTS, config_of
-from model.training.state import Restored, check_average, restore_generator, weights_of
+from model.training.state import Restored, check_average, restore_generator, trained_by, weights_of
 
 WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
 
@@ -39,8 +37,7 @@ class ExportConfig(Config):
 
 
 def check(config: ExportConfig) -> str:
-    uri = find_checkpoint(config.run)
-    config_of(read_facts(uri), uri)
+    uri, _ = trained_by(config.run)
     check_average(uri, config.ema)
     return f"{config.ema} of {uri}"
 
@@ -49,7 +46,7 @@ def run(config: ExportConfig) -> Certificate:
     """Write the folder, read it back, certify that nothing differs."""
     check(config)
     uri = find_checkpoint(config.run)
-    inputs = {"checkpoint": hashlib.sha256(read_bytes(join(uri, COMMITTED))).hexdigest()[:16]}
+    inputs = {"checkpoint": checkpoint_hash(uri)}
     done = open_job(config.out, job="export", config=config, inputs=inputs)
     if done is not None:
         return done
@@ -57,8 +54,7 @@ def run(config: ExportConfig) -> Certificate:
     files = []
     for path, data in contents(restored, config.ema).items():
         write_bytes(join(config.out, path), data)
-        sha256 = hashlib.sha256(data).hexdigest()
-        files.append(FileEntry(path=path, rows=1, num_bytes=len(data), sha256=sha256))
+        files.append(entry_of(path, data))
     ours, theirs = named_weights(restored.model), named_weights(read_exported(config.out))
     if ours.keys() != theirs.keys() or not all(ours[name].equal(theirs[name]) for name in ours):
         raise TrainingError(f"{config.out}: the weights that were read back differ")

@@ -12,20 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from infra.certificate import Certificate, FileEntry, write_certificate
+from infra.certificate import Certificate, FileEntry, entry_of, write_certificate
 from infra.claim import open_job
 from infra.progress import ProgressPrinter, say
-from infra.run_folder import COMMITTED
 from infra.samples import write_samples
-from infra.storage import join, read_bytes, write_bytes
+from infra.storage import join, write_bytes
 from model.sampling.documents import (
     Found,
     describe_documents,
     document_pictures,
+    keep_segments,
     num_shared,
 )
 from model.sampling.film import to_frames, write_video
-from model.sampling.kept import keep_segments
 from model.sampling.maker import Maker, open_maker
 from model.sampling.plan import NOTHING, SampleConfig, check, plan_videos
 from model.sampling.requests import (
@@ -33,10 +32,9 @@ from model.sampling.requests import (
     describe_prompt,
     prompt_hash,
 )
-from model.training.checkpoint import find_checkpoint, read_facts
-from model.training.config import config_of
+from model.training.checkpoint import checkpoint_hash, find_checkpoint
 from model.training.parallel import pick_device
-from model.training.state import restore_generator
+from model.training.state import restore_generator, trained_by
 
 
 def run(config: SampleConfig, found: Found = NOTHING) -> Certificate:
@@ -47,15 +45,14 @@ def run(config: SampleConfig, found: Found = NOTHING) -> Certificate:
         found: caption of a prompt in words -> row of PROMPTS whose documents it gets (`with_found`).
     """
     check(config, found)
-    uri = find_checkpoint(config.run)
-    base = config_of(read_facts(uri), uri)
+    uri, base = trained_by(config.run)
     work = plan_videos(config, base, found)
     inputs = {
-        "checkpoint": _hash_of_checkpoint(uri),
+        "checkpoint": checkpoint_hash(uri),
         "prompts": hashlib.sha256("".join(prompt_hash(r.prompt) for r in work).encode()).hexdigest()[:16],
     }
     if config.upsampler is not None:
-        inputs["upsampler"] = _hash_of_checkpoint(find_checkpoint(config.upsampler.run))
+        inputs["upsampler"] = checkpoint_hash(find_checkpoint(config.upsampler.run))
     if config.documents == "shuffled":
         own = plan_videos(config.model_copy(update={"documents": "right"}), base, found)
         if shared := num_shared(own, work):
@@ -111,10 +108,6 @@ def certify(
     return certificate
 
 
-def _hash_of_checkpoint(uri: str) -> str:
-    return hashlib.sha256(read_bytes(join(uri, COMMITTED))).hexdigest()[:16]
-
-
 class Sampler:
     """The base model at `uri`, and an upsampler behind it if the config names one."""
 
@@ -153,10 +146,7 @@ class Sampler:
             "upsampler": config.upsampler.run if config.upsampler else None,
             **said,
         }
-        return entry, [
-            FileEntry(path=p, rows=1, num_bytes=len(d), sha256=hashlib.sha256(d).hexdigest())
-            for p, d in (files | pictures).items()
-        ]
+        return entry, [entry_of(*file) for file in (files | pictures).items()]
 
     @torch.no_grad()
     def videos(self, requests: Sequence[SampleRequest]) -> Tensor:

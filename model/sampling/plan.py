@@ -28,9 +28,8 @@ from model.sampling.requests import (
     prompts_in_file,
     requests_in_shards,
 )
-from model.training.checkpoint import find_checkpoint, read_facts
-from model.training.config import WEIGHTS, StageConfig, config_of
-from model.training.state import check_average
+from model.training.config import WEIGHTS, StageConfig
+from model.training.state import check_average, trained_by
 
 NOTHING: Found = MappingProxyType({})
 Side = Annotated[int, Field(ge=1, le=65536)]
@@ -104,9 +103,8 @@ class SampleConfig(Config):
 
 def check(config: SampleConfig, found: Found = NOTHING) -> str:
     """Refuse what can't work before anything is loaded; the plan in words."""
-    uri = find_checkpoint(config.run)
+    uri, base = trained_by(config.run)
     check_average(uri, config.ema)
-    base = config_of(read_facts(uri), uri)
     if base.upsampler is not None:
         raise ConfigError(f"{uri} is an upsampler", cure="give a base model's run, and this one as --upsampler")
     count = len(plan_videos(config, base, found))
@@ -128,9 +126,8 @@ def check_cascade(upsampler: UpsampleConfig, frames: int, size_px: tuple[int, in
     Raises:
         ConfigError: says which.
     """
-    place = find_checkpoint(upsampler.run)
+    place, large = trained_by(upsampler.run)
     check_average(place, upsampler.ema)
-    large: StageConfig = config_of(read_facts(place), place)
     taken = large.small_size_px
     if taken is None:
         raise ConfigError(

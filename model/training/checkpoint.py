@@ -9,6 +9,7 @@ A folder without committed.json is no checkpoint. Only tensors are stored by tor
 JSON, and the index that torch pickles is read by an unpickler that knows nothing but tensors' types.
 """
 
+import hashlib
 import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
 from threading import Event
@@ -27,7 +28,7 @@ from infra.certificate import VERSION, FileEntry, check_files, read_sealed, writ
 from infra.checkpoint_files import SafeReader, files_writer
 from infra.errors import ConfigError, DataError, TrainingError
 from infra.run_folder import COMMITTED, RunFolder, split_checkpoint
-from infra.storage import delete, exists, join, read_json
+from infra.storage import delete, exists, join, read_bytes, read_json
 from model.optim import local_shard
 
 FORMAT = 3
@@ -109,6 +110,11 @@ def damaged(uri: str, error: DataError) -> TrainingError:
     if before:
         cure += f"; to continue the run from there, delete {uri}"
     return TrainingError(f"checkpoint is damaged: {str(error).partition('; cure:')[0]}; cure: {cure}")
+
+
+def checkpoint_hash(uri: str) -> str:
+    """16 hex digits of what the checkpoint says of itself, each file's hash among it."""
+    return hashlib.sha256(read_bytes(join(uri, COMMITTED))).hexdigest()[:16]
 
 
 class CheckpointWriter:

@@ -77,7 +77,13 @@ class ValidationConfig(Config):
     """Samples between two times that they are computed; null = only at the end."""
     metrics_videos: Incidental[int] = Field(default=64, ge=2, le=100_000)
     """Videos that are sampled for them, 64 sampling steps each; their number is part of each score's name."""
-    networks: Incidental[NetworkConfig] = NetworkConfig()
+    networks: Incidental[dict[str, Any]] = Field(default_factory=dict)
+    """Of the metrics: fields of `networks` of `vimi-train evaluate`."""
+
+    @field_validator("networks")
+    @classmethod
+    def _known_networks(cls, value: dict[str, Any]) -> dict[str, Any]:
+        return NetworkConfig.load(options=value).model_dump(mode="json", exclude_unset=True)
 
 
 class CheckpointConfig(Config):

@@ -11,22 +11,24 @@ import torch
 
 from infra.certificate import read_sealed, write_sealed
 from infra.errors import ConfigError, DataError
-from infra.run_folder import COMMITTED, RunFolder
-from infra.storage import join, read_bytes, write_bytes
+from infra.run_folder import RunFolder
+from infra.storage import read_bytes, write_bytes
 from model.backbones.presets import PRESETS, preset
 from model.condition import ConditionConfig
 from model.data.shards import Shards, index_shards, open_parquet, open_shards
 from model.edm import sigma_in
 from model.encodings.make import check_encodings
 from model.encodings.store import open_encodings
+from model.evaluate.networks import NetworkConfig
 from model.evaluate.scores import Given, chosen, obstacles
 from model.generator import Generator
 from model.prompt.load import check_prompt_encoder
 from model.space import Space
 from model.training.build import backbone_of, describe_space, make_plan, measure_space
-from model.training.checkpoint import find_checkpoint, read_facts
+from model.training.checkpoint import checkpoint_hash, find_checkpoint, read_facts
 from model.training.config import Stage2Config, StageConfig, config_of
 from model.training.metrics import TRACKERS
+from model.training.state import trained_by
 
 DEPTHS = ("num_blocks", "layers_per_block")
 """Fields of a backbone that multiply its layers."""
@@ -44,7 +46,7 @@ class Ready:
     def inputs(self) -> dict[str, str]:
         found = {"prompts": self.shards.certificate.content_hash()}
         if self.start_from is not None:
-            found["start_from"] = hashlib.sha256(read_bytes(join(self.start_from, COMMITTED))).hexdigest()[:16]
+            found["start_from"] = checkpoint_hash(self.start_from)
         return found
 
 
@@ -162,7 +164,7 @@ def check_metrics(config: StageConfig) -> None:
     given = Given(
         n=n, n_real=n, has_text=True, has_references=True, has_words=False, num_frames=config.num_frames
     )
-    for name, why in obstacles(chosen(validation.metrics), given, validation.networks).items():
+    for name, why in obstacles(chosen(validation.metrics), given, NetworkConfig(**validation.networks)).items():
         raise ConfigError(f"validation.metrics {name}: {why}")
 
 
@@ -190,8 +192,7 @@ def check_upsampler(config: StageConfig, base: str | None, shards: Shards) -> No
         ConfigError: only small frames, no source as large as the output, or no base model.
     """
     if base is not None:
-        place = find_checkpoint(base)
-        config_of(read_facts(place), place, own=config)
+        trained_by(base, own=config)
     group = shards.groups[0]
     rows = open_parquet(group.uri).read_row_group(group.index, columns=SIZES).to_pylist()
     wanted = (config.height_px, config.width_px)

@@ -85,6 +85,17 @@ def facts_for(checkpoint: str, encoder: str, space: Space) -> dict[str, Any]:
     return facts
 
 
+def trained_by(run: str, *, own: StageConfig | None = None) -> tuple[str, StageConfig]:
+    """A run's latest checkpoint (or the one that is named), and the config that it was trained by.
+
+    Args:
+        run: folder of a run, or one of its checkpoints.
+        own: as in `config_of`.
+    """
+    uri = find_checkpoint(run)
+    return uri, config_of(read_facts(uri), uri, own=own)
+
+
 def start_from_base(generator: Generator, config: StageConfig, base: str) -> list[str]:
     """Copy a base model's weights into a fresh upsampler (Snap Video: "initialised from base").
 

@@ -19,7 +19,7 @@ from model.data.batch import TASKS, Role, read_prompt
 from model.data.sample import read_sample
 from model.evaluate.extract import opened
 from model.evaluate.metric import Features, Metric, Video
-from model.evaluate.networks import NETWORKS, network_of, opener
+from model.evaluate.networks import NETWORKS, NetworkConfig, network_of, opener
 from model.evaluate.scores import chosen, folds_of, score
 from model.sampling.maker import GuidanceConfig, Maker
 from model.sampling.requests import caption_of
@@ -37,7 +37,7 @@ class VideoScores(Preview):
         self.metrics: dict[str, type[Metric]] = chosen(validation.metrics)
         rows = choose_rows(training, index, validation.metrics_videos if self.metrics else 0)
         self.rows = [row for row in rows if row.media == "video"]
-        self.network = opener(validation.networks, training.device)
+        self.network = opener(NetworkConfig(**validation.networks), training.device)
         self.real: dict[int, Features] = {}
         self.prompts: dict[int, Features] = {}
 

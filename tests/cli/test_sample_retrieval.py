@@ -10,7 +10,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from cli import train
-from cli.sample import SampleConfig, base_of, check, compare, retrieve, run
+from cli.sample import SampleConfig, check, compare, retrieve, run
 from infra.errors import ConfigError
 from infra.storage import read_json
 from model.condition import Prompt
@@ -21,6 +21,7 @@ from model.sampling.plan import plan_videos, texts_to_retrieve
 from model.training.config import Stage1Config
 from model.training.loop import Training
 from model.training.preflight import prepare_index, read_index
+from model.training.state import trained_by
 from pipeline.memory import open_memory
 from pipeline.prompts.augment import AugmentConfig
 from pipeline.prompts.augment import check as check_augment
@@ -85,7 +86,7 @@ def values(trained: Trained, out: Path, **changes: Any) -> SampleConfig:
 
 
 def plan(config: SampleConfig) -> list[Prompt]:
-    base = base_of(config)
+    base = trained_by(config.run)[1]
     found = retrieve(config, open_memory(str(config.memory)), texts_to_retrieve(config, base))
     return [request.prompt for request in plan_videos(config, base, found)]
 
@@ -158,7 +159,7 @@ def test_another_memory_is_told_in_a_line(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    base, memory = base_of(values(trained, tmp_path)), open_memory(trained.memory)
+    base, memory = trained_by(values(trained, tmp_path).run)[1], open_memory(trained.memory)
     assert compare(values(trained, tmp_path), base, memory) == []
     other = world.write_memory(tmp_path / "memory", world.rows[:9])
     config = values(trained, tmp_path / "out", memory=other, retrieve={"k": 3, "retriever": "bm25"})
