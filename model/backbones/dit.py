@@ -27,6 +27,7 @@ class DitConfig(BackboneConfig):
         num_blocks: transformer blocks.
         qk_norm: RMS-norm queries and keys.
         half_streams: under autocast the residual stream is 16-bit too, not float32.
+        pixel_dim: width of the convolutions that work the answer out pixel by pixel; 0 is the plain DiT.
     """
 
     patch_px: int = 4
@@ -35,6 +36,7 @@ class DitConfig(BackboneConfig):
     num_blocks: int = 28
     qk_norm: bool = False
     half_streams: bool = False
+    pixel_dim: int = 0
 
     def build(self) -> "Dit":
         return Dit(self)
@@ -70,6 +72,37 @@ class DitBlock(nn.Module):
         return x + m[:, 5:6] * self.feed_forward(x, modulation=m[:, 3:5])
 
 
+class PixelHead(nn.Module):
+    """Convolutions over the noisy pixels and what the patches say of each: the answer's fine part.
+
+    A linear head has to carry a patch's noise through the width of the network, which leaves a narrow one with
+    noise all over its videos; neighbouring pixels tell noise from edges at once. In 100 s of a core the squared
+    error falls from .0091 to .0051 at sigma .3 and from .0300 to .0177 at 1 (tests/bench/bench_world.py).
+    """
+
+    FEATURES = 8
+    """Channels a pixel that the patches hand on. Ours."""
+
+    def __init__(self, config: DitConfig) -> None:
+        super().__init__()
+        wide = config.pixel_dim
+        self.modulate = nn.Linear(config.dim, 2 * wide)
+        self.enter = nn.Conv2d(config.in_channels + self.FEATURES, wide, 3, padding=1)
+        self.inner = nn.Conv2d(wide, wide, 3, padding=1)
+        self.outer = nn.Conv2d(wide, wide, 3, padding=1)
+        self.answer = nn.Conv2d(wide, config.out_channels, 3, padding=1)
+
+    def forward(self, x: Tensor, features: Tensor, scalars: Tensor) -> Tensor:
+        """`b t c h w` noisy pixels, `b t f h w` features, `b d` noise level and sizes to `b t c h w`."""
+        batch, frames = x.shape[:2]
+        pixels = self.enter(torch.cat([x, features], dim=2).flatten(0, 1))
+        modulation = self.modulate(scalars).repeat_interleave(frames, dim=0)
+        scale, shift = modulation[..., None, None].chunk(2, dim=1)
+        inner = self.inner(F.gelu(pixels * (1 + scale) + shift, approximate="tanh"))
+        pixels = pixels + self.outer(F.gelu(inner, approximate="tanh"))
+        return self.answer(F.gelu(pixels, approximate="tanh")).unflatten(0, (batch, frames))
+
+
 class Dit(Backbone):
     """The backbone, without latents and dropout."""
 
@@ -87,6 +120,9 @@ class Dit(Backbone):
         self.blocks = nn.ModuleList(DitBlock(config) for _ in range(config.num_blocks))
         self.norm = nn.LayerNorm(d, eps=1e-6)
         self.head = nn.Linear(d, config.out_channels * p * p)
+        if config.pixel_dim:
+            self.features = nn.Linear(d, PixelHead.FEATURES * p * p)
+            self.pixels = PixelHead(config)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -98,6 +134,9 @@ class Dit(Backbone):
             nn.init.trunc_normal_(table, std=0.5)
         nn.init.zeros_(self.modulate.weight)
         nn.init.zeros_(self.head.weight)
+        if self.config.pixel_dim:
+            nn.init.zeros_(self.pixels.modulate.weight)
+            nn.init.zeros_(self.pixels.answer.weight)
 
     def forward(
         self,
@@ -114,14 +153,19 @@ class Dit(Backbone):
         patches = self.embed(self._cut(x)) + self._places(t, height, width)
         if self.config.half_streams:
             patches = as_autocast(patches)
-        scalars = self.pool(tokens[:, :NUM_SCALARS].mean(dim=1))
-        modulation = self.modulate(F.silu(scalars)).unflatten(-1, (6, -1))
+        scalars = F.silu(self.pool(tokens[:, :NUM_SCALARS].mean(dim=1)))
+        modulation = self.modulate(scalars).unflatten(-1, (6, -1))
         mask = mask[:, None, None, :]
         for block in self.blocks:
             recompute = self.config.checkpoint
             patches = run_block(block, patches, modulation, tokens, mask, recompute=recompute)
         empty = patches.new_zeros(x.shape[0], *self.z_shape)
-        return self._join(self.head(self.norm(patches)), t, height, width), empty
+        patches = self.norm(patches)
+        answer = self._join(self.head(patches), t, height, width)
+        if self.config.pixel_dim:
+            features = self._join(self.features(patches), t, height, width)
+            answer = answer + self.pixels(x, features, scalars)
+        return answer, empty
 
     def _places(self, num_frames: int, height: int, width: int) -> Tensor:
         rows, columns = self.config.grid(height, width)
@@ -143,7 +187,7 @@ class Dit(Backbone):
         return x.reshape(b, t * rows * columns, c * p * p)
 
     def _join(self, patches: Tensor, num_frames: int, height: int, width: int) -> Tensor:
-        p, c, (rows, columns) = self.config.patch_px, self.config.out_channels, self.config.grid(height, width)
-        x = patches.view(-1, num_frames, rows, columns, c, p, p)
-        x = x.permute(0, 1, 4, 2, 5, 3, 6).reshape(-1, num_frames, c, rows * p, columns * p)
+        p, (rows, columns) = self.config.patch_px, self.config.grid(height, width)
+        x = patches.view(-1, num_frames, rows, columns, patches.shape[-1] // p**2, p, p)
+        x = x.permute(0, 1, 4, 2, 5, 3, 6).reshape(-1, num_frames, x.shape[4], rows * p, columns * p)
         return x[..., :height, :width]

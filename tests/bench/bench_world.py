@@ -64,6 +64,7 @@ VARIANTS = {
     "dit, patches of 8 px": Variant("dit-tiny", DIT | {"patch_px": 8}),
     "dit, AdamW, batch 16": Variant("dit-tiny", DIT, batch=16, optimizer="adamw", lr=2e-3),
     "dit of 64": Variant("dit-tiny", NARROW, lr=1e-2),
+    "dit of 64, pixel head": Variant("dit-tiny", NARROW | {"pixel_dim": 24}, lr=1e-2),
     "dit of 64, lr 2e-2": Variant("dit-tiny", NARROW, lr=2e-2),
     "dit of 64, batch 64": Variant("dit-tiny", NARROW, batch=64, lr=1e-2),
     "dit of 64, AdamW": Variant("dit-tiny", NARROW, optimizer="adamw", lr=5e-3),

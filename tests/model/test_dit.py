@@ -1,5 +1,7 @@
 """The baseline takes and returns what FIT does."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -14,9 +16,9 @@ def _inputs(batch: int = 2):
     return x, torch.randn(batch, 6, 24, generator=g), torch.ones(batch, 6, dtype=torch.bool)
 
 
-@pytest.fixture
-def dit(make_generator) -> Dit:
-    return make_generator(CONFIG).backbone
+@pytest.fixture(params=[0, 4], ids=["plain", "with a pixel head"])
+def dit(make_generator, request) -> Dit:
+    return make_generator(replace(CONFIG, pixel_dim=request.param)).backbone
 
 
 def test_answer_has_the_shape_of_the_video_and_carries_no_latents(dit) -> None:
@@ -31,9 +33,20 @@ def test_cutting_and_joining_is_the_identity(dit) -> None:
     assert torch.equal(dit._join(dit._cut(x), 4, 10, 16), x)
 
 
-def test_a_fresh_model_answers_zero() -> None:
-    f, _ = Dit(CONFIG)(*_inputs())
+@pytest.mark.parametrize("pixel_dim", [0, 4])
+def test_a_fresh_model_answers_zero(pixel_dim) -> None:
+    f, _ = Dit(replace(CONFIG, pixel_dim=pixel_dim))(*_inputs())
     assert not f.any()
+
+
+def test_the_pixel_head_sees_across_the_edges_of_patches(make_generator) -> None:
+    """One pixel's noise reaches the answer of its neighbour in the next patch, and no attention carries it."""
+    dit = make_generator(replace(CONFIG, pixel_dim=4, num_blocks=0)).backbone
+    x, tokens, mask = _inputs()
+    moved = x.clone()
+    moved[:, :, :, 3, 3] += 1
+    change = (dit(moved, tokens, mask)[0] - dit(x, tokens, mask)[0]).abs()
+    assert (change[:, :, :, 4, 4] > 0).any() and not change[:, :, :, 9, 15].any()
 
 
 def test_every_parameter_is_trained(dit) -> None:
