@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -161,8 +162,12 @@ def plan(
     return {"documents": documents, "nodes": nodes, "gpus_per_node": gpus}
 
 
+STAGE1 = "runs/stage1"
+"""Where the proposed pretraining goes, and the proposed finetuning starts."""
+
+
 def _stage1(config: Any) -> str:
-    return f"vimi-train stage1 {{c.out}} --out {unused('runs/stage1')} {train_command('stage1', config.out)}"
+    return f"vimi-train stage1 {{c.out}} --out {unused(STAGE1)} {train_command('stage1', config.out)}"
 
 
 @command(app, Job("pipeline.prompts.augment:AugmentConfig", then=_stage1))
@@ -183,15 +188,13 @@ def augment(
     }
 
 
-def _exam(config: Any) -> str:
-    exclude = "--set guard.exclude={c.out}/exclude.jsonl"
-    return (
-        f"vimi-train evaluate RUN --prompts {{c.out}} --out {unused('scores')}\n"
-        f"vimi-data augment CLIPS --memory MEMORY --out {unused('prompts')} {exclude}"
-    )
+EXAM = (
+    "keep it out of training: vimi-data augment ... --set guard.exclude={c.out}/exclude.jsonl\n"
+    "  score a run by it: vimi-train evaluate RUN --prompts {c.out} --out scores"
+)
 
 
-@command(app, Job("pipeline.prompts.benchmark:BenchmarkConfig", then=_exam))
+@command(app, Job("pipeline.prompts.benchmark:BenchmarkConfig", look=EXAM))
 def benchmark(
     protocol: Annotated[
         str | None, typer.Argument(help="ucf101, msrvtt, personalization, or own: held-out rows of our data.")
@@ -234,7 +237,11 @@ def validate(
 
 def _stage2(config: Any) -> str:
     recipe = train_command("stage2", config.out)
-    return f"vimi-train stage2 {{c.out}} --from runs/stage1 --out {unused('runs/stage2')} {recipe}"
+    finetune = f"vimi-train stage2 {{c.out}} --from {STAGE1} --out {unused('runs/stage2')} {recipe}"
+    if Path(STAGE1).exists():
+        return finetune
+    recipe = train_command("stage1", config.prompts)
+    return f"vimi-train stage1 {{c.prompts}} --out {STAGE1} {recipe}\n{finetune}"
 
 
 INSTRUCT = Job("pipeline.prompts.instruct:InstructConfig", then=_stage2)

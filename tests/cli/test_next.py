@@ -75,14 +75,21 @@ def test_every_next_command_of_the_data_side_runs_as_printed(
     assert "the encodings" in " ".join(shell(encoded, dry=True).split())
 
 
-def test_the_next_command_of_instruct_fits_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_next_commands_of_instruct_fit_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a pretraining in its place they begin with one."""
     monkeypatch.chdir(tmp_path)
     rows = [prompt_row(n, media="image", height=12, width=16, task="text_to_video") for n in range(4)]
-    write_shards(tmp_path / "made of $x", rows, job="instruct", group_rows=4, file_rows=16)
+    for name, job in (("made of $x", "instruct"), ("the prompts", "augment")):
+        write_shards(tmp_path / name, rows, job=job, group_rows=4, file_rows=16)
     from cli.data import INSTRUCT
 
-    config = type("Config", (), {"out": str(tmp_path / "made of $x")})
-    (line,) = next_commands(INSTRUCT, config)
+    places = {"out": str(tmp_path / "made of $x"), "prompts": str(tmp_path / "the prompts")}
+    config = type("Config", (), places)
+    first, line = next_commands(INSTRUCT, config)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert "runs/stage1" in Shell()(first, dry=True)
+    (tmp_path / "runs" / "stage1").mkdir(parents=True)
+    assert next_commands(INSTRUCT, config) == [line]
     words = shlex.split(line)
     assert words[2] == "made of $x" and "height_px=12" in words
     assert 'buckets=[{"media": "image", "num_frames": 16}]' in words
@@ -96,7 +103,48 @@ def test_the_next_command_of_a_training_runs_as_printed(
     monkeypatch.chdir(tmp_path)
     for command in (train.stage1, train.stage2):
         (line,) = next_commands(command.jobs[0], trained_run)
-        Shell()(line, dry=True)
+        Shell()(line)
+    assert (tmp_path / "samples").exists() and (tmp_path / "samples-2").exists()
+
+
+@pytest.mark.ray
+def test_the_next_command_of_evaluate_runs_as_printed(
+    ray_cluster: None,
+    write_video: Any,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_video(tmp_path / "my $films" / "a #1.mp4", num_frames=16)
+    shell = Shell()
+    shell("vimi-train evaluate --videos 'my $films' --out 'the scores' --metrics flicker")
+    (page,) = shell.next_of("vimi-train evaluate")
+    assert "scores.html" in shell(page)
+
+
+@pytest.mark.ray
+def test_every_next_command_of_a_world_runs_as_printed(
+    ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(tmp_path)
+    shell = Shell()
+    shell("vimi-data world --out 'my world' --nouns 2 --unseen 1 --distractors 1 --size 16 --frames 4")
+    for line in shell.next_of("vimi-data world"):
+        shell(line)
+    (stage1,) = shell.next_of("vimi-data augment")
+    shell(stage1, dry=True)
+
+
+def test_every_command_that_proposes_others_is_tested_here() -> None:
+    proposing = {
+        command.name or getattr(command.callback, "__name__", "")
+        for app in APPS.values()
+        for command in app.registered_commands
+        if any(job.then for job in getattr(command.callback, "jobs", ()))
+    }
+    data_side = {"world", "crawl", "redrive", "build-index", "augment", "instruct"}
+    assert proposing == data_side | {"stage1", "stage2", "evaluate"}
 
 
 def test_without_a_config_a_small_corpus_is_not_trained_for_the_papers_length(
