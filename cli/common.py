@@ -86,11 +86,7 @@ def make_app(help_text: str) -> typer.Typer:
 def command(app: typer.Typer, job: Job, *variants: Job, name: str | None = None) -> Callable[..., Any]:
     """Make a command of a function that returns config fields, with `--config`, `--set` and `--dry-run`.
 
-    Args:
-        app: whose command.
-        job: that it runs.
-        variants: other jobs that it may run instead; the function then returns (job, fields).
-        name: of the command; None = the function's.
+    `variants` are other jobs that it may run instead; the function then returns (job, fields).
     """
 
     def declare(words: Callable[..., Fields | tuple[Job, Fields]]) -> Callable[..., None]:

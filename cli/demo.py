@@ -53,11 +53,6 @@ def run_demo() -> None:
 def run_steps(steps: Sequence[str], *, name: str, folder: Path) -> None:
     """Run commands one after the other, in this process and one Ray session.
 
-    Args:
-        steps: programs and their arguments, as typed.
-        name: of the sequence, for the message when a step fails.
-        folder: where they are typed.
-
     Raises:
         SystemExit: with the exit code of the command that failed.
         KeyboardInterrupt: one was stopped.

@@ -23,7 +23,7 @@ from model.data.shards import open_shards
 from model.evaluate.extract import Extractor, FeatureCache
 from model.evaluate.metric import Metric
 from model.evaluate.networks import NETWORKS, NetworkConfig, network_of
-from model.evaluate.results import SIDES, in_words, make_results, remarks
+from model.evaluate.results import SIDES, make_results, remarks
 from model.evaluate.sampling import (
     SampleWorker,
     batches,
@@ -265,7 +265,7 @@ def write_scores(config: EvaluateConfig, plan: Plan, receipts: Receipts) -> Cert
         {"side": side, "name": payload["name"], "text": (payload["prompt"] or {}).get("text"), **receipt}
         for (_, receipt), (side, payload) in zip(receipts.in_order(plan.units), plan.payloads, strict=True)
     ]
-    results = make_results(
+    values, table = make_results(
         rows,
         plan.metrics,
         plan.obstacles,
@@ -274,16 +274,13 @@ def write_scores(config: EvaluateConfig, plan: Plan, receipts: Receipts) -> Cert
         frames=config.frames.model_dump(mode="json"),
         system=plan.system,
     )
-    write_json(join(config.out, SCORES), results.values)
-    write_bytes(join(config.out, TABLE), results.table)
-    found = results.values["scores"]
+    write_json(join(config.out, SCORES), values)
+    write_bytes(join(config.out, TABLE), table)
     return Certificate(
         job="evaluate",
         config_hash=output_hash(config, plan.inputs),
         **count_fates(Counter(row["status"] for row in rows)),
         files=file_entries(config.out, [join(config.out, name) for name in (SCORES, TABLE)]),
         inputs=plan.inputs,
-        facts={
-            "remarks": [*(f"{name} {in_words(one)}" for name, one in found.items()), *remarks(results.values)]
-        },
+        facts={"remarks": remarks(values)},
     )

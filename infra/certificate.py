@@ -182,10 +182,6 @@ def check_files(folder: str, entries: Iterable[FileEntry]) -> None:
 
     Every reader of a certified output calls this before it opens a file; `VIMI_TRUST=1` skips it.
 
-    Args:
-        folder: the certificate's.
-        entries: of the certificate: the files that are about to be read.
-
     Raises:
         DataError: a file is missing, truncated or changed.
     """

@@ -27,12 +27,8 @@ def open_job(
 ) -> Certificate | None:
     """Claim the folder `out` for this job, or recognise it as ours.
 
-    Args:
-        out: output folder.
-        job: the job's name, as in its certificate.
-        config: the resolved config; saved beside the output. Its identity makes the claim.
-        inputs: name -> content hash of each input.
-        portable: paths count by their last part, so that the output and its inputs may be moved.
+    The resolved `config` is saved beside the output; its identity and the `inputs` (name -> content hash) make
+    the claim. `portable`: paths count by their last part, so that the output and its inputs may be moved.
 
     Returns:
         The certificate when the output is already whole; None when there is work to do.

@@ -192,11 +192,7 @@ def describe(
 ) -> str:
     """A failed validation, one fault a line: which field, what we got, what is legal, how to cure it.
 
-    Args:
-        error: of the validation.
-        cls: the config class.
-        path: YAML file of the values.
-        typed: dotted keys that came from the command line instead.
+    `typed` are the dotted keys that came from the command line, not from the file at `path`.
     """
     fields = {field.name: field for field in walk(cls)}
     faults: dict[str, list[ErrorDetails]] = {}

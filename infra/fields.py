@@ -54,10 +54,7 @@ class ConfigField:
 def walk(cls: type[BaseModel], at: BaseModel | None = None, prefix: str = "") -> Iterator[ConfigField]:
     """All fields of a config class, those of its groups behind them.
 
-    Args:
-        cls: the class.
-        at: an instance whose values are the defaults; None = the class's own.
-        prefix: of the names.
+    `at` is an instance whose values are the defaults; None = the class's own.
     """
     for name, info in cls.model_fields.items():
         default = info.get_default(call_default_factory=True) if at is None else getattr(at, name)

@@ -12,10 +12,7 @@ SAMPLES = "samples.json"
 def write_samples(folder: str, entries: Sequence[dict[str, Any]], **facts: Any) -> None:
     """Write it, after the videos.
 
-    Args:
-        folder: of the videos.
-        entries: one a video, in order.
-        facts: of all of them: the run, its weights, ...
+    One entry a video, in order; the facts are of all of them: the run, its weights, ...
     """
     write_sealed(join(folder, SAMPLES), {**facts, "samples": list(entries)})
 

@@ -6,10 +6,7 @@ import hashlib
 def is_held_out(parent: str, split: str | None, frac: float) -> bool:
     """Whether clips of this parent video are kept from training: the same answer in both stages.
 
-    Args:
-        parent: sha256 of the parent's bytes, or its URI.
-        split: of the corpus.
-        frac: share of the parents that are kept back beside those of a split.
+    `parent` is the sha256 of its bytes, or its URI; `frac` is kept back beside the videos of a split.
     """
     if split in ("val", "validation", "test"):
         return True

@@ -100,12 +100,7 @@ def training_flops(
     latents. What nobody trains has no gradient to be counted: the noisy video, the encoder's tokens, the
     scalars, and the latents of the first pass.
 
-    Args:
-        backbone: of the generator.
-        condition: of the generator.
-        prompt_tokens: tokens of the prompt.
-        shape: (t, h, w) of the video; by default the backbone's own.
-        self_condition_rate: 0 leaves the first pass out.
+    `shape` is (t, h, w) of the video, by default the backbone's own.
     """
     model = on_meta(replace(backbone, checkpoint=False), condition)
     has_first = model.z_shape[0] > 0 and self_condition_rate > 0
@@ -140,12 +135,7 @@ def activation_bytes(
 
     Checkpointed, each block keeps its inputs, and one block at a time is computed again.
 
-    Args:
-        backbone: of the generator.
-        condition: of the generator.
-        batch: samples at once.
-        prompt_tokens: tokens of each prompt.
-        half: autocast to a 16-bit type; its copies of the weights count.
+    `half`: autocast to a 16-bit type; its copies of the weights count.
     """
     model = on_meta(replace(backbone, checkpoint=False), condition)
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -196,12 +186,8 @@ def _saved_bytes(model: Generator, inputs: dict[str, Any]) -> tuple[int, int, in
 def describe(name: str, *, prompt_tokens: int = 128, batch: int = 1, **changes: Any) -> dict[str, Any]:
     """What a preset is and costs, in bf16 autocast and behind an encoder of width 1,024 (T5-11B's).
 
-    Args:
-        name: of the preset.
-        prompt_tokens: tokens of one prompt; the default is this project's guess at a caption with
-            one retrieved document.
-        batch: samples per device, for the memory.
-        changes: fields of the preset to change, as `num_frames=8`.
+    `prompt_tokens` is this project's guess at a caption with one retrieved document; `changes` are fields of
+    the preset, as `num_frames=8`.
 
     Raises:
         ValueError: no such preset or field.

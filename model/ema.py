@@ -60,9 +60,7 @@ Profile = HalfLife | PowerFunction
 def make_profile(name: str, *, longest: int | None = None) -> Profile:
     """The profile that a name asks for: `half-life-<samples>` or `power-<sigma_rel>`.
 
-    Args:
-        name: as in a config and in the checkpoints.
-        longest: caps a half-life, samples.
+    `longest` caps a half-life, samples.
 
     Raises:
         ValueError: another name, or a width outside (0, 0.288).
@@ -79,12 +77,7 @@ def make_profile(name: str, *, longest: int | None = None) -> Profile:
 
 
 class Ema:
-    """The average of a model's trained parameters under one profile.
-
-    Args:
-        model: whose parameters start the average.
-        profile: how the past is weighted.
-    """
+    """The average of a model's trained parameters under one profile."""
 
     def __init__(self, model: nn.Module, profile: Profile) -> None:
         self.profile, self.samples = profile, 0

@@ -109,9 +109,7 @@ class Latents:
     def decode(self, latents: Tensor, num_frames: int | None = None) -> Tensor:
         """Latents `b t' c' h' w'` -> pixels `b t 3 h w` in [-1, 1], float32.
 
-        Args:
-            latents: as from `encode`.
-            num_frames: frames to keep (those before any repeated last frame); None = all.
+        `num_frames` are kept (those before any repeated last frame); None = all.
         """
         raw = latents.to(self.device).float() / _like(self._scale, latents).to(self.device)
         raw = (raw + _like(self._shift, latents).to(self.device)).to(self.dtype)
@@ -137,9 +135,7 @@ class Latents:
 def load_latents(place: str, device: str | torch.device = "cpu") -> Latents:
     """Load an autoencoder of diffusers; bfloat16 on a GPU, else float32.
 
-    Args:
-        place: folder or hub id that holds its config.json and weights, there or under `vae`.
-        device: where it goes.
+    `place` is a folder or hub id that holds its config.json and weights, there or under `vae`.
 
     Raises:
         ConfigError: no such folder, not a diffusers autoencoder, or a hub that can't be reached.

@@ -63,12 +63,8 @@ def run_job(
 ) -> Certificate:
     """Run a job, or continue one that was stopped; a finished one is recognised and left alone.
 
-    Args:
-        job: the job's name, as in its certificate.
-        config: its identity, with `inputs`, claims the folder `out`.
-        inputs: name -> content hash of each input.
-        work: see `carry_out`.
-        finish: see `carry_out`.
+    The config's identity and `inputs` (name -> content hash) claim the folder `out`; `work` and `finish` as in
+    `carry_out`.
 
     Raises:
         ConfigError: `out` is not writable, or holds the output of another config or input.
@@ -83,10 +79,8 @@ def carry_out(
 ) -> Certificate:
     """Do the work in a Ray session, write the tables, certify last; then the journals may go.
 
-    Args:
-        config: where to write and to run.
-        work: called in the session; runs all units that have no receipt yet (see `run_units`).
-        finish: writes the tables from the receipts and gives the certificate, which is stamped here.
+    `work` is called in the session and runs all units that have no receipt yet (see `run_units`); `finish`
+    writes the tables from the receipts and gives the certificate, which is stamped here.
     """
     started_s = time.time()
     with alone(config.out):
@@ -142,11 +136,8 @@ def refuse_failures(
 ) -> None:
     """Stop a job that has gone wrong.
 
-    Args:
-        counts: rows by status, the good ones too.
-        max_failed_frac: greatest share of the rows that may be dead.
-        what: what the rows are and what didn't become of them, e.g. "clips could not become prompts".
-        rejected: rows of `schema.REJECTED`; the message shows the first that is dead.
+    `what` says what the rows are and what didn't become of them ("clips could not become prompts"); the message
+    shows the first of the `rejected` that is dead.
 
     Raises:
         TooManyFailuresError: more rows are dead; names the reasons, by count.

@@ -57,10 +57,8 @@ def shards_of(uri: str, certificate: Certificate) -> list[str]:
 def shard_bytes(rows: pa.Table | Iterable[dict[str, Any]], schema: pa.Schema, *, row_group_rows: int) -> bytes:
     """Encode rows as Parquet: every writer option that changes bytes is fixed here.
 
-    Args:
-        rows: a table, or rows as dictionaries, of which one row group is in memory at a time.
-        schema: columns and types; a table's chunks and metadata don't reach the bytes.
-        row_group_rows: rows of one row group, the trainer's unit of reading.
+    Of rows as dictionaries one row group is in memory at a time; a table's chunks and metadata don't reach the
+    bytes.
     """
     leaves = _leaf_paths(schema)
     # Pictures and frames are stored as they are: JPEG doesn't shrink, and the trainer reads faster.

@@ -73,11 +73,6 @@ def load_clip(
 ) -> Clip:
     """Load the CLIP that `config` names (default: `ViT-B-32` of LAION-2B).
 
-    Args:
-        config: which one.
-        device: where its towers run.
-        batch_size: rows per forward.
-
     Raises:
         ConfigError: unknown name or tag (with the closest ones), unreadable files, weights that don't
             fit, or a hub that can't be reached (names the offline choice).
@@ -93,9 +88,7 @@ def check_clip(config: ClipConfig, *, reach: bool = True) -> None:
 
     Fetches nothing; asks the network (once, seconds) only when the weights are not in the local cache.
 
-    Args:
-        config: which CLIP.
-        reach: False = ask no network: weights that would have to be fetched are taken to be there.
+    `reach` False asks no network: weights that would have to be fetched are taken to be there.
 
     Raises:
         ConfigError: as `load_clip`.

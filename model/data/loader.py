@@ -53,12 +53,7 @@ class Loaded:
 
 
 def load_rows(table: pa.Table, numbers: dict[Stream, list[int]]) -> Loaded:
-    """Take a row group of PROMPTS apart: Python objects for the small, views for the large.
-
-    Args:
-        table: of ROW_COLUMNS and TARGET_BYTES.
-        numbers: which rows belong to each stream.
-    """
+    """Take a row group of PROMPTS apart: Python objects for the small, views for the large."""
     place = table.schema.get_field_index("target")
     chunks = table["target"].chunks
     target = chunks[0] if len(chunks) == 1 else pa.concat_arrays(chunks)  # which copies

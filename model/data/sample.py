@@ -29,12 +29,8 @@ def read_sample(
 ) -> Sample:
     """Decode the row's target at the bucket's size.
 
-    Args:
-        row: of PROMPTS; `stored`, if there, holds its encodings.
-        bucket: shape of the target.
-        position: of the sample.
-        prompt: after the choice of documents and the dropout.
-        pixels: False = the stored latents do, and nothing is decoded.
+    The row is of PROMPTS (`stored`, if there, holds its encodings), the prompt as it is after the choice of
+    documents and the dropout. `pixels` False: the stored latents do, and nothing is decoded.
 
     Raises:
         DataError: a target that can't be read, or a row that could not be encoded; names the prompt.

@@ -119,9 +119,7 @@ def kernel_sum(x: np.ndarray, y: np.ndarray, *, same: bool) -> float:
 class KernelSums:
     """Sums of the kernel between folds of both sides, of which any fold can be left out.
 
-    Args:
-        real: rows `n d` of each fold.
-        sampled: likewise.
+    Each side is given as the rows `n d` of its folds.
     """
 
     def __init__(self, real: Sequence[np.ndarray], sampled: Sequence[np.ndarray]) -> None:

@@ -75,12 +75,8 @@ class FeatureCache:
 class Extractor:
     """Gives features by the names that metrics ask for, and keeps them.
 
-    Args:
-        config: the networks.
-        names: features wanted, such as `i3d`, `clip`, `clip_text`.
-        cache: where they are kept.
-        seen: plain values that say which frames the networks are given.
-        device: where they run.
+    `names` are features such as `i3d`, `clip`, `clip_text`; `seen` are plain values that say which frames the
+    networks are given.
     """
 
     def __init__(

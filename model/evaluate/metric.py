@@ -137,10 +137,7 @@ def jackknife(
     lie above the value. Leaving out a twentieth hardly moves the bias, and the same way each time. The interval
     is of the value at this n: how another draw would differ, not what infinitely many videos would give.
 
-    Args:
-        value: of all.
-        without: fold -> the statistic of all others.
-        sizes: videos of each fold, on the smaller side.
+    `without`: fold -> the statistic of all others; `sizes`: videos of each fold, on the smaller side.
     """
     filled = [fold for fold, size in enumerate(sizes) if size]
     if len(filled) < 3:

@@ -124,14 +124,6 @@ def load_pretrained(
 ) -> tuple[Any, Any]:
     """(preprocessing, frozen network) of a folder or hub name, by their classes of transformers.
 
-    Args:
-        place: folder or hub name.
-        what: it is, for the error.
-        processor: class of the preprocessing, with `from_pretrained`.
-        model: class of the network, likewise.
-        device: of the network.
-        how: options of the preprocessing.
-
     Raises:
         ConfigError: they can't be loaded.
     """

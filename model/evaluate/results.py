@@ -6,7 +6,6 @@ A row is one video: side, name, text, status, error, sha256, id, and the cache's
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,19 +22,6 @@ NUM_NAMED = 10
 Row = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Results:
-    """What an evaluation came to.
-
-    Attributes:
-        values: of scores.json.
-        table: bytes of videos.jsonl.
-    """
-
-    values: dict[str, Any]
-    table: bytes
-
-
 def make_results(
     rows: Sequence[Row],
     metrics: Mapping[str, type[Metric]],
@@ -45,17 +31,11 @@ def make_results(
     networks: NetworkConfig,
     frames: Mapping[str, Any],
     system: Mapping[str, Any],
-) -> Results:
-    """Scores of all good videos; their order and whoever made their features can't be seen.
+) -> tuple[dict[str, Any], bytes]:
+    """(values of scores.json, bytes of videos.jsonl): their order and whoever made the features can't be seen.
 
-    Args:
-        rows: every video of both sides.
-        metrics: by name.
-        obstacles: metrics that were asked for and can't be computed, and why.
-        cache: holds the features.
-        networks: that they are of.
-        frames: which frames the networks saw.
-        system: what made the sampled videos, as far as that is known.
+    `obstacles` says of metrics that were asked for why they can't be computed, `frames` which the networks saw,
+    `system` what made the sampled videos, as far as that is known.
     """
     scores, failures = score(metrics, features_of(rows, cache))
     names = sorted({name for metric in metrics.values() for name in metric.needs})
@@ -70,7 +50,7 @@ def make_results(
         "counts": {side: dict(sorted(counts.items())) for side, counts in statuses(rows).items()},
         "repeated": repeated(rows),
     }
-    return Results(values, table_of(rows, scores))
+    return values, table_of(rows, scores)
 
 
 def good(row: Row) -> bool:
@@ -148,9 +128,10 @@ def in_words(found: Mapping[str, Any]) -> str:
 
 
 def remarks(values: Mapping[str, Any]) -> list[str]:
-    """What stands beside the scores: failed videos by name, metrics that have none."""
+    """The scores, and what stands beside them: failed videos by name, metrics that have none."""
     failed = values["failed"]
-    lines = [f"{row['side']} {row['name']}: {row['status']} ({row['error']})" for row in failed[:NUM_NAMED]]
+    lines = [f"{name} {in_words(found)}" for name, found in values["scores"].items()]
+    lines += [f"{row['side']} {row['name']}: {row['status']} ({row['error']})" for row in failed[:NUM_NAMED]]
     if len(failed) > NUM_NAMED:
         lines.append(f"and {len(failed) - NUM_NAMED:,} more failed: scores.json names them all")
     lines += [f"not {name}: {why}" for name, why in values["not_computed"].items()]

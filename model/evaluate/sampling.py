@@ -79,13 +79,7 @@ class SampleWorker:
 
 
 def system_of(config: SampleConfig, checkpoint: str, num_with_documents: int) -> dict[str, Any]:
-    """What made the videos, for the manifest: no places, but what they hold.
-
-    Args:
-        config: of the sampling.
-        checkpoint: hash of the run's checkpoint.
-        num_with_documents: prompts that had retrieved documents.
-    """
+    """What made the videos, for the manifest: no places, but what they hold."""
     found = split_checkpoint(find_checkpoint(config.run))
     places = {"run", "prompts_uri", "prompts_file", "prompts", "images", "rows"}
     how = {name: value for name, value in config.identity().items() if name not in places}

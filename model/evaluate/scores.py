@@ -108,12 +108,7 @@ def refuse_small_n(metrics: Iterable[type[Metric]], given: Given) -> None:
 def score(
     metrics: Mapping[str, type[Metric]], videos: Iterable[tuple[Video, Features]]
 ) -> tuple[dict[str, Score], dict[str, str]]:
-    """Scores by metric, and why the others have none; one thread, so that sums are the same anywhere.
-
-    Args:
-        metrics: by name.
-        videos: each with its prompt's features, in any order.
-    """
+    """Scores by metric, and why the others have none; one thread, so that sums are the same anywhere."""
     made = {name: metric() for name, metric in metrics.items()}
     rest = iter(videos)
     scores, failures = {}, {}

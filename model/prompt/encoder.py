@@ -110,9 +110,7 @@ class PromptEncoder(ABC):
     def encode(self, prompts: Sequence[Prompt], encoded: Beforehand = ()) -> EncodedBatch:
         """Encode prompts and pad them to one batch.
 
-        Args:
-            prompts: b prompts, after `select`.
-            encoded: what was encoded beforehand; () = nothing.
+        `encoded` is what was encoded beforehand; () = nothing.
         """
         if isinstance(encoded, EncodedBatch):
             return encoded
@@ -132,12 +130,7 @@ class PromptEncoder(ABC):
     ) -> Condition:
         """The generator's condition.
 
-        Args:
-            prompts: b prompts, after `select`.
-            fps: `b` frames per second, inf for pictures.
-            original_size_px: `b 2` (height, width).
-            references: `reference_tensors(prompts, ...)` for `plus` mode.
-            encoded: as in `encode`.
+        Prompts as they are after `select`; `references` are their `reference_tensors` in `plus` mode.
         """
         batch = self.encode(prompts, encoded)
         return Condition(

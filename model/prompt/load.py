@@ -27,9 +27,7 @@ def load_prompt_encoder(
 def check_prompt_encoder(config: PromptEncoderConfig, *, reach: bool = True) -> None:
     """Refuse an encoder that can't be loaded, without loading it.
 
-    Args:
-        config: which encoder.
-        reach: False = ask no network: what would have to be fetched is taken to be there.
+    `reach` False asks no network: what would have to be fetched is taken to be there.
 
     Raises:
         ConfigError: as `load_prompt_encoder`.

@@ -54,10 +54,6 @@ def reference_tensors(prompts: Sequence[Prompt], size_px: tuple[int, int]) -> Re
 
     Of more than MAX_REFERENCES a prompt, retrieved pictures are left out first, then the last ones.
 
-    Args:
-        prompts: as given to the encoder, after `select`.
-        size_px: (height, width) of every reference.
-
     Raises:
         PictureError: an undecodable picture.
     """

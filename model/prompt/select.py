@@ -19,10 +19,7 @@ def select(prompt: Prompt, num_documents: int | None = None, dropped: frozenset[
     A dropped subject or background leaves its word in the caption (`Segment.text`), if it has one: "A
     [dog] is playing." becomes "A dog is playing."; without the word the picture just goes.
 
-    Args:
-        prompt: segments in order; retrieved ones in rank order.
-        num_documents: how many documents stay, best first; None = all.
-        dropped: kinds of `model.condition.KINDS` to leave out: text, retrieved, subject, frame.
+    `num_documents` stay, best first; None = all. `dropped` are kinds of `model.condition.KINDS`.
 
     Raises:
         ValueError: an unknown kind or a negative number.
@@ -117,10 +114,7 @@ def fit(prompt: Prompt, max_tokens: int, count: Callable[[Prompt], int]) -> Prom
     their word); the other texts but the caption; then the caption from its end, at a space if there is one.
     Segments keep their positions: what goes is blanked, so that `segment` ids don't move.
 
-    Args:
-        prompt: the whole prompt.
-        max_tokens: the limit, at least 1.
-        count: tokens of a prompt, as the encoder counts them.
+    `count` gives the tokens of a prompt, as the encoder counts them.
     """
     if count(prompt) <= max_tokens:
         return prompt

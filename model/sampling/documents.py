@@ -24,10 +24,8 @@ Found = Mapping[str, Mapping[str, Any]]
 def with_found(request: SampleRequest, row: Mapping[str, Any], *, instruct: bool) -> SampleRequest:
     """The request with the documents that were retrieved for it, where training has them.
 
-    Args:
-        request: without documents.
-        row: a row of PROMPTS, as augment would store it for the prompt's caption.
-        instruct: put the instruction line of retrieved documents in front, unless there is one.
+    `row` is a row of PROMPTS, as augment would store it for the prompt's caption; `instruct` puts the
+    instruction line of retrieved documents in front, unless there is one.
     """
     stored = read_prompt({"prompt_id": None, **row})
     prompt = with_retrieved(request.prompt, retrieved(stored))
@@ -67,13 +65,7 @@ def cut_documents(request: SampleRequest, number: int) -> SampleRequest:
 
 
 def choose_documents(requests: Sequence[SampleRequest], choice: Documents, seed: int) -> list[SampleRequest]:
-    """The requests with their own documents, with none, or each with those of another.
-
-    Args:
-        requests: in any order.
-        choice: which documents.
-        seed: of the shuffle.
-    """
+    """The requests with their own documents, with none, or each with those of another."""
     if choice == "right":
         return list(requests)
     if choice == "none":
@@ -149,9 +141,7 @@ def ending_of(image: bytes) -> str:
 def keep_segments(name: str, prompt: Prompt) -> tuple[list[dict[str, Any]], dict[str, bytes]]:
     """The segments as plain values, but for the documents, which `describe_documents` tells of.
 
-    Args:
-        name: of the video's files, without ending; those of the pictures begin with it.
-        prompt: its segments.
+    The pictures' files begin with `name`, that of the video's without ending.
 
     Returns:
         For each segment its type, role, text and the name of its picture's file; and the files.

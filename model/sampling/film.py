@@ -27,11 +27,8 @@ def to_frames(video: Tensor) -> np.ndarray:
 def encode_mp4(frames: np.ndarray, fps: float, *, scale: int = 1, crf: int = 12) -> bytes:
     """h264 mp4 of uint8 `t h w 3` frames.
 
-    Args:
-        frames: the video.
-        fps: frames per second.
-        scale: enlarge by this whole factor, so that small videos can be looked at; pixels stay square.
-        crf: x264's quality, 0 = lossless.
+    `scale` enlarges by a whole factor, so that small videos can be looked at; `crf` is x264's quality, 0 =
+    lossless.
     """
     import av
 
@@ -101,12 +98,8 @@ def write_video(
 ) -> tuple[dict[str, str], dict[str, bytes]]:
     """Write mp4 and contact sheet of uint8 `t h w 3` frames, enlarged to be looked at.
 
-    Args:
-        folder: of the files.
-        name: of the files, without ending.
-        frames: the video.
-        fps: frames per second.
-        above: encoded pictures to show above the frames: the documents that the prompt retrieved.
+    `name` is that of the files without ending; `above` are encoded pictures to show above the frames: the
+    documents that the prompt retrieved.
 
     Returns:
         What samples.json says of them, and the files by name.

@@ -40,9 +40,7 @@ from model.training.state import restore_generator, trained_by
 def run(config: SampleConfig, found: Found = NOTHING) -> Certificate:
     """Make the videos; the same command finds them made.
 
-    Args:
-        config: what to sample.
-        found: caption of a prompt in words -> row of PROMPTS whose documents it gets (`with_found`).
+    `found`: caption of a prompt in words -> row of PROMPTS whose documents it gets (`with_found`).
     """
     check(config, found)
     uri, base = trained_by(config.run)

@@ -48,12 +48,7 @@ class GuidanceConfig(Config):
 class Maker:
     """Makes pixels with one generator.
 
-    Args:
-        model: the generator, on its device.
-        config: that it is trained by.
-        encoder: of its prompts.
-        latents: its autoencoder; None for pixels.
-        guidance: how it is guided.
+    `latents` None: it works in pixels.
     """
 
     def __init__(
@@ -103,12 +98,7 @@ class Maker:
     ) -> Tensor:
         """`b t c H W` pixels out of small videos `b t c h w`; this generator is an upsampler.
 
-        Args:
-            videos: from the base model.
-            requests: as they were asked of the base model.
-            num_steps: of sampling.
-            level: standard deviation of the noise that the small videos get.
-            on_step: called after each step with its number.
+        The small videos get noise of the standard deviation `level`.
         """
         shape = (videos.shape[1], videos.shape[2], self.config.height_px, self.config.width_px)
         return upsample(
@@ -143,10 +133,7 @@ class Maker:
 def open_maker(restored: Restored, guidance: GuidanceConfig, *, beside: Maker | None = None) -> Maker:
     """A restored generator with its encoder and autoencoder, loaded and checked.
 
-    Args:
-        restored: from a checkpoint.
-        guidance: how it is guided.
-        beside: another maker, whose prompt encoder is used too if it is the same one.
+    The prompt encoder of the maker `beside` it is used too if it is the same one.
 
     Raises:
         ConfigError: an encoder of another width, or another autoencoder than in training.

@@ -192,10 +192,7 @@ def read_requests(config: SampleConfig, base: StageConfig, found: Found) -> list
 def plan_videos(config: SampleConfig, base: StageConfig, found: Found = NOTHING) -> list[SampleRequest]:
     """One request for each prompt and seed, with the documents that the config chooses.
 
-    Args:
-        config: what to sample.
-        base: config of the model's training.
-        found: what was retrieved for the captions of prompts in words.
+    `found` is what was retrieved for the captions of prompts in words.
 
     Raises:
         ConfigError: no prompts, or nothing to shuffle.

@@ -62,10 +62,8 @@ class SampleRequest:
 def parse_prompt(text: str, images: Sequence[str], *, instruct: bool = False) -> Prompt:
     """Segments of a prompt with placeholders and the pictures that fill them, in order.
 
-    Args:
-        text: words and `<image>`s.
-        images: paths, one per placeholder, each optionally `role:path` (`split_place`).
-        instruct: put the task's instruction line in front, as stage 2 has learned it.
+    `images` are paths, one a placeholder, each optionally `role:path` (`split_place`); `instruct` puts the
+    task's instruction line in front, as stage 2 has learned it.
 
     Raises:
         ConfigError: another number of pictures than placeholders, or a picture that isn't there.
@@ -194,12 +192,7 @@ def requests_in_shards(
 ) -> list[SampleRequest]:
     """The first `rows` prompts of a certified folder, tasks in turn, so that each task is seen.
 
-    Args:
-        uri: the folder.
-        rows: how many.
-        fps: for rows that don't bring their own, as pictures do.
-        original_size_px: likewise.
-        split: only rows of this split of the corpus; None = all.
+    `fps` and `original_size_px` are for rows that don't bring their own, as pictures do; `split` None = all.
 
     Raises:
         ConfigError: no row of that split; names those that are there.
@@ -249,13 +242,7 @@ def _request(row: dict[str, Any], fps: float, original_size_px: tuple[int, int])
 def origins_in(
     segments: Sequence[dict[str, Any]], prompt: Prompt, memory_version: str | None
 ) -> tuple[dict[str, Any], ...]:
-    """Where each document of a stored prompt comes from, best first.
-
-    Args:
-        segments: as augment stores them.
-        prompt: the same, read.
-        memory_version: tag of the memory that they were found in.
-    """
+    """Where each document of a stored prompt comes from, best first."""
     stored = [segments[places[0]].get("document") or {} for places in documents(prompt)]
     return tuple(
         {**{name: one.get(name) for name in ORIGIN}, "memory_version": memory_version} for one in stored

@@ -236,12 +236,7 @@ def heaviest_batch(
 ) -> tuple[Batch, Condition]:
     """The heaviest micro-batch that a run can meet, blank: largest bucket, longest prompts, most references.
 
-    Args:
-        config: of the run.
-        count: samples of a micro-batch on one rank.
-        encoder: of the run; its width and dtype are asked for.
-        space: of the targets.
-        has_latents: they are read, so the autoencoder need not be tried.
+    `count` is one rank's; `has_latents`: they are read, so the autoencoder need not be tried.
     """
     bucket = max(config.shapes, key=lambda b: b.num_frames * b.height_px * b.width_px)
     sizes = (bucket.num_frames, bucket.height_px, bucket.width_px)

@@ -120,9 +120,7 @@ def checkpoint_hash(uri: str) -> str:
 class CheckpointWriter:
     """Saves in the background; at most one save is under way, and all ranks call it alike.
 
-    Args:
-        run: its folder, any filesystem.
-        num_to_keep: newest checkpoints that stay; None = all.
+    The newest `num_to_keep` checkpoints stay; None = all.
     """
 
     def __init__(self, run: RunFolder, *, num_to_keep: int | None = None) -> None:

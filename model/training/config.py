@@ -328,10 +328,7 @@ def imports_in(values: Mapping[str, Any]) -> list[str]:
 def config_of(facts: Mapping[str, Any], uri: str, *, own: StageConfig | None = None) -> StageConfig:
     """The config that a checkpoint was trained by.
 
-    Args:
-        facts: of the checkpoint.
-        uri: where it lies.
-        own: the user's, where there is one: what it imports, the checkpoint's may import too.
+    What `own`, the user's config, imports, the checkpoint's may import too.
 
     Raises:
         ConfigError: it would import other code than this project's.

@@ -255,12 +255,7 @@ class Training:
 def blame(loader: Loader, norm: float, each: Tensor, positions: list[int], *, at: int) -> NonFiniteError:
     """The error of a step with a non-finite gradient, naming its samples; all ranks call this alike.
 
-    Args:
-        loader: knows the prompts by position.
-        norm: of the gradient, over all ranks.
-        each: losses of this rank's samples.
-        positions: theirs, in the same order.
-        at: samples seen before this step.
+    `each` are the losses of this rank's samples, at `positions`; `at` so many were seen before this step.
     """
     found = [[p for p, ok in zip(positions, each.isfinite().tolist(), strict=True) if not ok]]
     if dist.is_initialized() and dist.get_world_size() > 1:

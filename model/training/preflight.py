@@ -53,9 +53,7 @@ class Ready:
 def inspect(config: StageConfig, *, reach: bool = True) -> Ready:
     """Look at every input without Ray.
 
-    Args:
-        config: of the stage.
-        reach: False = the hub is not asked for the prompt encoder.
+    `reach` False: the hub is not asked for the prompt encoder.
 
     Raises:
         ConfigError: one line: what is wrong, what is legal, how to cure it.

@@ -88,9 +88,7 @@ def facts_for(checkpoint: str, encoder: str, space: Space) -> dict[str, Any]:
 def trained_by(run: str, *, own: StageConfig | None = None) -> tuple[str, StageConfig]:
     """A run's latest checkpoint (or the one that is named), and the config that it was trained by.
 
-    Args:
-        run: folder of a run, or one of its checkpoints.
-        own: as in `config_of`.
+    `own` as in `config_of`.
     """
     uri = find_checkpoint(run)
     return uri, config_of(read_facts(uri), uri, own=own)
@@ -98,11 +96,6 @@ def trained_by(run: str, *, own: StageConfig | None = None) -> tuple[str, StageC
 
 def start_from_base(generator: Generator, config: StageConfig, base: str) -> list[str]:
     """Copy a base model's weights into a fresh upsampler (Snap Video: "initialised from base").
-
-    Args:
-        generator: the upsampler.
-        config: its own.
-        base: run of the base model, or one of its checkpoints.
 
     Returns:
         Names of the tensors that have no counterpart and keep their own start.
@@ -139,11 +132,8 @@ def restore_generator(
 ) -> Restored:
     """Load the generator of a run (its latest checkpoint) or of one checkpoint.
 
-    Args:
-        run: folder of a run, or one of its checkpoints.
-        ema: `weights`, a stored average by name, or `power-<sigma_rel>` of another width.
-        device: where it goes.
-        own: as in `config_of`.
+    `ema` is `weights`, a stored average by name, or `power-<sigma_rel>` of another width; `own` as in
+    `config_of`.
     """
     uri = find_checkpoint(run)
     check_average(uri, ema)

@@ -37,10 +37,8 @@ class StopSignals:
 
     run/stop is looked for in a thread, so that no step waits for storage.
 
-    Args:
-        run: its folder.
-        agree: whether any rank says yes; all ranks call it alike.
-        looks: whether this rank looks for run/stop; one is enough.
+    `agree` tells whether any rank says yes, and all ranks call it alike; one rank that `looks` for run/stop is
+    enough.
 
     Attributes:
         leave: save and leave.

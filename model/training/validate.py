@@ -179,9 +179,8 @@ class Validation:
     def _record(self, table: Tensor, facts: list[list[int]]) -> dict[str, Any]:
         """Means over rows, by medium and in stage 2 also by task.
 
-        Args:
-            table: losses, [rows, CHOICES, QUANTILES].
-            facts: for each row its task and how many of CHOICES it has.
+        `table` holds the losses, [rows, CHOICES, QUANTILES], `facts` each row's task and how many of CHOICES it
+        has.
         """
         groups: dict[str, list[int]] = {}
         for number, (chosen, (task, _)) in enumerate(zip(self.rows, facts, strict=True)):
@@ -236,10 +235,7 @@ def summarise(of: str, losses: Tensor, num_choices: Tensor) -> dict[str, float]:
     Losses are means over all rows, a row without documents counting with the loss it has; gains are over the
     rows that have both, since rows without documents gain nothing for sure.
 
-    Args:
-        of: what the rows are.
-        losses: [rows, CHOICES, QUANTILES].
-        num_choices: [rows], how many of CHOICES each row has.
+    `losses` is [rows, CHOICES, QUANTILES], `num_choices` [rows]: how many of CHOICES each row has.
     """
     record: dict[str, float] = {rows_name(of): len(losses)}
     having = {name: num_choices > place for place, name in enumerate(CHOICES)}

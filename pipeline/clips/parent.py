@@ -31,11 +31,7 @@ END_SLACK_S = 1.0
 def inspect_parent(item: dict[str, Any], found: dict[str, Any], shots: str, filters: FilterConfig) -> list[Row]:
     """The rows of one parent.
 
-    Args:
-        item: an `Item` as JSON.
-        found: what fetching says: local_uri, and etag, last_modified, attempt, status, error if any.
-        shots: how a video without given times is cut, see `CrawlConfig`.
-        filters: what makes a clip usable.
+    `found` is what fetching says: local_uri, and etag, last_modified, attempt, status, error if any.
 
     Returns:
         One row a clip, null columns left out; at least one.

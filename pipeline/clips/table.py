@@ -58,9 +58,8 @@ def _parts(rows: Iterator[Row]) -> Iterator[Iterator[Row]]:
 def find_duplicates(rows: Iterable[Row], near_bits: int | None = None) -> dict[int, tuple[Status, str]]:
     """Row number -> fate of every good row that repeats an earlier good one.
 
-    Args:
-        rows: rows of `schema.CLIPS`, null columns may be absent; iterated once.
-        near_bits: near duplicates differ in at most so many bits; None = only exact ones are found.
+    Rows are of `schema.CLIPS` (null columns may be absent) and iterated once. Near duplicates differ in at most
+    `near_bits`; None = only exact ones are found.
     """
     numbers, ids, hashes, parents, lengths = bytearray(), bytearray(), bytearray(), bytearray(), bytearray()
     for number, row in enumerate(rows):

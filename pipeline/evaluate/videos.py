@@ -41,9 +41,7 @@ TARGET_COLUMNS = ["target.kind"]
 def find_videos(place: str, *, only: Collection[str | None] | None = None) -> list[Payload]:
     """All videos of a place, in the order of their names.
 
-    Args:
-        place: folder or URI.
-        only: of prompt shards, the ids of the rows that count; None = all.
+    `only` names the rows of prompt shards that count; None = all.
 
     Raises:
         ConfigError: nothing is there.

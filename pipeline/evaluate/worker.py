@@ -36,10 +36,7 @@ class Extractor(Protocol):
 class EvaluateWorker:
     """Unit payload -> receipt: the video's id, and the cache's keys of its features and of its prompt's.
 
-    Args:
-        make_extractor: called once, in the worker's process.
-        how: which frames are scored.
-        timeout_s: of decoding one video.
+    `make_extractor` is called once, in the worker's process; `timeout_s` is for decoding one video.
     """
 
     def __init__(self, make_extractor: Callable[[], Extractor], how: FrameConfig, timeout_s: float) -> None:

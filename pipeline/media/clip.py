@@ -28,10 +28,7 @@ class ClipFrames:
 def read_frames(row: dict[str, Any], fracs: tuple[float, ...], *, local_uri: str | None = None) -> ClipFrames:
     """The frames at `fracs` of the clip (0 = first, 1 = last).
 
-    Args:
-        row: of `schema.PROMPTS`.
-        fracs: places in the clip, shares of its length.
-        local_uri: where the source's bytes lie, if not at `source_uri`.
+    `local_uri` is where the source's bytes lie, if not at `source_uri`.
 
     Raises:
         RowError: neither the source nor the target gives a frame.

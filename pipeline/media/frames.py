@@ -80,10 +80,7 @@ def probe(source: Source) -> VideoInfo:
 def decode_frames(source: Source, times_s: Sequence[float], *, size_px: Size = None) -> np.ndarray:
     """The frames on screen at `times_s`, in that order.
 
-    Args:
-        source: path, URI, bytes or a seekable binary file.
-        times_s: any order, repeats allowed; finite.
-        size_px: (height, width) to scale to; None = the display size.
+    Times may come in any order and repeat; `size_px` is (height, width) to scale to, None = the display size.
 
     Returns:
         uint8 RGB `n h w 3`.

@@ -67,9 +67,7 @@ def open_media(local_uri: str, sha256: str | None = None) -> str | bytes:
 def read_media(local_uri: str, sha256: str | None = None) -> bytes:
     """The bytes behind a `local_uri`.
 
-    Args:
-        local_uri: where they lie.
-        sha256: what a crawl found there; None = unknown.
+    `sha256` is what a crawl found there; None = unknown.
 
     Raises:
         FileNotFoundError: no such file.

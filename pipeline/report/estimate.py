@@ -91,9 +91,7 @@ class Line:
 def fit_law(points: Sequence[tuple[int, float]], *, crowded: bool = True) -> Law:
     """The law of least squared relative error; one point gives a cost for each document.
 
-    Args:
-        points: (rows, cost) of the runs.
-        crowded: the law may have its N^1.5 part.
+    `crowded`: the law may have its N^1.5 part.
 
     Raises:
         ValueError: no usable point.

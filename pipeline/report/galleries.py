@@ -192,12 +192,8 @@ def sample_cards(
 ) -> list[Card]:
     """Sampled videos with their prompts; a video too large for the page is shown by its contact sheet.
 
-    Args:
-        folder: output of `vimi-train sample`.
-        shards: where prompts that were taken from shards can be found again, with what is known of their
-            documents; of others the folder keeps the pictures itself.
-        album: the budget.
-        label: where they come from; None = the folder's name.
+    Prompts that were taken from `shards` are found again there, with what is known of their documents; of
+    others the folder keeps the pictures itself. `label` None = the folder's name.
     """
     uri = absolute(folder)
     label = label or uri.rpartition("/")[2]

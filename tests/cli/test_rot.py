@@ -138,7 +138,7 @@ def commands(folder: Path, encoder: dict[str, Any]) -> Commands:
         ]
         cache, frames = evaluation.open_cache(config), config.frames.model_dump(mode="json")
         how = {"cache": cache, "networks": config.networks, "frames": frames, "system": plan.system}
-        return make_results(rows, plan.metrics, plan.obstacles, **how).values
+        return make_results(rows, plan.metrics, plan.obstacles, **how)[0]
 
     def embedded() -> Any:
         clip = ClipConfig.model_validate(encoder["clip"])
