@@ -45,7 +45,7 @@ class Fetcher:
         self.runner = asyncio.Runner()
 
     def fetch_all(self, urls: list[str]) -> list[Found]:
-        """What became of each address: local_uri and validators, or status and error."""
+        """What became of each address, all fetched at once: local_uri and validators, or status and error."""
         return self.runner.run(self._fetch_all(urls))
 
     def page(self, url: str) -> tuple[str, bytes]:
@@ -62,14 +62,11 @@ class Fetcher:
         self.store.close()
 
     async def _fetch_all(self, urls: list[str]) -> list[Found]:
-        limit = asyncio.Semaphore(self.config.concurrency)
-
         async def one(url: str) -> Found:
-            async with limit:
-                try:
-                    return await self._with_retries(url, self._download)
-                except RowError as error:
-                    return {"status": error.status.value, "error": without_credentials(str(error))}
+            try:
+                return await self._with_retries(url, self._download)
+            except RowError as error:
+                return {"status": error.status.value, "error": without_credentials(str(error))}
 
         distinct = list(dict.fromkeys(urls))
         found = dict(zip(distinct, await asyncio.gather(*map(one, distinct)), strict=True))

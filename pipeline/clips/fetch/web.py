@@ -33,8 +33,6 @@ class FetchConfig(Config):
     """Named in every request; robots.txt rules are looked up for the part before the slash."""
     per_host_per_s: Incidental[float] = Field(default=20.0, gt=0, le=100_000)
     """Requests a second to one host, over all workers (each gets its share)."""
-    concurrency: Incidental[int] = Field(default=64, ge=1, le=10_000)
-    """Downloads at once in one worker."""
     total_timeout_s: Incidental[float] = Field(default=900.0, gt=0, le=604_800)
     """Longest download, retries included."""
     max_tries: Incidental[int] = Field(default=4, ge=1, le=100)
