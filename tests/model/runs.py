@@ -72,11 +72,11 @@ def whole_weights_sha256(config: StageConfig, out: Path) -> str:
 class Driver:
     """`vimi-train stage1` in a process of its own, as a user starts it."""
 
-    def __init__(self, folder: Path, values: dict[str, Any], address: str = "local") -> None:
-        self.folder, self.run, self.address = folder, Path(values["out"]), address
+    def __init__(self, folder: Path, values: dict[str, Any]) -> None:
+        self.folder, self.run = folder, Path(values["out"])
         (folder / "config.yaml").write_text(yaml.safe_dump(values))
         log = (folder / "driver.log").open("ab")
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "RAY_ADDRESS": address}
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
         command = [sys.executable, "-c", CODE, "stage1", "--config", str(folder / "config.yaml")]
         self.process = subprocess.Popen(
             command, stdout=log, stderr=log, env=environment, start_new_session=True

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
 
 from infra.certificate import read_certificate
 from infra.errors import ConfigError
@@ -220,8 +219,7 @@ def interrupt(driver: Driver, how: str) -> Driver:
         assert driver.finish() == 130, driver.log[-2000:]
         assert "the same command continues" in driver.log
     assert read_certificate(str(driver.run)) is None
-    values = Stage1Config.load(driver.folder / "config.yaml").model_dump(mode="json")
-    return Driver(driver.folder, values, driver.address)
+    return Driver(driver.folder, Stage1Config.load(driver.folder / "config.yaml").model_dump(mode="json"))
 
 
 @pytest.mark.ray
@@ -235,16 +233,13 @@ def interrupt(driver: Driver, how: str) -> Driver:
     ],
 )
 def test_interrupted_run_equals_unbroken_run_and_claims_its_folder(
-    ray_cluster: None, stage_values: Values, tmp_path: Path, how: str
+    stage_values: Values, tmp_path: Path, how: str
 ) -> None:
-    # A kill needs no time to be heard, and no session of its own.
-    samples, address = (
-        (120, ray.get_runtime_context().gcs_address) if how == "driver killed" else (400, "local")
-    )
+    samples = 120 if how == "driver killed" else 400  # a kill needs no time to be heard
     changes = {"ray": {"num_cpus": 1}, "checkpoint": {"every_samples": samples // 8}}
     values = stage_values(samples=samples, trackers=["tensorboard"], **changes)
     config = Stage1Config.model_validate(values)
-    started = Driver(tmp_path, values, address)
+    started = Driver(tmp_path, values)
     started.wait_for_samples(samples // 4)
     last = interrupt(started, how)
     assert last.finish() == 0, last.log[-2000:]
