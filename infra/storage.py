@@ -32,7 +32,8 @@ def absolute(uri: str | Path) -> str:
     """The same place for every process: local paths absolute, URIs unchanged, no trailing slash."""
     text = str(uri)
     if is_remote(text):
-        return text.rstrip("/")
+        scheme, separator, place = text.partition("://")
+        return scheme + separator + place.rstrip("/")
     return str(Path(text.removeprefix("file://")).expanduser().absolute())
 
 
@@ -48,6 +49,8 @@ def filesystem(uri: str | Path) -> tuple[pafs.FileSystem, str]:
     text = absolute(uri)
     if not is_remote(text):
         return pafs.LocalFileSystem(), text
+    if text in ("s3://", "gs://"):
+        raise ConfigError(f"{text} names no bucket", legal=f"{text}bucket/folder")
     endpoint = os.environ.get("AWS_ENDPOINT_URL")
     if text.startswith("s3://") and endpoint:
         scheme, _, host = endpoint.partition("://")

@@ -97,12 +97,14 @@ class Plan:
         buckets = {b: sum(n for s, n in sizes.items() if s[0] == b) for b in sorted({s[0] for s in sizes})}
         given = buckets if bucket_weights is None else bucket_weights
         shares = {str(b): float(given.get(b, 0.0)) for b in buckets}
-        self.buckets = Mixture(_positive(shares), seed=make_key(seed, 2), cycle=cycle)
+        self.buckets = Mixture(_positive(shares, "bucket"), seed=make_key(seed, 2), cycle=cycle)
         self.tasks: dict[int, Mixture] = {}
         for bucket in buckets:
             tasks = {s[1]: float(n) for s, n in sizes.items() if s[0] == bucket}
             weights = tasks if task_weights is None else {t: task_weights[t] for t in tasks}
-            self.tasks[bucket] = Mixture(_positive(weights), seed=make_key(seed, 3, bucket), cycle=cycle)
+            self.tasks[bucket] = Mixture(
+                _positive(weights, "task"), seed=make_key(seed, 3, bucket), cycle=cycle
+            )
 
     def source(self, position: int) -> Source:
         """The row at a global position."""
@@ -138,5 +140,10 @@ def _keep_tasks(counts: dict[Stream, np.ndarray], weights: dict[str, float]) -> 
     return {s: rows for s, rows in counts.items() if weights.get(s[1], 0) > 0}
 
 
-def _positive(weights: dict[str, float]) -> dict[str, float]:
-    return {name: weight for name, weight in weights.items() if weight > 0}
+def _positive(weights: dict[str, float], what: str) -> dict[str, float]:
+    found = {name: weight for name, weight in weights.items() if weight > 0}
+    if not found:
+        raise ConfigError(
+            f"no {what} that the shards hold has a weight above 0", cure="give one of them a weight"
+        )
+    return found

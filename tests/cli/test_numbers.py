@@ -20,12 +20,15 @@ from infra.config import Config, set_dotted
 from infra.errors import ConfigError
 from infra.fields import ConfigField, type_text, walk
 from infra.samples import write_samples
+from model.training.preflight import read_index
+from model.training.validate import Validation
 from pipeline.clips.crawl import CrawlConfig
 from pipeline.prompts.augment.target import TargetConfig
 from pipeline.world.make import WorldConfig
 from pipeline.world.make import run as make_world
 from tests.model.conftest import tiny_encoder, tiny_stage, trained_run  # noqa: F401 # pyright: ignore[reportUnusedImport]
 from tests.model.prompt_tables import prompt_row, write_shards
+from tests.model.runs import advance, open_training
 from tests.pipeline.conftest import write_video  # noqa: F401 # pyright: ignore[reportUnusedImport]
 from tests.pipeline.prompts.augment.conftest import world  # noqa: F401 # pyright: ignore[reportUnusedImport]
 
@@ -186,8 +189,53 @@ def test_what_is_accepted_runs_to_an_end_or_ends_in_a_line(
     assert not wrong, "\n".join(wrong)
 
 
-def carry_out(job: Job, values: dict[str, Any], folder: Path) -> str:
-    """Run a job into a folder of its own; empty = done, `line: ...` = refused in a line, else what is wrong."""
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+def test_a_training_that_is_accepted_trains_or_ends_in_a_line(
+    stage: str, legal: dict[str, Any], tmp_path: Path
+) -> None:
+    """Two steps, a checkpoint and a validation, without Ray: the end of 1e9 samples nobody sees."""
+    (job,) = getattr(train, stage).jobs
+    old = signal.signal(signal.SIGALRM, too_long)
+    try:
+        values = copied(legal[f"vimi-train {stage}"])
+        assert carry_out(job, values, tmp_path / "base", begin_training) == ""
+        wrong = []
+        for name, make in cases(config_class(job.target)):
+            for value in VALUES:
+                values = copied(legal[f"vimi-train {stage}"])
+                put(values, name, make(value))
+                told = carry_out(job, values, tmp_path / f"{name}-{value:g}", begin_training)
+                if told and not told.startswith("line"):
+                    wrong.append(f"{name} = {value}: {told}")
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, old)
+    assert not wrong, "\n".join(wrong)
+
+
+def begin_training(config: Any) -> None:
+    training = open_training(config)
+    try:
+        advance(training, 2)
+        training.save({})
+        Validation(training, read_index(config.out)).run()
+    finally:
+        training.close()
+
+
+def carry_out(
+    job: Job, values: dict[str, Any], folder: Path, work: Callable[[Any], object] | None = None
+) -> str:
+    """Run a job into a folder of its own; empty = done, `line: ...` = refused in a line, else what is wrong.
+
+    Args:
+        job: the command's.
+        values: of its config.
+        folder: where it may write.
+        work: what to do with the config, if not what the command does.
+    """
     values = moved(values, folder)
     signal.alarm(MAX_RUN_S)
     try:
@@ -195,7 +243,7 @@ def carry_out(job: Job, values: dict[str, Any], folder: Path) -> str:
         check = getattr(module, "check", None)
         if check is not None:
             check(config)
-        getattr(module, job.run)(config)
+        (work or getattr(module, job.run))(config)
     except BaseException as error:  # noqa: BLE001 - that is what is looked for
         told = tell(error)
         if told is None or not all(0 < len(line) < 1000 for line in told[0].splitlines()):

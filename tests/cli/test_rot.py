@@ -130,7 +130,10 @@ def commands(folder: Path, encoder: dict[str, Any]) -> Commands:
         worker = EvaluateWorker(
             partial(evaluation.make_extractor, config, plan.features, "cpu"), config.frames, 60
         )
-        receipts = [worker(unit.payload) for unit in plan.units]
+        try:
+            receipts = [worker(unit.payload) for unit in plan.units]
+        finally:
+            worker.child.close()
         refuse([(receipt["status"], receipt.get("error")) for receipt in receipts])
         rows = [
             {"side": side, "name": payload["name"], "text": (payload["prompt"] or {}).get("text"), **receipt}

@@ -113,6 +113,12 @@ def test_unwritable_output_is_refused(tmp_path: Path) -> None:
         storage.check_writable(str(tmp_path / "file" / "below"))
 
 
+@pytest.mark.parametrize("place", ["s3://", "s3:///", "gs://"])
+def test_a_store_without_a_bucket_is_refused(place: str) -> None:
+    with pytest.raises(ConfigError, match="names no bucket"):
+        storage.filesystem(place)
+
+
 def test_s3_urls_work_against_a_real_server(s3_server: str) -> None:
     place = "s3://bucket/folder/a.json"
     storage.write_json(place, {"a": 1})

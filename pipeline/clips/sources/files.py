@@ -103,12 +103,21 @@ def _files_below(root: str) -> Iterator[tuple[str, tuple[int | None, int | None]
             relative = f"{folder}{entry.name}"
             if entry.name.startswith("."):
                 continue
-            if entry.is_dir():
+            kind = _kind(entry)
+            if kind == "folder":
                 (links if entry.is_symlink() else folders).append(f"{relative}/")
-            elif entry.is_file():
+            elif kind == "file":
                 yield relative, (entry.stat().st_size, entry.stat().st_mtime_ns)
             elif entry.is_symlink():  # it leads nowhere: a row that says so
                 yield relative, (None, None)
+
+
+def _kind(entry: os.DirEntry[str]) -> str | None:
+    """What a link leads to, or the entry is; None for anything else, and for a link in a ring."""
+    try:
+        return "folder" if entry.is_dir() else "file" if entry.is_file() else None
+    except OSError:
+        return None
 
 
 class TarReader(Reader):

@@ -94,6 +94,11 @@ def test_ranks_share_one_global_order(rows: list[int], seed: int, position: int)
         assert sorted(map(repr, itertools.chain(*by_rank))) == sorted(map(repr, whole))
 
 
+def test_weights_that_leave_nothing_to_draw_are_refused() -> None:
+    with pytest.raises(ConfigError, match="no bucket that the shards hold has a weight above 0"):
+        Plan(_index([4]), 1, seed=0, micro_batch=4, bucket_weights={0: 0.0})
+
+
 def test_ranks_that_divide_the_lanes_read_disjoint_row_groups() -> None:
     plan = Plan(_index([10] * 120), 120, seed=0, micro_batch=8, lanes=8)
     seen = [{plan.source(p).group for p in range(1200) if p % 4 == rank} for rank in range(4)]

@@ -320,15 +320,17 @@ def test_links_are_followed_but_no_folder_is_visited_twice(tmp_path):
     for link, target in {
         **{"up": "..", "sub/self": root, "sub/deep/up": "..", "0": root / "sub", "far": elsewhere},
         **{"far2": elsewhere, "linked.mp4": elsewhere / "d.mp4", "nowhere.mp4": root / "gone"},
+        **{"ring.mp4": "ring.mp4", "ring.txt": "ring.txt", "rings": "rings"},
     }.items():
         (root / link).symlink_to(target)
     found = {item.uri.removeprefix(f"{root}/") for item in read(root)}
     assert found == {
-        *("a.mp4", "sub/b.mp4", "sub/deep/c.mp4", "far/d.mp4", "linked.mp4", "nowhere.mp4"),
+        *("a.mp4", "sub/b.mp4", "sub/deep/c.mp4", "far/d.mp4", "linked.mp4", "nowhere.mp4", "ring.mp4"),
     }
-    nowhere = Item(f"{root}/nowhere.mp4", "video")
-    (row,) = inspect_parent(nowhere.to_json(), {"local_uri": nowhere.uri}, "whole", FilterConfig())
-    assert row["status"] == "not_found"
+    for name, status in (("nowhere.mp4", "not_found"), ("ring.mp4", "bad_row")):
+        lost = Item(f"{root}/{name}", "video")
+        (row,) = inspect_parent(lost.to_json(), {"local_uri": lost.uri}, "whole", FilterConfig())
+        assert row["status"] == status, row["error"]
 
 
 def test_names_that_are_not_utf8_and_sidecars_that_cannot_be_read_are_rows(tmp_path):

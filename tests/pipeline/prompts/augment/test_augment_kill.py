@@ -40,13 +40,18 @@ def contents(out: Path) -> dict[str, bytes]:
 def start(config: Path, address: str) -> subprocess.Popen[bytes]:
     """A driver of its own process group, on the session's cluster (a start of Ray costs seconds)."""
     checkout = str(Path(__file__).resolve().parents[4])
-    return subprocess.Popen(
-        [sys.executable, "-c", DRIVER, str(config)],
-        env=os.environ | {"RAY_ADDRESS": address, "PYTHONPATH": checkout},
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-        cwd=checkout,
-    )
+    with log_of(config).open("wb") as log:
+        return subprocess.Popen(
+            [sys.executable, "-c", DRIVER, str(config)],
+            env=os.environ | {"RAY_ADDRESS": address, "PYTHONPATH": checkout},
+            stderr=log,
+            start_new_session=True,
+            cwd=checkout,
+        )
+
+
+def log_of(config: Path) -> Path:
+    return config.with_suffix(".log")
 
 
 def stop_somewhere(config: Path, out: Path, address: str, seed: int) -> bool:
@@ -59,13 +64,14 @@ def stop_somewhere(config: Path, out: Path, address: str, seed: int) -> bool:
             time.sleep(0.002)
         time.sleep(draw.random() * 0.05)
         if driver.poll() is not None:
+            assert driver.returncode == 0, log_of(config).read_text()[-2000:]  # else it would be tried for ever
             return False
         below = descendants(os.getpid())  # never those of a stranger's session
         found = [pid for pid, name in below.items() if name.startswith("ray::MapBatches(BlockRunner)")]
         if draw.random() < 0.4 and found:
             os.kill(draw.choice(found), signal.SIGKILL)
             driver.wait(timeout=240)  # Ray runs the lost block again
-            assert driver.returncode == 0
+            assert driver.returncode == 0, log_of(config).read_text()[-2000:]
         return True
     finally:
         if driver.poll() is None:

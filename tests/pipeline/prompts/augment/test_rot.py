@@ -74,7 +74,10 @@ def commands(folder: Path) -> Commands:
         worker = AugmentWorker(config, "x")
         for shard in inputs.memory.shards:  # as the job does first
             check_shard(config.memory, shard.name)
-        receipts = [worker(unit.payload) for unit in list(make_units(config, inputs))[:2]]
+        try:
+            receipts = [worker(unit.payload) for unit in list(make_units(config, inputs))[:2]]
+        finally:
+            worker.decoder.close()
         return json.dumps(receipts, default=str)
 
     def instructed() -> Any:
