@@ -1,6 +1,6 @@
 """`make evidence`: the commands that a user types, on a world in which only a retrieved picture tells.
 
-The quick form shows that retrieval helps, in about ten minutes on two cores, four of them training.
+The quick form shows that retrieval helps, in eight to nine minutes on two cores, about five of them training.
 The full form (`--full`) shows all claims, their controls too. What is judged and what should come out stands in
 infra/configs/evidence/judge*.yaml; a claim that fails is printed as failing. Each command continues or skips
 what an earlier, perhaps killed, run has finished.
