@@ -5,6 +5,8 @@ exactly, by the shards' postings; vectors by LanceDB's index where the memory ha
 comes first in both: ranks are ranks among the documents that pass.
 """
 
+import base64
+import html
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -18,7 +20,6 @@ from infra.pictures import PictureError, decode_picture
 from infra.storage import absolute, check_writable, exists, join, read_bytes, write_bytes
 from pipeline.memory.retrieve import RETRIEVERS, RetrieveConfig
 from pipeline.memory.retrieve.hits import HIT, NOTHING, Hits, by_query, flatten, merge
-from pipeline.memory.search_page import picture_grid, picture_page
 from pipeline.memory.store import Memory, clip_config, open_memory, require_model
 from pipeline.memory.tile import Tiles, ask_all, key_of
 from pipeline.memory.vectors import document_vector
@@ -28,6 +29,20 @@ if TYPE_CHECKING:
 
 SHOWN = ("text", "image", "source_name", "licence", "split", "source_uri", "start_s")
 QUERIES_PER_CALL = 256  # LanceDB shares one scan among them; more costs memory and gains nothing
+CSP = (
+    '<meta http-equiv="Content-Security-Policy" '
+    "content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'\">"
+)
+"""Nothing is fetched and no script runs, whatever a document's words are: as in the report's page."""
+
+STYLE = """
+body { font: 15px/1.4 system-ui, sans-serif; margin: 2rem; background: #fafafa; color: #222; }
+main { display: grid; grid-template-columns: repeat(4, minmax(0, 1fr)); gap: 1rem; }
+figure { margin: 0; background: #fff; border-radius: 6px; overflow: hidden; box-shadow: 0 1px 4px #0002; }
+figure img { width: 100%; aspect-ratio: 4/3; object-fit: cover; display: block; }
+figcaption { padding: .5rem .7rem; } small { color: #777; overflow-wrap: anywhere; }
+header img { height: 8rem; border-radius: 6px; }
+"""
 
 
 class Filters(Config):
@@ -63,7 +78,7 @@ class SearchConfig(Config):
     version: str | None = None
     """Tag of an older version of the memory; None = the newest."""
     out: str | None = None
-    """Folder for `search.html` and `search.png`; None = no pictures."""
+    """Folder for `search.html`; None = no pictures."""
 
     @field_validator("retrieve")
     @classmethod
@@ -246,7 +261,6 @@ def run(config: SearchConfig) -> list[dict[str, Any]]:
     if config.out:
         out, title = absolute(config.out), config.text or config.image or ""
         write_bytes(join(out, "search.html"), picture_page(title, rows, query.image))
-        write_bytes(join(out, "search.png"), picture_grid(rows))
         print(f"  pictures: {join(out, 'search.html')}")
     return rows
 
@@ -306,3 +320,27 @@ def _picture(data: bytes | None) -> Any:
 
 def _quoted(text: str) -> str:
     return "'" + text.replace("'", "''") + "'"
+
+
+def picture_page(title: str, rows: Sequence[dict[str, Any]], query_image: bytes | None) -> bytes:
+    """One self-contained HTML file; all text of the documents is escaped."""
+    asked = f'<p><img alt="the query" src="{_data_uri(query_image)}"></p>' if query_image else ""
+    figures = "\n".join(_figure(row) for row in rows) or "<p>Nothing was found.</p>"
+    return (
+        f'<!doctype html><html lang="en"><meta charset="utf-8">{CSP}<title>{html.escape(title)}</title>'
+        f"<style>{STYLE}</style><body><header><h1>{html.escape(title)}</h1>{asked}</header>"
+        f"<main>\n{figures}\n</main></body></html>\n"
+    ).encode()
+
+
+def _figure(row: dict[str, Any]) -> str:
+    text, source = html.escape(row["text"] or ""), html.escape(row["source_uri"] or "")
+    licence = f" · {html.escape(row['licence'])}" if row.get("licence") else ""
+    return (
+        f'<figure><img alt="{text}" src="{_data_uri(row["image"])}"><figcaption><b>{row["rank"]}</b> {text}'
+        f"<br><small>{row['score']:.4f} · {source}{licence}</small></figcaption></figure>"
+    )
+
+
+def _data_uri(image: bytes | None) -> str:
+    return "data:image/jpeg;base64," + base64.b64encode(image or b"").decode()

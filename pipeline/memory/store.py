@@ -111,6 +111,18 @@ class Memory:
         return found.combine_chunks().take(pa.array([place[d] for d in doc_ids if d in place], pa.int64()))
 
 
+def uncertified(uri: str, facts: dict[str, Any]) -> Memory:
+    """A version that is tagged and has no certificate yet: what a build's own workers read.
+
+    Args:
+        uri: its folder.
+        facts: of the certificate that it gets.
+    """
+    certificate = Certificate(job="", config_hash="", num_in=0, num_out=0, facts=facts)
+    shards = tuple(Shard(**shard) for shard in facts["shards"])
+    return Memory(uri, open_table(uri), certificate, facts["memory_version"], shards)
+
+
 def open_memory(uri: str, *, version: str | None = None, read_through: bool = True) -> Memory:
     """Open a certified memory at its certified version, or at an older tag.
 

@@ -1,16 +1,14 @@
 """`vimi-data plan`: what a memory of N documents and its join with Q captions cost, from measured points.
 
-Every number says where it comes from, and all of them are estimates. A law has three parts that can't be
-negative, `cost = a + b N + c N^1.5`: what every run pays, what every document pays, and what it pays more the
-more there are. The last is the index's alone, which is built on one machine; workers meet each document once,
-or at most `MAX_COMPARED` others. A law is fitted to runs of growing size by least squares of the relative
-error; beyond the largest run it is an extrapolation, and is called one. Workers' seconds are of one core.
+Every number says where it comes from, and all of them are estimates. A law has two parts that can't be
+negative, `cost = a + b N`: what every run pays, and what every document pays, which workers meet once, or with
+at most `MAX_COMPARED` others. It is fitted to runs of growing size by least squares of the relative error;
+beyond the largest run it is an extrapolation, and is called one. Workers' seconds are of one core.
 """
 
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +29,11 @@ SHARED = {
     "keys_s": "keys of duplicates",
     "duplicates_s": "duplicates",
     "shards_s": "write shards, without pictures",
+    "index_s": "index for search",
 }
 """Columns of the profile's runs that workers share out, and what the plan calls them."""
-INDEX_S, INDEX_BYTES = "index_s", "index_bytes"
-"""Columns of what one machine does: commit, index for search, its recall."""
-NODE_BYTES = 64 << 30
-"""An index that takes more memory than this is called a break. Ours: a common node."""
+DRIVER_S, DRIVER_BYTES = "driver_s", "driver_bytes"
+"""Columns of what the driver does alone: the commit, BM25's statistics, the sample."""
 
 
 class PlanConfig(Config):
@@ -61,20 +58,18 @@ class PlanConfig(Config):
 
 @dataclass(frozen=True)
 class Law:
-    """`cost = fixed + each N + crowd N^1.5`, and the runs that it was fitted to."""
+    """`cost = fixed + each N`, and the runs that it was fitted to."""
 
     fixed: float
     each: float
-    crowd: float
     smallest: int
     largest: int
 
     def __call__(self, count: float) -> float:
-        return self.fixed + self.each * count + self.crowd * count**1.5
+        return self.fixed + self.each * count
 
     def source(self, count: int, unit: str = "s") -> str:
-        terms = {"": self.fixed, " N": self.each, " N^1.5": self.crowd}
-        words = " + ".join(f"{value:.3g}{name}" for name, value in terms.items() if value)
+        words = " + ".join(f"{v:.3g}{name}" for name, v in (("", self.fixed), (" N", self.each)) if v)
         reach = f", extrapolated {count / self.largest:,.0f}x" if count > self.largest else ""
         return f"{words} {unit}, fitted to {self.smallest:,} to {self.largest:,} rows{reach}"
 
@@ -88,10 +83,10 @@ class Line:
     source: str
 
 
-def fit_law(points: Sequence[tuple[int, float]], *, crowded: bool = True) -> Law:
-    """The law of least squared relative error; one point gives a cost for each document.
+def fit_law(points: Sequence[tuple[int, float]]) -> Law:
+    """The law of least squared relative error without a negative part; one point gives a cost for each row.
 
-    `crowded`: the law may have its N^1.5 part.
+    `points` are (rows, cost) of the runs.
 
     Raises:
         ValueError: no usable point.
@@ -100,19 +95,16 @@ def fit_law(points: Sequence[tuple[int, float]], *, crowded: bool = True) -> Law
     if not usable:
         raise ValueError("no measured point to fit a law to")
     rows, costs = (np.array(column, dtype=float) for column in zip(*usable, strict=True))
-    terms = np.stack([np.ones_like(rows), rows, rows**1.5]) / costs
-    best, least = np.array([0.0, costs[-1] / rows[-1], 0.0]), np.inf
-    # Non-negative least squares: with so few terms, the best of all subsets that come out positive.
-    parts, sizes = range(3 if crowded else 2), range(1, min(3, len(rows)) + 1)
-    for used in (list(chosen) for size in sizes for chosen in combinations(parts, size)):
-        scale = np.abs(terms[used]).max(axis=1, keepdims=True)
-        found = np.linalg.lstsq((terms[used] / scale).T, np.ones_like(rows))[0] / scale[:, 0]
-        # A further term must halve the error; one point can't tell a fixed cost from a growing one.
-        error = float(np.square(found @ terms[used] - 1).sum()) * 2 ** len(used)
-        if len(rows) > 1 and (found > 0).all() and error < least:
-            least, best = error, np.zeros(3)
-            best[used] = found
-    return Law(*best.tolist(), smallest=int(rows.min()), largest=int(rows.max()))
+    parts = np.stack([np.ones_like(rows), rows], axis=1) / costs[:, None]
+    if len(rows) == 1:
+        parts = parts[:, 1:]
+    found = np.linalg.lstsq(parts, np.ones_like(rows))[0]
+    if (found < 0).any():  # the best law of one part
+        each = [float(part.sum() / np.square(part).sum()) for part in parts.T]
+        errors = [float(np.square(x * part - 1).sum()) for x, part in zip(each, parts.T, strict=True)]
+        found = np.where(np.arange(2) == np.argmin(errors), each, 0.0)
+    fixed, each = (0.0, *found.tolist())[-2:]
+    return Law(fixed, each, smallest=int(rows.min()), largest=int(rows.max()))
 
 
 def check(config: PlanConfig) -> str:
@@ -145,15 +137,15 @@ def _build(config: PlanConfig, scale: dict[str, Any]) -> tuple[list[Line], float
     count, cpus = config.documents, config.nodes * config.cpus_per_node
     lines, total_s = [], 0.0
     for name, what in SHARED.items():
-        law = fit_law(_points(scale, name), crowded=False)
+        law = fit_law(_points(scale, name))
         seconds = law(count) / cpus
         lines.append(
             Line(what, span(seconds), f"{law.source(count)} of a core; on {cpus:,} CPUs{_width(scale)}")
         )
         total_s += seconds
-    law = fit_law(_points(scale, INDEX_S))
-    words = f"{law.source(count)}; on one machine of {scale['cpus']} CPUs, as measured{_width(scale)}"
-    return [*lines, Line("index for search", span(law(count)), words)], total_s + law(count)
+    law = fit_law(_points(scale, DRIVER_S))
+    words = f"{law.source(count)}; the driver alone"
+    return [*lines, Line("commit", span(law(count)), words)], total_s + law(count)
 
 
 def _join(config: PlanConfig, scale: dict[str, Any]) -> list[Line]:
@@ -170,11 +162,9 @@ def _join(config: PlanConfig, scale: dict[str, Any]) -> list[Line]:
 
 
 def _room(config: PlanConfig, scale: dict[str, Any]) -> list[Line]:
-    """Disk, memory, and what breaks."""
+    """Disk and memory."""
     count, largest = config.documents, max(scale["runs"], key=lambda run: run["rows"])
-    law = fit_law(_points(scale, INDEX_BYTES), crowded=False)
-    index_bytes = int(law(count))
-    breaks = "; BREAKS: more than a node has; cure: index.columns=[]" if index_bytes > NODE_BYTES else ""
+    law = fit_law(_points(scale, DRIVER_BYTES))
     worker = f"largest measured, shards of {scale['shard_rows']:,}; does not grow with the memory"
     picture = f"{IMAGE_BYTES:,} bytes each (mean of such JPEGs)"
     return [
@@ -186,9 +176,9 @@ def _room(config: PlanConfig, scale: dict[str, Any]) -> list[Line]:
         ),
         Line("memory of a worker", bytes_in_words(largest["worker_bytes"]), worker),
         Line(
-            "memory of the index's build",
-            bytes_in_words(index_bytes),
-            f"{law.source(count, unit='bytes')}{_width(scale)}{breaks}",
+            "memory of the driver",
+            bytes_in_words(int(law(count))),
+            f"commit and statistics: {law.source(count, unit='bytes')}",
         ),
     ]
 
@@ -235,7 +225,7 @@ def load_profile(place: str | None) -> dict[str, Any]:
     try:
         own = json.loads(Path(place).read_text(encoding="utf-8"))
         scale = own.get("scale", stored["scale"])
-        names = ("rows", *SHARED, INDEX_S, INDEX_BYTES, "join_s", "worker_bytes")
+        names = ("rows", *SHARED, DRIVER_S, DRIVER_BYTES, "join_s", "worker_bytes")
         points = [[run[name] for name in names] for run in scale["runs"]]
         _ = [scale[name] for name in ("dim", "captions", "shard_rows", "cpus")]
         _ = [rate["cpu_s_per_document"] for rate in own.get("embed", stored["embed"]).values()]

@@ -6,17 +6,21 @@
 With --profile the measurements become those that `vimi-data plan` fits its laws to.
 
 Planted documents (no pictures, no CLIP). Each part runs in a process of its own; its memory is the kernel's
-proportional set size (PSS, so that a shared page counts once), the largest of samples every 20 ms.
+proportional set size (PSS, so that a shared page counts once), the largest of samples every 20 ms; it fails
+above 2 GB a worker, or 1 GB for the driver. faiss, LanceDB and bm25s search beside them, if installed.
 """
 
 import argparse
+import importlib.util
 import json
 import multiprocessing
 import os
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +28,7 @@ import numpy as np
 import pyarrow as pa
 
 from infra.storage import join, write_bytes
+from pipeline.journal import Unit
 from pipeline.memory import open_memory
 from pipeline.memory.build_index.duplicates import (
     Documents,
@@ -33,19 +38,30 @@ from pipeline.memory.build_index.duplicates import (
     num_bands,
     pair_units,
 )
-from pipeline.memory.build_index.shards import DROPPED, Group, ShardWriter, create_table, deal
+from pipeline.memory.build_index.index import IndexConfig, build_indexes
+from pipeline.memory.build_index.shards import DROPPED, ShardWriter, create_table, deal
 from pipeline.memory.retrieve import RETRIEVERS
-from pipeline.memory.tile import Tiles
-from pipeline.memory.vectors import unit, vectors_arrow
+from pipeline.memory.search import nearest
+from pipeline.memory.tile import Tiles, ask
+from pipeline.memory.vectors import unit, vectors_arrow, vectors_numpy
 from pipeline.prompts.augment.candidates import candidates
 from pipeline.prompts.exclusion import Exclusion
 from pipeline.prompts.guard import GuardConfig
 from pipeline.schema import memory_schema
-from tests.pipeline.memory.memory_tables import publish_memory, stage
+from tests.pipeline.memory.memory_tables import certify_memory, commit_memory, stage
 
 UNIT_ROWS, WORDS, TEXT_WORDS = 10_000, 20_000, 10
-LIMIT_BYTES = 2 << 30
-INDEX = "commit, index"
+DEPTH = 100
+WORKER_BYTES, DRIVER_BYTES = 2 << 30, 1 << 30
+"""What a process may take."""
+DRIVER = "commit, the driver"
+SHARED = {
+    "keys_s": ("keys of duplicates",),
+    "duplicates_s": ("duplicates",),
+    "shards_s": ("shards",),
+    "index_s": ("index for search", "recall of the index"),
+}
+"""Columns of the profile, and the parts that each is the sum of."""
 
 
 def planted_rows(start: int, count: int, dim: int) -> pa.Table:
@@ -123,24 +139,78 @@ def _pss(pid: int) -> int:
     return sum(int(line.split()[1]) << 10 for line in lines if line.startswith("Pss:"))
 
 
-def write_shard(out: str, build: str, dim: int, group: Group) -> Any:
-    return ShardWriter(out, build, dim, "english")(group.unit("shard").payload)
+def run_unit(make_worker: Callable[[], Any], unit: Unit) -> Any:
+    return make_worker()(unit.payload)
 
 
-def write_keys(out: str, build: str, bands: int, partitions: int, payload: Any) -> Any:
-    return KeyWriter(out, build, bands, partitions)(payload)
+def each(make_worker: Callable[[], Any], units: Iterable[Unit]) -> list[tuple[Any, "Cost"]]:
+    """Receipt and cost of each unit."""
+    return [measured(run_unit, make_worker, unit) for unit in units]
 
 
-def find_pairs(out: str, build: str, bands: int, payload: Any) -> Any:
-    return PairFinder(Documents(out, build, None, 0), bands, 10, 0.9, True)(payload)
+def asked(queries: int, dim: int) -> tuple[list[str], np.ndarray]:
+    """Words and unit vectors of the captions."""
+    rows = planted_rows(10**9, queries, dim)
+    return rows["text"].to_pylist(), unit(vectors_numpy(rows["text_embedding"].combine_chunks()))
 
 
 def join_tile(out: str, name: str, number: int, queries: int) -> int:
     memory = open_memory(out, read_through=False)
-    rows = planted_rows(10**9, queries, memory.dim)
-    texts, vectors = rows["text"].to_pylist(), np.stack(rows["text_embedding"].to_pylist()).astype(np.float32)
     tile, method = Tiles(memory, "document").open(number), RETRIEVERS[name]
-    return len(candidates(tile, method, texts, unit(vectors), 100, GuardConfig(), Exclusion()))
+    return len(candidates(tile, method, *asked(queries, memory.dim), DEPTH, GuardConfig(), Exclusion()))
+
+
+def own_search(out: str, queries: int, name: str) -> float:
+    """CPU seconds of our exact search of all shards, each opened and asked once before."""
+    memory = open_memory(out, read_through=False)
+    texts, vectors = asked(queries, memory.dim)
+    took_s = 0.0
+    for tile in Tiles(memory, "document"):
+        ask(tile, RETRIEVERS[name], texts[:1], vectors[:1], DEPTH)
+        started_s = time.process_time()
+        ask(tile, RETRIEVERS[name], texts, vectors, DEPTH)
+        took_s += time.process_time() - started_s
+    return took_s
+
+
+def faiss_flat(out: str, queries: int) -> float:
+    """CPU seconds of faiss' exact search by inner product, its index made before."""
+    faiss: Any = importlib.import_module("faiss")
+    memory = open_memory(out, read_through=False)
+    index = faiss.IndexFlatIP(memory.dim)
+    for batch in memory.dataset.to_batches(columns=["document_embedding"]):
+        index.add(unit(vectors_numpy(batch["document_embedding"])))
+    vectors, started_s = asked(queries, memory.dim)[1], time.process_time()
+    index.search(vectors, DEPTH)
+    return time.process_time() - started_s
+
+
+def lancedb_scan(out: str, queries: int) -> float:
+    """CPU seconds of LanceDB's exact search of a batch."""
+    memory = open_memory(out, read_through=False)
+    vectors, started_s = asked(queries, memory.dim)[1], time.process_time()
+    nearest(memory, memory.table, "document_embedding", vectors, DEPTH)
+    return time.process_time() - started_s
+
+
+def bm25s_search(out: str, queries: int) -> float:
+    """CPU seconds of bm25s' search, its index made before; words as they stand."""
+    bm25s: Any = importlib.import_module("bm25s")
+    memory = open_memory(out, read_through=False)
+    texts = memory.dataset.to_table(columns=["text"])["text"].to_pylist()
+    index = bm25s.BM25(k1=1.2, b=0.75)
+    index.index([text.split() for text in texts], show_progress=False)
+    words, started_s = [text.split() for text in asked(queries, memory.dim)[0]], time.process_time()
+    index.retrieve(words, k=DEPTH, show_progress=False, n_threads=1)
+    return time.process_time() - started_s
+
+
+PEERS = {
+    "faiss, IndexFlatIP": ("faiss", faiss_flat, "clip"),
+    "LanceDB, exact": ("lancedb", lancedb_scan, "clip"),
+    "bm25s": ("bm25s", bm25s_search, "bm25"),
+}
+"""What searches too: its package, how it is asked, and the retriever that does the same."""
 
 
 def run(rows: int, dim: int, queries: int, shard_rows: int, folder: str) -> dict[str, Cost]:
@@ -154,16 +224,29 @@ def run(rows: int, dim: int, queries: int, shard_rows: int, folder: str) -> dict
     groups = deal(receipts, shard_rows, shards=0, documents=0)
     Documents(out, build, None, 0).write(groups)
     bands, units = num_bands(rows, 10), key_units(groups, [])
-    keys = [measured(write_keys, out, build, bands, len(units), unit.payload) for unit in units]
+    keys = each(partial(KeyWriter, out, build, bands, len(units)), units)
     partitions = pair_units([receipt for receipt, _ in keys], len(units))
-    pairs = [measured(find_pairs, out, build, bands, unit.payload) for unit in partitions]
-    shards = [measured(write_shard, out, build, dim, group) for group in groups]
-    written = [receipt for receipt, _ in shards]
-    sealed = measured(publish_memory, out, written, rows, dim)
-    parts = {"keys of duplicates": keys, "duplicates": pairs, "shards": shards, INDEX: [sealed]}
+    pairs = each(partial(PairFinder, Documents(out, build, None, 0), bands, 10, 0.9, True), partitions)
+    shards = each(partial(ShardWriter, out, build, dim, "english"), [group.unit("shard") for group in groups])
+    facts, committed = measured(commit_memory, out, [receipt for receipt, _ in shards], rows, dim)
+    parts = {"keys of duplicates": keys, "duplicates": pairs, "shards": shards, DRIVER: [(None, committed)]}
+
+    def measure(what: str, units: Sequence[Unit], make_worker: Callable[[], Any]) -> list[Any]:
+        parts[what] = each(make_worker, units)
+        return [receipt for receipt, _ in parts[what]]
+
+    facts["indexes"] = build_indexes(out, build, facts, IndexConfig(min_rows=1), measure)
+    certify_memory(out, facts, rows)
     for name in RETRIEVERS:
         parts[f"join {name}"] = [measured(join_tile, out, name, n, queries) for n in range(len(groups))]
-    return {name: together([cost for _, cost in runs]) for name, runs in parts.items()}
+    costs = {name: together([cost for _, cost in runs]) for name, runs in parts.items()}
+    own_s = {name: measured(own_search, out, queries, name)[0] for name in ("bm25", "clip")}
+    for name, (package, work, same) in PEERS.items():
+        if importlib.util.find_spec(package):
+            took_s = measured(work, out, queries)[0]
+            ours = f"  search, {same}: {own_s[same]:.1f} CPU s"
+            print(f"{ours}; {name}: {took_s:.1f}, {took_s / own_s[same]:.2f} times")
+    return costs
 
 
 def together(costs: Sequence[Cost]) -> Cost:
@@ -177,13 +260,12 @@ def together(costs: Sequence[Cost]) -> Cost:
 
 def profile_run(rows: int, found: dict[str, Cost]) -> dict[str, Any]:
     """One run as `pipeline.report.estimate` reads it."""
-    shared = {"keys_s": "keys of duplicates", "duplicates_s": "duplicates", "shards_s": "shards"}
     return {
         "rows": rows,
-        **{key: round(found[name].cpu_s, 3) for key, name in shared.items()},
-        "index_s": round(found[INDEX].wall_s, 3),
-        "index_bytes": found[INDEX].pss_bytes,
-        "worker_bytes": max(cost.pss_bytes for name, cost in found.items() if name != INDEX),
+        **{key: round(sum(found[name].cpu_s for name in names), 3) for key, names in SHARED.items()},
+        "driver_s": round(found[DRIVER].cpu_s, 3),
+        "driver_bytes": found[DRIVER].pss_bytes,
+        "worker_bytes": max(cost.pss_bytes for name, cost in found.items() if name != DRIVER),
         "join_s": {name: round(found[f"join {name}"].cpu_s, 3) for name in RETRIEVERS},
     }
 
@@ -196,14 +278,16 @@ def main() -> None:
     parser.add_argument("--shard-rows", type=int, default=250_000)
     parser.add_argument("--profile", help="write the runs into this file, for `vimi-data plan`")
     options = parser.parse_args()
-    runs = []
+    runs, is_flat = [], True
     for rows in options.rows:
+        print(f"{rows:,} documents of {options.dim} dimensions, {options.queries:,} captions")
         with tempfile.TemporaryDirectory() as folder:
             found = run(rows, options.dim, options.queries, options.shard_rows, folder)
-        print(f"{rows:,} documents of {options.dim} dimensions, {options.queries:,} captions")
         for name, cost in found.items():
-            fate = "" if cost.pss_bytes <= LIMIT_BYTES else "  above the limit"
+            is_within = cost.pss_bytes <= (DRIVER_BYTES if name == DRIVER else WORKER_BYTES)
+            is_flat &= is_within
             took = f"{cost.wall_s:8.1f} s {cost.cpu_s:8.1f} CPU s"
+            fate = "" if is_within else "  above the limit"
             print(f"  {name:20} {took}  {cost.pss_bytes / 2**20:8.0f} MB{fate}", flush=True)
         runs.append(profile_run(rows, found))
     if options.profile:
@@ -212,6 +296,8 @@ def main() -> None:
         profile = json.loads(place.read_text()) if place.exists() else {}
         profile["scale"] = {"cpus": os.cpu_count(), **scale, "runs": runs}
         place.write_text(json.dumps(profile, indent=1) + "\n")
+    if not is_flat:
+        sys.exit("a process took more memory than it may")
 
 
 if __name__ == "__main__":

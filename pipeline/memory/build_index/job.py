@@ -3,7 +3,9 @@
     clips (certified) ── slices ──▶ CLIP workers ──▶ staged Arrow files + receipts
     staged files ── groups ──▶ keys ──▶ pairs of duplicates          (workers)
     staged files ── groups ──▶ fragments and arrays of a shard       (workers)
-    one commit of metadata, BM25's statistics, an index for search, tag, certificate       (driver)
+    one commit of metadata, BM25's statistics, tag                   (driver)
+    shards ──▶ segments of the indexes for search, their recall      (workers)
+    commits of metadata, certificate                                 (driver)
 
 Killed at any moment, the same command ends in the same memory. A finished memory grows: the same command with
 more tables and `grow` adds shards of the documents that are new; nothing that is there is written again.
@@ -41,8 +43,9 @@ from pipeline.memory.build_index.duplicates import (
     num_bands,
     pair_units,
 )
+from pipeline.memory.build_index.index import build_indexes
 from pipeline.memory.build_index.preflight import BUILD, BuildIndexConfig, Tables, begin, preflight
-from pipeline.memory.build_index.publish import own_files, publish, smallest
+from pipeline.memory.build_index.publish import own_files, publish, smallest, tag_latest
 from pipeline.memory.build_index.shards import DROPPED, STAGED, Group, ShardWriter, commit, create_table, deal
 from pipeline.memory.embed.worker import Embedder, clip_units
 from pipeline.memory.store import Shard, read_table, version_tag
@@ -94,7 +97,7 @@ class Build:
         self.duplicates = self._find_duplicates(groups, old)
         writer = partial(ShardWriter, self.out, self.folder, self.model["dim"], self.config.analysis)
         written = self._run("write shards", [group.unit("shard") for group in groups], writer)
-        self.written = [receipt for receipt in written if receipt["rows"]]
+        self.facts = self._commit([receipt for receipt in written if receipt["rows"]])
         return Receipts(self.folder)
 
     def _run(self, what: str, units: Sequence[Unit], worker: Any, options: Any = None) -> list[Receipt]:
@@ -138,32 +141,37 @@ class Build:
         write_bytes(join(self.folder, DROPPED), np.unique(np.concatenate(places)).tobytes())
         return duplicates
 
-    def finish(self, receipts: Receipts) -> Certificate:
-        """Commit, index, certify: the driver alone."""
+    def _commit(self, written: Sequence[Receipt]) -> dict[str, Any]:
+        """Make the written shards a version of the memory, indexed and tagged; facts of its certificate."""
+        base = self.base.facts if self.base else {"versions": [], "ids_sum": "0", "indexes": {}}
         first = sum(shard.rows for shard in self.old)
-        rows = first + sum(r["rows"] for r in self.written)
-        ids_sum = sum(int(r["ids_sum"], 16) for r in self.written)
-        ids_sum += int(self.base.facts["ids_sum"], 16) if self.base else 0
+        rows = first + sum(receipt["rows"] for receipt in written)
+        ids_sum = int(base["ids_sum"], 16) + sum(int(receipt["ids_sum"], 16) for receipt in written)
         tag = version_tag(self.model["model_hash"], rows, ids_sum)
+        new = commit(self.out, written, first=first, version=tag)
         facts = self.model | {
             "analysis": self.config.analysis,
             "memory_version": tag,
-            "versions": list(dict.fromkeys([*(self.base.facts["versions"] if self.base else []), tag])),
+            "versions": list(dict.fromkeys([*base["versions"], tag])),
             "ids_sum": f"{ids_sum:x}",
-            "shards": [
-                asdict(s) for s in [*self.old, *commit(self.out, self.written, first=first, version=tag)]
-            ],
-            "indexes": self.base.facts["indexes"] if self.base else {},
+            "shards": [asdict(shard) for shard in [*self.old, *new]],
+            "indexes": base["indexes"],
             "duplicates": self.duplicates.counts | self.near | {"dropped": self.config.dedup.mode == "drop"},
         }
         if tag != self.base_version:
-            facts["indexes"] = publish(self.out, facts, smallest(self.written, first), self.config.index)
+            publish(self.out, facts, smallest(written, first))
+            facts["indexes"] = build_indexes(self.out, self.folder, facts, self.config.index, self._run)
+            tag_latest(self.out, tag)  # with its indexes
+        return facts
+
+    def finish(self, receipts: Receipts) -> Certificate:
+        """List what was left out, and certify."""
         if self.config.dedup.mode != "off":
             write_parquet(join(self.out, "duplicates.parquet"), self.duplicates.table)
         dropped = self.duplicates if self.config.dedup.mode == "drop" else None
-        write_rejected(self.out, len(facts["versions"]), self.embedded, dropped)
-        certificate = account(self.config, self.embedded, self.new, self.base, facts, self.duplicates)
-        return certificate.model_copy(update={"files": own_files(self.out, facts)})
+        write_rejected(self.out, len(self.facts["versions"]), self.embedded, dropped)
+        certificate = account(self.config, self.embedded, self.new, self.base, self.facts, self.duplicates)
+        return certificate.model_copy(update={"files": own_files(self.out, self.facts)})
 
 
 def worker_resources(config: JobConfig) -> tuple[str, int, dict[str, Any]]:

@@ -1,22 +1,19 @@
-"""What a version of the memory has besides its shards: BM25's statistics, a sample, an index, a tag."""
+"""What a version of the memory has besides its shards: BM25's statistics, a sample, a tag."""
 
 from collections.abc import Sequence
 from typing import Any
 
 import pyarrow as pa
 
-from infra.certificate import CERTIFICATE, Certificate, FileEntry, file_entries
+from infra.certificate import CERTIFICATE, FileEntry, file_entries
 from infra.storage import absolute, exists, join, list_files, write_bytes
 from pipeline.journal import Receipt
-from pipeline.memory.build_index.index import IndexConfig, build_indexes
 from pipeline.memory.build_index.shards import SAMPLE_ROWS
 from pipeline.memory.retrieve.bm25 import Statistics
 from pipeline.memory.store import (
     EMBEDDINGS,
     LANCE_FOLDER,
     SHARDS,
-    Memory,
-    Shard,
     arrow_bytes,
     lance_dataset,
     open_table,
@@ -31,21 +28,15 @@ UNCERTIFIED = ("/data/", "/_transactions/", "/latest_version_hint.json")
 on."""
 
 
-def publish(
-    out: str, facts: dict[str, Any], smallest: Sequence[tuple[str, int]], index: IndexConfig
-) -> dict[str, Any]:
-    """Write a version's statistics and sample, tag it, index it.
+def publish(out: str, facts: dict[str, Any], smallest: Sequence[tuple[str, int]]) -> None:
+    """Write a version's statistics and sample, and tag it.
 
     Args:
         out: the memory, its fragments committed.
         facts: of the certificate that the version gets.
         smallest: (id, number) of the new documents with the smallest ids.
-        index: what the index for search must reach.
-
-    Returns:
-        Facts of the indexes.
     """
-    tag, shards = facts["memory_version"], tuple(Shard(**shard) for shard in facts["shards"])
+    tag = facts["memory_version"]
     before = join(out, sample_name(facts["versions"][-2])) if len(facts["versions"]) > 1 else None
     known = read_table(before) if before and exists(before) else None
     there = (
@@ -55,19 +46,16 @@ def publish(
     sample = lance_dataset(out).take(chosen, columns=["doc_id", "source_uri", "source_sha256", *EMBEDDINGS])
     sample = sample.append_column("number", pa.array(chosen, pa.int64()))
     write_bytes(join(out, sample_name(tag)), arrow_bytes(sample))
-    totals = Statistics.total(read_words(out, shard.name) for shard in shards)
+    totals = Statistics.total(read_words(out, shard["name"]) for shard in facts["shards"])
     counts = {"documents": str(totals.documents), "words": str(totals.words)}
     words = pa.table({"hash": totals.hashes, "count": totals.counts}).replace_schema_metadata(counts)
     write_bytes(join(out, words_name(tag)), arrow_bytes(words))
+    tag_latest(out, tag)
+
+
+def tag_latest(out: str, tag: str) -> None:
+    """Let a tag name the table's latest version."""
     table: Any = open_table(out)
-    _tag(table, tag)
-    certificate = Certificate(job="", config_hash="", num_in=0, num_out=0, facts=facts)
-    indexes = build_indexes(Memory(out, table, certificate, tag, shards), index)
-    _tag(table, tag)  # with its indexes
-    return indexes
-
-
-def _tag(table: Any, tag: str) -> None:
     if tag in table.tags.list():
         table.tags.update(tag, table.version)
     else:

@@ -33,8 +33,8 @@ class RetrieveConfig(Config):
     """Documents stored in each prompt, best first; how many are used is drawn when training loads the
     row. VIMI's k is not published; RA-CM3 uses up to 2, CM3Leon draws 3 of a list, RAGME takes 10."""
     depth: int = Field(default=100, ge=1, le=100_000)
-    """Candidates that the guard chooses from, and hybrid fuses; deepened by itself where too few survive.
-    Ours."""
+    """Candidates that the guard chooses from, and hybrid fuses; where fewer than k survive, it looks once more,
+    64 times as deep. Ours."""
     against: Literal["document", "image", "text"] = "document"
     """Which vector of a document the caption is compared with. RA-CM3: document, the unit mean of
     picture and text."""

@@ -26,7 +26,9 @@ from pipeline.prompts.guard import (
 )
 from pipeline.schema import ORIGIN, Role
 
-DEEPER = 8  # how many times deeper the second look goes, where the guard left fewer than k
+DEEPER = 64
+"""How many times deeper the second look goes, where the guard left fewer than k. It is the last one: it meets
+every shard once more, for this slice alone. Ours."""
 READ_FIRST = 4  # times k candidates whose picture vectors are read at first
 Row = dict[str, Any]
 
@@ -98,8 +100,9 @@ class Matcher:
         vectors = np.zeros((len(rows), 0), np.float32) if queries is None else queries
         matches, total = [Match() for _ in rows], self.memory.num_documents
         todo = list(range(len(rows))) if self.retrieve.k and total else []
-        depth = min(self.retrieve.depth, total)
-        while todo:
+        for depth in (min(self.retrieve.depth, total), min(DEEPER * self.retrieve.depth, total)):
+            if not todo:
+                break
             if found is None:
                 found = self.search([texts[i] for i in todo], vectors[todo], depth)
             clip, caption = [clips[i] for i in todo], [captions[i] for i in todo]
@@ -108,7 +111,7 @@ class Matcher:
                 matches[i] = match
                 if len(match.docs) < self.retrieve.k and len(rows_of) == depth < total:
                     short.append(i)
-            todo, depth, found = short, min(depth * DEEPER, total), None
+            todo, found = short, None
         return matches
 
     def search(self, texts: Sequence[str], vectors: np.ndarray, depth: int) -> list[np.ndarray]:

@@ -1,6 +1,7 @@
 """Planted documents for the tests of the memory: real tables, invented vectors."""
 
 import hashlib
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -9,8 +10,9 @@ import pyarrow as pa
 
 from infra.certificate import Certificate, write_certificate
 from infra.storage import delete, join, write_bytes
-from pipeline.memory.build_index.index import IndexConfig
-from pipeline.memory.build_index.publish import own_files, publish, smallest
+from pipeline.journal import Receipt, Unit
+from pipeline.memory.build_index.index import IndexConfig, build_indexes
+from pipeline.memory.build_index.publish import own_files, publish, smallest, tag_latest
 from pipeline.memory.build_index.shards import DROPPED, STAGED, ShardWriter, commit, create_table, deal
 from pipeline.memory.retrieve.analysis import Analysis
 from pipeline.memory.store import arrow_bytes, version_tag
@@ -91,6 +93,11 @@ def make_memory(
     delete(build)
 
 
+def run_here(what: str, units: Sequence[Unit], make_worker: Callable[[], Any]) -> list[Receipt]:
+    """As the session of a job does, in this process."""
+    return [make_worker()(unit.payload) for unit in units]
+
+
 def publish_memory(
     uri: str,
     written: list[dict[str, Any]],
@@ -102,6 +109,21 @@ def publish_memory(
     index: IndexConfig = IndexConfig(),
 ) -> None:
     """Commit, index and certify shards that `ShardWriter` wrote."""
+    facts = commit_memory(uri, written, count, dim, analysis=analysis, model_hash=model_hash)
+    facts["indexes"] = build_indexes(uri, join(uri, "build"), facts, index, run_here)
+    certify_memory(uri, facts, count)
+
+
+def commit_memory(
+    uri: str,
+    written: list[dict[str, Any]],
+    count: int,
+    dim: int,
+    *,
+    analysis: Analysis = "english",
+    model_hash: str | None = None,
+) -> dict[str, Any]:
+    """Make written shards a tagged version; facts of its certificate."""
     ids_sum = sum(int(receipt["ids_sum"], 16) for receipt in written)
     tag = version_tag(model_hash or MODEL_HASH, count, ids_sum)
     facts = {
@@ -114,7 +136,13 @@ def publish_memory(
         "ids_sum": f"{ids_sum:x}",
         "shards": [asdict(shard) for shard in commit(uri, written, first=0, version=tag)],
     }
-    facts["indexes"] = publish(uri, facts, smallest(written, 0), index)
+    publish(uri, facts, smallest(written, 0))
+    return facts
+
+
+def certify_memory(uri: str, facts: dict[str, Any], count: int) -> None:
+    """Tag the version with its indexes, and certify it."""
+    tag_latest(uri, facts["memory_version"])
     certificate = Certificate(
         job="build-index",
         config_hash="0",

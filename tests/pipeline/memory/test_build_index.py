@@ -16,7 +16,7 @@ from infra.certificate import read_certificate, write_certificate
 from infra.clip import ClipConfig
 from infra.errors import ConfigError, DataError, TooManyFailuresError
 from infra.storage import exists, filesystem
-from pipeline.memory import open_memory
+from pipeline.memory import Memory, open_memory
 from pipeline.memory.build_index import BuildIndexConfig, check, index, preflight, run
 from pipeline.memory.build_index.duplicates import DedupConfig
 from pipeline.memory.build_index.index import IndexConfig
@@ -65,6 +65,12 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> ClipConfig:
     return tiny_clip(tmp_path_factory.mktemp("clip") / "tiny")
 
 
+def segments(memory: Memory) -> set[str]:
+    """Of the index of the ids."""
+    (index,) = memory.dataset.describe_indices()
+    return {segment.uuid for segment in index.segments}
+
+
 @pytest.mark.ray
 def test_a_memory_is_built_once_and_grows(ray_cluster: None, tiny: ClipConfig, tmp_path: Path) -> None:
     first = corpus(tmp_path / "one", range(14), bad=2)
@@ -93,8 +99,9 @@ def test_a_memory_is_built_once_and_grows(ray_cluster: None, tiny: ClipConfig, t
     assert grown.filtered == {"filtered_duplicate": 4}  # the same bytes and words, found in another folder
     assert grown.facts["versions"] == [certificate.facts["memory_version"], grown.facts["memory_version"]]
     assert open_memory(str(out), version=certificate.facts["memory_version"]).num_documents == 14
-    memory = open_memory(str(out))
+    memory, indexed = open_memory(str(out)), [segments(memory), segments(open_memory(str(out)))]
     assert memory.num_documents == 20 and [shard.rows for shard in memory.shards] == [8, 6, 6]
+    assert len(indexed[0]) == 2 and len(indexed[1]) == 3 and indexed[0] < indexed[1]
     assert all(file.read_bytes() == data for file, data in files.items())  # nothing old is written again
     assert memory.statistics.documents == 20
 
