@@ -25,9 +25,12 @@ GUARD = ("doc_id", "source_uri", "source_sha256", "start_s", "end_s", "split", "
 """Columns of the table that `documents.arrow` has too."""
 LIGHT = (*GUARD, "text", "width_px", "height_px")
 """Columns of the table that `documents.arrow` is made of."""
-KEPT_BYTES = 512 << 20
-"""Vectors of a shard up to this size stay in memory once they are read; larger ones are streamed each time.
-Ours."""
+KEPT_BYTES = 128 << 20
+"""Vectors of a shard up to this size stay in memory once they are read, which takes three times as much; larger
+ones are streamed each time. Ours."""
+
+READ_AHEAD_BYTES = 64 << 20
+"""Vectors that are read before they are asked for; Lance's own 2 GB hold a whole shard. Ours."""
 
 
 def key_of(doc_id: str) -> int:
@@ -155,8 +158,13 @@ class Tile:
 
     def _vectors(self) -> Iterator[np.ndarray]:
         fragment = self.memory.dataset.get_fragment(self.shard.fragment)
-        rows = clip.BLOCK_ROWS
-        for batch in fragment.to_batches(columns=[self.column], batch_size=rows, batch_readahead=1):
+        scanner = fragment.scanner(
+            columns=[self.column],
+            batch_size=clip.BLOCK_ROWS,
+            batch_readahead=1,
+            io_buffer_size=READ_AHEAD_BYTES,
+        )
+        for batch in scanner.to_batches():
             yield vectors_numpy(batch[self.column])
 
 

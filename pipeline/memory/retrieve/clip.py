@@ -24,8 +24,8 @@ from pipeline.memory.vectors import cosines
 UNIT_ROUNDOFF = {"float16": 2.0**-9, "bfloat16": 2.0**-8, "float32": 2.0**-16}
 """Relative error of a rounded product; float32's own 2^-24 is widened for the sum of `d` terms."""
 QUERIES = 256
-"""Queries that are multiplied with a block at once: 64 MB of products with `BLOCK_ROWS`."""
-BLOCK_ROWS = 1 << 16
+"""Queries that are multiplied with a block at once: 32 MB of products with `BLOCK_ROWS`."""
+BLOCK_ROWS = 1 << 15
 """Documents of a block. Ours."""
 PAIRS = 4096
 """Candidates whose exact products are taken at once."""

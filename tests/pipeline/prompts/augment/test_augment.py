@@ -12,7 +12,7 @@ from infra.errors import ConfigError, DataError
 from pipeline.memory import open_memory
 from pipeline.memory.embed.worker import row_doc_id
 from pipeline.memory.vectors import unit, vectors_numpy
-from pipeline.prompts.augment import AugmentConfig, check, run
+from pipeline.prompts.augment import AugmentConfig, check, join, run
 from pipeline.prompts.augment.match import Match
 from pipeline.prompts.augment.relevance import measure, random_documents, sentences, total
 from pipeline.report.validate import ValidateConfig, validate
@@ -244,6 +244,16 @@ def refused(world: Any, tmp_path: Path, words: str, **more: Any) -> None:
     with pytest.raises(ConfigError, match=words) as error:
         check(config(world, tmp_path / "out", **more))
     assert "\n" not in str(error.value)
+
+
+def test_a_disk_that_the_candidates_do_not_fit_is_refused(
+    world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory = world.write_memory(tmp_path / "memory", world.rows, shard_rows=8)
+    monkeypatch.setattr(join, "free_bytes", lambda place: 30_000)
+    refused(world, tmp_path, r"24 captions in 3 shards need up to 42,624 bytes; .* has 30,000", memory=memory)
+    check(config(world, tmp_path / "out", memory=memory, retrieve={"depth": 4}))
+    check(config(world, tmp_path / "out"))  # one shard: no files
 
 
 def test_wrong_inputs_are_refused_in_one_line(world: Any, tmp_path: Path) -> None:
