@@ -71,7 +71,7 @@ class Evil:
 
 
 @pytest.mark.parametrize(
-    "evil", [Evil(), [Evil()], {"params": Evil()}, {"params": np.array([Evil()], object)}, print]
+    "evil", [Evil(), [Evil()], {"params": Evil()}, {"params": np.array([Evil()], object)}, eval]
 )
 def test_a_pickle_that_names_anything_but_arrays_is_not_read(evil: object, capsys) -> None:
     with pytest.raises(DataError, match="no pickle of arrays alone"):
