@@ -18,6 +18,8 @@ OPTIONAL = {
 """Packages that only some configs need, and what to do without them."""
 OURS = ("cli", "infra", "model", "pipeline")
 FULL = (errno.ENOSPC, errno.EDQUOT)
+STORES = ("AWS Error", "google::cloud::Status")
+"""What pyarrow's OSErrors of object stores say, which have no number."""
 
 
 def run_app(app: typer.Typer, program: str) -> NoReturn:
@@ -63,6 +65,9 @@ def tell(error: BaseException) -> tuple[str, int] | None:
             return sentence(f"the disk is full{where}", cure=cure), EXIT_FAILED
         if isinstance(cause, OSError) and cause.errno and cause.filename:
             return f"{cause.strerror}: {cause.filename}", EXIT_FAILED
+        if isinstance(cause, OSError) and any(name in str(cause) for name in STORES):
+            cure = "look at the address, the credentials and the network; then the same command continues"
+            return sentence(f"the object store doesn't answer: {str(cause)[:300]}", cure=cure), EXIT_FAILED
         if isinstance(cause, MemoryError):
             return sentence("out of memory", cure="fewer workers, or smaller sizes and units"), EXIT_FAILED
         if type(cause).__module__ == "ray.exceptions" and not hasattr(cause, "cause"):

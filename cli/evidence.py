@@ -53,7 +53,7 @@ def quick_steps() -> list[str]:
 
 def full_steps() -> list[str]:
     """The commands of the full form, in order."""
-    longer, shorter = "--set samples=150000", "--set samples=60000"  # 40 minutes of training on two quiet cores
+    longer, shorter = "--set samples=150000", "--set samples=60000"  # 480,000 in all
     return [
         command("vimi-data world", more="--distractors 2"),
         command("vimi-data crawl", "crawl_clips"),

@@ -1,4 +1,6 @@
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -160,3 +162,15 @@ def test_a_google_key_is_taken_as_it_is_and_its_bucket_alone_read_as_an_address(
     fs, path = storage.filesystem(f"gs://anonymous@bucket/folder/{name}")
     assert (type(fs).__name__, path) == ("GcsFileSystem", f"bucket/folder/{name}")
     assert storage.filesystem("gs://anonymous@bucket")[1] == "bucket"
+
+
+@pytest.mark.slow
+def test_a_google_store_that_cannot_be_reached_ends_in_a_line_within_a_minute(tmp_path: Path) -> None:
+    """Google's own client goes on trying for a quarter of an hour."""
+    code = "from cli.data import main; main()"
+    command = [sys.executable, "-c", code, "crawl", "gs://bucket/folder", "--out", str(tmp_path), "--dry-run"]
+    nowhere = {"CLOUDSDK_CONFIG": str(tmp_path), "GCE_METADATA_HOST": "127.0.0.1:9", "no_proxy": "*"}
+    ended = subprocess.run(command, env={**os.environ, **nowhere}, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 1
+    (line,) = ended.stderr.splitlines()
+    assert "the object store doesn't answer" in line and "credentials" in line

@@ -137,10 +137,12 @@ class Indexer(Measuring):
 
     def _segment(self, column: str, fragment: int) -> dict[str, Any]:
         """Write a segment beside the table; what a commit of it needs to know."""
-        kind = (
-            "BTREE" if column == ID else "IVF_FLAT" if self.memory.dim % 8 else "IVF_RQ"
-        )  # 8 dimensions a byte
-        options = {} if column == ID else {"metric": "cosine"} | ({"num_bits": 1} if kind == "IVF_RQ" else {})
+        if column == ID:
+            kind, options = "BTREE", {}
+        elif self.memory.dim % 8:  # RaBitQ packs eight dimensions into a byte
+            kind, options = "IVF_FLAT", {"metric": "cosine"}
+        else:
+            kind, options = "IVF_RQ", {"metric": "cosine", "num_bits": 1}
         made = self.memory.dataset.create_index_uncommitted(
             column, kind, name=f"{column}_idx", replace=True, fragment_ids=[fragment], **options
         )
