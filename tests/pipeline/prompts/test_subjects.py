@@ -10,6 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
+from cli.demo import locate
+from infra.clip import ClipConfig
 from infra.errors import ConfigError
 from infra.pictures import fit_inside
 from pipeline.prompts.subjects.cutout import (
@@ -250,3 +252,15 @@ def test_pictures_stand_for_words_and_depend_on_the_clip_alone():
     refused = finder.find("A man and a dog.", [frame], np.random.default_rng(5))
     assert refused == "the caption names two subjects together"
     assert finder.find("Grass.", [frame], np.random.default_rng(5)) == "the caption names no single subject"
+
+
+def test_what_stands_out_is_called_what_the_caption_speaks_of_first_or_nothing():
+    """A photograph of a cup: by CLIP it is the cup of both captions, but the second one speaks of a man."""
+    with Image.open(locate("scikit-image", "skimage/data/coffee.png")) as picture:
+        frame = np.asarray(picture.convert("RGB"))
+    finder = SubjectFinder(SubjectConfig(clip=ClipConfig(name="offline"), background_prob=0.0))
+    found = finder.find("A red cup of coffee stands on a table.", [frame], np.random.default_rng(5))
+    assert not isinstance(found, str)
+    assert [picture.entity.text for picture in found] == ["red cup"]
+    refused = finder.find("A man drinks from a red cup.", [frame], np.random.default_rng(5))
+    assert refused == "the largest cut-out is not clearly the first thing that the caption names"
