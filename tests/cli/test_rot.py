@@ -5,6 +5,7 @@ import os
 import shutil
 import time
 from collections import Counter
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -121,11 +122,15 @@ def refuse(found: list[tuple[str, str | None]]) -> None:
             raise DataError(f"{status}: {error}")
 
 
-def commands(folder: Path, encoder: dict[str, Any]) -> Commands:
-    """Name -> (folders that it reads, what it does in this process with what it reads)."""
+@dataclass(frozen=True)
+class Readers:
+    """What each command does in this process with what it reads, a method each."""
 
-    def evaluated(videos: str) -> Any:
-        config = evaluate_config(folder, encoder, videos)
+    folder: Path
+    encoder: dict[str, Any]
+
+    def evaluated(self, videos: str) -> Any:
+        config = evaluate_config(self.folder, self.encoder, videos)
         plan = evaluation.make_plan(config)
         worker = EvaluateWorker(
             partial(evaluation.make_extractor, config, plan.features, "cpu"), config.frames, 60
@@ -143,20 +148,20 @@ def commands(folder: Path, encoder: dict[str, Any]) -> Commands:
         how = {"cache": cache, "networks": config.networks, "frames": frames, "system": plan.system}
         return make_results(rows, plan.metrics, plan.obstacles, **how)[0]
 
-    def embedded() -> Any:
-        clip = ClipConfig.model_validate(encoder["clip"])
-        maker = Embedder(clip, str(folder / "staged"), 2, device="cpu", threads=1)()
-        units = clip_units([clips()], rows_per_unit=4, key="x")
+    def embedded(self) -> Any:
+        clip = ClipConfig.model_validate(self.encoder["clip"])
+        maker = Embedder(clip, str(self.folder / "staged"), 2, device="cpu", threads=1)()
+        units = clip_units([self.clips()], rows_per_unit=4, key="x")
         receipts = [maker(unit.payload) for unit in units]
         refuse([(status, error) for r in receipts for _, _, status, error in r["rejected"]])
         return json.dumps(receipts, default=str)
 
-    def clips() -> tuple[str, Certificate]:
-        config = redrive.RedriveConfig(clips=str(folder / "clips"), out=str(folder / "new"))
+    def clips(self) -> tuple[str, Certificate]:
+        config = redrive.RedriveConfig(clips=str(self.folder / "clips"), out=str(self.folder / "new"))
         return config.clips, redrive.check(config)[0]
 
-    def targets() -> Any:
-        uri, certificate = clips()
+    def targets(self) -> Any:
+        uri, certificate = self.clips()
         made = []
         for part in shards_of(uri, certificate):
             for row in open_part(part).read().to_pylist():
@@ -169,60 +174,70 @@ def commands(folder: Path, encoder: dict[str, Any]) -> Commands:
                         raise DataError(str(error)) from error
         return made
 
-    def redriven() -> Any:
-        uri, certificate = clips()
+    def redriven(self) -> Any:
+        uri, certificate = self.clips()
         files = [f"{uri}/{file.path}" for file in certificate.files]
         return [unit.payload for unit in redrive.make_units(files)], list(redrive.read_parents(files))
 
-    def encoded() -> Any:
-        config = encode_config(folder, encoder).model_copy(update={"out": str(folder / "scratch")})
+    def encoded(self) -> Any:
+        config = encode_config(self.folder, self.encoder).model_copy(
+            update={"out": str(self.folder / "scratch")}
+        )
         values = config.model_dump(mode="json", include=set(InputConfig.model_fields))
         worker = EncodeWorker(partial(make_row_encoder, values, "cpu"), config.prompts, config.out)
         return json.dumps([worker(unit.payload) for unit in plan_units(worker.shards)], default=str)
 
-    def stored() -> Any:
-        encodings = open_encodings(str(folder / "encodings"))
+    def stored(self) -> Any:
+        encodings = open_encodings(str(self.folder / "encodings"))
         assert encodings is not None
-        groups = open_shards(str(folder / "prompts")).groups
+        groups = open_shards(str(self.folder / "prompts")).groups
         files = [(open_parquet(encodings.place(group)), group.num_rows) for group in groups]
         return [encodings.read_row(file, n).row for file, count in files for n in range(count)]
 
-    def examined(source: str) -> Any:
-        return read_exam(benchmark_config(folder, source))
+    def examined(self, source: str) -> Any:
+        return read_exam(benchmark_config(self.folder, source))
 
-    def planned() -> Any:
-        config = sample_config(folder)
+    def planned(self) -> Any:
+        config = sample_config(self.folder)
         uri = find_checkpoint(config.run)
         return [prompt_hash(r.prompt) for r in plan_videos(config, config_of(read_facts(uri), uri), NOTHING)]
 
-    def retrieved() -> Any:
-        values = {"run": str(folder / "run"), "out": str(folder / "new"), "prompts": ["a red dog runs"]}
-        more = {"memory": str(folder / "memory"), "retrieve": {"retriever": "bm25", "k": 2}}
+    def retrieved(self) -> Any:
+        values = {
+            "run": str(self.folder / "run"),
+            "out": str(self.folder / "new"),
+            "prompts": ["a red dog runs"],
+        }
+        more = {"memory": str(self.folder / "memory"), "retrieve": {"retriever": "bm25", "k": 2}}
         config = sample.SampleConfig.model_validate({**values, **more})
         memory = sample.check_retrieval(config)
         assert memory is not None
         return sample.retrieve(config, memory, ["a red dog runs"])
 
-    def shown() -> Any:
-        values = {"samples": [str(folder / "samples")], "scores": [str(folder / "scores")]}
-        page = report(ReportConfig.model_validate({**values, "out": str(folder / "scratch" / "page.html")}))
+    def shown(self) -> Any:
+        values = {"samples": [str(self.folder / "samples")], "scores": [str(self.folder / "scores")]}
+        page = report(
+            ReportConfig.model_validate({**values, "out": str(self.folder / "scratch" / "page.html")})
+        )
         return Path(page).read_bytes()
 
-    return {
-        "evaluate samples": (("samples", "prompts", "cache"), partial(evaluated, "samples")),
-        "evaluate clips": (("clips", "videos", "prompts", "cache"), partial(evaluated, "clips")),
-        "build-index": (("clips", "videos"), embedded),
-        "targets": (("clips", "videos"), targets),
-        "redrive": (("clips",), redriven),
-        "encode": (("prompts",), encoded),
-        "training from encodings": (("encodings", "prompts"), stored),
-        "benchmark of prompts": (("prompts",), partial(examined, "prompts")),
-        "benchmark of clips": (("clips",), partial(examined, "clips")),
-        "exclusion": (("bench",), lambda: read_exclusion(str(folder / "bench" / "exclude.jsonl"))),
-        "sample": (("prompts",), planned),
-        "sample with a memory": (("memory",), retrieved),
-        "report": (("samples", "scores"), shown),
-    }
+    def commands(self) -> Commands:
+        """Name -> (folders that it reads, what it does)."""
+        return {
+            "evaluate samples": (("samples", "prompts", "cache"), partial(self.evaluated, "samples")),
+            "evaluate clips": (("clips", "videos", "prompts", "cache"), partial(self.evaluated, "clips")),
+            "build-index": (("clips", "videos"), self.embedded),
+            "targets": (("clips", "videos"), self.targets),
+            "redrive": (("clips",), self.redriven),
+            "encode": (("prompts",), self.encoded),
+            "training from encodings": (("encodings", "prompts"), self.stored),
+            "benchmark of prompts": (("prompts",), partial(self.examined, "prompts")),
+            "benchmark of clips": (("clips",), partial(self.examined, "clips")),
+            "exclusion": (("bench",), lambda: read_exclusion(str(self.folder / "bench" / "exclude.jsonl"))),
+            "sample": (("prompts",), self.planned),
+            "sample with a memory": (("memory",), self.retrieved),
+            "report": (("samples", "scores"), self.shown),
+        }
 
 
 def artefacts(folder: Path) -> dict[str, list[Path]]:
@@ -233,7 +248,7 @@ def artefacts(folder: Path) -> dict[str, list[Path]]:
 
 @pytest.fixture(scope="module")
 def all_commands(folder: Path, tiny_encoder: dict[str, Any]) -> Commands:  # noqa: F811
-    return commands(folder, tiny_encoder)
+    return Readers(folder, tiny_encoder).commands()
 
 
 @pytest.fixture(scope="module")
