@@ -77,7 +77,7 @@ class PixelHead(nn.Module):
 
     A linear head has to carry a patch's noise through the width of the network, which leaves a narrow one with
     noise all over its videos; neighbouring pixels tell noise from edges at once. In 100 s of a core the squared
-    error falls from .0091 to .0051 at sigma .3 and from .0300 to .0177 at 1 (tests/bench/bench_world.py).
+    error falls from .0086 to .0058 at sigma .3 and from .0289 to .0195 at 1 (tests/bench/bench_world.py).
     """
 
     FEATURES = 8

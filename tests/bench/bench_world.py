@@ -3,9 +3,9 @@
     python tests/bench/bench_world.py [--seconds 240] [--only NAME ...]
 
 Clips of 4 frames of 16 x 16 px, their nouns' documents as references (`plus`); words are frozen random
-vectors, so that nothing but the generator is measured. Each variant trains for the same seconds of one core,
-then samples videos of nouns it never saw with their own document, none, and another noun's;
-`pipeline.world.judge` reads them.
+vectors, so that nothing but the generator is measured. Each variant trains for the same seconds of one core.
+Then, of nouns it never saw: the squared error of one denoising by noise level; and what `pipeline.world.judge`
+sees in sampled videos with their own document, none, and another noun's.
 """
 
 import argparse
@@ -31,6 +31,7 @@ from pipeline.world.judge import judge_video
 from tests.bench.bench_quality import DEVICE, train
 
 FRAMES, SIDE_PX, TOKEN_DIM = 4, 16, 64
+SIGMAS = (0.3, 1.0, 3.0, 10.0)
 SHAPES = ("square", "disc", "diamond", "cross", "triangle")
 FIT: dict[str, Any] = {
     "patch_dim": 128, "num_latents": 32, "latent_dim": 128, "latent_head_dim": 32, "qk_norm": True,
@@ -64,7 +65,8 @@ VARIANTS = {
     "dit, patches of 8 px": Variant("dit-tiny", DIT | {"patch_px": 8}),
     "dit, AdamW, batch 16": Variant("dit-tiny", DIT, batch=16, optimizer="adamw", lr=2e-3),
     "dit of 64": Variant("dit-tiny", NARROW, lr=1e-2),
-    "dit of 64, pixel head": Variant("dit-tiny", NARROW | {"pixel_dim": 24}, lr=1e-2),
+    "dit of 64, pixel head": Variant("dit-tiny", NARROW | {"pixel_dim": 16}, lr=1e-2),
+    "dit of 64, pixel head of 24": Variant("dit-tiny", NARROW | {"pixel_dim": 24}, lr=1e-2),
     "dit of 64, lr 2e-2": Variant("dit-tiny", NARROW, lr=2e-2),
     "dit of 64, batch 64": Variant("dit-tiny", NARROW, batch=64, lr=1e-2),
     "dit of 64, AdamW": Variant("dit-tiny", NARROW, optimizer="adamw", lr=5e-3),
@@ -144,6 +146,19 @@ def learn(variant: Variant, clips: Clips, seconds: float) -> tuple[Generator, Ed
     return model, edm, len(steps) * variant.batch
 
 
+@torch.no_grad()
+def squared_errors(model: Generator, edm: Edm, clips: Clips) -> list[float]:
+    """Of the clean clips' estimates at each of `SIGMAS`, with their own documents."""
+    noise = torch.randn(clips.videos.shape, generator=torch.Generator().manual_seed(2)).to(DEVICE)
+    condition = clips.condition(clips.pictures, torch.full((len(clips.pictures),), True))
+    errors = []
+    for sigma in torch.tensor(SIGMAS, device=DEVICE):
+        noisy = edm.add_noise(clips.videos, noise, sigma.expand(len(noise)))
+        estimate = Denoiser(model, edm, {FULL: condition})(noisy, sigma, 0)
+        errors.append(float((estimate - clips.videos).square().mean()))
+    return errors
+
+
 def judge(model: Generator, edm: Edm, clips: Clips) -> dict[str, list[float]]:
     """Shares of right colours, shapes and directions, by whose document was given."""
     noise = torch.randn(clips.videos.shape, generator=torch.Generator().manual_seed(1)).to(DEVICE)
@@ -169,15 +184,20 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     seen, unseen = draw_clips(2000, seed=1), draw_clips(96, seed=2)
-    print(f"{'':<28}{'samples':>9}   colour: right, none, shuffled   shape: right, none   direction: right")
+    print(f"{'':<28}{'samples':>9}   squared error at sigma .3, 1, 3, 10   ", end="")
+    print("colour: right, none, shuffled   shape: right, none   direction")
     for name, variant in VARIANTS.items():
         if options.only and name not in options.only:
             continue
         model, edm, samples = learn(variant, seen, options.seconds)
+        errors = "".join(f"{error:>8.4f}" for error in squared_errors(model, edm, unseen))
         found = judge(model, edm, unseen)
         colours = "".join(f"{found[key][0]:>9.2f}" for key in found)
         shapes = "".join(f"{found[key][1]:>10.2f}" for key in ("right", "none"))
-        print(f"{name:<28}{samples:>9,}   {colours}   {shapes}   {found['right'][2]:>16.2f}", flush=True)
+        print(
+            f"{name:<28}{samples:>9,}   {errors}   {colours}   {shapes}   {found['right'][2]:>9.2f}",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":
