@@ -38,6 +38,11 @@ class Edm:
     sigma_max: float = 80.0
     rho: float = 7.0
 
+    @property
+    def is_second_order(self) -> bool:
+        """Sampled by Heun's method (EDM algorithm 1)."""
+        return True
+
     def add_noise(self, x: Tensor, eps: Tensor, sigma: Tensor) -> Tensor:
         """Forward process, x_sigma = x / sigma_in + sigma eps (table 1)."""
         return x / self.sigma_in + _like(sigma, x) * eps

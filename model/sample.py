@@ -1,4 +1,4 @@
-"""Samplers: EDM's deterministic second-order (Heun), with guidance and the cascade.
+"""Samplers: EDM's deterministic second-order (Heun) or flow matching's Euler, with guidance and the cascade.
 
 Nothing here knows prompts or files. `sample_ode` takes any closure that denoises; `Denoiser` makes
 one of a generator, its conditions and a guidance; `upsample` runs the second stage of the cascade.
@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from model.condition import Condition, concat_conditions
-from model.edm import Edm
 from model.generator import Generator, SmallVideo
 from model.guidance import Branch, Guidance
+from model.objective import Objective
 from model.step import autocast, enlarge_small, has_latents
 
 Denoise = Callable[[Tensor, Tensor, int], Tensor]
@@ -23,20 +23,20 @@ Denoise = Callable[[Tensor, Tensor, int], Tensor]
 @torch.no_grad()
 def sample_ode(
     denoise: Denoise,
-    edm: Edm,
+    edm: Objective,
     noise: Tensor,
     *,
     num_steps: int,
     on_step: Callable[[int], None] | None = None,
 ) -> Tensor:
-    """EDM's deterministic sampler (Heun; 2206.00364 algorithm 1) on Snap Video's scaled signal.
+    """The process's deterministic sampler: EDM's (Heun; 2206.00364 algorithm 1), or Euler's for flow matching.
 
     Args:
         denoise: the estimate of the clean video.
         edm: the process; its schedule is used.
         noise: `b t c h w` unit Gaussian.
         num_steps: Snap Video takes 256 for the base and 40 for the upsampler; `2 num_steps - 1`
-            evaluations.
+            evaluations with EDM, `num_steps` with flow matching.
         on_step: called after each step with its number.
 
     Returns:
@@ -49,7 +49,9 @@ def sample_ode(
         now, then = sigmas[step], sigmas[step + 1]
         slope = edm.ode(x, denoise(x, now, step), now)
         ahead = x + ((then - now) * slope).to(x.dtype)
-        if step < num_steps - 1:  # the last goes to sigma = 0, where the slope has no value
+        if (
+            edm.is_second_order and step < num_steps - 1
+        ):  # the last goes to sigma = 0, where the slope has no value
             slope_ahead = edm.ode(ahead, denoise(ahead, then, step), then)
             ahead = x + ((then - now) * (slope + slope_ahead) / 2).to(x.dtype)
         x = ahead
@@ -72,7 +74,7 @@ class Denoiser:
     """
 
     model: Generator
-    edm: Edm
+    edm: Objective
     conditions: Mapping[Branch, Condition]
     guidance: Guidance = field(default_factory=lambda: Guidance("none"))
     dtype: torch.dtype | None = None

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from model.condition import KINDS, Condition
-from model.edm import Edm
 from model.generator import SmallVideo
+from model.objective import Objective
 
 _MASK = (1 << 64) - 1
 
@@ -66,7 +66,7 @@ class Draws:
 
 
 def draw(
-    edm: Edm,
+    edm: Objective,
     shape: Sequence[int],
     *,
     seed: int,
@@ -78,7 +78,7 @@ def draw(
     """Draw the noise of a batch.
 
     Args:
-        edm: the diffusion process (its distribution of noise levels).
+        edm: the diffusion process (its distribution of noise levels), EDM's or another.
         shape: `t c h w` of one video.
         seed: of the run.
         indices: global position of each sample.
@@ -142,7 +142,7 @@ def draw_num_documents(choices: Sequence[int], *, seed: int, index: int) -> int:
 
 def losses(
     model: nn.Module,
-    edm: Edm,
+    edm: Objective,
     videos: Tensor,
     condition: Condition,
     draws: Draws,
@@ -151,7 +151,7 @@ def losses(
     dropout: bool = True,
     small_size: tuple[int, int] | None = None,
 ) -> Tensor:
-    """One loss per sample (Snap Video section 3.1; latent self-conditioning as FIT and RIN).
+    """One loss per sample, as the process weighs it; latent self-conditioning as FIT and RIN.
 
     Args:
         model: a `Generator`, sharded and compiled or not.
@@ -184,7 +184,7 @@ def losses(
 
 def accumulate(
     model: nn.Module,
-    edm: Edm,
+    edm: Objective,
     videos: Tensor,
     condition: Condition,
     draws: Draws,
