@@ -22,8 +22,9 @@ from pipeline.prompts.subjects.cutout import (
     subject_picture,
 )
 from pipeline.prompts.subjects.entities import background, find_entities, named_together, subjects
-from pipeline.prompts.subjects.finder import SubjectConfig, SubjectFinder, choose
+from pipeline.prompts.subjects.finder import SubjectConfig, SubjectFinder
 from pipeline.prompts.subjects.mask import Segmenter, connected_pieces, find_subjects, model_path
+from pipeline.prompts.subjects.saliency import choose
 from pipeline.schema import Role
 
 
