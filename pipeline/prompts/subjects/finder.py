@@ -76,7 +76,7 @@ class SubjectFinder:
 
 
 def best_frame(verdicts: Sequence[Verdict]) -> list[Found]:
-    """What was found in the frame that shows the most of the phrases, the first of such; [] = nothing anywhere."""
+    """What was found in the first frame that shows most of the phrases; [] = nothing in any."""
     frames: dict[int, list[Found]] = {}
     for verdict in verdicts:
         if isinstance(verdict, Found):
