@@ -21,6 +21,8 @@ from infra.storage import exists, join, list_files, read_bytes
 COMMITTED = "committed.json"
 _CHECKSUM = "crc32"
 LOSS = "loss"
+SEEN = "seen/"
+"""Before the number of samples of each task so far."""
 VALIDATION = "val/"
 """Before every number of a validation (`infra.validation_cells`)."""
 HELD_OUT = "val/held_out"

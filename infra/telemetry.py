@@ -4,7 +4,7 @@ Ray exports them with `ray_` before the name; infra/grafana/vimi.json plots them
 
     vimi_units_total{vimi_job}  vimi_rows_total{vimi_job, status}               jobs
     vimi_train_<number>{run}  vimi_train_step_s{run, part}
-    vimi_train_validation_loss{run, of, documents, noise}
+    vimi_train_validation_loss{run, of, documents, references, noise}
     vimi_train_validation_gain{...}  vimi_train_validation_gain_error{...}      trainings
 
 A tag named `job` would be lost: Prometheus puts the name of its own scrape job there.
@@ -12,7 +12,7 @@ A tag named `job` would be lost: Prometheus puts the name of its own scrape job 
 
 from collections.abc import Mapping
 
-from infra.validation_cells import Cell
+from infra.validation_cells import AXES, Cell
 
 
 class JobMetrics:
@@ -45,12 +45,14 @@ class RunMetrics:
             name: Gauge(f"vimi_train_{name}", f"training: {name}", tag_keys=("run",)) for name in self.NAMES
         }
         self.step_s = Gauge("vimi_train_step_s", "seconds of a step by part", tag_keys=("run", "part"))
-        tags = ("run", "of", "documents", "noise")
+        tags = ("run", "of", *AXES, "noise")
         self.loss = Gauge(
-            "vimi_train_validation_loss", "validation loss by documents and noise level", tag_keys=tags
+            "vimi_train_validation_loss",
+            "validation loss by what is given and noise level",
+            tag_keys=tags,
         )
         self.gain = Gauge(
-            "vimi_train_validation_gain", "what the loss rises by without the right documents", tag_keys=tags
+            "vimi_train_validation_gain", "what the loss rises by without the right ones", tag_keys=tags
         )
         self.error = Gauge(
             "vimi_train_validation_gain_error", "standard error of that, over the rows", tag_keys=tags
@@ -69,4 +71,5 @@ class RunMetrics:
         for cell, value in validation.items():
             gauge = self.error if cell.is_error else self.gain if cell.is_gain else self.loss
             noise = "all" if cell.quantile is None else f"q{cell.quantile:g}"
-            gauge.set(value, tags={**tags, "of": cell.of, "documents": cell.documents, "noise": noise})
+            given = {axis: cell.given if axis == cell.axis else "" for axis in AXES}
+            gauge.set(value, tags={**tags, "of": cell.of, **given, "noise": noise})

@@ -3,14 +3,17 @@
     permute(i, n, key)      a keyed permutation of range(n), computed for one index (Feistel network
                             with cycle walking: Black and Rogaway 2002), so a seek costs the same anywhere
     Order(counts).locate(k) the k-th row of an endless, reshuffled walk over row groups
-    Mixture(weights).draw(k) which stream the k-th sample comes from, and its place in that stream
+    Mixture(weights).draw(k) which stream the k-th sample comes from, and its place in that stream; the shares
+                            are exact over any window
 
 An epoch visits every row once. It is cut into *lanes*, walked side by side: position i belongs to lane
 i mod lanes. With W ranks and i mod W == rank, each rank stays in its own lanes, so it reads 1/W of the
 row groups and yet the global order does not know W.
 """
 
+import math
 from collections import OrderedDict
+from fractions import Fraction
 from typing import TypeVar
 
 import numpy as np
@@ -137,27 +140,60 @@ class Order:
 
 
 class Mixture:
-    """Which of several streams the k-th draw comes from: exact shares in every cycle of `cycle` draws.
+    """Which of several streams the k-th draw comes from: in any window of draws, fewer than 2 off its share.
 
-    Within a cycle the streams are shuffled; over cycles each stream advances without gaps, so that its
-    own epochs stay exact.
+    One arrangement of `cycle` draws (fewer, where the weights have a smaller common measure) goes round. Each
+    stream advances without gaps, so that its own epochs stay exact.
     """
 
-    def __init__(self, weights: dict[str, float], *, seed: int, cycle: int) -> None:
+    def __init__(self, weights: dict[str, float], *, cycle: int) -> None:
         self.names = list(weights)
-        self.shares = _largest_remainder(list(weights.values()), cycle)
-        self.ends = np.cumsum(self.shares).tolist()
-        self.seed, self.cycle = seed, cycle
+        self.shares = _whole_shares(list(weights.values()), cycle)
+        self.cycle = sum(self.shares)
+        self.order = spread_evenly(self.shares)
+        firsts = np.zeros((self.cycle + 1, len(self.names)), np.int64)
+        np.add.at(firsts, (np.arange(1, self.cycle + 1), self.order), 1)
+        self.before = np.cumsum(firsts, axis=0).tolist()
 
     def draw(self, index: int) -> tuple[str, int]:
         """Name of the stream and the draw's position in it."""
-        if len(self.names) == 1:
-            return self.names[0], index
         cycle, slot = divmod(index, self.cycle)
-        slot = permute(slot, self.cycle, make_key(self.seed, cycle))
-        which = next(n for n, end in enumerate(self.ends) if slot < end)
-        before = self.ends[which] - self.shares[which]
-        return self.names[which], cycle * self.shares[which] + slot - before
+        which = self.order[slot]
+        return self.names[which], cycle * self.shares[which] + self.before[slot][which]
+
+    def count(self, draws: int) -> dict[str, int]:
+        """How many of the first `draws` come from each stream."""
+        cycle, slot = divmod(draws, self.cycle)
+        shares = zip(self.names, self.shares, self.before[slot], strict=True)
+        return {name: cycle * share + before for name, share, before in shares}
+
+
+def spread_evenly(shares: list[int]) -> list[int]:
+    """A stream for each of `sum(shares)` draws, so that none is ever a whole draw off its share.
+
+    The chairman assignment of Tijdeman (1980): of the streams that are due, the one whose time runs out first.
+    Any number of draws from the start is off by at most 1 - 1 / (2n - 2), n streams.
+    """
+    total, due = sum(shares), 2 * max(len(shares) - 1, 1)
+    found, counts = [], [0] * len(shares)
+    for k in range(1, total + 1):
+        # Whole numbers, `total * due` times the shares, so that nothing is rounded.
+        lacks = [due * (share * k - total * count) for share, count in zip(shares, counts, strict=True)]
+        waiting = [n for n, lack in enumerate(lacks) if lack >= total and shares[n]]
+        which = min(waiting, key=lambda n: (total * (due - 1) - lacks[n]) / shares[n])
+        counts[which] += 1
+        found.append(which)
+    return found
+
+
+def _whole_shares(weights: list[float], most: int) -> list[int]:
+    """Whole shares in proportion to `weights`: exact where `most` draws or fewer allow it, else of `most`."""
+    exact = [Fraction(weight).limit_denominator(most**2) for weight in weights]
+    parts = [weight / sum(exact) for weight in exact] if all(exact) else []
+    total = math.lcm(*(part.denominator for part in parts))
+    if parts and total <= most:
+        return [int(part * total) for part in parts]
+    return _largest_remainder(weights, most)
 
 
 def _largest_remainder(weights: list[float], total: int) -> list[int]:

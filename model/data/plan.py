@@ -5,7 +5,7 @@
 Every micro-batch holds one bucket, the same on all ranks, so that ranks have equal work at each step.
 """
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 
 import numpy as np
@@ -57,7 +57,7 @@ class Plan:
         micro_batch: samples of a micro-batch over all ranks; each one holds a single bucket.
         bucket_weights: share of micro-batches of each bucket; None = in proportion to their rows.
         task_weights: share of samples of each task; None = in proportion to their rows.
-        cycle: draws in which the shares are exact.
+        cycle: draws in which shares of any size are exact; simple ones are in fewer.
         lanes: as in `Order`, and `window_rows`.
 
     Raises:
@@ -97,14 +97,12 @@ class Plan:
         buckets = {b: sum(n for s, n in sizes.items() if s[0] == b) for b in sorted({s[0] for s in sizes})}
         given = buckets if bucket_weights is None else bucket_weights
         shares = {str(b): float(given.get(b, 0.0)) for b in buckets}
-        self.buckets = Mixture(_positive(shares, "bucket"), seed=make_key(seed, 2), cycle=cycle)
+        self.buckets = Mixture(_positive(shares, "bucket"), cycle=cycle)
         self.tasks: dict[int, Mixture] = {}
         for bucket in buckets:
             tasks = {s[1]: float(n) for s, n in sizes.items() if s[0] == bucket}
             weights = tasks if task_weights is None else {t: task_weights[t] for t in tasks}
-            self.tasks[bucket] = Mixture(
-                _positive(weights, "task"), seed=make_key(seed, 3, bucket), cycle=cycle
-            )
+            self.tasks[bucket] = Mixture(_positive(weights, "task"), cycle=cycle)
 
     def source(self, position: int) -> Source:
         """The row at a global position."""
@@ -114,6 +112,13 @@ class Plan:
         task, k = self.tasks[bucket].draw(nth * self.micro_batch + offset)
         group, row = self.orders[bucket, task].locate(k)
         return Source(bucket, group, row, (bucket, task), int(self.counts[bucket, task][group]))
+
+    def count_tasks(self, position: int) -> dict[str, int]:
+        """Samples of each task among the first `position`, whole micro-batches."""
+        counts: Counter[str] = Counter()
+        for bucket, number in self.buckets.count(position // self.micro_batch).items():
+            counts.update(self.tasks[int(bucket)].count(number * self.micro_batch))
+        return dict(counts)
 
 
 def count_streams(index: pa.Table, num_groups: int) -> dict[Stream, np.ndarray]:

@@ -57,14 +57,16 @@ class OptimConfig(Config):
 
 
 class ValidationConfig(Config):
-    """Loss with each checkpoint on a fixed grid: noise level x documents (right, none, shuffled) x medium, in
-    stage 2 also x task; and what the right documents gain, with its standard error over the rows.
+    """Loss with each checkpoint, by noise level, documents (right, none, shuffled), medium, and in stage 2 task.
+
+    A task is measured with all that its prompts show and with nothing; what the right ones gain has a standard
+    error over the rows.
     """
 
     num_samples: int = Field(default=16, ge=0, le=1_000_000)
-    """Rows of each medium; 0 switches validation off. A row costs 12 forward passes, three choices of documents
-    at four noise levels each, and twice as many with self-conditioning. 16 (ours) shows where a run goes; to
-    show that documents help takes about a hundred."""
+    """Rows of each medium; 0 switches validation off. A row costs up to 12 forward passes (16 in stage 2):
+    three choices of documents, and nothing shown, at four noise levels each; twice as many with
+    self-conditioning. 16 (ours) shows where a run goes; to show that documents help takes about a hundred."""
     held_out_frac: float = Field(default=0.01, ge=0, lt=1)
     """Share of the parent videos whose clips are kept from training, chosen by the hash of the parent, so
     that both stages keep the same ones back. Rows of a val or test split always are. A hundredth (ours) is

@@ -21,7 +21,17 @@ import numpy as np
 import torch
 from PIL import Image
 
-from infra.run_folder import LOSS, SCORE, VALIDATION, VIDEOS, RunFolder, is_scored, is_validation, record_line
+from infra.run_folder import (
+    LOSS,
+    SCORE,
+    SEEN,
+    VALIDATION,
+    VIDEOS,
+    RunFolder,
+    is_scored,
+    is_validation,
+    record_line,
+)
 from infra.storage import absolute, is_remote, write_bytes
 from infra.telemetry import RunMetrics
 from infra.validation_cells import cell_of, cells_of, validation_losses
@@ -96,8 +106,10 @@ def grouped(name: str) -> str:
         if cell is None:
             return f"validation rows/{what}"
         if cell.is_gain:
-            return f"gain by documents/{what}"
+            return f"gain by {cell.axis}/{what}"
         return f"{'validation' if cell.quantile is None else 'validation by noise'}/{what}"
+    if name.startswith(SEEN):
+        return f"samples by task/{name.removeprefix(SEEN)}"
     if name.startswith(SCORE):
         return f"scores/{name.removeprefix(SCORE)}"
     group = "seconds of a step" if name in PARTS else "speed" if name in SPEEDS else "training"

@@ -16,10 +16,11 @@ import torch
 from infra.certificate import read_sealed, write_sealed
 from infra.errors import DataError
 from infra.progress import ProgressPrinter, say, span
-from infra.run_folder import LOSS, SCORE, VIDEOS, RunFolder, is_scored, is_validation
+from infra.run_folder import LOSS, SCORE, SEEN, VIDEOS, RunFolder, is_scored, is_validation
 from infra.storage import delete, exists, is_remote, read_json, write_json
-from infra.validation_cells import cells_of
+from infra.validation_cells import AXES, cells_of
 from model.cost import training_flops
+from model.data.plan import Plan
 from model.generator import Generator
 from model.training.loop import StepResult, Training
 from model.training.metrics import PASSES, MetricsLog
@@ -88,6 +89,7 @@ class Reporter:
             **parts,
             "data_frac": parts.get("data_s", 0.0) / (sum(parts.values()) or 1.0),
             "bad_targets": training.loader.num_bad,
+            **samples_by_task(training.loader.plan, training.position),
             **self._throughput(rate),
         }
         self.write(self.last)
@@ -225,6 +227,12 @@ def _kind(record: dict[str, Any]) -> tuple[int, bool, bool, bool]:
     return record["samples"], LOSS in record, VIDEOS in record, is_scored(record)
 
 
+def samples_by_task(plan: Plan, position: int) -> dict[str, int]:
+    """Samples of each task so far, `seen/<task>`; {} where there is but one."""
+    counts = plan.count_tasks(position)
+    return {f"{SEEN}{task}": count for task, count in counts.items()} if len(counts) > 1 else {}
+
+
 def progress_line(record: dict[str, Any], total: int) -> str:
     """1,600 / 8,000 samples · loss 0.412 · 21.3 samples/s · ETA 5 min · data 1 % encode 4 % ..."""
     position, rate = record["samples"], record["samples_per_s"]
@@ -242,7 +250,7 @@ def progress_line(record: dict[str, Any], total: int) -> str:
 
 
 def validation_line(record: dict[str, Any]) -> str:
-    """Losses over all noise levels; and what the right documents gain at the highest, where they say most.
+    """Losses over all noise levels; and what the best choice gains at the highest, where it says most.
 
     video right 0.3396, none 0.4119, shuffled 0.4501 (q0.9: none - right +0.0723 ± 0.0041, ...)
     """
@@ -250,15 +258,18 @@ def validation_line(record: dict[str, Any]) -> str:
     highest = max((cell.quantile for cell in cells if cell.quantile is not None), default=None)
     words = []
     for of in dict.fromkeys(cell.of for cell in cells):
+        axes = {cell.axis for cell in cells if cell.of == of}
+        axis = "references" if "references" in axes else "documents"
+        mine = {cell: value for cell, value in cells.items() if (cell.of, cell.axis) == (of, axis)}
         losses = [
-            f"{cell.documents} {value:.4f}"
-            for cell, value in cells.items()
-            if cell.of == of and cell.quantile is None and not cell.is_gain
+            f"{cell.given} {value:.4f}"
+            for cell, value in mine.items()
+            if cell.quantile is None and not cell.is_gain
         ]
         gains = [
-            f"{cell.documents} - right {value:+.4f}{plus_minus(cells.get(replace(cell, is_error=True)))}"
-            for cell, value in cells.items()
-            if cell.of == of and cell.quantile == highest and cell.is_gain and not cell.is_error
+            f"{cell.given} - {AXES[axis][0]} {value:+.4f}{plus_minus(mine.get(replace(cell, is_error=True)))}"
+            for cell, value in mine.items()
+            if cell.quantile == highest and cell.is_gain and not cell.is_error
         ]
         words.append(f"{of} {', '.join(losses)}" + (f" (q{highest:g}: {', '.join(gains)})" if gains else ""))
     return f"  validation loss at {record['samples']:,} samples: {' · '.join(words)}"

@@ -1,13 +1,14 @@
 """Validation loss by noise level, and sampled previews, while training.
 
-    Validation  the same rows, noise levels and noise every time: noise level x documents x medium (x task)
+    Validation  the same rows, noise levels and noise every time: noise level x what is given x medium (x task)
     Preview     the same few prompts and noise every time, laid out as by `vimi-train sample`
 
 Documents are a prompt's own, as many as training reads at most (right), none, or another row's (shuffled):
-wrong ones cost a model that reads them more than none do. The three differ in the documents alone, so the
-differences of a row are paired. Noise is keyed by the prompt's id, so the numbers are equal to the last bit
-before and after a resume and for any number of ranks, and comparable between runs on the same shards. Neither
-draws from the training's randomness.
+wrong ones cost a model that reads them more than none do. A task of stage 2 is also measured with all that its
+prompts show (references own) and with nothing shown, words in its place (none). What is compared differs in
+nothing else, so the differences of a row are paired. Noise is keyed by the prompt's id, so the numbers are
+equal to the last bit before and after a resume and for any number of ranks, and comparable between runs on the
+same shards. Neither draws from the training's randomness.
 """
 
 import math
@@ -29,7 +30,7 @@ from infra.certificate import Certificate, FileEntry, entry_of, write_certificat
 from infra.run_folder import HELD_OUT, RunFolder
 from infra.samples import read_samples, write_samples
 from infra.storage import join, read_bytes
-from infra.validation_cells import DOCUMENTS, Cell, rows_name
+from infra.validation_cells import AXES, Cell, rows_name
 from model.condition import Prompt
 from model.data.batch import TASKS, Batch, collate, prompt_key, read_prompt
 from model.data.buckets import VALIDATION as KEPT_BACK
@@ -47,9 +48,12 @@ from model.training.loop import Training
 
 QUANTILES = (0.1, 0.35, 0.65, 0.9)
 """Of the training's distribution of noise levels (ours)."""
-CHOICES: tuple[str, ...] = ("none", "right", "shuffled")
-"""Of documents: every row has the first, those with documents the second, and the third where another row has
-other ones."""
+CHOICES: tuple[str, ...] = ("none", "right", "shuffled", "bare")
+"""Prompts of a row: without documents, with its own, with another row's, and with nothing shown at all. Every
+row has the first; a row that lacks another counts there with what it has.
+"""
+SHOWN = frozenset({"subject", "frame"})
+"""Condition kinds of the pictures that a task shows beside documents."""
 NUM_VIDEOS = 4
 """Videos of a preview, from the rows that validation reads (ours)."""
 NUM_STEPS = 64
@@ -114,34 +118,49 @@ class Validation:
         # Each rank fills its own rows and sums are taken over all of them in one order, so the number of
         # ranks doesn't show in the last bit.
         table = torch.zeros(len(rows), len(CHOICES), len(QUANTILES), dtype=torch.float64)
-        facts = torch.zeros(len(rows), 2, dtype=torch.long)
+        facts = torch.zeros(len(rows), 1 + len(CHOICES), dtype=torch.long)
         with evaluating(training.model):
             for first in range(0, len(rows), training.world_size):
                 # Sharded models run in step: a rank without a row of its own repeats the last one, uncounted.
                 mine = first + training.rank
                 number = min(mine, len(rows) - 1)
                 prompts = self.prompts(number)
-                # As many passes for each row, for the same reason: what a row lacks is the choice before.
-                each = [prompts[min(n, len(prompts) - 1)] for n in range(len(CHOICES))]
-                found = torch.stack([self._losses(rows[number].source, prompt) for prompt in each])
+                found = self._of_prompts(number, list(prompts.values()))
                 if mine < len(rows):
-                    table[mine] = found
-                    facts[mine] = torch.tensor([self._task(number), len(prompts)])
+                    places = [CHOICES.index(name) for name in prompts]
+                    table[mine, places] = found
+                    facts[mine, 0] = self._task(number)
+                    facts[mine, [1 + place for place in places]] = 1
                 went_on("validation", min(first + training.world_size, len(rows)), len(rows))
         if training.world_size > 1 and rows:
             table, facts = table.to(training.device), facts.to(training.device)
             dist.all_reduce(table)
             dist.all_reduce(facts)
-        return self._record(table.cpu(), facts.tolist()) if rows else {}
+        facts = facts.cpu()
+        return self._record(table.cpu(), facts[:, 0].tolist(), facts[:, 1:].bool()) if rows else {}
 
-    def prompts(self, number: int) -> list[Prompt]:
-        """A row's prompt with the documents of CHOICES, as far as there are such."""
+    def _of_prompts(self, number: int, prompts: list[Prompt]) -> Tensor:
+        """`prompts quantiles` losses; as many passes on each rank, for a sharded model."""
+        training, most = self.training, len(prompts)
+        if training.world_size > 1:
+            count = torch.tensor(most, device=training.device)
+            dist.all_reduce(count, dist.ReduceOp.MAX)
+            most = int(count)
+        source = self.rows[number].source
+        found = [self._losses(source, prompts[min(n, len(prompts) - 1)]) for n in range(most)]
+        return torch.stack(found[: len(prompts)])
+
+    def prompts(self, number: int) -> dict[str, Prompt]:
+        """Those of CHOICES that a row's prompt has."""
         whole, most = self._prompt(number), max(self.training.config.documents)
-        none, right = select(whole, 0), select(whole, most)
-        if none == right:
-            return [none]
-        found = self._other_documents(number, retrieved(right)) if self._encodes else None
-        return [none, right] if found is None else [none, right, with_retrieved(right, found)]
+        none, right, bare = select(whole, 0), select(whole, most), select(whole, 0, SHOWN)
+        found = {"none": none}
+        if none != right:
+            found["right"] = right
+            others = self._other_documents(number, retrieved(right)) if self._encodes else None
+            if others is not None:
+                found["shuffled"] = with_retrieved(right, others)
+        return found if bare == none else {**found, "bare": bare}
 
     def _other_documents(self, number: int, own: Prompt) -> Prompt | None:
         """The documents of the next row of the same medium that has some and shares none with this row; where
@@ -176,20 +195,19 @@ class Validation:
         task = self._row(number)["task"]
         return [*TASKS].index(task) if task in TASKS else -1
 
-    def _record(self, table: Tensor, facts: list[list[int]]) -> dict[str, Any]:
+    def _record(self, table: Tensor, tasks: list[int], there: Tensor) -> dict[str, Any]:
         """Means over rows, by medium and in stage 2 also by task.
 
-        `table` holds the losses, [rows, CHOICES, QUANTILES], `facts` each row's task and how many of CHOICES it
-        has.
+        `table` holds the losses, [rows, CHOICES, QUANTILES], and `there` which of CHOICES each row has.
         """
         groups: dict[str, list[int]] = {}
-        for number, (chosen, (task, _)) in enumerate(zip(self.rows, facts, strict=True)):
+        for number, (chosen, task) in enumerate(zip(self.rows, tasks, strict=True)):
             groups.setdefault(chosen.media, []).append(number)
             if task >= 0:
                 groups.setdefault(f"{chosen.media} {[*TASKS][task]}", []).append(number)
         record: dict[str, Any] = {HELD_OUT: int(any(chosen.held_out for chosen in self.rows))}
         for of, rows in sorted(groups.items()):
-            record |= summarise(of, table[rows], torch.tensor([facts[row][1] for row in rows]))
+            record |= summarise(of, table[rows], there[rows], is_task=" " in of)
         return record
 
     def _losses(self, source: Source, prompt: Prompt) -> Tensor:
@@ -229,28 +247,42 @@ class Validation:
         return collate([read_sample(row, groups.buckets[source.bucket], position=0, prompt=prompt)])
 
 
-def summarise(of: str, losses: Tensor, num_choices: Tensor) -> dict[str, float]:
-    """Mean losses by documents and noise level, and what the right documents gain, with its standard error.
+def summarise(of: str, losses: Tensor, there: Tensor, *, is_task: bool = False) -> dict[str, float]:
+    """Mean losses by what was given and noise level, and what the best gains, with its standard error.
 
-    Losses are means over all rows, a row without documents counting with the loss it has; gains are over the
-    rows that have both, since rows without documents gain nothing for sure.
+    Losses are means over all rows, a row that lacks a choice counting with what it has; gains are over the rows
+    that have both, since the others gain nothing for sure.
 
-    `losses` is [rows, CHOICES, QUANTILES], `num_choices` [rows]: how many of CHOICES each row has.
+    `losses` is [rows, CHOICES, QUANTILES], `there` [rows, CHOICES]: which of them each row has.
     """
+    loss = dict(zip(CHOICES, losses.unbind(1), strict=True))
+    has = dict(zip(CHOICES, there.unbind(1), strict=True))
+    right = torch.where(has["right"][:, None], loss["right"], loss["none"])
+    shuffled = torch.where(has["shuffled"][:, None], loss["shuffled"], right)
     record: dict[str, float] = {rows_name(of): len(losses)}
-    having = {name: num_choices > place for place, name in enumerate(CHOICES)}
-    known = [name for name in DOCUMENTS if having[name].any()]
-    levels = {None: losses.mean(-1)} | dict(zip(QUANTILES, losses.unbind(-1), strict=True))
-    for quantile, level in levels.items():
-        loss_with = dict(zip(CHOICES, level.unbind(1), strict=True))
-        for name in known:
-            record[Cell(of, name, quantile).name] = float(loss_with[name].mean())
-        for name in known if "right" in known else ():
-            if name == "right":
+    given = {"right": right, "none": loss["none"], "shuffled": shuffled}
+    record |= _axis(of, "documents", {k: v for k, v in given.items() if has[k].any()}, has)
+    if is_task:
+        bare = torch.where(has["bare"][:, None], loss["bare"], loss["none"])
+        record |= _axis(of, "references", {"own": right, "none": bare}, {"none": has["right"] | has["bare"]})
+    return record
+
+
+def _axis(of: str, axis: str, given: dict[str, Tensor], has: dict[str, Tensor]) -> dict[str, float]:
+    """Of one axis: choice -> losses [rows, QUANTILES], and -> the rows that have it beside the best."""
+    record: dict[str, float] = {}
+    best = AXES[axis][0]
+    for place, quantile in enumerate((None, *QUANTILES)):
+        level = {k: v.mean(-1) if quantile is None else v[:, place - 1] for k, v in given.items()}
+        for name, values in level.items():
+            record[Cell(of, name, quantile, axis=axis).name] = float(values.mean())
+        for name in given if best in given else ():
+            if name == best:
                 continue
-            gain = (loss_with[name] - loss_with["right"])[having[name] & having["right"]]
-            cell = Cell(of, name, quantile, is_gain=True)
-            record[cell.name] = float(gain.mean())
+            gain = (level[name] - level[best])[has[name] & has.get(best, has[name])]
+            cell = Cell(of, name, quantile, is_gain=True, axis=axis)
+            if len(gain):
+                record[cell.name] = float(gain.mean())
             if len(gain) > 1:
                 record[replace(cell, is_error=True).name] = float(gain.std()) / math.sqrt(len(gain))
     return record

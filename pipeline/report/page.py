@@ -20,7 +20,7 @@ from pipeline.report.galleries import clip_cards, instruction_cards, prompt_card
 from pipeline.report.provenance import fates, next_steps, provenance, retrieval, summary
 from pipeline.report.read import Parts, ReportConfig, previews, read_parts
 from pipeline.report.scores import scores_part
-from pipeline.report.statistics import distributions, document_tables, loss_charts
+from pipeline.report.statistics import distributions, document_tables, loss_charts, task_tables
 
 FOLDER, PAGE, TITLE = Path(__file__).parent, "report.html", "From corpus to video"
 
@@ -105,6 +105,7 @@ def gather(config: ReportConfig, parts: Parts, album: Album) -> dict[str, Any]:
         "clips": clip_cards(config.clips, album),
         "losses": loss_charts(parts.runs),
         "documents": document_tables(parts.runs),
+        "tasks": task_tables(parts.runs),
         "distributions": distributions(parts),
         "provenance": provenance(parts),
         "next_steps": next_steps(config, parts),

@@ -6,6 +6,7 @@ A record of `metrics.jsonl` is `{"samples": n, "loss": x, ...}`, or a validation
 
 from collections import Counter
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -13,8 +14,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from markupsafe import Markup
 
-from infra.run_folder import HELD_OUT, LOSS, VALIDATION
-from infra.validation_cells import DOCUMENTS, Cell, cells_of, rows_name, validation_losses
+from infra.run_folder import HELD_OUT, LOSS, SEEN, VALIDATION
+from infra.validation_cells import AXES, DOCUMENTS, Cell, cells_of, rows_name, validation_losses
 from pipeline.memory.vectors import cosines, vectors_numpy
 from pipeline.report.charts import Series, difference_chart, histogram, line_chart, short
 from pipeline.report.read import MAX_ROWS, Parts, Run, read_columns
@@ -187,6 +188,59 @@ def document_tables(runs: list[Run]) -> list[Chart]:
     return [table for run in runs for table in _document_tables(run)]
 
 
+def task_tables(runs: list[Run]) -> list[Chart]:
+    """Of runs of several tasks: each one's loss with all that its prompts show and with nothing; its share."""
+    return [table for run in runs for table in _task_tables(run)]
+
+
+def _task_tables(run: Run) -> list[Chart]:
+    last = last_validation(run)
+    cells = {cell: value for cell, value in cells_of(last).items() if cell.axis == "references"}
+    given, names = AXES["references"], list(dict.fromkeys(cell.of for cell in cells))
+    if not names:
+        return []
+    counts = next((seen for record in reversed(run.records) if (seen := _seen(record))), {})
+    series = []
+    for (of, name), style in zip(product(names, given), VALIDATION_STYLES, strict=False):
+        points = curve(run.records, Cell(of, name, axis="references").name)
+        shown = "shown" if name == given[0] else "nothing shown"
+        series.append(Series(f"{_task(of)}, {shown}", [x for x, _ in points], [y for _, y in points], style))
+    rows = [(_task(of), [*_share(counts, of), *_task_cells(of, cells)]) for of in names]
+    kind = "held-out rows" if held_out([last]) else "training rows"
+    return [
+        {
+            "title": f"{run.name}, by task",
+            "note": f"{kind} at {last.get('samples', 0):,} samples",
+            "chart": line_chart(series, x_label="samples", y_label="loss", title=f"Loss by task of {run.name}"),
+            "legend": [(one.style, one.name) for one in series],
+            "first": "task",
+            "columns": ["samples", "share", "shown", "nothing shown", "difference"],
+            "rows": rows,
+        }
+    ]
+
+
+def _task(of: str) -> str:
+    """`video subject_driven` -> `subject driven`; a medium other than video stays in front."""
+    return of.removeprefix("video ").replace("_", " ")
+
+
+def _seen(record: dict[str, Any]) -> dict[str, int]:
+    return {name.removeprefix(SEEN): n for name, n in record.items() if name.startswith(SEEN) and _number(n)}
+
+
+def _share(counts: dict[str, int], of: str) -> list[str]:
+    """Samples of the task so far, and their share of all."""
+    count, total = counts.get(of.partition(" ")[2]), sum(counts.values())
+    return ["–", "–"] if count is None else [f"{count:,}", f"{count / max(total, 1):.1%}"]
+
+
+def _task_cells(of: str, cells: dict[Cell, float]) -> list[str]:
+    own, none = AXES["references"]
+    there = [Cell(of, given, axis="references") for given in (own, none)]
+    return [_cell_text(cell, cells) for cell in (*there, replace(there[1], is_gain=True))]
+
+
 def last_validation(run: Run) -> dict[str, Any]:
     """The record of the run's last validation; empty before the first."""
     return next((record for record in reversed(run.records) if cells_of(record)), {})
@@ -194,11 +248,13 @@ def last_validation(run: Run) -> dict[str, Any]:
 
 def _document_tables(run: Run) -> list[Chart]:
     last = last_validation(run)
-    cells = cells_of(last)
+    cells = {cell: value for cell, value in cells_of(last).items() if cell.axis == "documents"}
     kind = "held-out rows" if held_out([last]) else "training rows"
     tables = []
     for of in dict.fromkeys(cell.of for cell in cells):
         mine = {cell: value for cell, value in cells.items() if cell.of == of}
+        if not any(cell.is_gain for cell in mine):
+            continue  # no documents to compare
         about = {
             "title": f"{run.name}, {of.replace('_', ' ')}",
             "note": f"{last.get(rows_name(of), '?')} {kind} at {last.get('samples', 0):,} samples",
@@ -232,6 +288,7 @@ def _document_table(run: Run, of: str, cells: dict[Cell, float]) -> Chart:
     return {
         "chart": chart,
         "legend": [(one.style, one.name) for one in series],
+        "first": "noise",
         "columns": [*losses, *(f"{name} − right" for name in gains)],
         "rows": rows,
     }

@@ -45,21 +45,54 @@ def test_epoch_visits_every_row_once(rows: list[int], lanes: int, window: int, s
         assert set(places) == everything
 
 
-@given(
-    weights=st.lists(st.floats(0.01, 10), min_size=1, max_size=5),
-    cycle=st.integers(5, 200),
-    seed=st.integers(0, 99),
-)
+WEIGHTS = st.lists(st.integers(1, 12) | st.floats(0.01, 10), min_size=1, max_size=5)
+
+
+@given(weights=WEIGHTS, cycle=st.integers(5, 200))
 @settings(max_examples=60, deadline=None)
-def test_mixture_keeps_its_shares_and_skips_nothing(weights: list[float], cycle: int, seed: int) -> None:
+def test_mixture_keeps_its_shares_and_skips_nothing(weights: list[float], cycle: int) -> None:
     names = {str(n): w for n, w in enumerate(weights)}
-    mixture = Mixture(names, seed=seed, cycle=cycle)
-    drawn = [mixture.draw(i) for i in range(3 * cycle)]
+    mixture = Mixture(names, cycle=cycle)
+    assert mixture.cycle <= cycle
+    drawn = [mixture.draw(i) for i in range(3 * mixture.cycle)]
     for name, share in zip(mixture.names, mixture.shares, strict=True):
-        places = sorted(k for n, k in drawn if n == name)
+        places = [k for n, k in drawn if n == name]
         assert places == list(range(3 * share))
         if cycle >= 100:
-            assert abs(share - names[name] / sum(weights) * cycle) <= len(weights)
+            assert abs(share / mixture.cycle - names[name] / sum(weights)) <= len(weights) / cycle
+
+
+@given(weights=WEIGHTS, cycle=st.integers(5, 60), start=st.integers(0, 10**9), length=st.integers(1, 300))
+@settings(max_examples=100, deadline=None)
+def test_shares_are_exact_over_any_window(weights: list[float], cycle: int, start: int, length: int) -> None:
+    """Fewer than two draws off, wherever the window begins and however long it is; counting says the same."""
+    mixture = Mixture({str(n): w for n, w in enumerate(weights)}, cycle=cycle)
+    drawn = [mixture.draw(i)[0] for i in range(start, start + length)]
+    before, after = mixture.count(start), mixture.count(start + length)
+    for name, share in zip(mixture.names, mixture.shares, strict=True):
+        assert abs(drawn.count(name) - length * share / mixture.cycle) < 2
+        assert drawn.count(name) == after[name] - before[name]
+
+
+def test_simple_shares_are_exact_for_ever() -> None:
+    """A third of each is a third, not 333 of 1,000."""
+    mixture = Mixture({"a": 1.0, "b": 1.0, "c": 1.0}, cycle=1000)
+    assert mixture.count(3 * 10**12) == dict.fromkeys("abc", 10**12)
+    assert Mixture({"a": 0.1, "b": 0.3}, cycle=1000).shares == [1, 3]
+
+
+def test_each_task_has_its_share_of_any_window_of_samples(make_shards, make_row) -> None:
+    tasks = ["text_to_video", "video_prediction", "subject_driven"]
+    shards = open_shards(str(make_shards(rows=[make_row(n, task=tasks[n % 3]) for n in range(48)])))
+    index = index_shards(shards, (VIDEO, IMAGE))
+    weights = {"text_to_video": 0.5, "video_prediction": 0.3, "subject_driven": 0.2}
+    plan = Plan(index, len(shards.groups), seed=3, micro_batch=10, task_weights=weights)
+    drawn = [plan.source(n).stream[1] for n in range(600)]
+    for start, length in itertools.product(range(0, 300, 7), (1, 10, 23, 240)):
+        window = drawn[start : start + length]
+        for task, weight in weights.items():
+            assert abs(window.count(task) - weight * length) < 2
+    assert plan.count_tasks(600) == {task: drawn.count(task) for task in weights}
 
 
 def test_seek_is_constant_time_at_a_billion() -> None:

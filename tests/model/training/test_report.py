@@ -48,9 +48,9 @@ def test_driver_shows_each_record_once(tmp_path: Path, capsys: pytest.CaptureFix
 
 
 def test_validation_line_says_what_documents_gain_where_there_is_most_noise() -> None:
-    losses = torch.tensor([[[0.2, 0.2, 0.3, 0.5]] * 3, [[0.2, 0.2, 0.3, 0.7]] * 3]).double()
+    losses = torch.tensor([[[0.2, 0.2, 0.3, 0.5]] * 4, [[0.2, 0.2, 0.3, 0.7]] * 4]).double()
     losses[:, 0, -1] += torch.tensor([0.1, 0.2])  # without documents
-    cells = summarise("video", losses, torch.tensor([3, 3]))
+    cells = summarise("video", losses, torch.tensor([[True, True, True, False]] * 2))
     line = validation_line({"samples": 1600, "val/held_out": 1, **cells})
     assert "at 1,600 samples: video right 0.3250, none 0.3625, shuffled 0.3250 (q0.9: " in line
     assert line.endswith("none - right +0.1500 ± 0.0500, shuffled - right +0.0000 ± 0.0000)")

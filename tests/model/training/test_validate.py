@@ -16,7 +16,7 @@ from model.training.driver import Looks
 from model.training.loop import Training
 from model.training.metrics import MetricsLog
 from model.training.preflight import prepare_index, read_index
-from model.training.report import Reporter
+from model.training.report import Reporter, validation_line
 from model.training.stop_signals import StopSignals
 from model.training.validate import QUANTILES, Preview, Validation, summarise
 from tests.model.conftest import shake
@@ -80,7 +80,7 @@ def test_grid_has_every_cell(stage_values: Values, make_shards, make_row) -> Non
     assert record["val/held_out"] == 0 and all(loss > 0 for loss in losses.values())
     for cell, loss in losses.items():
         gain = cells.get(replace(cell, is_gain=True), 0.0)
-        assert gain == pytest.approx(loss - losses[replace(cell, documents="right")], abs=1e-9)
+        assert gain == pytest.approx(loss - losses[replace(cell, given="right")], abs=1e-9)
         if cell.quantile is None:
             each = [losses[replace(cell, quantile=quantile)] for quantile in QUANTILES]
             assert loss == pytest.approx(sum(each) / len(each))
@@ -90,20 +90,20 @@ def test_grid_has_every_cell(stage_values: Values, make_shards, make_row) -> Non
 
 def test_errors_are_those_of_paired_differences() -> None:
     """A row that is hard whatever its documents adds nothing to the error of what they gain."""
-    losses = torch.tensor([0.0, 100.0, 7.0])[:, None, None].repeat(1, 3, len(QUANTILES)).double()
+    losses = torch.tensor([0.0, 100.0, 7.0])[:, None, None].repeat(1, 4, len(QUANTILES)).double()
     losses[:, 0] += torch.tensor([0.1, 0.2, 0.3])[:, None]  # without documents
-    cells = cells_of(summarise("video", losses, torch.full((3,), 3)))
+    cells = cells_of(summarise("video", losses, torch.tensor([[True, True, True, False]] * 3)))
     none = Cell("video", "none", QUANTILES[-1], is_gain=True)
     assert cells[none] == pytest.approx(0.2)
     assert cells[replace(none, is_error=True)] == pytest.approx(0.1 / 3**0.5)
-    shuffled = replace(none, documents="shuffled")
+    shuffled = replace(none, given="shuffled")
     assert cells[shuffled] == cells[replace(shuffled, is_error=True)] == 0
 
 
 def test_one_row_has_no_error_and_nobody_elses_documents(stage_values: Values) -> None:
     training, validation = open_run(Stage1Config.model_validate(stage_values(validation={"num_samples": 1})))
     cells = cells_of(validation.run())
-    assert {cell.documents for cell in cells} == {"right", "none"}
+    assert {cell.given for cell in cells} == {"right", "none"}
     assert not any(cell.is_error for cell in cells)
     training.close()
 
@@ -118,36 +118,74 @@ def test_shuffled_documents_are_another_rows_and_never_a_rows_own(
     training, validation = open_run(Stage1Config.model_validate(values))
     prompts = [validation.prompts(number) for number in range(12)]
     assert sorted(map(len, prompts)) == [1] * 3 + [3] * 9
-    documents = [retrieved(each[1]) for each in prompts if len(each) == 3]
-    for none, right, shuffled in (each for each in prompts if len(each) == 3):
-        assert retrieved(shuffled) in documents and set(retrieved(shuffled)).isdisjoint(retrieved(right))
-        assert [s for s in shuffled if s.role != "retrieved"] == list(none)
+    documents = [retrieved(each["right"]) for each in prompts if "right" in each]
+    for each in prompts:
+        if "right" in each:
+            assert retrieved(each["shuffled"]) in documents
+            assert set(retrieved(each["shuffled"])).isdisjoint(retrieved(each["right"]))
+            assert tuple(s for s in each["shuffled"] if s.role != "retrieved") == each["none"]
     assert [validation.prompts(number) for number in range(12)] == prompts  # the same each time
     training.close()
 
 
-def test_tasks_are_validated_apart(stage_values: Values, make_shards, make_row) -> None:
+def task_rows(make_row, count: int = 12, **options: Any) -> list[dict[str, Any]]:
+    """Rows of the three tasks in turn, as `vimi-data instruct` makes their segments."""
     tasks = ["text_to_video", "video_prediction", "subject_driven"]
-    rows = [make_row(n, task=tasks[n % 3], num_frames=4, height=12, width=16) for n in range(12)]
+    rows = [make_row(n, task=tasks[n % 3], num_frames=4, height=12, width=16, **options) for n in range(count)]
     for row in rows:
         if row["task"] != "text_to_video":
-            row["segments"] = row["segments"][-1:]
-    values = stage_values(prompts=str(make_shards(rows=rows, name="tasks")), validation={"num_samples": 12})
-    training, validation = open_run(Stage1Config.model_validate(values))
+            role = "first_frame" if row["task"] == "video_prediction" else "subject"
+            words = {"text": "ball" if role == "subject" else None}
+            row["segments"] = [row["segments"][-1], {**row["segments"][1], "role": role, **words}]
+    return rows
+
+
+def test_tasks_are_validated_apart_with_all_that_they_show_and_with_nothing(
+    stage_values: Values, make_shards, make_row
+) -> None:
+    shards = make_shards(rows=task_rows(make_row), name="tasks")
+    training, validation = open_run(
+        Stage1Config.model_validate(stage_values(prompts=str(shards), validation={"num_samples": 12}))
+    )
+    shake(training.model)
     record = validation.run()
-    found: dict[str, set[str]] = {}
+    found: dict[tuple[str, str], set[str]] = {}
     for cell in cells_of(record):
-        found.setdefault(cell.of, set()).add(cell.documents)
+        found.setdefault((cell.of, cell.axis), set()).add(cell.given)
+    tasks = ("text_to_video", "video_prediction", "subject_driven")
     assert found == {
-        "video": {"right", "none", "shuffled"},
-        "video text_to_video": {"right", "none", "shuffled"},
-        "video video_prediction": {"none"},
-        "video subject_driven": {"none"},
+        ("video", "documents"): {"right", "none", "shuffled"},
+        ("video text_to_video", "documents"): {"right", "none", "shuffled"},
+        ("video video_prediction", "documents"): {"none"},
+        ("video subject_driven", "documents"): {"none"},
+        **{(f"video {task}", "references"): {"own", "none"} for task in tasks},
     }
     assert record["val/video rows"] == 3 * record["val/video subject_driven rows"] == 12
     # Rows without documents gain nothing for sure: they are no evidence.
     for gain in ("none - right", "shuffled - right", "none - right q0.9 error"):
         assert record[f"val/video {gain}"] == record[f"val/video text_to_video {gain}"]
+    for task in tasks:
+        own, none = (record[f"val/video {task} references {given}"] for given in ("own", "none"))
+        assert own != none and record[f"val/video {task} none - own"] == pytest.approx(none - own)
+    assert record["val/video text_to_video references none"] == record["val/video text_to_video documents none"]
+    line = validation_line({"samples": 8, **record})
+    assert all(f"video {task} own" in line for task in tasks)
+    training.close()
+
+
+def test_without_references_a_word_stands_in_its_pictures_place(
+    stage_values: Values, make_shards, make_row
+) -> None:
+    shards = make_shards(rows=task_rows(make_row), name="tasks")
+    training, validation = open_run(
+        Stage1Config.model_validate(stage_values(prompts=str(shards), validation={"num_samples": 12}))
+    )
+    for number in range(12):
+        prompts = validation.prompts(number)
+        bare = prompts.get("bare", prompts["none"])
+        assert all(segment.type == "text" for segment in bare)
+        if any(segment.role == "subject" for segment in prompts["none"]):
+            assert bare[-1].text is not None and bare[-1].text.endswith("ball")
     training.close()
 
 

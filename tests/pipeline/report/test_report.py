@@ -46,8 +46,12 @@ VALIDATED = {
     "val/video none - right q0.9": 0.18,
     "val/video none - right q0.9 error": 0.04,
     "val/video video_prediction documents none": 0.5,
+    "val/video video_prediction references own": 0.5,
+    "val/video video_prediction references none": 0.75,
+    "val/video video_prediction none - own": 0.25,
+    "val/video video_prediction none - own error": 0.03,
 }
-"""A record of validation: documents help where there is much noise."""
+"""A record of validation: documents help where there is much noise, and the first frame its task."""
 VOID = {"meta", "link", "img", "source", "br", "path", "use"}
 
 
@@ -190,7 +194,8 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     ]
     trained = root / "stage1"
     trained.mkdir()
-    lines = [{"samples": n, "loss": 1.0 / n} for n in range(1, 50)]
+    seen = {"seen/video_prediction": 16, "seen/subject_driven": 32}
+    lines = [{"samples": n, "loss": 1.0 / n, **seen} for n in range(1, 50)]
     lines += [{"samples": 48, **VALIDATED}]
     text = "".join(map(record_line, lines)) + '{"samples": 51, "lo'
     (trained / "metrics.jsonl").write_text(text)
@@ -255,7 +260,10 @@ def test_every_picture_has_words_for_those_who_cannot_see_it(page: str):
 def test_page_shows_what_documents_are_worth_with_errors(page: str):
     assert "stage1, video <small>16 training rows at 48 samples" in page
     assert "<td>0.1200</td><td>0.3000</td><td>+0.1800 ± 0.0400</td>" in page
-    assert "stage1, video video prediction" in page and "<td>0.5000</td>" in page
+    cells = ("16", "33.3%", "0.5000", "0.7500", "+0.2500 ± 0.0300")  # of a task, with its share of the samples
+    row = "".join(f"<td>{cell}</td>" for cell in cells)
+    assert f'<th scope="row">video prediction</th>{row}' in page
+    assert "stage1, video video prediction" not in page  # it has no documents to compare
     assert 'aria-label="What documents are worth to stage1, video"' in page
 
 
