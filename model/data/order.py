@@ -151,9 +151,8 @@ class Mixture:
         self.shares = _whole_shares(list(weights.values()), cycle)
         self.cycle = sum(self.shares)
         self.order = spread_evenly(self.shares)
-        firsts = np.zeros((self.cycle + 1, len(self.names)), np.int64)
-        np.add.at(firsts, (np.arange(1, self.cycle + 1), self.order), 1)
-        self.before = np.cumsum(firsts, axis=0).tolist()
+        chosen = np.asarray(self.order)[:, None] == np.arange(len(self.names))
+        self.before: list[list[int]] = np.pad(np.cumsum(chosen, axis=0), ((1, 0), (0, 0))).tolist()
 
     def draw(self, index: int) -> tuple[str, int]:
         """Name of the stream and the draw's position in it."""

@@ -57,7 +57,7 @@ class OptimConfig(Config):
 
 
 class ValidationConfig(Config):
-    """Loss with each checkpoint, by noise level, documents (right, none, shuffled), medium, and in stage 2 task.
+    """Loss with each checkpoint, by noise level, documents (right, none, shuffled), medium and task.
 
     A task is measured with all that its prompts show and with nothing; what the right ones gain has a standard
     error over the rows.
