@@ -131,6 +131,8 @@ class Condition:
         references: `b n c h w` in [-1, 1], reference pictures of `plus` mode.
         reference_mask: `b n` bool, True where the reference is real.
         reference_role: `b n` int64, number of the reference's role; 0 where masked.
+        has_first_frame: `b` bool, True where frame 0 of the video is given and stands in it without noise;
+            None = nowhere.
     """
 
     tokens: Tensor
@@ -142,6 +144,7 @@ class Condition:
     references: Tensor | None = None
     reference_mask: Tensor | None = None
     reference_role: Tensor | None = None
+    has_first_frame: Tensor | None = None
 
     def __len__(self) -> int:
         return self.tokens.shape[0]
@@ -149,6 +152,7 @@ class Condition:
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "Condition":
         """Move to `device`; `dtype` is for tokens and references only (fps stays float32)."""
         references, present, shown_as = self.references, self.reference_mask, self.reference_role
+        given = self.has_first_frame
         return Condition(
             tokens=self.tokens.to(device, dtype, non_blocking=True),
             mask=self.mask.to(device, non_blocking=True),
@@ -159,6 +163,7 @@ class Condition:
             references=None if references is None else references.to(device, dtype, non_blocking=True),
             reference_mask=None if present is None else present.to(device, non_blocking=True),
             reference_role=None if shown_as is None else shown_as.to(device, non_blocking=True),
+            has_first_frame=None if given is None else given.to(device, non_blocking=True),
         )
 
     def select(self, rows: Tensor) -> "Condition":
@@ -177,6 +182,7 @@ def concat_conditions(conditions: list[Condition]) -> Condition:
         raise ValueError("cannot mix conditions with and without references in one batch")
     length = max(c.tokens.shape[1] for c in conditions)
     count = max(0 if c.references is None else c.references.shape[1] for c in conditions)
+    given = [c.mask.new_zeros(len(c)) if c.has_first_frame is None else c.has_first_frame for c in conditions]
 
     def stack(name: str, to: int | None) -> Tensor:
         parts = [getattr(c, name) for c in conditions]
@@ -188,6 +194,7 @@ def concat_conditions(conditions: list[Condition]) -> Condition:
         references=stack("references", count) if count else None,
         reference_mask=stack("reference_mask", count) if count else None,
         reference_role=stack("reference_role", count) if count else None,
+        has_first_frame=torch.cat(given) if any(c.has_first_frame is not None for c in conditions) else None,
     )
 
 
@@ -202,7 +209,7 @@ class ConditionConfig:
     Attributes:
         token_dim: width `e` of the frozen encoder's states (T5-11B and CLIP ViT-H: 1024).
         mode: `faithful` reads references through the frozen encoder only, as VIMI's figures show;
-            `plus` also reads their pixel patches.
+            `plus` also reads their pixel patches, and is told where frame 0 of the video is given.
         num_roles: roles of segments and references that have an embedding.
     """
 
@@ -235,6 +242,7 @@ class ConditionEmbedder(nn.Module):
         self.fps = nn.Linear(NUM_FEATURES, dim)
         self.size = nn.Linear(2 * NUM_FEATURES, dim)
         self.references = ReferenceEmbedder(config.num_roles, dim) if config.mode == "plus" else None
+        self.first_frame = nn.Parameter(torch.zeros(dim)) if config.mode == "plus" else None
         for table in (self.role, self.segment):
             nn.init.normal_(table.weight, std=0.02)
 
@@ -265,7 +273,10 @@ class ConditionEmbedder(nn.Module):
         rate = fourier_features(_pace(condition.fps)).to(dtype)
         log_size = (condition.original_size_px.float() / 64).log2() / 4
         size = fourier_features(log_size).flatten(-2).to(dtype)
-        return torch.stack([self.sigma(noise), self.fps(rate), self.size(size)], dim=1)
+        sigma = self.sigma(noise)
+        if self.first_frame is not None and condition.has_first_frame is not None:
+            sigma = sigma + condition.has_first_frame.to(dtype)[:, None] * self.first_frame
+        return torch.stack([sigma, self.fps(rate), self.size(size)], dim=1)
 
     def _prompt(self, condition: Condition) -> Tensor:
         places = condition.segment.clamp(max=MAX_SEGMENTS - 1)

@@ -14,7 +14,7 @@ from model.condition import Condition, concat_conditions
 from model.generator import Generator, SmallVideo
 from model.guidance import Branch, Guidance
 from model.objective import Objective
-from model.step import autocast, enlarge_small, has_latents
+from model.step import autocast, enlarge_small, has_latents, network_input, with_first_frame
 
 Denoise = Callable[[Tensor, Tensor, int], Tensor]
 """`(x_sigma: b t c h w, sigma: scalar, step) -> denoised: b t c h w` on the scale of clean videos."""
@@ -71,6 +71,7 @@ class Denoiser:
         guidance: how the branches are combined.
         dtype: autocast to this; None computes in the parameters' type.
         small: the upsampler's small video.
+        first: `b c h w` clean first frames, given to the branches whose condition says so.
     """
 
     model: Generator
@@ -79,6 +80,7 @@ class Denoiser:
     guidance: Guidance = field(default_factory=lambda: Guidance("none"))
     dtype: torch.dtype | None = None
     small: SmallVideo | None = None
+    first: Tensor | None = None
     _z: Tensor | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
@@ -92,13 +94,22 @@ class Denoiser:
         count = len(self.guidance.branches)
         sigmas = sigma.to(x_sigma.dtype).expand(len(x_sigma) * count)
         x = x_sigma.repeat(count, 1, 1, 1, 1)
-        scaled = x * self.edm.c_in(sigmas).view(-1, 1, 1, 1, 1)
+        scaled = network_input(self.edm, x, sigmas)
+        given = self._stacked.has_first_frame
+        if self.first is not None and given is not None:
+            scaled = with_first_frame(self.edm, scaled, self.first.repeat(count, 1, 1, 1), given)
         with autocast(x.device, self.dtype):
             f, z = self.model(scaled, sigmas, self._stacked, self._z, small=_repeat(self.small, count))
         self._z = z if has_latents(self.model) else None
         denoised = self.edm.denoised(f.to(x.dtype), x, sigmas).chunk(count)
         estimates = dict(zip(self.guidance.branches, denoised, strict=True))
-        return self.guidance.combine(estimates, step)
+        guided = self.guidance.combine(estimates, step)
+        if self.first is None or given is None:
+            return guided
+        # Frame 0 is known: the path ends on it, whatever the branches without it guess.
+        known = given.view(count, -1).any(dim=0).view(-1, 1, 1, 1)
+        first = torch.where(known, self.first.to(guided.dtype), guided[:, 0])
+        return torch.cat([first[:, None], guided[:, 1:]], dim=1)
 
 
 def _repeat(small: SmallVideo | None, count: int) -> SmallVideo | None:

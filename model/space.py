@@ -31,6 +31,11 @@ class Space:
     def is_latent(self) -> bool:
         return self.identity != ""
 
+    @property
+    def has_first_frame(self) -> bool:
+        """Whether the first frame is encoded by itself, so that it can be given."""
+        return self.factor_frames == 1 or self.is_causal
+
     def legal_frames(self, num_frames: int) -> int:
         """The next number of frames that the autoencoder keeps whole: 1 + n f if causal, n f if not."""
         first = 1 if self.is_causal else 0

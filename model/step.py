@@ -149,6 +149,7 @@ def losses(
     *,
     dtype: torch.dtype | None = None,
     dropout: bool = True,
+    but_first: Tensor | None = None,
     small_size: tuple[int, int] | None = None,
 ) -> Tensor:
     """One loss per sample, as the process weighs it; latent self-conditioning as FIT and RIN.
@@ -161,14 +162,17 @@ def losses(
         draws: from `draw`.
         dtype: autocast to this; None computes in the parameters' type.
         dropout: use the layers' dropout (off in validation).
+        but_first: `b` bool, whose loss leaves frame 0 out; None = where that frame is given.
         small_size: (height, width) in pixels of the small video that an upsampler starts from.
 
     Returns:
         `b` float32 losses.
     """
     keys = draws.keys if dropout else None
-    x_sigma = edm.add_noise(videos, draws.eps, draws.sigma)
-    x = x_sigma * edm.c_in(draws.sigma).view(-1, 1, 1, 1, 1).to(x_sigma.dtype)
+    given = condition.has_first_frame if videos.shape[1] > 1 else None
+    x = network_input(edm, edm.add_noise(videos, draws.eps, draws.sigma), draws.sigma)
+    if given is not None:
+        x = with_first_frame(edm, x, videos[:, 0], given)
     small = None
     if draws.small is not None and small_size is not None:
         small = noisy_small(videos, small_size, draws.small)
@@ -179,7 +183,12 @@ def losses(
                 _, z = model(x, draws.sigma, condition, None, small=small, keys=keys, latents_only=True)
             z_prev = z * draws.self_conditioned[:, None, None].to(z.dtype)
         f, _ = model(x, draws.sigma, condition, z_prev, small=small, keys=keys)
-    return edm.loss(f, videos, draws.eps, draws.sigma)
+    loss = edm.loss(f, videos, draws.eps, draws.sigma)
+    but_first = given if but_first is None else but_first
+    if but_first is None or videos.shape[1] == 1:
+        return loss
+    later = edm.loss(f[:, 1:], videos[:, 1:], draws.eps[:, 1:], draws.sigma)
+    return torch.where(but_first, later, loss)
 
 
 def accumulate(
@@ -208,6 +217,26 @@ def accumulate(
     with timed("backward"):
         (each.sum() * (1 / divisor)).backward()
     return each.detach()
+
+
+def network_input(edm: Objective, x_sigma: Tensor, sigma: Tensor) -> Tensor:
+    """`b t c h w` noisy videos at `b` levels, scaled as the network takes them."""
+    return x_sigma * edm.c_in(sigma).view(-1, 1, 1, 1, 1).to(x_sigma.dtype)
+
+
+def with_first_frame(edm: Objective, x: Tensor, first: Tensor, given: Tensor) -> Tensor:
+    """The network's input with frame 0 as it is without noise, where it is given: so a video goes on from it.
+
+    Args:
+        edm: the diffusion process.
+        x: `b t c h w` from `network_input`.
+        first: `b c h w` clean frames, on the scale of clean videos.
+        given: `b` bool.
+    """
+    none = torch.zeros(len(x), device=x.device, dtype=x.dtype)
+    clean = first[:, None].to(x.dtype)
+    clean = network_input(edm, edm.add_noise(clean, torch.zeros_like(clean), none), none)
+    return torch.cat([torch.where(given.view(-1, 1, 1, 1, 1), clean, x[:, :1]), x[:, 1:]], dim=1)
 
 
 def noisy_small(videos: Tensor, size: tuple[int, int], noise: SmallVideo) -> SmallVideo:

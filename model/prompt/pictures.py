@@ -14,7 +14,7 @@ from infra import pictures
 from infra.errors import DataError
 from infra.pictures import PictureError
 from model.condition import MAX_REFERENCES, Prompt, References, Segment
-from model.data.batch import ROLES, role_number
+from model.data.batch import ROLES, Role, role_number
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
 MAX_PICTURE_PX = 50_000_000
@@ -33,9 +33,16 @@ def decode_picture(data: bytes | None) -> Image.Image:
     Raises:
         PictureError: no bytes, not a picture, damaged, or more than MAX_PICTURE_PX pixels.
     """
-    return _tame(
-        pictures.decode_picture(data or b"", max_pixels=MAX_PICTURE_PX, formats=FORMATS, on_white=True)
-    )
+    return _tame(decode_as_it_is(data))
+
+
+def decode_as_it_is(data: bytes | None) -> Image.Image:
+    """The same with whatever sides it has.
+
+    Raises:
+        PictureError: as `decode_picture`.
+    """
+    return pictures.decode_picture(data or b"", max_pixels=MAX_PICTURE_PX, formats=FORMATS, on_white=True)
 
 
 def _tame(image: Image.Image) -> Image.Image:
@@ -90,6 +97,11 @@ def _reference(segment: Segment, size_px: tuple[int, int]) -> Tensor:
     else:
         image = ImageOps.pad(image, size, Image.Resampling.BICUBIC, color="white")
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1.0
+
+
+def first_frame(prompt: Prompt) -> Segment | None:
+    """The picture that its video begins with, if the prompt gives one."""
+    return next((s for s in prompt if s.role == Role.FIRST_FRAME and s.type == "image" and s.image), None)
 
 
 def decode_all(prompt: Prompt, decoded: Pictures) -> None:

@@ -7,6 +7,7 @@ enlarge(videos, requests)  the cascade's second stage
 from collections.abc import Callable, Sequence
 from typing import Literal
 
+import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -14,14 +15,18 @@ from torch import Tensor
 from infra.config import Config
 from infra.errors import ConfigError
 from infra.progress import say
+from model.condition import Prompt
+from model.data.sample import fit_frames
 from model.generator import Generator
 from model.guidance import FULL, Guidance
 from model.latents import Latents, open_latents
 from model.prompt.encoder import PromptEncoder
 from model.prompt.load import load_prompt_encoder
+from model.prompt.pictures import decode_as_it_is, first_frame
 from model.prompt.select import select
 from model.sample import Denoiser, sample_ode, upsample
 from model.sampling.requests import SampleRequest
+from model.space import PIXELS
 from model.step import sample_generator
 from model.training.build import Conditioner, edm_of
 from model.training.config import StageConfig
@@ -61,7 +66,8 @@ class Maker:
     ) -> None:
         self.model, self.config, self.encoder, self.latents = model, config, encoder, latents
         self.device = next(model.parameters()).device
-        self.condition = Conditioner(config, encoder, self.device)
+        self.space = latents.space if latents else PIXELS
+        self.condition = Conditioner(config, encoder, self.device, self.space)
         bounded = guidance if latents is None else guidance.model_copy(update={"threshold": None})
         self.guidance = Guidance(**bounded.model_dump())
 
@@ -82,6 +88,8 @@ class Maker:
             shape = self.latents.space.shape(num_frames, height, width)
         noise = self._noise(requests, "noise", shape)
         denoiser = self._denoiser(requests, shape)
+        if num_frames > 1:
+            denoiser.first = self._first_frames(requests, height, width)
         x = sample_ode(denoiser, denoiser.edm, noise, num_steps=num_steps, on_step=on_step)
         if self.latents is None:
             return x
@@ -101,8 +109,10 @@ class Maker:
         The small videos get noise of the standard deviation `level`.
         """
         shape = (videos.shape[1], videos.shape[2], self.config.height_px, self.config.width_px)
+        denoiser = self._denoiser(requests, shape)
+        denoiser.first = self._first_frames(requests, *shape[2:])
         return upsample(
-            self._denoiser(requests, shape),
+            denoiser,
             videos.clamp(-1, 1).float(),
             self._noise(requests, "large_noise", shape),
             self._noise(requests, "small_noise", shape),
@@ -110,6 +120,17 @@ class Maker:
             num_steps=num_steps,
             on_step=on_step,
         )
+
+    def _first_frames(self, requests: Sequence[SampleRequest], height_px: int, width_px: int) -> Tensor | None:
+        """`b c h w` first frames that the prompts give, where the generator sees them as they are."""
+        prompts = [request.prompt for request in requests]
+        if self.condition.has_first_frame(prompts) is None:
+            return None
+        frames = np.stack([_first_frame(prompt, height_px, width_px) for prompt in prompts])
+        pixels = torch.from_numpy(frames).permute(0, 3, 1, 2).to(self.device).float() / 127.5 - 1.0
+        if self.latents is None:
+            return pixels
+        return torch.cat([self.latents.encode(one[None, None])[:, 0] for one in pixels])
 
     def _noise(self, requests: Sequence[SampleRequest], stream: str, shape: tuple[int, ...]) -> Tensor:
         drawn = []
@@ -128,6 +149,14 @@ class Maker:
         dtype = AUTOCAST[self.config.parallel.dtype]
         edm = edm_of(self.config.noise, shape)
         return Denoiser(self.model, edm, conditions, self.guidance, dtype=dtype)
+
+
+def _first_frame(prompt: Prompt, height_px: int, width_px: int) -> np.ndarray:
+    """uint8 `h w 3`: the picture resized and cropped as a target's frames are; black where there is none."""
+    found = first_frame(prompt)
+    if found is None:
+        return np.zeros((height_px, width_px, 3), np.uint8)
+    return fit_frames(np.asarray(decode_as_it_is(found.image))[None], height_px, width_px)[0]
 
 
 def open_maker(restored: Restored, guidance: GuidanceConfig, *, beside: Maker | None = None) -> Maker:

@@ -28,7 +28,7 @@ from model.encodings.store import Encodings
 from model.generator import Generator, SmallVideo
 from model.latents import Latents, open_latents
 from model.prompt.encoder import PromptEncoder
-from model.prompt.pictures import reference_tensors
+from model.prompt.pictures import first_frame, reference_tensors
 from model.prompt.select import select
 from model.space import PIXELS, Space
 from model.step import Draws, draw, draw_dropped, draw_num_documents, sample_generator
@@ -95,8 +95,10 @@ def reference_size(height_px: int, width_px: int) -> tuple[int, int]:
 class Conditioner:
     """Prompts of a batch -> the generator's condition, by the frozen encoder."""
 
-    def __init__(self, config: StageConfig, encoder: PromptEncoder, device: torch.device) -> None:
+    def __init__(self, config: StageConfig, encoder: PromptEncoder, device: torch.device, space: Space) -> None:
+        """`space` is the generator's."""
         self.config, self.encoder, self.device = config, encoder, device
+        self.gives_first_frames = config.references == "plus" and space.has_first_frame
 
     def __call__(
         self,
@@ -116,7 +118,14 @@ class Conditioner:
                 references=references,
                 encoded=encoded,
             )
-        return condition.to(self.device)
+        return replace(condition, has_first_frame=self.has_first_frame(prompts)).to(self.device)
+
+    def has_first_frame(self, prompts: Sequence[Prompt]) -> Tensor | None:
+        """`b` bool: whose first frame stands in its video as it is; None = nobody's."""
+        if not self.gives_first_frames:
+            return None
+        given = torch.tensor([first_frame(prompt) is not None for prompt in prompts])
+        return given if given.any() else None
 
     def references(self, *prompts: Prompt) -> References | None:
         """The pictures of prompts that the generator sees itself; None where it sees none (`faithful`).

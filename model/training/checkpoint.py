@@ -31,7 +31,7 @@ from infra.run_folder import COMMITTED, RunFolder, split_checkpoint
 from infra.storage import delete, exists, join, read_bytes, read_json
 from model.optim import local_shard
 
-FORMAT = 3
+FORMAT = 4
 """Layout of the tensors' names and of the config; a reader refuses one that it doesn't know."""
 ROLE_TABLE = ".role.weight"
 """In the names of the tensors that have a row for each role of a prompt."""

@@ -71,8 +71,8 @@ class Training:
         self.world_size = dist.get_world_size() if dist.is_initialized() else 1
         encodings = open_encodings(config.encodings)
         self.encoder = open_encoder(config.encoder, encodings, self.device)
-        self.condition = Conditioner(config, self.encoder, self.device)
         self.targets = Targets(config, self.device, encodings)
+        self.condition = Conditioner(config, self.encoder, self.device, self.targets.space)
         how = config.parallel
         self.replica = Replica(
             self._generator(),

@@ -147,7 +147,8 @@ class Validation:
             dist.all_reduce(count, dist.ReduceOp.MAX)
             most = int(count)
         source = self.rows[number].source
-        found = [self._losses(source, prompts[min(n, len(prompts) - 1)]) for n in range(most)]
+        whole = self._prompt(number)
+        found = [self._losses(source, prompts[min(n, len(prompts) - 1)], whole) for n in range(most)]
         return torch.stack(found[: len(prompts)])
 
     def prompts(self, number: int) -> dict[str, Prompt]:
@@ -210,8 +211,10 @@ class Validation:
             record |= summarise(of, table[rows], there[rows], is_task=" " in of)
         return record
 
-    def _losses(self, source: Source, prompt: Prompt) -> Tensor:
-        """One row's loss at each quantile, with one noise: `quantiles` float64 on the CPU."""
+    def _losses(self, source: Source, prompt: Prompt, whole: Prompt) -> Tensor:
+        """The loss of a row with a part of its `whole` prompt at each quantile, with one noise: `quantiles`
+        float64 on the CPU.
+        """
         training, targets, device = self.training, self.training.targets, self.training.device
         batch, count = self._read(source, prompt), len(QUANTILES)
         video = targets(batch)
@@ -228,6 +231,7 @@ class Validation:
             keys=torch.full((count,), sample_key(0, key, "layers"), device=device),
         )
         condition = training.condition(batch.prompts, batch.fps, batch.original_size_px, batch.encoded)
+        given = training.condition.has_first_frame([whole])  # its loss is over the same frames without it
         video = video.expand(count, -1, -1, -1, -1)
         each = losses(
             training.model,
@@ -237,6 +241,7 @@ class Validation:
             replace(draws, small=targets.fixed_small(video, key)),
             dtype=training.replica.dtype,
             dropout=False,
+            but_first=None if given is None else given.to(device).expand(count),
             small_size=targets.small_size,
         )
         return each.double().cpu()

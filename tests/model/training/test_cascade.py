@@ -71,7 +71,10 @@ def test_upsampler_starts_with_the_weights_of_its_base(cascade, tmp_path: Path) 
     up.save({})
     up.close()
     again = train(config, 0)  # a resumed upsampler is itself, not its base
-    assert again.position == 4 and not weights_of(again.model)[same[0]].equal(theirs[same[0]])
+    trained = weights_of(again.model)
+    assert again.position == 4 and not any(
+        trained[name].equal(theirs[name]) for name in same if "blocks" in name
+    )
     again.close()
     base.close()
 
