@@ -195,7 +195,7 @@ def plan_metrics(config: EvaluateConfig, plan: Plan) -> Plan:
     reasons = obstacles(wanted, given, config.networks)
     metrics = {name: metric for name, metric in wanted.items() if name not in reasons}
     if not metrics:
-        raise ConfigError("\n".join(f"{name}: {reason}" for name, reason in reasons.items()))
+        raise ConfigError(*(f"{name}: {reason}" for name, reason in reasons.items()))
     if not config.allow_small_n:
         refuse_small_n(metrics.values(), given)
     return replace(plan, metrics=metrics, obstacles=reasons)

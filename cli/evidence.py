@@ -53,7 +53,7 @@ def quick_steps() -> list[str]:
 
 def full_steps() -> list[str]:
     """The commands of the full form, in order."""
-    longer, shorter = "--set samples=150000", "--set samples=60000"  # 480,000 in all
+    longer, shorter = "--set samples=260000", "--set samples=40000"  # 660,000 in all, with stage 2
     return [
         command("vimi-data world", more="--nouns 1600 --unseen 128 --distractors 2"),
         command("vimi-data crawl", "crawl_clips"),

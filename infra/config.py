@@ -97,7 +97,7 @@ class Config(BaseModel):
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            raise ConfigError(describe(error, cls, path, typed)) from None
+            raise ConfigError(*describe(error, cls, path, typed)) from None
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
@@ -189,8 +189,8 @@ def set_dotted(values: dict[str, Any], key: str, value: Any) -> None:
 
 def describe(
     error: ValidationError, cls: type[BaseModel], path: str | Path | None = None, typed: Collection[str] = ()
-) -> str:
-    """A failed validation, one fault a line: which field, what we got, what is legal, how to cure it.
+) -> list[str]:
+    """A failed validation, a line for each fault: which field, what we got, what is legal, how to cure it.
 
     `typed` are the dotted keys that came from the command line, not from the file at `path`.
     """
@@ -213,7 +213,7 @@ def describe(
         elif _pattern(name) not in meant.values():  # else it is there, misspelt
             cure = f"set it in the config, by its option or by --set {name}=..."
             lines.append(sentence(f"{name} is missing{where}", legal=fields[_pattern(name)].legal, cure=cure))
-    return "\n".join(lines)
+    return lines
 
 
 def _illegal_value(name: str, items: list[ErrorDetails], field: ConfigField | None, where: str) -> str:

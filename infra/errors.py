@@ -17,14 +17,15 @@ class VimiError(Exception):
 class ConfigError(VimiError, ValueError):
     """A wrong command or config; a line for each fault: what we got, what is legal, how to cure it."""
 
-    def __init__(self, got: str, *, legal: str = "", cure: str = "") -> None:
-        super().__init__(sentence(got, legal=legal, cure=cure))
+    def __init__(self, *faults: str, legal: str = "", cure: str = "") -> None:
+        super().__init__("\n".join(sentence(got, legal=legal, cure=cure) for got in faults))
 
 
 def sentence(got: str, *, legal: str = "", cure: str = "") -> str:
-    """One fault on one line: what we got, what is legal, how to cure it."""
+    """One fault on one line, whatever a file is called: what we got, what is legal, how to cure it."""
     parts = [got, f"legal: {legal}" if legal else "", f"cure: {cure}" if cure else ""]
-    return "; ".join(filter(None, parts))
+    text = "; ".join(filter(None, parts))
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
 
 
 def first_line(error: BaseException) -> str:

@@ -77,7 +77,7 @@ def _crawl_config(config: RedriveConfig) -> CrawlConfig:
     try:
         saved = kind.model_validate(values)
     except ValidationError as error:  # of another version, or its reader is not registered here
-        raise ConfigError(describe(error, kind, place), cure="crawl again") from None
+        raise ConfigError(*describe(error, kind, place), cure="crawl again") from None
     if isinstance(saved, RedriveConfig):  # a redrive of a redrive
         saved = _crawl_config(saved)
     refuse_imports(saved.filters.plugins, of=place)

@@ -106,6 +106,13 @@ def test_each_fault_is_a_line_with_its_cure(tmp_path: Path) -> None:
     assert "unknown key 'inner.wdth'" in width and width.endswith("cure: write 'inner.width'")
 
 
+@pytest.mark.parametrize("name", ["two\nlines", "back\rover", "clear\x1b[2J", "half \udc80"])
+def test_a_fault_is_one_line_whatever_a_file_is_called(name: str) -> None:
+    told = str(ConfigError(f"no clips in {name}", cure=f"crawl {name}"))
+    assert told.isprintable() and told.splitlines() == [told]
+    assert str(ConfigError(told)) == told
+
+
 def test_an_unknown_key_names_the_nearest_of_its_group_then_of_the_whole_config() -> None:
     class Part(Config):
         path: str = ""
