@@ -13,9 +13,12 @@ from infra.certificate import Certificate, entry_of, write_certificate
 from infra.errors import ConfigError, DataError
 from infra.run_folder import record_line
 from infra.samples import write_samples
-from infra.storage import read_json, write_bytes
+from infra.storage import read_json, write_bytes, write_json
 from model.sampling.film import write_video
 from pipeline.media.frames import decode_frames
+from pipeline.report import ReportConfig
+from pipeline.report.page import NUM_STRIPS
+from pipeline.report.page import run as report
 from pipeline.world.evidence import EvidenceConfig, check, run, table
 from pipeline.world.make import WorldConfig
 from pipeline.world.make import run as make_world
@@ -150,6 +153,30 @@ def test_the_page_shows_claims_and_strips_and_fetches_nothing(made: Made, rows: 
     assert told["sets"]["right"]["colour"] == {"share": 1.0, "error": 0.0}
     assert told["losses"] == {"stage1": LOSSES}
     assert "+0.2500 ± 0.1250" in page and "guidance weight" in page
+
+
+def test_a_report_opens_with_what_was_judged_and_refuses_what_was_edited(
+    made: Made, rows: dict[str, Any], tmp_path: Path
+) -> None:
+    config = ReportConfig(
+        evidence=str(made.folder / "out"), runs=(str(made.folder / "stage1"),), out=str(tmp_path)
+    )
+    page = Path(report(config)).read_text()
+    assert (
+        page.index("frames of the sampled video")
+        < page.index("few &lt;enough&gt;")
+        < page.index('id="training"')
+    )
+    assert page.count("frames of the sampled video") == 3 * NUM_STRIPS
+    assert page.count('class="holds"') == [row["holds"] for row in rows.values()].count(True)
+    told = read_json(str(made.folder / "out" / "evidence.json"))
+    told["claims"][0]["holds"] = not told["claims"][0]["holds"]
+    (tmp_path / "edited").mkdir()
+    write_json(str(tmp_path / "edited" / "evidence.json"), told)
+    with pytest.raises(DataError, match="edited"):
+        report(config.model_copy(update={"evidence": str(tmp_path / "edited")}))
+    with pytest.raises(ConfigError, match="no evidence"):
+        report(config.model_copy(update={"evidence": str(tmp_path)}))
 
 
 def test_what_cannot_be_judged_is_refused(made: Made, tmp_path: Path) -> None:
