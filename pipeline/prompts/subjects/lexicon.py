@@ -18,6 +18,15 @@ PLURAL_COUNTS = _words(
     "two three four five six seven eight nine ten many several few some both various multiple these those"
     " dozens hundreds all other others people men women children kids mens audience crowd crew team family"
 )
+COUNTED = _words("people men women children kids audience crowd crew team family")
+"""Those of them that name the things themselves."""
+PEOPLE = _words("man woman guy girl lady person")
+"""Nothing is named by these and a further noun: what follows is a verb."""
+REQUESTS = _words("place push pull use stir turn wipe fold stack slide press pour grab lift unfold flip")
+AFTER_REQUESTS = DETERMINERS | _words("up out down in on off away one two all")
+NOUNS_LY = _words("butterfly dragonfly firefly fly family belly jelly lily bully assembly")
+NOUNS_S = _words("news sports glasses scissors christmas texas jeans lens gas bus")
+"""Singular nouns, or first halves of one, that end in s."""
 PLACE_PREPOSITIONS = _words(
     "in on at near inside across through along over under around by beside behind into onto down up"
     " against within above below between outside off from to towards toward past"
@@ -111,4 +120,39 @@ BARE_NOUNS = _words(
     " panda bear lion tiger leopard elephant giraffe zebra deer rabbit squirrel mouse hamster fox wolf car"
     " truck bus train motorcycle bicycle bike boat ship airplane plane helicopter robot chef singer"
     " player athlete dancer musician soldier teacher student doctor skateboarder surfer skier cyclist clown"
+)
+PERSONS = _words(
+    "man woman boy girl person child baby kid guy lady gentleman dad father mom mother brother sister son"
+    " daughter husband wife friend boyfriend girlfriend uncle aunt grandfather grandmother grandma grandpa"
+    " toddler teenager teen adult male female women men lad fellow dude chick bride groom king queen"
+    " prince princess chef cook singer player athlete dancer musician soldier teacher student doctor nurse"
+    " skateboarder surfer skier cyclist clown wrestler boxer fighter comedian actor actress model host"
+    " reporter anchor journalist artist pharmacist driver salesman speaker contestant guest fan cowboy"
+    " pilot farmer worker officer policeman cop judge coach referee gamer drummer guitarist pianist rapper"
+    " dj magician barber cobbler carpenter mechanic contractor waiter waitress customer owner user"
+    " attendant astronaut scientist engineer lawyer politician president senator celebrity hero wizard"
+    " monk priest nun bride gymnast swimmer runner golfer goalkeeper pitcher batter youtuber blogger"
+    " vlogger narrator presenter interviewer cheerleader ballerina acrobat biker rider jockey hunter"
+    " fisherman firefighter paramedic surgeon dentist therapist hairdresser stylist band"
+)
+"""Who has a face. "band" too: one mask of one face is not a band, so it is mostly left out."""
+ANIMALS = _words(
+    "dog cat puppy kitten horse cow sheep goat pig bird duck chicken eagle owl fish shark whale dolphin"
+    " turtle snake lizard frog monkey gorilla chimpanzee chimp panda bear lion tiger leopard elephant"
+    " giraffe zebra deer rabbit squirrel mouse hamster fox wolf rhino hippo camel donkey mule pony calf"
+    " lamb bull ox buffalo bison moose elk kangaroo koala otter seal walrus penguin parrot crow swan goose"
+    " turkey rooster hen peacock flamingo pigeon hawk falcon butterfly bee ant spider crab lobster octopus"
+    " squid jellyfish shrimp snail worm caterpillar dragonfly beetle alligator crocodile dinosaur shepherd"
+    " terrier retriever poodle bulldog husky corgi dachshund raccoon skunk badger beaver hedgehog bat rat"
+    " gecko iguana chameleon toad ape orangutan lemur cub animal pet"
+)
+PRODUCTS = _words(
+    "car truck bus train motorcycle bicycle bike boat ship airplane plane helicopter robot jeep van taxi"
+    " tractor scooter skateboard surfboard snowboard canoe kayak convertible suv sedan ambulance tank"
+    " rocket drone toy doll phone smartphone laptop computer keyboard mouse camera tv television monitor"
+    " tablet console controller headphones speaker microphone guitar piano violin drum trumpet saxophone"
+    " flute blender mixer oven microwave toaster kettle pot pan bowl cup mug plate bottle glass knife fork"
+    " spoon lid jar can bag backpack suitcase watch clock lamp chair sofa umbrella ball basketball"
+    " football racket gun rifle sword drill hammer saw machine engine tire wheel stroller book cake pizza"
+    " burger"
 )

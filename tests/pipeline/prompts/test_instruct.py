@@ -125,7 +125,7 @@ def prompts(ball: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def config(prompts: str, out: Path, **values: Any) -> InstructConfig:
-    subjects = SubjectConfig(background_prob=1.0)
+    subjects = SubjectConfig(clip=None, background_prob=1.0)
     values = {"subjects": subjects, "unit_rows": 2, "num_workers": 2, **values}
     return InstructConfig(prompts=prompts, out=str(out), ray=RayConfig(num_cpus=2), **values)
 
