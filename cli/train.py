@@ -156,13 +156,25 @@ def describe(
     preset: Annotated[str, typer.Option(help="Backbone by name; a wrong one lists them all.")] = "fit-500m",
     batch: Annotated[int, typer.Option(help="Samples per device, for the memory.", min=1)] = 1,
     prompt_tokens: Annotated[int, typer.Option(help="Tokens of one prompt.", min=1)] = 128,
+    references: Annotated[
+        int, typer.Option(help="Pictures of a prompt that the generator sees itself; 0 = none.", min=0, max=8)
+    ] = 1,
+    reference_px: Annotated[int, typer.Option(help="Their side.", min=4, max=4096)] = 224,
+    reference_patch_px: Annotated[int, typer.Option(help="Side of a patch of them.", min=1, max=512)] = 16,
 ) -> None:
     """Parameters, tokens, FLOPs by part and memory of a generator, without building it."""
     from infra.errors import ConfigError
     from model.cost import describe as measure
     from model.cost import render
 
+    if reference_px % reference_patch_px:
+        raise ConfigError(
+            f"references of {reference_px} px in patches of {reference_patch_px}",
+            legal=f"multiples of {reference_patch_px}",
+        )
+    seen = (references, reference_px, reference_px)
+    sizes = {"prompt_tokens": prompt_tokens, "references": seen, "reference_patch": reference_patch_px}
     try:
-        print(render(measure(preset, batch=batch, prompt_tokens=prompt_tokens)))
+        print(render(measure(preset, batch=batch, **sizes)))
     except ValueError as error:
         raise ConfigError(str(error), cure="choose one of the presets") from None

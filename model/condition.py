@@ -7,8 +7,10 @@
 
 Snap Video reads `[sigma, frame rate, original resolution] ++ T5 tokens` (2402.14797); VIMI swaps
 the text tokens for those of a multimodal language model and keeps them interleaved (2407.06304).
-`plus` adds pixel patches of the reference pictures, because references that pass through the
-frozen encoder alone lose their identity (UniVideo, 2510.08377, table 6).
+`plus` adds patches of the reference pictures (pixels, or latents where the generator works in those),
+because references that pass through the frozen encoder alone lose their identity (UniVideo, 2510.08377,
+table 6). A patch bears the embedding of its picture's place in the prompt, the same that the encoder's
+tokens of that picture bear: so what is seen is tied to what is said of it.
 """
 
 import math
@@ -99,11 +101,14 @@ class References:
     """The pictures of a batch's prompts that the generator sees itself; what is masked is zero."""
 
     pictures: Tensor
-    """`b n 3 h w` in [-1, 1], in the prompt's order; n is the most that any prompt has."""
+    """`b n 3 h w` uint8, in the prompt's order, or `b n c h w` float32 latents that were made beforehand; n is
+    the most that any prompt has."""
     mask: Tensor
     """`b n` bool, True = there."""
     role: Tensor
     """`b n` int64, number of the segment's role."""
+    place: Tensor
+    """`b n` int64, position of the segment in its prompt."""
 
     def pin(self) -> "References":
         """Page-locked copies, so that the move to the device overlaps the step."""
@@ -113,8 +118,14 @@ class References:
 def concat_references(each: Sequence[References]) -> References:
     """Stack batches with different numbers of references into one, the missing ones masked."""
     most = max(one.mask.shape[1] for one in each)
-    padded = [[_pad_dim1(part, most) for part in vars(one).values()] for one in each]
-    return References(*map(torch.cat, zip(*padded, strict=True)))
+    some = next((one for one in each if one.mask.shape[1]), each[0]).pictures
+
+    def padded(one: References) -> list[Tensor]:
+        if not one.mask.shape[1]:  # the shape of no picture says nothing
+            one = replace(one, pictures=some.new_zeros(len(one.mask), 0, *some.shape[2:]))
+        return [_pad_dim1(part, most) for part in vars(one).values()]
+
+    return References(*map(torch.cat, zip(*map(padded, each), strict=True)))
 
 
 @dataclass(frozen=True)
@@ -128,9 +139,10 @@ class Condition:
         segment: `b l` int64, position of the token's segment in its prompt.
         fps: `b` frames per second of the target; inf for pictures.
         original_size_px: `b 2` (height, width) of the target before it was resized.
-        references: `b n c h w` in [-1, 1], reference pictures of `plus` mode.
+        references: `b n c h w`, reference pictures of `plus` mode: pixels in [-1, 1], or latents.
         reference_mask: `b n` bool, True where the reference is real.
         reference_role: `b n` int64, number of the reference's role; 0 where masked.
+        reference_place: `b n` int64, position of the reference's segment in its prompt; 0 where masked.
         has_first_frame: `b` bool, True where frame 0 of the video is given and stands in it without noise;
             None = nowhere.
     """
@@ -144,6 +156,7 @@ class Condition:
     references: Tensor | None = None
     reference_mask: Tensor | None = None
     reference_role: Tensor | None = None
+    reference_place: Tensor | None = None
     has_first_frame: Tensor | None = None
 
     def __len__(self) -> int:
@@ -151,20 +164,13 @@ class Condition:
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "Condition":
         """Move to `device`; `dtype` is for tokens and references only (fps stays float32)."""
-        references, present, shown_as = self.references, self.reference_mask, self.reference_role
-        given = self.has_first_frame
-        return Condition(
-            tokens=self.tokens.to(device, dtype, non_blocking=True),
-            mask=self.mask.to(device, non_blocking=True),
-            role=self.role.to(device, non_blocking=True),
-            segment=self.segment.to(device, non_blocking=True),
-            fps=self.fps.to(device, non_blocking=True),
-            original_size_px=self.original_size_px.to(device, non_blocking=True),
-            references=None if references is None else references.to(device, dtype, non_blocking=True),
-            reference_mask=None if present is None else present.to(device, non_blocking=True),
-            reference_role=None if shown_as is None else shown_as.to(device, non_blocking=True),
-            has_first_frame=None if given is None else given.to(device, non_blocking=True),
-        )
+        halved = ("tokens", "references")
+        moved = {
+            name: part.to(device, dtype if name in halved else None, non_blocking=True)
+            for name, part in vars(self).items()
+            if part is not None
+        }
+        return replace(self, **moved)
 
     def select(self, rows: Tensor) -> "Condition":
         """The prompts named by `rows` (int64 indices or a bool mask), in that order."""
@@ -188,12 +194,11 @@ def concat_conditions(conditions: list[Condition]) -> Condition:
         parts = [getattr(c, name) for c in conditions]
         return torch.cat(parts if to is None else [_pad_dim1(p, to) for p in parts])
 
+    of_references = ("references", "reference_mask", "reference_role", "reference_place")
     return Condition(
         **{name: stack(name, length) for name in ("tokens", "mask", "role", "segment")},
         **{name: stack(name, None) for name in ("fps", "original_size_px")},
-        references=stack("references", count) if count else None,
-        reference_mask=stack("reference_mask", count) if count else None,
-        reference_role=stack("reference_role", count) if count else None,
+        **({name: stack(name, count) for name in of_references} if count else {}),
         has_first_frame=torch.cat(given) if any(c.has_first_frame is not None for c in conditions) else None,
     )
 
@@ -211,19 +216,21 @@ class ConditionConfig:
         mode: `faithful` reads references through the frozen encoder only, as VIMI's figures show;
             `plus` also reads their pixel patches, and is told where frame 0 of the video is given.
         num_roles: roles of segments and references that have an embedding.
+        reference_channels: of the references: 3 for pixels.
+        reference_patch: side of their patches, in pixels or latents.
     """
 
     token_dim: int = 1024
     mode: Literal["faithful", "plus"] = "faithful"
     num_roles: int = 6
+    reference_channels: int = 3
+    reference_patch: int = 8
 
 
 MAX_SEGMENTS = 16
 """Positions of the segment embedding; later segments share the last one. Ours."""
 MAX_REFERENCES = 8
 """Reference pictures of a prompt that the generator sees itself (`plus` mode). Ours."""
-REFERENCE_PATCH_PX = 8
-"""Side of a patch of them, pixels. Ours."""
 NUM_SCALARS = 3
 """Tokens that every sample has: sigma, frame rate, original size."""
 
@@ -241,7 +248,7 @@ class ConditionEmbedder(nn.Module):
         self.sigma = nn.Linear(NUM_FEATURES, dim)
         self.fps = nn.Linear(NUM_FEATURES, dim)
         self.size = nn.Linear(2 * NUM_FEATURES, dim)
-        self.references = ReferenceEmbedder(config.num_roles, dim) if config.mode == "plus" else None
+        self.references = ReferenceEmbedder(config, dim) if config.mode == "plus" else None
         self.first_frame = nn.Parameter(torch.zeros(dim)) if config.mode == "plus" else None
         for table in (self.role, self.segment):
             nn.init.normal_(table.weight, std=0.02)
@@ -260,9 +267,9 @@ class ConditionEmbedder(nn.Module):
         masks = [condition.mask.new_ones(len(condition), NUM_SCALARS), condition.mask]
         pictures, present, role = condition.references, condition.reference_mask, condition.reference_role
         if self.references is not None and pictures is not None:
-            if present is None or role is None:
-                raise ValueError("references without reference_mask or reference_role")
-            extra, extra_mask = self.references(pictures, present, role)
+            if present is None or role is None or condition.reference_place is None:
+                raise ValueError("references without reference_mask, reference_role or reference_place")
+            extra, extra_mask = self.references(pictures, present, role, self._place(condition.reference_place))
             tokens.append(extra)
             masks.append(extra_mask)
         return torch.cat([t.to(tokens[0].dtype) for t in tokens], dim=1), torch.cat(masks, dim=1)
@@ -279,41 +286,46 @@ class ConditionEmbedder(nn.Module):
         return torch.stack([sigma, self.fps(rate), self.size(size)], dim=1)
 
     def _prompt(self, condition: Condition) -> Tensor:
-        places = condition.segment.clamp(max=MAX_SEGMENTS - 1)
         projected = self.project(self.norm(condition.tokens.to(self.role.weight.dtype)))
-        return projected + self.role(condition.role) + self.segment(places)
+        return projected + self.role(condition.role) + self._place(condition.segment)
+
+    def _place(self, segment: Tensor) -> Tensor:
+        """Embedding of a segment's position in the prompt, for its tokens and for its picture's patches."""
+        return self.segment(segment.clamp(max=MAX_SEGMENTS - 1))
 
 
 class ReferenceEmbedder(nn.Module):
-    """Patches of reference pictures, each with its place, its picture's index and role (`plus` mode).
+    """Patches of reference pictures, each with its place in the picture, the picture's in the prompt, and role.
 
     The role tells a retrieved document from the subject, the background and the first frame of an
     instruction: without it a model could only guess from the order what a picture is for.
     """
 
-    def __init__(self, num_roles: int, dim: int) -> None:
+    def __init__(self, config: ConditionConfig, dim: int) -> None:
         super().__init__()
-        self.patch = nn.Linear(3 * REFERENCE_PATCH_PX**2, dim)
+        self.side = config.reference_patch
+        self.patch = nn.Linear(config.reference_channels * self.side**2, dim)
         self.place = nn.Linear(2 * NUM_FEATURES, dim)
-        self.index = nn.Embedding(MAX_REFERENCES, dim)
-        self.role = nn.Embedding(num_roles, dim)
+        self.role = nn.Embedding(config.num_roles, dim)
         self.norm = nn.LayerNorm(dim)
-        for table in (self.index, self.role):
-            nn.init.normal_(table.weight, std=0.02)
+        nn.init.normal_(self.role.weight, std=0.02)
 
-    def forward(self, pictures: Tensor, present: Tensor, role: Tensor) -> tuple[Tensor, Tensor]:
-        """`b n c h w` pictures, `b n` mask and roles to `b (n p) dim` tokens and `b (n p)` mask."""
+    def forward(self, pictures: Tensor, present: Tensor, role: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
+        """`b n c h w` pictures, `b n` mask and roles to `b (n p) dim` tokens and `b (n p)` mask.
+
+        `order` is `b n dim`, the embedding of each picture's place in its prompt.
+        """
         b, n, c, h, w = pictures.shape
-        p = REFERENCE_PATCH_PX
+        p = self.side
         if h % p or w % p:
-            raise ValueError(f"reference of {h}x{w} px does not divide into patches of {p} px")
+            raise ValueError(f"reference of {h}x{w} does not divide into patches of {p}")
         if n > MAX_REFERENCES:
             raise ValueError(f"{n} references; legal: at most {MAX_REFERENCES}")
-        dtype = self.index.weight.dtype
+        dtype = self.role.weight.dtype
         grid = pictures.reshape(b, n, c, h // p, p, w // p, p).permute(0, 1, 3, 5, 2, 4, 6)
         patches = grid.reshape(b, n, (h // p) * (w // p), c * p * p).to(dtype)
         places = self.place(_grid_features(h // p, w // p, pictures.device).to(dtype))
-        each = self.index.weight[:n] + self.role(role)
+        each = order + self.role(role)
         tokens = self.norm(self.patch(patches) + places + each[:, :, None])
         return tokens.flatten(1, 2), present.repeat_interleave(tokens.shape[2], dim=1)
 

@@ -37,8 +37,18 @@ def count_parameters(backbone: BackboneConfig, condition: ConditionConfig) -> di
     return {"condition embedder": total - inner, "backbone": inner, "total": total}
 
 
+References = tuple[int, int, int]
+"""(n, h, w) of the pictures that a sample shows the generator itself, in pixels or latents; n = 0: none."""
+NO_REFERENCES: References = (0, 0, 0)
+
+
 def blank_inputs(
-    model: Generator, *, batch: int, prompt_tokens: int, shape: tuple[int, int, int] | None = None
+    model: Generator,
+    *,
+    batch: int,
+    prompt_tokens: int,
+    shape: tuple[int, int, int] | None = None,
+    references: References = NO_REFERENCES,
 ) -> dict[str, Any]:
     """Arguments of `Generator.forward` for videos of `shape` (t, h, w); by default the backbone's own."""
     backbone = model.backbone_config
@@ -49,12 +59,27 @@ def blank_inputs(
         tokens=torch.zeros(batch, prompt_tokens, model.condition_config.token_dim), mask=zeros == 0,
         role=zeros, segment=zeros, fps=level, original_size_px=torch.ones(batch, 2),
     )  # fmt: skip
+    if references[0]:
+        n, channels = references[0], model.condition_config.reference_channels
+        place = torch.zeros(batch, n, dtype=torch.long)
+        pictures = torch.zeros(batch, n, channels, *references[1:])
+        condition = replace(
+            condition,
+            references=pictures,
+            reference_mask=place == 0,
+            reference_role=place,
+            reference_place=place,
+        )
     small = SmallVideo(video, level) if model.is_upsampler else None
     return {"x": video, "sigma": level, "condition": condition, "small": small}
 
 
 def forward_flops(
-    backbone: BackboneConfig, condition: ConditionConfig, *, prompt_tokens: int
+    backbone: BackboneConfig,
+    condition: ConditionConfig,
+    *,
+    prompt_tokens: int,
+    references: References = NO_REFERENCES,
 ) -> dict[str, int]:
     """FLOPs of one self-conditioned forward pass of a sample, by part.
 
@@ -62,7 +87,7 @@ def forward_flops(
     """
     model = on_meta(backbone, condition)
     with torch.device("meta"), sdpa_kernel(SDPBackend.MATH), torch.no_grad():
-        inputs = blank_inputs(model, batch=1, prompt_tokens=prompt_tokens)
+        inputs = blank_inputs(model, batch=1, prompt_tokens=prompt_tokens, references=references)
         z = torch.zeros(1, *model.z_shape) if model.z_shape[0] else None
         with FlopCounterMode(display=False) as counter:
             model(**inputs, z_prev=z)
@@ -92,6 +117,7 @@ def training_flops(
     *,
     prompt_tokens: int,
     shape: tuple[int, int, int] | None = None,
+    references: References = NO_REFERENCES,
     self_condition_rate: float = 0.9,
 ) -> dict[str, int]:
     """FLOPs of one training step of one sample, without recomputation.
@@ -106,7 +132,8 @@ def training_flops(
     has_first = model.z_shape[0] > 0 and self_condition_rate > 0
     counters = [FlopCounterMode(display=False) for _ in range(3)]
     with torch.device("meta"), sdpa_kernel(SDPBackend.MATH):
-        inputs, z = blank_inputs(model, batch=1, prompt_tokens=prompt_tokens, shape=shape), None
+        sizes = {"prompt_tokens": prompt_tokens, "shape": shape, "references": references}
+        inputs, z = blank_inputs(model, batch=1, **sizes), None
         with counters[0], torch.no_grad():
             if has_first:
                 _, z = model(**inputs, latents_only=True)
@@ -129,6 +156,7 @@ def activation_bytes(
     *,
     batch: int,
     prompt_tokens: int,
+    references: References = NO_REFERENCES,
     half: bool,
 ) -> dict[str, int]:
     """Bytes of a batch's activations between forward and backward: all `stored`, or `checkpointed`.
@@ -140,7 +168,7 @@ def activation_bytes(
     model = on_meta(replace(backbone, checkpoint=False), condition)
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device="cpu")
-        inputs = blank_inputs(model, batch=batch, prompt_tokens=prompt_tokens)
+        inputs = blank_inputs(model, batch=batch, prompt_tokens=prompt_tokens, references=references)
         z = torch.zeros(batch, *model.z_shape) if model.z_shape[0] else None
         with torch.autocast("cpu", torch.bfloat16, enabled=half):
             around, blocks, their_inputs = _saved_bytes(model, {**inputs, "z_prev": z})
@@ -183,30 +211,48 @@ def _saved_bytes(model: Generator, inputs: dict[str, Any]) -> tuple[int, int, in
     return counted["around"], counted["blocks"], counted["inputs"]
 
 
-def describe(name: str, *, prompt_tokens: int = 128, batch: int = 1, **changes: Any) -> dict[str, Any]:
+def describe(
+    name: str,
+    *,
+    prompt_tokens: int = 128,
+    batch: int = 1,
+    references: References = NO_REFERENCES,
+    reference_patch: int = 16,
+    **changes: Any,
+) -> dict[str, Any]:
     """What a preset is and costs, in bf16 autocast and behind an encoder of width 1,024 (T5-11B's).
 
-    `prompt_tokens` is this project's guess at a caption with one retrieved document; `changes` are fields of
-    the preset, as `num_frames=8`.
+    `prompt_tokens` is this project's guess at a caption with one retrieved document; `references` are pictures
+    that a sample shows the generator itself, in patches of `reference_patch`; `changes` are fields of the
+    preset, as `num_frames=8`.
 
     Raises:
         ValueError: no such preset or field.
     """
-    backbone, condition = preset(name, **changes), ConditionConfig()
+    mode, count = "plus" if references[0] else "faithful", references[0]
+    backbone = preset(name, **changes)
+    condition = ConditionConfig(
+        mode=mode, reference_channels=backbone.out_channels, reference_patch=reference_patch
+    )
     params = count_parameters(backbone, condition)
     each = 4 * params["total"]
+    seen = count * (references[1] // reference_patch) * (references[2] // reference_patch)
+    tokens = {"prompt": prompt_tokens} | ({f"{count} reference(s)": seen} if count else {})
+    sizes: dict[str, Any] = {"prompt_tokens": prompt_tokens, "references": references}
     return {
         "preset": name,
         "video": [backbone.num_frames, backbone.height_px, backbone.width_px],
         "sigma_in": sigma_in(backbone.num_frames, backbone.height_px, backbone.width_px),
         "parameters": params,
-        "tokens": {**backbone.tokens(), "condition": NUM_SCALARS + prompt_tokens + backbone.is_upsampler},
-        "forward_flops": forward_flops(backbone, condition, prompt_tokens=prompt_tokens),
-        "training_flops": training_flops(backbone, condition, prompt_tokens=prompt_tokens),
+        "tokens": {
+            **backbone.tokens(),
+            **tokens,
+            "condition": NUM_SCALARS + sum(tokens.values()) + backbone.is_upsampler,
+        },
+        "forward_flops": forward_flops(backbone, condition, **sizes),
+        "training_flops": training_flops(backbone, condition, **sizes),
         "batch": batch,
-        "activation_bytes": activation_bytes(
-            backbone, condition, batch=batch, prompt_tokens=prompt_tokens, half=True
-        ),
+        "activation_bytes": activation_bytes(backbone, condition, batch=batch, half=True, **sizes),
         # float32, whatever the batch
         "state_bytes": {
             "weights": each, "gradients": each, "optimizer (2 moments)": 2 * each, "each EMA": each,

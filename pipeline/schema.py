@@ -294,6 +294,14 @@ LATENTS = pa.struct(
     ]
 )
 
+PICTURE = pa.struct(
+    [
+        _field("key", pa.string(), "hex sha256 of the autoencoder's content hash, the picture and its size"),
+        _field("data", pa.binary(), "float32 c h w, C order"),
+        _field("shape", pa.list_(pa.int32()), "c, h, w"),
+    ]
+)
+
 ENCODINGS = pa.schema(
     [
         _field(
@@ -305,6 +313,7 @@ ENCODINGS = pa.schema(
         _field("blocks", pa.list_(TOKENS), "blocks of tokens that the variants share"),
         _field("variants", pa.list_(VARIANT), "what training can draw of the prompt, encoded"),
         _field("latents", LATENTS, "the target in latent space; null when only prompts are encoded"),
+        _field("pictures", pa.list_(PICTURE), "what the generator sees itself, in latent space; else none"),
         _field("status", pa.string(), "a Status", False),
         _field("error", pa.string(), "why, if not ok"),
     ],

@@ -9,12 +9,17 @@ from collections.abc import Sequence
 from itertools import product
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from infra.config import Config, Incidental, Location, NameOrFolder
 from model.condition import KINDS
 from model.data.buckets import Bucket
 from model.prompt.encoder import PromptEncoderConfig
+from model.prompt.pictures import ReferenceSize
+
+Side = Annotated[int, Field(ge=4, le=4096)]
+SHOWN = frozenset({"subject", "frame"})
+"""Condition kinds of the pictures that a task of stage 2 shows beside documents."""
 
 
 class BucketConfig(Config):
@@ -53,6 +58,16 @@ class InputConfig(Config):
     Snap Video and VIMI."""
     encoder: PromptEncoderConfig = PromptEncoderConfig()
     """The frozen prompt encoder."""
+    references: Literal["faithful", "plus"] = "plus"
+    """plus: the generator also sees the prompt's pictures itself, which lose their identity in a frozen encoder
+    alone (UniVideo, 2510.08377, table 6), and goes on from a first frame as it is; faithful: it sees them
+    through the encoder only, as VIMI's figures show."""
+    reference_size_px: tuple[Side, Side] = (224, 224)
+    """(height, width) at which it sees them in `plus` mode, whatever the videos' size. 224 (ours) is what most
+    encoders see. In latent space they are the autoencoder's latents of pictures of this size."""
+    reference_patch_px: int = Field(default=16, ge=1, le=512)
+    """Side of a patch of them: 16 as a ViT's (ours), so 14 x 14 tokens a picture; in latent space rounded down
+    to whole latents, at least one."""
     documents: tuple[Annotated[int, Field(ge=0, le=1000)], ...] = Field(default=(0, 1, 2), min_length=1)
     """Retrieved documents a sample, drawn uniformly from these numbers; RA-CM3 (2211.12561): 0, 1 or 2."""
     dropout: dict[str, float] = Field(default_factory=lambda: {"all": 0.1})
@@ -75,6 +90,19 @@ class InputConfig(Config):
             if kind not in legal or not 0 <= rate <= 1:
                 raise ValueError(f"{kind}: {rate}; legal: {', '.join(legal)}, each in [0, 1]")
         return value
+
+    @model_validator(mode="after")
+    def _references_divide(self) -> "InputConfig":
+        side = self.reference_patch_px
+        if self.references == "plus" and any(size % side for size in self.reference_size_px):
+            sizes = list(self.reference_size_px)
+            raise ValueError(f"reference_size_px {sizes} in patches of {side}; legal: multiples of {side}")
+        return self
+
+    @property
+    def reference_size(self) -> ReferenceSize:
+        """At what size the generator sees pictures itself, in pixels."""
+        return ReferenceSize(*self.reference_size_px, aspect=self.width_px / self.height_px)
 
     @property
     def shapes(self) -> tuple[Bucket, ...]:
@@ -107,7 +135,7 @@ def dropped_sets(rates: dict[str, float]) -> list[frozenset[str]]:
 
 
 def variants(documents: Sequence[int], dropout: dict[str, float]) -> list[Variant]:
-    """All that training can draw of a prompt, and what validation looks at (most documents, and none)."""
+    """All that training can draw of a prompt, and what validation looks at: most documents, none, nothing."""
     drawn = [(number, kinds) for kinds in dropped_sets(dropout) for number in sorted(documents)]
-    looked_at: list[Variant] = [(max(documents), frozenset()), (0, frozenset())]
+    looked_at: list[Variant] = [(max(documents), frozenset()), (0, frozenset()), (0, SHOWN)]
     return list(dict.fromkeys([*drawn, *looked_at]))

@@ -24,7 +24,7 @@ from model.data.buckets import Bucket, streams_of
 from model.data.plan import Plan, Source
 from model.data.sample import read_sample
 from model.data.shards import Shards, Stream, open_parquet
-from model.encodings.store import Encodings
+from model.encodings.store import Encodings, StoredRow
 
 PREFETCH_BATCHES = 4
 """Micro-batches read ahead of the step. Ours."""
@@ -168,14 +168,15 @@ class Loader:
 
     Attributes:
         select: (prompt with all stored documents, global position) -> the prompt to train on.
-        references: that prompt -> its pictures that the generator sees itself, if it sees any.
+        references: that prompt, and what is stored of its row -> its pictures that the generator sees itself,
+            if it sees any.
         num_bad: targets so far that could not be read; another row of their group took their place.
     """
 
     plan: Plan
     row_groups: RowGroups
     select: Callable[[Prompt, int], Prompt]
-    references: Callable[[Prompt], References | None] = lambda prompt: None
+    references: Callable[[Prompt, StoredRow | None], References | None] = lambda prompt, stored: None
     rank: int = 0
     world_size: int = 1
     position: int = 0
@@ -238,7 +239,7 @@ class Loader:
                 sample = read_sample(
                     row, bucket, position=position, prompt=prompt, pixels=not self.row_groups.has_latents
                 )
-                return replace(sample, references=self.references(prompt))
+                return replace(sample, references=self.references(prompt, row.get("stored")))
             except DataError as error:
                 self.num_bad += 1
                 reason = str(error)

@@ -10,6 +10,7 @@ bytes of their files, since those may have changed or lie elsewhere on another m
 
 from dataclasses import asdict
 from hashlib import sha256
+from math import gcd
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from model.encodings.store import Encodings, Facts, latents_key, pack_prompts, t
 from model.latents import open_latents
 from model.prompt.encoder import prompt_key
 from model.prompt.load import load_prompt_encoder
+from model.prompt.pictures import chosen_pictures, picture_key, reference_pixels
 from model.prompt.select import select
 from model.space import PIXELS
 
@@ -96,14 +98,29 @@ class RowEncoder:
         return [{key: tokens[key] for key in one} for one in wanted]
 
     def _row(self, row: Row, encoded: Variants | DataError) -> Row:
-        nothing = {"prompt_id": row["prompt_id"], "blocks": [], "variants": [], "latents": None}
+        nothing = {"prompt_id": row["prompt_id"], "blocks": [], "variants": [], "latents": None, "pictures": []}
         if isinstance(encoded, DataError):
             return {**nothing, "status": "bad_row", "error": str(encoded)}
         try:
-            latents = self._encode_target(row)
+            latents, pictures = self._encode_target(row), self._encode_pictures(row)
         except DataError as error:
             return {**nothing, "status": "undecodable", "error": str(error)}
-        return {**nothing, **pack_prompts(encoded), "latents": latents, "status": "ok", "error": None}
+        made = {**pack_prompts(encoded), "latents": latents, "pictures": pictures}
+        return {**nothing, **made, "status": "ok", "error": None}
+
+    def _encode_pictures(self, row: Row) -> list[Row]:
+        """In latents, what the generator sees itself of any variant of the prompt; none in pixels."""
+        latents, size = self.latents, self.config.reference_size
+        if latents is None or self.config.references == "faithful":
+            return []
+        whole, found = read_prompt(row), {}
+        for number, kinds in self.variants:
+            for _, segment in chosen_pictures(select(whole, number, kinds)):
+                key = picture_key(latents.content_hash, segment, size)
+                if key not in found:
+                    pixels = reference_pixels(segment, size).to(latents.device).float() / 127.5 - 1.0
+                    found[key] = latents.encode(pixels[None, None])[0, 0]
+        return [{"key": key, "data": to_bytes(one), "shape": list(one.shape)} for key, one in found.items()]
 
     def _encode_target(self, row: Row) -> Row | None:
         """The target in latents, at the size of its bucket; None in pixels or without a bucket."""
@@ -139,7 +156,16 @@ def describe_inputs(config: InputConfig) -> dict[str, Any]:
     if config.autoencoder is not None:
         described["autoencoder"] = _by_content(config.autoencoder)
         described["buckets"] = sorted(bucket.name for bucket in config.shapes)
+        described["references"] = _described_references(config)
     return described
+
+
+def _described_references(config: InputConfig) -> str:
+    """What latents of pictures hang on, in words."""
+    if config.references == "faithful":
+        return "none"
+    size, videos = config.reference_size_px, (config.width_px, config.height_px)
+    return f"{size[0]}x{size[1]}, scenes {videos[0] // gcd(*videos)}:{videos[1] // gcd(*videos)}"
 
 
 def check_encodings(config: InputConfig, encodings: Encodings, shards: Shards) -> None:
@@ -174,8 +200,8 @@ def _differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
         found.append(f"documents: {there['documents']} there, also {missing} now")
     if missing := [kinds for kinds in here["dropped"] if kinds not in there["dropped"]]:
         found.append(f"dropout: {_words(there['dropped'])} there, also {_words(missing)} now")
-    for key in ("autoencoder", "buckets"):
-        if there.get(key) != here.get(key):
+    for key in ("autoencoder", "buckets", "references"):
+        if here.get(key) not in ("none", there.get(key)):
             found.append(f"{key}: {there.get(key, 'none')!r} there, {here.get(key, 'none')!r} now")
     return found
 

@@ -25,12 +25,13 @@ from infra.certificate import Certificate, read_certificate
 from infra.config import canonical_json
 from infra.errors import ConfigError, DataError, TrainingError
 from infra.storage import absolute, join
-from model.condition import EncodedPrompt, Prompt
+from model.condition import EncodedPrompt, Prompt, Segment
 from model.data.batch import TargetKind
 from model.data.buckets import Bucket
 from model.data.shards import RowGroup
 from model.prompt.encoder import PromptEncoder, PromptEncoderConfig, prompt_key
 from model.prompt.load import load_prompt_encoder
+from model.prompt.pictures import ReferenceSize, picture_key
 from model.prompt.select import drop_empty
 
 JOB = "encode"
@@ -144,6 +145,18 @@ class StoredRow:
     @cached_property
     def _variants(self) -> dict[str, dict[str, Any]]:
         return {variant["key"]: variant for variant in self.row["variants"]}
+
+    def reference(self, segment: Segment, size: ReferenceSize) -> Tensor:
+        """`c h w` float32 latents of a picture that the generator sees itself.
+
+        Raises:
+            DataError: they are not here.
+        """
+        key = picture_key(self.facts.autoencoder_content or "", segment, size)
+        found = next((stored for stored in self.row["pictures"] if stored["key"] == key), None)
+        if found is None:
+            raise DataError(f"prompt {self.row['prompt_id']}: no latents of its {segment.role} picture")
+        return from_bytes(found["data"], torch.float32).view(*found["shape"])
 
     def latents(self, row: Mapping[str, Any], bucket: Bucket) -> tuple[Tensor, float] | None:
         """`t c h w` float32 latents of the row's target and their frame rate; None when not here."""

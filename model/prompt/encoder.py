@@ -143,6 +143,7 @@ class PromptEncoder(ABC):
             references=references.pictures if references else None,
             reference_mask=references.mask if references else None,
             reference_role=references.role if references else None,
+            reference_place=references.place if references else None,
         )
 
 

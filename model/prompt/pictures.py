@@ -3,7 +3,9 @@
 A picture that can't be decoded refuses its prompt: a DataError, at the boundary of the row.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
 
 import numpy as np
 import torch
@@ -11,6 +13,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from infra import pictures
+from infra.config import canonical_json
 from infra.errors import DataError
 from infra.pictures import PictureError
 from model.condition import MAX_REFERENCES, Prompt, References, Segment
@@ -56,47 +59,87 @@ def _tame(image: Image.Image) -> Image.Image:
     return image
 
 
-def reference_tensors(prompts: Sequence[Prompt], size_px: tuple[int, int]) -> References:
-    """Decode the prompts' pictures for the generator itself (`plus` mode; UniVideo table 6).
+@dataclass(frozen=True)
+class ReferenceSize:
+    """At what size the generator sees pictures, and of what shape its videos are.
+
+    Attributes:
+        height_px, width_px: of the pictures.
+        aspect: width by height of its videos: scenes are cropped to it, then take the pictures' size, so that
+            a place in the picture is the same place in the video. None = the pictures'.
+    """
+
+    height_px: int
+    width_px: int
+    aspect: float | None = None
+
+
+def reference_pixels(segment: Segment, size: ReferenceSize) -> Tensor:
+    """uint8 `3 h w`: subjects and documents whole, on white; scenes cropped to the videos' shape."""
+    image, sides = decode_picture(segment.image), (size.width_px, size.height_px)
+    if ROLES[segment.role].is_scene:
+        box = _middle(image, size.aspect or size.width_px / size.height_px)
+        image = image.resize(sides, Image.Resampling.BICUBIC, box=box)
+    else:
+        image = ImageOps.pad(image, sides, Image.Resampling.BICUBIC, color="white")
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def reference_tensors(
+    prompts: Sequence[Prompt],
+    size: ReferenceSize,
+    see: Callable[[Segment, ReferenceSize], Tensor] = reference_pixels,
+) -> References:
+    """The prompts' pictures for the generator itself (`plus` mode; UniVideo table 6), as `see` makes each.
 
     Of more than MAX_REFERENCES a prompt, retrieved pictures are left out first, then the last ones.
 
     Raises:
         PictureError: an undecodable picture.
     """
-    chosen = [_chosen(prompt) for prompt in prompts]
+    chosen = [chosen_pictures(prompt) for prompt in prompts]
+    made = [[see(segment, size) for _, segment in each] for each in chosen]
+    blank = torch.zeros(3, size.height_px, size.width_px, dtype=torch.uint8)
+    some = next((one for each in made for one in each), blank)
     most = max(map(len, chosen), default=0)
-    pictures = torch.zeros(len(prompts), most, 3, *size_px)
+    shown = some.new_zeros(len(prompts), most, *some.shape)
     mask = torch.zeros(len(prompts), most, dtype=torch.bool)
-    role = torch.zeros(len(prompts), most, dtype=torch.long)
-    for row, segments in enumerate(chosen):
-        for place, segment in enumerate(segments):
-            pictures[row, place] = _reference(segment, size_px)
-            mask[row, place] = True
-            role[row, place] = role_number(segment.role)
-    return References(pictures, mask, role)
+    role, place = torch.zeros(2, len(prompts), most, dtype=torch.long).unbind()
+    for row, each in enumerate(chosen):
+        for number, (position, segment) in enumerate(each):
+            shown[row, number] = made[row][number]
+            mask[row, number] = True
+            role[row, number], place[row, number] = role_number(segment.role), position
+    return References(shown, mask, role, place)
 
 
-def _chosen(prompt: Prompt) -> list[Segment]:
+def chosen_pictures(prompt: Prompt) -> list[tuple[int, Segment]]:
+    """The pictures of a prompt that the generator sees itself, with their positions."""
     pictures = [
         n for n, s in enumerate(prompt) if s.type == "image" and s.image and ROLES[s.role].kind != "text"
     ]
     best = sorted(pictures, key=lambda n: (_importance(prompt[n].role), n))[:MAX_REFERENCES]
-    return [prompt[n] for n in sorted(best)]
+    return [(n, prompt[n]) for n in sorted(best)]
 
 
 def _importance(role: str) -> tuple[bool, int]:
     return ROLES[role].kind == "retrieved", role_number(role)
 
 
-def _reference(segment: Segment, size_px: tuple[int, int]) -> Tensor:
-    image = decode_picture(segment.image)
-    size = (size_px[1], size_px[0])
-    if ROLES[segment.role].is_scene:
-        image = ImageOps.fit(image, size, Image.Resampling.BICUBIC)
-    else:
-        image = ImageOps.pad(image, size, Image.Resampling.BICUBIC, color="white")
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1.0
+def _middle(image: Image.Image, aspect: float) -> tuple[float, float, float, float]:
+    """Left, top, right, bottom of the largest middle of this width by height."""
+    width, height = min(image.width, image.height * aspect), min(image.height, image.width / aspect)
+    left, top = (image.width - width) / 2, (image.height - height) / 2
+    return left, top, left + width, top + height
+
+
+def picture_key(autoencoder_content: str, segment: Segment, size: ReferenceSize) -> str:
+    """Hex sha256 of all that a reference's latents depend on."""
+    is_scene = ROLES[segment.role].is_scene
+    seen = [size.height_px, size.width_px, str(size.aspect) if is_scene else None]
+    digest = sha256(canonical_json([autoencoder_content, is_scene, seen]))
+    digest.update(segment.image or b"")
+    return digest.hexdigest()
 
 
 def first_frame(prompt: Prompt) -> Segment | None:

@@ -67,7 +67,7 @@ class Maker:
         self.model, self.config, self.encoder, self.latents = model, config, encoder, latents
         self.device = next(model.parameters()).device
         self.space = latents.space if latents else PIXELS
-        self.condition = Conditioner(config, encoder, self.device, self.space)
+        self.condition = Conditioner(config, encoder, self.device, self.space, lambda: latents)
         bounded = guidance if latents is None else guidance.model_copy(update={"threshold": None})
         self.guidance = Guidance(**bounded.model_dump())
 

@@ -1,6 +1,6 @@
 """Builds network, conditioning, targets and data plan of a run from its config."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
 
@@ -13,7 +13,6 @@ from model.backbones.base import BackboneConfig
 from model.backbones.presets import preset
 from model.condition import (
     MAX_REFERENCES,
-    REFERENCE_PATCH_PX,
     Beforehand,
     Condition,
     ConditionConfig,
@@ -24,7 +23,7 @@ from model.data.batch import ROLES, Batch
 from model.data.inputs import InputConfig
 from model.data.plan import Plan
 from model.edm import Edm, edm_for
-from model.encodings.store import Encodings
+from model.encodings.store import Encodings, StoredRow
 from model.generator import Generator, SmallVideo
 from model.latents import Latents, open_latents
 from model.prompt.encoder import PromptEncoder
@@ -70,8 +69,35 @@ def make_generator(config: StageConfig, token_dim: int, space: Space = PIXELS) -
     """The network of this config, freshly drawn from its seed: the same on every rank."""
     torch.manual_seed(config.seed)
     backbone = backbone_of(config, space)
-    condition = ConditionConfig(token_dim=token_dim, mode=config.references, num_roles=len(ROLES))
-    return Generator(backbone, condition)
+    return Generator(backbone, condition_config(config, token_dim, space))
+
+
+def condition_config(config: InputConfig, token_dim: int, space: Space) -> ConditionConfig:
+    """Sizes of the condition embedder: references have the generator's channels."""
+    return ConditionConfig(
+        token_dim=token_dim,
+        mode=config.references,
+        num_roles=len(ROLES),
+        reference_channels=space.channels,
+        reference_patch=max(1, config.reference_patch_px // space.factor_px),
+    )
+
+
+def reference_shape(config: InputConfig, space: Space) -> tuple[int, int, int]:
+    """(c, h, w) of a reference as the generator sees it.
+
+    Raises:
+        ConfigError: it doesn't divide into patches of whole latents.
+    """
+    _, channels, height, width = space.shape(1, *config.reference_size_px)
+    side = max(1, config.reference_patch_px // space.factor_px)
+    if height % side or width % side:
+        legal = side * space.factor_px
+        raise ConfigError(
+            f"reference_size_px {list(config.reference_size_px)} in patches of {side} x {side} latents",
+            legal=f"multiples of {legal}",
+        )
+    return channels, height, width
 
 
 def make_plan(config: StageConfig, index: pa.Table, num_groups: int) -> Plan:
@@ -86,18 +112,20 @@ def make_plan(config: StageConfig, index: pa.Table, num_groups: int) -> Plan:
     )
 
 
-def reference_size(height_px: int, width_px: int) -> tuple[int, int]:
-    """(height, width) of reference pictures in `plus` mode: whole patches, at least one."""
-    height, width = (max(1, side // REFERENCE_PATCH_PX) for side in (height_px, width_px))
-    return height * REFERENCE_PATCH_PX, width * REFERENCE_PATCH_PX
-
-
 class Conditioner:
     """Prompts of a batch -> the generator's condition, by the frozen encoder."""
 
-    def __init__(self, config: StageConfig, encoder: PromptEncoder, device: torch.device, space: Space) -> None:
-        """`space` is the generator's."""
+    def __init__(
+        self,
+        config: StageConfig,
+        encoder: PromptEncoder,
+        device: torch.device,
+        space: Space,
+        autoencoder: Callable[[], Latents | None],
+    ) -> None:
+        """`space` is the generator's, and `autoencoder` leads there; it is asked for when it is needed."""
         self.config, self.encoder, self.device = config, encoder, device
+        self.space, self.autoencoder = space, autoencoder
         self.gives_first_frames = config.references == "plus" and space.has_first_frame
 
     def __call__(
@@ -118,7 +146,28 @@ class Conditioner:
                 references=references,
                 encoded=encoded,
             )
-        return replace(condition, has_first_frame=self.has_first_frame(prompts)).to(self.device)
+        condition = replace(condition, has_first_frame=self.has_first_frame(prompts)).to(self.device)
+        if condition.references is None or condition.reference_mask is None:
+            return condition
+        return replace(condition, references=self._seen(condition.references, condition.reference_mask))
+
+    @torch.no_grad()
+    def _seen(self, pictures: Tensor, present: Tensor) -> Tensor:
+        """`b n c h w`: uint8 pixels in [-1, 1], or in latent space through the autoencoder, one by one: so that
+        the latents of a picture are the same whatever it stands beside. Latents stay as they are.
+        """
+        if pictures.dtype != torch.uint8:
+            return pictures
+        pixels = pictures.float() / 127.5 - 1.0
+        if not self.space.is_latent:
+            return pixels
+        seen = pixels.new_zeros(*present.shape, *reference_shape(self.config, self.space))
+        for row, number in present.nonzero().tolist():
+            latents = self.autoencoder()
+            if latents is None:
+                raise ValueError("references in latent space without an autoencoder")
+            seen[row, number] = latents.encode(pixels[row, number][None, None])[0, 0]
+        return seen
 
     def has_first_frame(self, prompts: Sequence[Prompt]) -> Tensor | None:
         """`b` bool: whose first frame stands in its video as it is; None = nobody's."""
@@ -127,15 +176,21 @@ class Conditioner:
         given = torch.tensor([first_frame(prompt) is not None for prompt in prompts])
         return given if given.any() else None
 
-    def references(self, *prompts: Prompt) -> References | None:
+    def references(self, *prompts: Prompt, stored: StoredRow | None = None) -> References | None:
         """The pictures of prompts that the generator sees itself; None where it sees none (`faithful`).
+
+        `stored` holds their latents, where the generator works in such and they were encoded beforehand.
 
         Raises:
             PictureError: one can't be decoded.
+            DataError: one is not among what is stored.
         """
         if self.config.references == "faithful":
             return None
-        return reference_tensors(prompts, reference_size(self.config.height_px, self.config.width_px))
+        size = self.config.reference_size
+        if stored is None or not self.space.is_latent:
+            return reference_tensors(prompts, size)
+        return reference_tensors(prompts, size, stored.reference)
 
     def choose(self, prompt: Prompt, position: int) -> Prompt:
         """K documents and condition dropout, drawn for the sample at this position."""
@@ -237,6 +292,8 @@ def measure_space(config: InputConfig, encodings: Encodings | None = None) -> Sp
         space = latents.space if latents else PIXELS
     for bucket in config.shapes:
         space.shape(bucket.num_frames, bucket.height_px, bucket.width_px)
+    if config.references == "plus":
+        reference_shape(config, space)
     return space
 
 
@@ -259,8 +316,7 @@ def heaviest_batch(
         batch = replace(batch, latents=torch.zeros(count, *space.shape(*sizes)))
     pictures, shown = None, None
     if config.references == "plus":
-        side = reference_size(config.height_px, config.width_px)
-        pictures = torch.zeros(count, MAX_REFERENCES, 3, *side)
+        pictures = torch.zeros(count, MAX_REFERENCES, *reference_shape(config, space))
         shown = torch.ones(count, MAX_REFERENCES, dtype=torch.bool)
     return batch, Condition(
         tokens=torch.zeros(count, length, encoder.dim, dtype=encoder.dtype),
@@ -272,4 +328,5 @@ def heaviest_batch(
         references=pictures,
         reference_mask=shown,
         reference_role=None if shown is None else shown.long(),
+        reference_place=None if shown is None else shown.long(),
     )

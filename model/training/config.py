@@ -140,10 +140,6 @@ class StageConfig(InputConfig):
     is not stated."""
     backbone: dict[str, Any] = Field(default_factory=dict)
     """Fields of the preset's config to change, e.g. {"num_blocks": 4}."""
-    references: Literal["faithful", "plus"] = "plus"
-    """plus: the generator also reads the pixel patches of the prompt's pictures, which lose their identity in a
-    frozen encoder alone (UniVideo, 2510.08377, table 6); faithful: it reads them through the encoder only, as
-    VIMI's figures show."""
     encodings: Incidental[Location | None] = None
     """Folder that `vimi-data encode` made of these prompts for this config: read in place of running the frozen
     encoders, to the same losses. None = encode every sample when it is drawn."""

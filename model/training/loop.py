@@ -18,6 +18,7 @@ from torch import Tensor
 from infra.errors import TrainingError
 from infra.run_folder import RunFolder
 from model.condition import Condition
+from model.cost import NO_REFERENCES, References
 from model.data.batch import Batch
 from model.data.loader import Loader, RowGroups
 from model.data.shards import open_shards
@@ -62,6 +63,7 @@ class Training:
         saved_at: the position of the last checkpoint that was begun.
         seen: samples of each shape (t, h, w) since the last record: what their cost is reckoned from.
         prompt_tokens: length of the last batch's prompts.
+        references: (n, h, w) of the pictures that the generator saw itself in the last batch.
     """
 
     def __init__(self, config: StageConfig, index: pa.Table) -> None:
@@ -72,7 +74,9 @@ class Training:
         encodings = open_encodings(config.encodings)
         self.encoder = open_encoder(config.encoder, encodings, self.device)
         self.targets = Targets(config, self.device, encodings)
-        self.condition = Conditioner(config, self.encoder, self.device, self.targets.space)
+        self.condition = Conditioner(
+            config, self.encoder, self.device, self.targets.space, lambda: self.targets.latents
+        )
         how = config.parallel
         self.replica = Replica(
             self._generator(),
@@ -85,7 +89,7 @@ class Training:
         self.optimizer = make_optimizer(optim.name, self.model, lr=optim.lr, weight_decay=optim.weight_decay)
         self.writer = CheckpointWriter(self.run, num_to_keep=config.checkpoint.num_to_keep)
         self.watch = Stopwatch(self.device)
-        self.prompt_tokens = 0
+        self.prompt_tokens, self.references = 0, NO_REFERENCES
         self.seen: Counter[tuple[int, int, int]] = Counter()
         self.position = self.saved_at = self._restore()
         shards = open_shards(config.prompts)
@@ -99,7 +103,7 @@ class Training:
             make_plan(config, index, len(shards.groups)),
             row_groups,
             select=self.condition.choose,
-            references=self.condition.references,
+            references=lambda prompt, stored: self.condition.references(prompt, stored=stored),
             rank=self.rank,
             world_size=self.world_size,
             position=self.position,
@@ -162,6 +166,7 @@ class Training:
                     batch.prompts, batch.fps, batch.original_size_px, batch.encoded, batch.references
                 )
                 self.prompt_tokens = condition.tokens.shape[1]
+                self.references = shape_of_references(condition)
             with self.replica.accumulating(last=number == config.accumulation - 1):
                 each.append(self.accumulate(batch, condition))
             positions += batch.positions
@@ -250,6 +255,12 @@ class Training:
     def close(self) -> None:
         self.loader.close()
         self.writer.close()
+
+
+def shape_of_references(condition: Condition) -> References:
+    """(n, h, w) of what the generator sees itself."""
+    shape = () if condition.references is None else condition.references.shape
+    return (shape[1], shape[3], shape[4]) if shape and shape[1] else NO_REFERENCES
 
 
 def blame(loader: Loader, norm: float, each: Tensor, positions: list[int], *, at: int) -> NonFiniteError:

@@ -14,7 +14,6 @@ from infra.errors import ConfigError, DataError
 from infra.run_folder import RunFolder
 from infra.storage import read_bytes, write_bytes
 from model.backbones.presets import PRESETS, preset
-from model.condition import ConditionConfig
 from model.data.shards import Shards, index_shards, open_parquet, open_shards
 from model.edm import sigma_in
 from model.encodings.make import check_encodings
@@ -24,7 +23,14 @@ from model.evaluate.scores import Given, chosen, obstacles
 from model.generator import Generator
 from model.prompt.load import check_prompt_encoder
 from model.space import Space
-from model.training.build import backbone_of, describe_space, make_plan, measure_space
+from model.training.build import (
+    backbone_of,
+    condition_config,
+    describe_space,
+    make_plan,
+    measure_space,
+    reference_shape,
+)
 from model.training.checkpoint import checkpoint_hash, find_checkpoint, read_facts
 from model.training.config import Stage2Config, StageConfig, config_of
 from model.training.metrics import TRACKERS
@@ -224,6 +230,7 @@ SAME = (
     "width_px",
     "backbone",
     "references",
+    "reference_patch_px",
     "sigma_data",
     "small_size_px",
     "autoencoder",
@@ -294,8 +301,9 @@ def read_index(run: str) -> pa.Table:
 def plan_text(config: StageConfig, ready: Ready) -> str:
     """What --dry-run prints: the sizes that follow from the config."""
     backbone = backbone_of(config, ready.space)
+    condition = condition_config(config, 1024, ready.space)
     with torch.device("meta"):
-        model = Generator(backbone, ConditionConfig(mode=config.references))
+        model = Generator(backbone, condition)
     parameters = sum(p.numel() for p in model.parameters())
     rows, workers = ready.shards.num_rows, config.num_workers
     on = f"{workers[0]} to {workers[1]}" if isinstance(workers, tuple) else str(workers or "all")
@@ -313,6 +321,19 @@ def plan_text(config: StageConfig, ready: Ready) -> str:
             f"{backbone.height_px} x {backbone.width_px}, sigma_in "
             f"{sigma_in(backbone.num_frames, backbone.height_px, backbone.width_px):g}{small}"
         )
+    if config.references == "plus":
+        lines.append(references_text(config, ready.space))
     if ready.start_from:
         lines.append(f"starts from {ready.start_from}")
     return "\n".join(lines)
+
+
+def references_text(config: StageConfig, space: Space) -> str:
+    """At what size the generator sees pictures itself, and whether it goes on from a first frame as it is."""
+    height, width = config.reference_size_px
+    _, rows, columns = reference_shape(config, space)
+    side = condition_config(config, 0, space).reference_patch
+    goes_on = (
+        "" if space.has_first_frame else "; first frames through the encoder alone, as latents hold several"
+    )
+    return f"references of {height} x {width} px in {(rows // side) * (columns // side)} tokens each{goes_on}"

@@ -40,7 +40,12 @@ def peak_flops(device: torch.device, dtype: torch.dtype | None) -> float | None:
 
 
 def flops_per_sample(
-    model: Generator, seen: Counter[tuple[int, int, int]], *, prompt_tokens: int, self_condition_rate: float
+    model: Generator,
+    seen: Counter[tuple[int, int, int]],
+    *,
+    prompt_tokens: int,
+    references: tuple[int, int, int] = (0, 0, 0),
+    self_condition_rate: float,
 ) -> float:
     """FLOPs of training on a sample, mean over those seen by shape (t, h, w); no credit for recomputation."""
     backbone, condition, total = model.backbone_config, model.condition_config, 0
@@ -48,7 +53,12 @@ def flops_per_sample(
         # Rounded up to 32 tokens (at most 0.12 % of fit-500m's FLOPs, 1 % of fit-tiny's): counted once a run.
         tokens = -(-prompt_tokens // 32) * 32
         parts = training_flops(
-            backbone, condition, prompt_tokens=tokens, shape=(t, h, w), self_condition_rate=self_condition_rate
+            backbone,
+            condition,
+            prompt_tokens=tokens,
+            shape=(t, h, w),
+            references=references,
+            self_condition_rate=self_condition_rate,
         )
         total += count * parts["total"]
     return total / max(1, seen.total())
@@ -101,6 +111,7 @@ class Reporter:
             training.model,
             training.seen,
             prompt_tokens=training.prompt_tokens,
+            references=training.references,
             self_condition_rate=training.config.self_condition_rate,
         )
         training.seen.clear()

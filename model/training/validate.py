@@ -27,13 +27,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from infra.certificate import Certificate, FileEntry, entry_of, write_certificate
+from infra.errors import DataError
 from infra.run_folder import HELD_OUT, RunFolder
 from infra.samples import read_samples, write_samples
 from infra.storage import join, read_bytes
 from infra.validation_cells import AXES, Cell, rows_name
-from model.condition import Prompt
+from model.condition import Prompt, References
 from model.data.batch import TASKS, Batch, collate, prompt_key, read_prompt
 from model.data.buckets import VALIDATION as KEPT_BACK
+from model.data.inputs import SHOWN
 from model.data.order import permute_all
 from model.data.plan import Source, count_streams
 from model.data.sample import read_sample
@@ -52,8 +54,6 @@ CHOICES: tuple[str, ...] = ("none", "right", "shuffled", "bare")
 """Prompts of a row: without documents, with its own, with another row's, and with nothing shown at all. Every
 row has the first; a row that lacks another counts there with what it has.
 """
-SHOWN = frozenset({"subject", "frame"})
-"""Condition kinds of the pictures that a task shows beside documents."""
 NUM_VIDEOS = 4
 """Videos of a preview, from the rows that validation reads (ours)."""
 NUM_STEPS = 64
@@ -230,7 +230,9 @@ class Validation:
             self_conditioned=torch.ones(count, dtype=torch.bool, device=device),
             keys=torch.full((count,), sample_key(0, key, "layers"), device=device),
         )
-        condition = training.condition(batch.prompts, batch.fps, batch.original_size_px, batch.encoded)
+        condition = training.condition(
+            batch.prompts, batch.fps, batch.original_size_px, batch.encoded, self._references(source, prompt)
+        )
         given = training.condition.has_first_frame([whole])  # its loss is over the same frames without it
         video = video.expand(count, -1, -1, -1, -1)
         each = losses(
@@ -245,6 +247,14 @@ class Validation:
             small_size=targets.small_size,
         )
         return each.double().cpu()
+
+    def _references(self, source: Source, prompt: Prompt) -> References | None:
+        """Its pictures, from what is stored of its row if they are there: another row's documents are not."""
+        stored = self.training.loader.row_groups.row(source, 0).get("stored")
+        try:
+            return self.training.condition.references(prompt, stored=stored)
+        except DataError:
+            return self.training.condition.references(prompt)
 
     def _read(self, source: Source, prompt: Prompt) -> Batch:
         groups = self.training.loader.row_groups

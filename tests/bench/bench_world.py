@@ -101,6 +101,7 @@ class Clips:
             references=pictures,
             reference_mask=present[:, None],
             reference_role=one * list(ROLES).index(Role.RETRIEVED),
+            reference_place=one,
         ).to(DEVICE)
 
 

@@ -50,6 +50,7 @@ def make_condition() -> Callable[..., Condition]:
             references=pictures if references else None,
             reference_mask=torch.ones(batch, references, dtype=torch.bool) if references else None,
             reference_role=torch.randint(6, (batch, references), generator=g) if references else None,
+            reference_place=torch.arange(references).expand(batch, -1) if references else None,
         )
 
     return make
@@ -155,6 +156,8 @@ def tiny_stage(prompts: Path, out: Path, encoder: dict[str, Any]) -> dict[str, A
         "width_px": 16,
         "backbone": TINY_BACKBONE,
         "encoder": encoder,
+        "reference_size_px": [16, 16],
+        "reference_patch_px": 8,
         "optim": {"name": "adamw", "lr": 1e-3},
         "validation": {"num_samples": 2, "held_out_frac": 0},
         "preview_every_samples": 0,

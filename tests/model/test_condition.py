@@ -90,13 +90,22 @@ def test_plus_appends_reference_patches_with_their_mask(make_condition) -> None:
     assert mask[1, -8:].all()
 
 
-def test_equal_references_differ_by_index(make_condition) -> None:
+def test_what_is_seen_is_tied_to_its_place_in_the_prompt(make_condition) -> None:
+    """Not to the order among the pictures: a patch bears what the encoder's tokens of that segment bear."""
     embedder = ConditionEmbedder(ConditionConfig(token_dim=24, mode="plus"), 32)
     condition = make_condition(references=2)
     condition.references[:, 1] = condition.references[:, 0]
     condition.reference_role[:, 1] = condition.reference_role[:, 0]
-    tokens, _ = embedder(SIGMA, condition)
-    assert not torch.allclose(tokens[:, -8:-4], tokens[:, -4:])
+    apart, _ = embedder(SIGMA, condition)
+    assert not torch.isclose(apart[:, -8:-4], apart[:, -4:]).all(dim=-1).any()
+    turned, _ = embedder(SIGMA, _replace(condition, reference_place=condition.reference_place.flip(1)))
+    assert torch.equal(turned[:, -8:-4], apart[:, -4:])
+    with torch.no_grad():
+        embedder.segment.weight[1] += 1.0
+    moved, _ = embedder(SIGMA, condition)
+    changed = (moved != apart).any(dim=-1)
+    assert torch.equal(changed[:, NUM_SCALARS:-8], condition.segment == 1)
+    assert changed[:, -4:].all() and not changed[:, -8:-4].any()
 
 
 def test_the_same_picture_in_another_role_gives_other_tokens(make_condition) -> None:
@@ -124,6 +133,8 @@ def test_odd_references_are_refused(make_condition) -> None:
         embedder(SIGMA, odd)
     with pytest.raises(ValueError, match="reference_role"):
         embedder(SIGMA, _replace(make_condition(references=1), reference_role=None))
+    with pytest.raises(ValueError, match="reference_place"):
+        embedder(SIGMA, _replace(make_condition(references=1), reference_place=None))
     many = make_condition(references=9)
     with pytest.raises(ValueError, match="legal: at most 8"):
         embedder(SIGMA, many)
@@ -151,6 +162,14 @@ def test_select_takes_rows_in_order(make_condition) -> None:
     assert torch.equal(picked.tokens, condition.tokens[[2, 0]])
     assert torch.equal(picked.references, condition.references[[2, 0]])
     assert torch.equal(picked.reference_role, condition.reference_role[[2, 0]])
+    assert picked.has_first_frame is None
+
+
+def test_branches_that_lack_the_first_frame_join_those_that_have_it(make_condition) -> None:
+    given = replace(make_condition(), has_first_frame=torch.tensor([True, False]))
+    joined = concat_conditions([given, make_condition()])
+    assert joined.has_first_frame is not None
+    assert joined.has_first_frame.tolist() == [True, False, False, False]
 
 
 def test_a_hidden_prompt_leaves_rate_and_size(embedder, make_condition) -> None:

@@ -153,6 +153,22 @@ def test_page_of_the_largest_preset_tells_what_table_8_tells() -> None:
     assert "think_ff" in page
 
 
+def test_references_cost_what_their_tokens_cost() -> None:
+    """Two of 224 px in patches of 16: 392 tokens more to read, and nothing where they are not asked for."""
+    without, with_ = describe("fit-tiny"), describe("fit-tiny", references=(2, 224, 224), batch=2)
+    assert with_["tokens"]["2 reference(s)"] == 2 * 14 * 14
+    assert with_["tokens"]["condition"] - without["tokens"]["condition"] == 392
+    dim, patch = 128, 3 * 16 * 16
+    embedded = 2 * 392 * dim * patch + 2 * 196 * 128 * dim  # patches; their places, once
+    assert with_["forward_flops"]["embedder"] - without["forward_flops"]["embedder"] == embedded
+    assert with_["forward_flops"]["read_condition"] > 2 * without["forward_flops"]["read_condition"]
+    for name in ("training_flops", "parameters"):
+        assert with_[name]["total"] > without[name]["total"]
+    more = describe("fit-tiny", batch=2)["activation_bytes"]
+    assert with_["activation_bytes"]["stored"] > more["stored"]
+    assert "2 reference(s)" in render(with_)
+
+
 def test_upsampler_is_described_without_a_large_machine() -> None:
     d = describe("fit-3.9b-upsampler")
     assert d["tokens"]["patches"] == 147_456

@@ -14,7 +14,7 @@ from model.condition import Segment
 from model.data.batch import ROLES, role_number
 from model.prompt.encoder import PromptEncoderConfig
 from model.prompt.load import load_prompt_encoder
-from model.prompt.pictures import reference_tensors
+from model.prompt.pictures import ReferenceSize, reference_tensors
 from model.prompt.select import select
 from model.sampling.requests import parse_prompt
 from model.training.checkpoint import CheckpointWriter, load_state
@@ -45,7 +45,7 @@ def test_a_new_role_is_asked_for_encoded_dropped_and_shown(
     assert (encoded.role[encoded.segment == 1] == role_number(style)).all()
     assert role_number(style) == len(ROLES) - 1
     assert select(prompt, dropped=frozenset({"subject"})) == prompt[:1]
-    assert reference_tensors([prompt], (16, 16)).role.tolist() == [[role_number(style)]]
+    assert reference_tensors([prompt], ReferenceSize(16, 16)).role.tolist() == [[role_number(style)]]
 
 
 def test_a_run_from_before_a_role_goes_on_and_learns_it(

@@ -115,7 +115,7 @@ def test_training_from_encodings_is_the_same_to_the_bit(
     assert (next(stored.batches).video.numel() == 0) == (kind in autoencoders)  # nor anything decoded
     # Another row's documents are not among them: a CLIP is loaded for those, a language model is not.
     validated = cells_of(Validation(stored, read_index(stored.config.out)).run())
-    assert ("shuffled" in {cell.documents for cell in validated}) == (kind != "mllm")
+    assert ("shuffled" in {cell.given for cell in validated}) == (kind != "mllm")
     assert ("encoder" in vars(stored.encoder)) == (kind != "mllm")
     fresh.close()
     stored.close()

@@ -20,6 +20,7 @@ from model.encodings.make import RowEncoder
 from model.encodings.store import Facts, StoredRow, pack_prompts
 from model.prompt.encoder import prompt_key
 from model.prompt.load import load_prompt_encoder
+from model.prompt.pictures import ReferenceSize, reference_tensors
 from model.prompt.select import select
 from model.step import draw_dropped, draw_num_documents
 
@@ -152,6 +153,26 @@ def test_stored_latents_equal_fresh_ones(make_config: MakeConfig, make_row, auto
         assert sample.fps == fresh.fps and sample.video.numel() == 0
         with pytest.raises(DataError, match="no latents of this target"):
             read_sample(row, Bucket("video", 4, 16, 24), position=0, prompt=prompt, pixels=False)
+
+
+@pytest.mark.parametrize("kind", ["image", "video"])
+def test_stored_references_equal_fresh_ones_and_others_are_never_served(
+    make_config: MakeConfig, make_row, autoencoders, kind: str
+) -> None:
+    size = {"num_frames": 5, "height_px": 16, "width_px": 24, "reference_size_px": (32, 32)}
+    config = make_config(autoencoder=autoencoders[kind], **size)
+    encoder, row = RowEncoder(config, "cpu"), make_row(0, num_frames=8, height=16, width=24)
+    stored, whole = StoredRow(Facts(**encoder.facts), encoder([row])[0]), read_prompt(row)
+    assert len(stored.row["pictures"]) == 1 and encoder.latents is not None
+    seen = reference_tensors([whole], config.reference_size, stored.reference)
+    pixels = reference_tensors([whole], config.reference_size).pictures[0].float() / 127.5 - 1.0
+    assert torch.equal(seen.pictures[0], encoder.latents.encode(pixels[:, None])[:, 0])
+    other = replace(whole[1], image=(whole[1].image or b"") + b"\0")
+    for segment, at in ((other, config.reference_size), (whole[1], ReferenceSize(16, 16))):
+        with pytest.raises(DataError, match="no latents of its retrieved picture"):
+            stored.reference(segment, at)
+    for changes in ({"references": "faithful"}, {"autoencoder": None}):
+        assert RowEncoder(config.model_copy(update=changes), "cpu")([row])[0]["pictures"] == []
 
 
 def make_copy(row: dict[str, Any]) -> dict[str, Any]:

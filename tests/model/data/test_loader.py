@@ -17,7 +17,7 @@ from model.data.loader import Loader, RowGroups
 from model.data.order import Mixture, Order, make_key, permute, permute_all
 from model.data.plan import Plan
 from model.data.shards import index_shards, open_shards
-from model.prompt.pictures import reference_tensors
+from model.prompt.pictures import ReferenceSize, reference_tensors
 
 VIDEO = Bucket("video", 8, 24, 40)
 IMAGE = Bucket("image", 1, 24, 40)
@@ -226,13 +226,14 @@ def test_references_come_with_the_batch_and_a_bad_picture_is_a_bad_row(make_shar
     rows = [make_row(n) for n in range(8)]
     rows[3]["segments"][1]["image"] = b"no picture"
     rows[4]["segments"] = rows[4]["segments"][-1:]  # no picture at all
-    shown = {"references": lambda prompt: reference_tensors([prompt], (16, 24))}
+    size = ReferenceSize(16, 24)
+    shown = {"references": lambda prompt, stored: reference_tensors([prompt], size)}
     loader = make_loader(make_shards(rows=rows), **shown)
     batches = take(loader, 4)
     assert loader.num_bad >= 1 and rows[3]["prompt_id"] not in {i for b in batches for i in b.prompt_ids}
     assert any(rows[4]["prompt_id"] in b.prompt_ids for b in batches)
     for batch in batches:
-        expected = reference_tensors(batch.prompts, (16, 24))
+        expected = reference_tensors(batch.prompts, size)
         assert batch.references is not None
         for name, part in vars(batch.references).items():
             assert torch.equal(part, getattr(expected, name))

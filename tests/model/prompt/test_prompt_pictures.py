@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from model.condition import Segment
+from model.condition import Segment, concat_references
 from model.data.batch import role_number
-from model.prompt.pictures import PictureError, decode_picture, reference_tensors
+from model.prompt.pictures import PictureError, ReferenceSize, decode_picture, reference_tensors
 
 
 def encode(image: Image.Image, kind: str = "PNG") -> bytes:
@@ -96,29 +96,39 @@ def test_references_are_in_prompt_order_scaled_and_masked() -> None:
         (Segment("text", "caption", "x"),),
         (picture("first_frame", (255, 0, 0)),),
     ]
-    references = reference_tensors(prompts, (32, 48))
+    references = reference_tensors(prompts, ReferenceSize(32, 48))
     pictures = references.pictures
-    assert pictures.shape == (3, 2, 3, 32, 48)
+    assert pictures.shape == (3, 2, 3, 32, 48) and pictures.dtype == torch.uint8
     assert references.mask.tolist() == [[True, True], [False, False], [True, False]]
-    assert pictures[0, 0].eq(1).all() and pictures[0, 1, :, 16, 24].eq(-1).all()
-    assert pictures[2, 0, :, 0, 0].tolist() == [1, -1, -1]
+    assert references.place.tolist() == [[0, 2], [0, 0], [0, 0]]
+    assert pictures[0, 0].eq(255).all() and pictures[0, 1, :, 16, 24].eq(0).all()
+    assert pictures[2, 0, :, 0, 0].tolist() == [255, 0, 0]
     assert not pictures[1].any()
 
 
 def test_references_bear_the_role_of_their_segment() -> None:
     roles = ["retrieved", "subject", "background", "first_frame"]
-    shown = reference_tensors([tuple(picture(role, (9, 9, 9)) for role in roles), ()], (16, 16))
+    shown = reference_tensors([tuple(picture(role, (9, 9, 9)) for role in roles), ()], ReferenceSize(16, 16))
     assert shown.role.tolist() == [[role_number(role) for role in roles], [0] * 4]
 
 
 def test_subjects_are_shown_whole_on_white_and_scenes_fill_the_frame() -> None:
     wide = {"width": 120, "height": 30}
-    shown = reference_tensors(
-        [(picture("subject", (0, 0, 0), **wide), picture("background", (0, 0, 0), **wide))], (32, 32)
-    )
+    prompt = (picture("subject", (0, 0, 0), **wide), picture("background", (0, 0, 0), **wide))
+    shown = reference_tensors([prompt], ReferenceSize(32, 32))
     subject, scene = shown.pictures[0, 0, 0], shown.pictures[0, 1, 0]
-    assert subject[0].eq(1).all() and subject[16].eq(-1).all()
-    assert scene.eq(-1).all()
+    assert subject[0].eq(255).all() and subject[16].eq(0).all()
+    assert scene.eq(0).all()
+
+
+def test_a_place_in_a_scene_is_the_same_place_in_the_video() -> None:
+    """Cropped to the video's shape as its frames are, then squeezed to the size that the generator sees."""
+    pixels = np.zeros((40, 80, 3), np.uint8)
+    pixels[:, 40:] = 255  # the right half is white
+    pixels[:, :10] = pixels[:, 70:] = 128  # what a video of 3:2 loses at the sides
+    scene = Segment("image", "background", image=encode(Image.fromarray(pixels)))
+    (seen,) = reference_tensors([(scene,)], ReferenceSize(16, 16, aspect=1.5)).pictures[0]
+    assert seen[:, :, 1:7].eq(0).all() and seen[:, :, 9:15].eq(255).all()
 
 
 def test_too_many_references_keep_the_most_important(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,11 +138,22 @@ def test_too_many_references_keep_the_most_important(monkeypatch: pytest.MonkeyP
         picture("background", (0, 255, 0)),
         picture("subject", (0, 0, 255)),
     )
-    middle = reference_tensors([prompt], (16, 16)).pictures[0, :, :, 8, 8]
-    np.testing.assert_allclose(middle.numpy(), [[-1, 1, -1], [-1, -1, 1]], atol=0.01)
+    shown = reference_tensors([prompt], ReferenceSize(16, 16))
+    assert shown.pictures[0, :, :, 8, 8].tolist() == [[0, 255, 0], [0, 0, 255]]
+    assert shown.place.tolist() == [[1, 2]]
 
 
 def test_no_pictures_at_all_give_no_references() -> None:
-    shown = reference_tensors([()], (16, 16))
+    shown = reference_tensors([()], ReferenceSize(16, 16))
     assert shown.pictures.shape == (1, 0, 3, 16, 16) and shown.mask.shape == shown.role.shape == (1, 0)
-    assert shown.pictures.dtype == torch.float32
+
+
+def test_batches_join_whatever_their_numbers_of_pictures() -> None:
+    """One without any has no latents to say their shape."""
+    size, latents = ReferenceSize(16, 16), torch.arange(20.0).view(5, 2, 2)
+    prompts = [(), (picture("subject", (0, 0, 0)), picture("retrieved", (0, 0, 0)))]
+    for see, shape in ((None, (3, 16, 16)), (lambda segment, size: latents, (5, 2, 2))):
+        each = [reference_tensors([prompt], size, **({"see": see} if see else {})) for prompt in prompts]
+        joined = concat_references(each)
+        assert joined.pictures.shape == (2, 2, *shape) and joined.mask.tolist() == [[False] * 2, [True] * 2]
+        assert not joined.pictures[0].any() and torch.equal(joined.pictures[1:], each[1].pictures)

@@ -95,6 +95,28 @@ def test_latents_of_a_clip_do_not_depend_on_its_batch(latent_values: Values) -> 
     training.close()
 
 
+def test_references_are_latents_of_their_own_size_whatever_they_stand_beside(
+    latent_values: Values, kind: str
+) -> None:
+    training = open_training(Stage1Config.model_validate(latent_values(reference_size_px=[32, 48])))
+    batch, latents = next(training.batches), training.targets.latents
+    assert batch.references is not None and latents is not None
+    condition = training.condition(
+        batch.prompts, batch.fps, batch.original_size_px, batch.encoded, batch.references
+    )
+    seen, present = condition.references, condition.reference_mask
+    factor, channels = latents.space.factor_px, latents.space.channels
+    assert seen is not None and present is not None and present.any()
+    assert seen.shape[2:] == (channels, 32 // factor, 48 // factor)
+    for row, number in present.nonzero().tolist():
+        pixels = batch.references.pictures[row, number].float() / 127.5 - 1.0
+        assert torch.equal(seen[row, number], latents.encode(pixels[None, None])[0, 0])
+    assert not seen[~present].any()
+    assert training.model.condition_config.reference_patch == max(1, 8 // factor)
+    training.step()
+    training.close()
+
+
 def test_resumed_training_in_latents_equals_unbroken(latent_values: Values, tmp_path: Path) -> None:
     whole = open_training(Stage1Config.model_validate(latent_values(out=str(tmp_path / "whole"))))
     for _ in range(3):
@@ -156,6 +178,8 @@ def test_another_autoencoder_in_its_place_is_refused(
 def test_sizes_that_do_not_divide_are_refused_at_the_door(latent_values: Values) -> None:
     with pytest.raises(ConfigError, match="multiples of"):
         check(Stage1Config.model_validate(latent_values(width_px=18)))
+    with pytest.raises(ConfigError, match="26 x 26 pixels don't divide"):
+        check(Stage1Config.model_validate(latent_values(reference_size_px=[26, 26], reference_patch_px=13)))
     with pytest.raises(ConfigError, match="can't load the autoencoder"):
         missing = latent_values()["prompts"]
         check(Stage1Config.model_validate(latent_values(autoencoder=missing)))
