@@ -114,6 +114,8 @@ def check(config: EvaluateConfig) -> str:
     """Refuse what can't work before anything starts; the plan in words."""
     plan = make_plan(config)
     lines = [f"{len(plan.videos[side]):,} {side} videos" for side in SIDES if side in plan.videos]
+    if config.against is not None and "real" not in plan.videos:
+        lines.append("the real videos are not read: none of these metrics compares with them")
     if plan.sample is not None:
         lines.append(f"to sample: {check_sampling(plan.sample)}")
     for name in dict.fromkeys(network_of(feature) for feature in plan.features):
@@ -198,7 +200,19 @@ def plan_metrics(config: EvaluateConfig, plan: Plan) -> Plan:
         raise ConfigError(*(f"{name}: {reason}" for name, reason in reasons.items()))
     if not config.allow_small_n:
         refuse_small_n(metrics.values(), given)
-    return replace(plan, metrics=metrics, obstacles=reasons)
+    return compared(replace(plan, metrics=metrics, obstacles=reasons))
+
+
+def compared(plan: Plan) -> Plan:
+    """The plan with the features of real videos that a metric compares; without such videos if none does."""
+    needed = sorted({name for metric in plan.metrics.values() if metric.needs_real for name in metric.needs})
+    videos, inputs = dict(plan.videos), dict(plan.inputs)
+    real = videos.pop("real", [])
+    if real and needed:
+        videos["real"] = [{**payload, "features": needed} for payload in real]
+    else:
+        inputs.pop("real", None)
+    return replace(plan, videos=videos, inputs=inputs)
 
 
 def run(config: EvaluateConfig) -> Certificate:

@@ -6,7 +6,7 @@ function of: the video's bytes, the network, and what it saw of the video. One s
 """
 
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from hashlib import sha256
 from typing import Any
 
@@ -99,19 +99,20 @@ class Extractor:
         """Of all networks behind the features."""
         return {name: self.network(name).identity for name in sorted({network_of(n) for n in self.names})}
 
-    def video_keys(self, video_id: str, words: Sequence[str] = ()) -> Keys:
+    def video_keys(self, video_id: str, words: Sequence[str] = (), only: Collection[str] | None = None) -> Keys:
         """Keys of a video's features.
 
         Args:
             video_id: what its frames are a function of: the sha256 of its bytes, and the part of them.
             words: that name the subjects of its prompt's reference pictures, in their order.
+            only: the features that are wanted; None = all.
         """
         return {
             name: FeatureCache.key(
                 video_id, name, self.network(name).identity, self.seen, *_words_of(name, words)
             )
             for name in self.of_videos
-            if words or not NETWORKS[name].reads_words
+            if (words or not NETWORKS[name].reads_words) and (only is None or name in only)
         }
 
     def missing(self, keys: Keys) -> list[str]:

@@ -1,6 +1,6 @@
 """What a worker of an evaluation does with one video: hash, look into the cache, decode, let networks look."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import cached_property
 from hashlib import sha256
 from typing import Any, Protocol
@@ -26,7 +26,7 @@ Keys = dict[str, str]
 class Extractor(Protocol):
     """Gives features of a video and of its prompt; the trainer's networks are behind it."""
 
-    def video_keys(self, video_id: str, words: Sequence[str]) -> Keys: ...
+    def video_keys(self, video_id: str, words: Sequence[str], only: Collection[str] | None) -> Keys: ...
     def missing(self, keys: Keys) -> list[str]: ...
     def video(self, keys: Keys, missing: Sequence[str], frames: np.ndarray, words: Sequence[str]) -> None: ...
     def text(self, text: str) -> Keys: ...
@@ -69,7 +69,7 @@ class EvaluateWorker:
     def _features(self, payload: Payload) -> dict[str, Any]:
         video_id, digest = self._id(payload)
         words = subjects(payload["prompt"])
-        keys = self.extractor.video_keys(video_id, words)
+        keys = self.extractor.video_keys(video_id, words, payload.get("features"))
         missing = self.extractor.missing(keys)
         if missing:
             self.extractor.video(keys, missing, self._frames(payload), words)

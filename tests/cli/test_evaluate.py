@@ -91,6 +91,12 @@ def test_scores_are_the_same_bytes_after_a_kill_for_any_workers_and_from_the_cac
     run(other)
     assert (folders / "more" / "scores.json").read_bytes() == whole
 
+    # Of real videos only what a metric compares is looked at.
+    real = [payload["features"] for side, payload in module.make_plan(other).payloads if side == "real"]
+    assert real == [["clip"]] * 5
+    alone = module.make_plan(config(folders, tiny_encoder, metrics=["flicker"]))
+    assert set(alone.videos) == set(alone.inputs) == {"sampled"}
+
     # The page holds both in one table, since their protocol is one.
     report = ReportConfig(
         out=str(folders / "page.html"), scores=(str(folders / "scores"), str(folders / "more"))

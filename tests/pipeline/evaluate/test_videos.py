@@ -1,7 +1,7 @@
 """Videos of any place are found, counted and decoded; hostile ones end as rows with a reason."""
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ class Recorder:
     def __init__(self) -> None:
         self.seen: dict[str, np.ndarray] = {}
 
-    def video_keys(self, video_id: str, words: Sequence[str]) -> dict[str, str]:
+    def video_keys(self, video_id: str, words: Sequence[str], only: Collection[str] | None) -> dict[str, str]:
         return {"frames": video_id}
 
     def missing(self, keys: dict[str, str]) -> list[str]:
