@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from model.evaluate.network import Network, NetworkConfig, exactly, find_file, load_script
+from infra.pretrained import exactly
+from model.evaluate.network import Network, NetworkConfig, find_file, load_script
 from model.evaluate.weights import file_sha256
 
 DETECTOR = "a face detector as TorchScript, such as a YOLO of faces with its boxes decoded"

@@ -7,8 +7,7 @@ Each video is one call of its own, so its features are the same to the last bit 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -20,7 +19,6 @@ from infra.clip import ClipConfig
 from infra.clip.model import hash_weights
 from infra.config import Config, NameOrFile, NameOrFolder
 from infra.errors import ConfigError, first_line
-from infra.hub import require_hub_file
 from model.evaluate.weights import file_sha256
 
 
@@ -53,16 +51,6 @@ class NetworkConfig(Config):
     """C3D of UCF101 as TorchScript: float32 `1 3 t 112 112` in 0..255 -> logits or probabilities."""
     raft: NameOrFile | None = None
     """RAFT as torchvision has it (raft_large_C_T_SKHT_V2-ff5fadd5.pth), a file of tensors."""
-
-
-@contextmanager
-def exactly() -> Iterator[None]:
-    """Inference in full float32, by kernels that give the same bits each time: a GPU's convolutions would round
-    to TF32.
-    """
-    flags = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
-    with torch.inference_mode(), flags:
-        yield
 
 
 class Network(ABC):
@@ -105,33 +93,6 @@ class Network(ABC):
     def pictures(self, pictures: Sequence[Image.Image]) -> np.ndarray:
         """Of reference pictures, as of frames."""
         return np.concatenate([self(np.asarray(picture.convert("RGB"))[None]) for picture in pictures])
-
-
-def find_pretrained(place: str, what: str, *, field: str) -> str:
-    """What transformers would load, in words.
-
-    Raises:
-        ConfigError: no folder, not in the cache of the hub, and the hub can't be reached.
-    """
-    if not Path(place).is_dir():
-        cure = f"set networks.{field} to a folder that holds it, or fetch it where there is a network"
-        require_hub_file(place, ["config.json"], wanted=f"{what} {place}", cure=cure)
-    return f"{what} {place}"
-
-
-def load_pretrained(
-    place: str, what: str, *, processor: Any, model: Any, device: torch.device, **how: Any
-) -> tuple[Any, Any]:
-    """(preprocessing, frozen network) of a folder or hub name, by their classes of transformers.
-
-    Raises:
-        ConfigError: they can't be loaded.
-    """
-    try:
-        network = model.from_pretrained(place).eval().requires_grad_(False).to(device)
-        return processor.from_pretrained(place, **how), network
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"can't load {what} {place}: {first_line(error)}") from None
 
 
 def pretrained_identity(place: str, model: torch.nn.Module) -> dict[str, Any]:

@@ -12,9 +12,10 @@ from torch.nn import functional as F
 
 from infra.clip import Clip, check_clip, load_clip
 from infra.errors import DataError, first_line
+from infra.pretrained import exactly
 from model.evaluate.face import FaceNetwork
 from model.evaluate.i3d import MIN_FRAMES, SIDE_PX, I3d, convert
-from model.evaluate.network import FileNetwork, Network, NetworkConfig, exactly, load_script
+from model.evaluate.network import FileNetwork, Network, NetworkConfig, load_script
 from model.evaluate.subject import DinoNetwork, SubjectNetwork
 from model.evaluate.weights import i3d_bytes, read_arrays
 

@@ -6,23 +6,20 @@ padded to a square, 224 pixels ─ DINO ─▶ class token; zeros where it was n
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from PIL import Image
 
-from model.evaluate.network import (
-    Network,
-    NetworkConfig,
-    exactly,
-    find_pretrained,
-    load_pretrained,
-    pretrained_identity,
-)
+from infra.pretrained import exactly, find_pretrained, load_pretrained
+from model.evaluate.network import Network, NetworkConfig, pretrained_identity
+
+if TYPE_CHECKING:
+    from infra.grounding import Detector, Segmenter
 
 MIN_BOX, MIN_TEXT, MIN_MASK = 0.4, 0.25, 0.9
-"""Scores of the protocol; that of the text is GroundingDINO's own default."""
+"""Scores of the protocol; that of the text is GroundingDINO's own default, and decides no box."""
 SIDE_PX = 224
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 Box = tuple[float, float, float, float]
@@ -35,7 +32,7 @@ class DinoNetwork(Network):
 
     @classmethod
     def find(cls, config: NetworkConfig) -> str:
-        return find_pretrained(config.dino, "DINO", field="dino")
+        return find_pretrained(config.dino, "DINO", field="networks.dino")
 
     @cached_property
     def parts(self) -> tuple[Any, Any]:
@@ -76,30 +73,28 @@ class SubjectNetwork(Network):
 
     @classmethod
     def find(cls, config: NetworkConfig) -> str:
-        detector = find_pretrained(config.detector, "GroundingDINO", field="detector")
-        segmenter = find_pretrained(config.segmenter, "SAM", field="segmenter")
+        detector = find_pretrained(config.detector, "GroundingDINO", field="networks.detector")
+        segmenter = find_pretrained(config.segmenter, "SAM", field="networks.segmenter")
         return f"{detector}, {segmenter}, {DinoNetwork.find(config)}"
 
     @cached_property
-    def detector(self) -> tuple[Any, Any]:
-        from transformers import AutoModelForZeroShotObjectDetection, AutoProcessor
+    def detector(self) -> "Detector":
+        from infra.grounding import Detector
 
-        kinds = {"processor": AutoProcessor, "model": AutoModelForZeroShotObjectDetection}
-        return load_pretrained(self.config.detector, "GroundingDINO", device=self.device, **kinds)
+        return Detector(self.config.detector, self.device, field="networks.detector")
 
     @cached_property
-    def segmenter(self) -> tuple[Any, Any]:
-        from transformers import AutoProcessor, SamModel
+    def segmenter(self) -> "Segmenter":
+        from infra.grounding import Segmenter
 
-        kinds = {"processor": AutoProcessor, "model": SamModel}
-        return load_pretrained(self.config.segmenter, "SAM", device=self.device, **kinds)
+        return Segmenter(self.config.segmenter, self.device, field="networks.segmenter")
 
     @property
     def identity(self) -> dict[str, Any]:
         return {
             "name": "MSRVTT-Personalization's subjects",
-            "detector": pretrained_identity(self.config.detector, self.detector[1]),
-            "segmenter": pretrained_identity(self.config.segmenter, self.segmenter[1]),
+            "detector": pretrained_identity(self.config.detector, self.detector.model),
+            "segmenter": pretrained_identity(self.config.segmenter, self.segmenter.model),
             "dino": self.dino.identity,
             "least": {"box": MIN_BOX, "text": MIN_TEXT, "mask": MIN_MASK},
             "crop": f"on white, square, {SIDE_PX} bicubic",
@@ -124,31 +119,13 @@ class SubjectNetwork(Network):
 
     def box(self, picture: Image.Image, word: str) -> Box | None:
         """The best box of what the word names: left, top, right, bottom; None where there is none."""
-        processor, model = self.detector
-        inputs = processor(images=picture, text=f"{word.lower().strip()}.", return_tensors="pt").to(self.device)
-        with exactly():
-            outputs = model(**inputs)
-        sizes = [picture.size[::-1]]
-        found = processor.post_process_grounded_object_detection(
-            outputs, inputs["input_ids"], threshold=MIN_BOX, text_threshold=MIN_TEXT, target_sizes=sizes
-        )[0]
-        if not len(found["scores"]):
-            return None
-        return tuple(found["boxes"][int(found["scores"].argmax())].tolist())
+        found = self.detector.find([picture], [word], min_score=MIN_BOX)[0]
+        return tuple(found.boxes[0].tolist()) if len(found.scores) else None
 
     def mask(self, picture: Image.Image, box: Box) -> np.ndarray | None:
         """The best mask of what is in the box, bool `h w`; None where SAM is not sure."""
-        processor, model = self.segmenter
-        inputs = processor(picture, input_boxes=[[[*box]]], return_tensors="pt").to(self.device)
-        with exactly():
-            outputs = model(pixel_values=inputs["pixel_values"], input_boxes=inputs["input_boxes"])
-        scores = outputs.iou_scores[0, 0]
-        if float(scores.max()) < MIN_MASK:
-            return None
-        masks = processor.image_processor.post_process_masks(
-            outputs.pred_masks.cpu(), inputs["original_sizes"].cpu(), inputs["reshaped_input_sizes"].cpu()
-        )
-        return masks[0][0, int(scores.argmax())].numpy().astype(bool)
+        masks, scores = self.segmenter.masks(picture, np.array([box], np.float32))
+        return masks[0] if scores[0] >= MIN_MASK else None
 
     def _token(self, picture: Image.Image) -> np.ndarray:
         small = square(picture).resize((SIDE_PX, SIDE_PX), Image.Resampling.BICUBIC)

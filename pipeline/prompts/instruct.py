@@ -17,12 +17,10 @@ from pydantic import Field, field_validator
 from infra.certificate import Certificate, FileEntry, require_certificate
 from infra.config import Incidental, Location
 from infra.errors import ConfigError
-from infra.storage import join, list_files, sha256_file
+from infra.storage import join, list_files
 from pipeline.job import JobConfig, count_fates, output_hash, refuse_failures, run_job, run_units
 from pipeline.journal import Receipt, Receipts, Unit
-from pipeline.prompts.subjects.faces import cascade_path
-from pipeline.prompts.subjects.finder import SubjectConfig, SubjectFinder
-from pipeline.prompts.subjects.mask import model_path
+from pipeline.prompts.subjects.finder import SubjectConfig, SubjectFinder, check_subjects, networks
 from pipeline.prompts.tasks import RECIPES, Draw, Recipe, Row, draw_tasks, text
 from pipeline.schema import PROMPTS, Role, RowError, Status, Task, prompt_id
 from pipeline.shards import (
@@ -59,6 +57,8 @@ class InstructConfig(JobConfig):
     each worker. Ours: about 30 MB with all three tasks; give 1,024 for corpora of many millions."""
     row_group_rows: int = Field(default=64, ge=1, le=65536)
     """Rows of an output row group: the trainer's unit of reading."""
+    num_gpus: Incidental[float] = Field(default=0.0, ge=0, le=64)
+    """GPUs of a worker, for `subjects`; 0 = CPUs. With GPUs workers live as long as the job."""
     seed: int = 0
     """Of all draws; each is a function of (seed, clip id)."""
     max_failed_frac: Incidental[float] = Field(default=0.5, ge=0, le=1)
@@ -85,7 +85,7 @@ def check(config: InstructConfig) -> ShardSet:
     """Refuse what can't work before Ray starts.
 
     Raises:
-        ConfigError: no certified prompts or clips, an unknown mask model or CLIP, weights all zero.
+        ConfigError: no certified prompts or clips, unknown networks, weights all zero.
     """
     require_certificate(config.prompts, job="augment", made_by="vimi-data augment")
     shards = ShardSet(config.prompts)
@@ -94,12 +94,7 @@ def check(config: InstructConfig) -> ShardSet:
     if shards.num_rows == 0:
         raise ConfigError(f"{config.prompts} holds no prompts", cure="see its rejected.parquet for the reasons")
     if Task.SUBJECT_DRIVEN in config.tasks:
-        model_path(config.subjects.mask_model)
-        if config.subjects.clip is not None:
-            from infra.clip import check_clip
-
-            check_clip(config.subjects.clip)
-            cascade_path()
+        check_subjects(config.subjects)
     if config.proportions and not sum(config.proportions.get(task, 1.0) for task in config.tasks):
         raise ConfigError("proportions leave no task", legal="at least one weight above 0")
     return shards
@@ -118,7 +113,15 @@ def run(config: InstructConfig) -> Certificate:
     recipes = {task: RECIPES[task] for task in config.tasks}
     worker = partial(InstructWorker, config, output_hash(config, inputs), recipes)
     work = partial(
-        run_units, config.out, units, worker, what=JOB, total=len(units), num_workers=config.num_workers
+        run_units,
+        config.out,
+        units,
+        worker,
+        what=JOB,
+        total=len(units),
+        num_workers=config.num_workers,
+        num_gpus=config.num_gpus,
+        actors=config.num_gpus > 0,
     )
     finish = partial(_finish, config, inputs, units)
     return run_job(JOB, config, inputs, work=work, finish=finish)
@@ -128,7 +131,7 @@ def input_hashes(config: InstructConfig, shards: ShardSet) -> dict[str, str]:
     """What the output is made of, besides the config."""
     hashes = {"prompts": shards.certificate.content_hash()}
     if Task.SUBJECT_DRIVEN in config.tasks:
-        hashes["mask_model"] = sha256_file(str(model_path(config.subjects.mask_model)))
+        hashes |= networks(config.subjects)
     return hashes
 
 
@@ -165,7 +168,8 @@ class InstructWorker:
 
     def __init__(self, config: InstructConfig, config_hash: str, recipes: Mapping[str, Recipe]) -> None:
         self.config, self.config_hash, self.recipes = config, config_hash, recipes
-        self.shards, self.finder = ShardSet(config.prompts), SubjectFinder(config.subjects)
+        self.shards = ShardSet(config.prompts)
+        self.finder = SubjectFinder(config.subjects, "cuda" if config.num_gpus else "cpu")
 
     def __call__(self, payload: dict[str, Any]) -> Receipt:
         made: list[Row] = []

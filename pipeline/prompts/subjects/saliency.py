@@ -18,11 +18,10 @@ import numpy as np
 from PIL import Image
 
 from infra.clip import OFFLINE, Clip
-from infra.storage import sha256_file
 from pipeline.prompts.subjects import cutout
 from pipeline.prompts.subjects.entities import Entity, is_request
 from pipeline.prompts.subjects.faces import Box, find_faces
-from pipeline.prompts.subjects.mask import Segmenter, SubjectMask, find_subjects, model_path
+from pipeline.prompts.subjects.mask import Segmenter, SubjectMask, find_subjects
 from pipeline.prompts.subjects.verdict import Found, Phrases, Reason, Rejected, Verdict
 
 TEMPLATE = "a photo of a {}"
@@ -52,10 +51,6 @@ class SaliencyFinder:
 
     def __init__(self, mask_model: str, clip: Clip | None, max_subjects: int) -> None:
         self.segmenter, self.clip, self.max_subjects = Segmenter(mask_model), clip, max_subjects
-
-    @property
-    def identity(self) -> dict[str, str]:
-        return {"mask_model": sha256_file(str(model_path(self.segmenter.model)))}
 
     def find(self, frames: Sequence[np.ndarray], phrases: Phrases) -> list[Verdict]:
         """As `verdict.Finder`; only the first phrase is looked for.

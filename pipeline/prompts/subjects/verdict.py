@@ -24,6 +24,13 @@ class Reason(StrEnum):
     SEVERAL = "several subjects"
     UNCERTAIN = "mask uncertain"
     NOT_FIRST = "the largest cut-out is not clearly the first thing that the caption names"
+    # of what is grounded
+    NO_BOX = "the detector finds no such thing"
+    AMBIGUOUS = "the detector finds several such things"
+    SAME_BOX = "the box is another phrase's"
+    NO_MASK = "the segmenter is not sure of the thing in the box"
+    UNLIKE = "the cut-out is too unlike its phrase"
+    # of both
     TOO_SMALL = "subject too small"
     TOO_LARGE = "subject too large"
     CUT_OFF = "subject cut off"
@@ -76,11 +83,6 @@ Verdict = Found | Rejected
 
 class Finder(Protocol):
     """Looks for a caption's subjects in frames of its clip."""
-
-    @property
-    def identity(self) -> dict[str, str]:
-        """What the verdicts depend on besides the config: name -> hash of weights."""
-        ...
 
     def find(self, frames: Sequence[np.ndarray], phrases: Phrases) -> list[Verdict]:
         """At least one verdict for each of `phrases.subjects`, frame by frame.

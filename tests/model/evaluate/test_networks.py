@@ -15,6 +15,7 @@ from infra.storage import write_bytes
 from model.evaluate.extract import Extractor, FeatureCache
 from model.evaluate.networks import NETWORKS, Motion, Network, NetworkConfig, opener, resize, squeeze
 from model.evaluate.subject import SubjectNetwork, alone, square
+from tests.infra import tiny_grounders
 
 CPU = torch.device("cpu")
 
@@ -190,56 +191,12 @@ def test_dino_gives_class_tokens_of_frames_and_pictures_alike(tiny_dino: str) ->
     )
 
 
-WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", ".", "?", "a", "dog", "cat", "red", "square"]
-
-
 @pytest.fixture(scope="session")
 def tiny_finders(tmp_path_factory) -> tuple[str, str]:
     """A random GroundingDINO and a random SAM, sure of whatever it cuts out."""
-    from transformers import (
-        BertConfig,
-        BertTokenizer,
-        GroundingDinoConfig,
-        GroundingDinoForObjectDetection,
-        GroundingDinoImageProcessor,
-        GroundingDinoProcessor,
-        SamConfig,
-        SamImageProcessor,
-        SamModel,
-        SamProcessor,
-        SwinConfig,
-    )
-
-    torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("finders")
-    detector, segmenter = str(folder / "detector"), str(folder / "segmenter")
-    layers: dict[str, Any] = {"depths": [1] * 4, "num_heads": [1] * 4, "window_size": 4}
-    layers["out_features"] = ["stage2", "stage3", "stage4"]
-    swin = SwinConfig(image_size=64, embed_dim=8, **layers)
-    text: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    bert = BertConfig(vocab_size=len(WORDS), intermediate_size=16, max_position_embeddings=64, **text)
-    sizes: dict[str, Any] = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 2, "num_queries": 10}
-    sizes |= {f"{part}_{what}": n for part in ("encoder", "decoder") for what, n in
-              (("ffn_dim", 16), ("attention_heads", 2))}  # fmt: skip
-    found = GroundingDinoConfig(backbone_config=swin, text_config=bert, max_text_len=32, **sizes)
-    GroundingDinoForObjectDetection(found).save_pretrained(detector)
-    pictures = GroundingDinoImageProcessor(size={"shortest_edge": 64, "longest_edge": 96})
-    tokenizer = BertTokenizer(vocab={word: n for n, word in enumerate(WORDS)})
-    GroundingDinoProcessor(pictures, tokenizer).save_pretrained(detector)
-    vision: dict[str, Any] = {"hidden_size": 16, "output_channels": 16, "num_hidden_layers": 1}
-    vision |= {"num_attention_heads": 2, "image_size": 64, "mlp_dim": 16, "num_pos_feats": 8, "window_size": 2}
-    prompts = {"hidden_size": 16, "image_size": 64, "mask_input_channels": 4}
-    decoder = {"hidden_size": 16, "mlp_dim": 16, "num_attention_heads": 2, "iou_head_hidden_dim": 16}
-    sam = SamModel(SamConfig(vision_config=vision, prompt_encoder_config=prompts, mask_decoder_config=decoder))
-    sam.mask_decoder.iou_prediction_head.proj_out.bias.data += 0.95
-    sam.save_pretrained(segmenter)
-    small, smaller = {"height": 64, "width": 64}, {"height": 16, "width": 16}
-    SamProcessor(
-        SamImageProcessor(
-            size={"longest_edge": 64}, pad_size=small, mask_size={"longest_edge": 16}, mask_pad_size=smaller
-        )
-    ).save_pretrained(segmenter)
-    return detector, segmenter
+    detector = tiny_grounders.save("grounding_dino", folder / "detector")
+    return detector, tiny_grounders.save("sam", folder / "segmenter")
 
 
 def test_subjects_are_found_by_their_words(

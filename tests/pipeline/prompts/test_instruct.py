@@ -1,6 +1,7 @@
 """Laws of the instructions: every draw accounted for, words replaced in place, the same bytes always."""
 
 import io
+import shutil
 from collections import Counter
 from fractions import Fraction
 from pathlib import Path
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
 from infra.certificate import Certificate, read_certificate, write_certificate
+from infra.clip import ClipConfig
 from infra.cluster import RayConfig
 from infra.errors import ConfigError, TooManyFailuresError
 from pipeline.job import output_hash
@@ -22,10 +24,11 @@ from pipeline.journal import JournalWriter
 from pipeline.prompts.instruct import InstructConfig, InstructWorker, check, input_hashes, plan_units, run
 from pipeline.prompts.subjects.cutout import Picture
 from pipeline.prompts.subjects.entities import find_entities
-from pipeline.prompts.subjects.finder import SubjectConfig
+from pipeline.prompts.subjects.finder import FinderConfig, SubjectConfig
 from pipeline.prompts.tasks import RECIPES, Draw, Made, Recipe, draw_tasks, replace_words, text
 from pipeline.schema import PROMPTS, REJECTED, Role, Task, content_id
 from pipeline.shards import ShardSet, shard_name, write_meta, write_shard
+from tests.infra import tiny_grounders
 
 
 def draw_frame(number: int, height: int = 180, width: int = 320) -> np.ndarray:
@@ -247,6 +250,27 @@ def test_text_and_replaced_words_joined_are_the_caption(tail: str, count: int):
     segments = replace_words(caption, pictures)
     assert "".join(segment["text"] for segment in segments) == caption
     assert sum(segment["type"] == "image" for segment in segments) == len(pictures)
+
+
+@pytest.mark.ray
+def test_grounded_subjects_are_of_the_networks_weights_wherever_they_lie(
+    prompts: str, ray_cluster: None, tmp_path: Path
+):
+    """A random detector: nothing is found for sure, each phrase says why, and other weights are another job."""
+    places = [tiny_grounders.save("sam3", tmp_path / name) for name in ("one", "two")]
+    out, clip = tmp_path / "out", ClipConfig(name="offline")
+
+    def of(place: str) -> InstructConfig:
+        finder = FinderConfig(kind="grounded", detector=place)
+        return config(prompts, out, tasks=("subject_driven",), subjects=SubjectConfig(finder=finder, clip=clip))
+
+    made = run(of(places[0]))
+    assert made.num_in == 7 and sum(made.facts["reasons"].values()) == 7 - made.num_out > 0
+    shutil.rmtree(places[0])
+    assert run(of(places[1])).content_hash() == made.content_hash()
+    (Path(places[1]) / "model.safetensors").write_bytes(b"other weights")
+    with pytest.raises(ConfigError, match=r"holds the output of another instruct run .*detector"):
+        run(of(places[1]))
 
 
 def test_relative_paths_are_the_same_place_for_every_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
