@@ -244,13 +244,37 @@ def _stage2(config: Any) -> str:
     return f"vimi-train stage1 {{c.prompts}} --out {STAGE1} {recipe}\n{finetune}"
 
 
+def _instruct(config: Any) -> str:
+    return f"vimi-data instruct {{c.prompts}} --crops {{c.out}} --pairs mixed --out {unused('instructions')}"
+
+
+@command(app, Job("pipeline.prompts.subjects.job:CropsConfig", then=_instruct))
+def subjects(
+    prompts: Prompts = None,
+    out: Out = None,
+    clip: Annotated[
+        str | None,
+        typer.Option("--clip", help="The CLIP that judges cut-outs: open_clip model name, or `offline`."),
+    ] = None,
+) -> Fields:
+    """Cut out what captions name, once, as a table of crops: each phrase in each frame with its fate."""
+    return {"prompts": prompts, "out": out, "subjects.clip.name": clip}
+
+
 INSTRUCT = Job("pipeline.prompts.instruct:InstructConfig", then=_stage2)
 
 
 @command(app, INSTRUCT)
-def instruct(prompts: Prompts = None, out: Out = None) -> Fields:
+def instruct(
+    prompts: Prompts = None,
+    out: Out = None,
+    crops: Annotated[str | None, typer.Option(help="Folder that `vimi-data subjects` made.")] = None,
+    pairs: Annotated[
+        str | None, typer.Option(help="Where pictures of words come from: in_pair, cross_clip or mixed.")
+    ] = None,
+) -> Fields:
     """Make the instruction tasks of stage 2, each with the pictures that it needs."""
-    return {"prompts": prompts, "out": out}
+    return {"prompts": prompts, "out": out, "crops": crops, "pairs": pairs}
 
 
 ENCODE = Job("cli.encode:EncodeConfig")

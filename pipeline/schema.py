@@ -3,6 +3,8 @@
     CLIPS    what crawl makes      one row per clip or picture, good or bad
     MEMORY   what build-index makes one row per document (LanceDB)
     PROMPTS  what augment and instruct make: one schema for both stages, one row per training clip
+    CROPS    what subjects makes   one row per phrase and frame, found or not, with its cut-out
+    PAIRS    beside instructions   one row per cut-out of a clip and of another place that were compared
 
 Ids are content hashes: the same content has the same id on every machine, in any order.
 """
@@ -320,6 +322,46 @@ ENCODINGS = pa.schema(
     metadata={"table": "encodings", "schema_version": str(SCHEMA_VERSION)},
 )
 
+CROPS = pa.schema(
+    [
+        _field("crop_id", pa.string(), "content hash of clip, document, place in the caption and frame", False),
+        _field("clip_id", pa.string(), "the clip that it was cut out of, or whose document it is from", False),
+        _field("doc_id", pa.string(), "document of the memory that it was cut out of; null: the clip itself"),
+        _field("clip_source", pa.string(), "what the clips of one parent share: its hash, or its URI", False),
+        _field("source_uri", pa.string(), "parent of the clip or document"),
+        _field("source_sha256", pa.string(), "hash of the parent"),
+        _field("start_s", pa.float64(), "start of the clip or document in its parent, seconds"),
+        _field("end_s", pa.float64(), "end of the clip or document in its parent, seconds"),
+        _field("frac", pa.float64(), "where in the clip its frame lies, 0..1"),
+        _field("phrase", pa.string(), "the words that it stands for; null: the caption names nothing usable"),
+        _field("head", pa.string(), "their noun"),
+        _field("start", pa.int32(), "place of the phrase in the caption, characters"),
+        _field("end", pa.int32(), "its end, exclusive"),
+        _field("nature", pa.string(), "living, product, place or other"),
+        _field("box", pa.list_(pa.int32()), "left, top, right, bottom in the frame, pixels"),
+        _field("mask", pa.binary(), "PNG of its alpha in the box; null for places"),
+        _field("image", pa.binary(), "JPEG: the thing on white, the place without the things"),
+        _field("vector", pa.list_(pa.float32()), "CLIP's unit vector of the picture; null without CLIP"),
+        _field("score", pa.float32(), "how sure the finder was, 0..1"),
+        _field("status", pa.string(), "a Status", False),
+        _field("error", pa.string(), "why, if not ok"),
+    ],
+    metadata={"table": "crops", "schema_version": str(SCHEMA_VERSION)},
+)
+
+PAIRS = pa.schema(
+    [
+        _field("clip_id", pa.string(), "the target clip", False),
+        _field("phrase", pa.string(), "the words that the picture stands for", False),
+        _field("nature", pa.string(), "living, product, place or other", False),
+        _field("target_crop", pa.string(), "crop_id of the clip's own cut-out", False),
+        _field("reference_crop", pa.string(), "crop_id of the other one", False),
+        _field("similarity", pa.float32(), "cosine of their CLIP vectors", False),
+        _field("fate", pa.string(), "used, spare, near_duplicate or too_unlike", False),
+    ],
+    metadata={"table": "pairs", "schema_version": str(SCHEMA_VERSION)},
+)
+
 REJECTED = pa.schema(
     [
         _field("row_id", pa.string(), "clip_id or doc_id of the row", False),
@@ -348,6 +390,10 @@ def clip_id(source: str, start_s: float, end_s: float, caption: str | None) -> s
 
 def doc_id(source: str, start_s: float, end_s: float, text: str) -> str:
     return content_id("doc", source, round(start_s * 1000), round(end_s * 1000), text)
+
+
+def crop_id(clip: str, document: str | None, start: int | None, frac: float | None) -> str:
+    return content_id("crop", clip, document, start, frac)
 
 
 def prompt_id(task: str, clip: str, config_hash: str) -> str:

@@ -10,7 +10,7 @@ the text segments and the words behind the pictures, joined, are the caption.
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -18,12 +18,29 @@ from PIL import Image
 
 from infra.pictures import fit_inside
 from pipeline.media.clip import first_frame, read_frames
+from pipeline.prompts.subjects.crops import as_picture, own_pictures
 from pipeline.prompts.subjects.cutout import Picture, encode
 from pipeline.prompts.subjects.finder import FRAME_FRACS, SIDE_PX, SubjectFinder
+from pipeline.prompts.subjects.pairs import Bounds, Compared, Pairs, cross_references
 from pipeline.schema import TASKS, Media, Role, RowError, Status, Task
 
 Row = dict[str, Any]
 Segment = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which of the crops stand for a clip's words; the fields are those of `InstructConfig`."""
+
+    crops: list[Row]
+    """Of all clips of the source video, and of the documents that were retrieved for them."""
+    max_subjects: int
+    background_prob: float
+    pairs: Pairs
+    bounds: Bounds
+    references: int
+    compared: list[Compared] = field(default_factory=list)
+    """What was compared for cross-pairs is added here."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +54,8 @@ class Draw:
     finder: SubjectFinder
     """Finds pictures that stand for words; loads its networks at the first use."""
     seed: int
+    choice: Choice | None = None
+    """None = there is no table of crops: cut-outs are made here, of the clip itself."""
 
     @property
     def caption(self) -> str:
@@ -59,12 +78,49 @@ class Recipe:
 
 def subject_driven(draw: Draw) -> Made:
     """The caption with its subjects, and perhaps its place, shown instead of named."""
+    if draw.choice is not None:
+        return _from_crops(draw, draw.choice)
     found = read_frames(draw.row, FRAME_FRACS, local_uri=draw.local_uri)
     random = generator(draw.seed, draw.row["clip_id"], "subject")
     pictures = draw.finder.find(draw.caption, list(found.frames), random)
     if isinstance(pictures, str):
         raise RowError(Status.FILTERED_NO_SUBJECT, pictures)
     return replace_words(draw.caption, pictures), _frame_flags(found.from_target)
+
+
+def _from_crops(draw: Draw, choice: Choice) -> Made:
+    """The same out of the table of crops; there the references may be of another place."""
+    random = generator(draw.seed, draw.row["clip_id"], "subject")
+    random.permutation(len(FRAME_FRACS))  # the order of frames, as it was drawn for the table
+    with_place = random.random() < choice.background_prob
+    own = [crop for crop in choice.crops if crop["clip_id"] == draw.row["clip_id"] and crop["doc_id"] is None]
+    targets = own_pictures(own, at_most=choice.max_subjects)
+    if not targets:
+        reasons = [(Status(crop["status"]), crop["error"]) for crop in own] or [(Status.BAD_ROW, "no crops")]
+        raise RowError(*max(reasons, key=reasons.count))
+    pictures: list[Picture] = []
+    for target in targets:
+        references = _references(choice, target, own)
+        count = 1 + int(random.integers(min(choice.references, len(references)))) if references else 0
+        pictures += [as_picture(target, draw.caption, Role.SUBJECT, crop) for crop in references[:count]]
+    if not pictures:
+        raise RowError(Status.FILTERED_NO_SUBJECT, "no other clip shows it, like enough and unlike enough")
+    place = next((c for c in own if c["nature"] == "place" and c["frac"] == targets[0]["frac"]), None)
+    if with_place and place is not None:
+        pictures.append(as_picture(place, draw.caption, Role.BACKGROUND, place))
+    return replace_words(draw.caption, pictures), []
+
+
+def _references(choice: Choice, target: Row, own: list[Row]) -> list[Row]:
+    """The crops that may stand for `target`, best first."""
+    if choice.pairs != "in_pair":
+        compared = cross_references(target, choice.crops, choice.bounds, at_most=choice.references)
+        choice.compared.extend(compared)
+        found = [pair.reference for pair in compared if pair.fate == "used"]
+        if found or choice.pairs == "cross_clip":
+            return found
+    others = [crop for crop in own if crop["start"] == target["start"] and crop["status"] == Status.OK]
+    return [target, *(crop for crop in others if crop["crop_id"] != target["crop_id"])]
 
 
 def video_prediction(draw: Draw) -> Made:
@@ -94,11 +150,17 @@ RECIPES: dict[str, Recipe] = {
 
 
 def replace_words(caption: str, pictures: Sequence[Picture]) -> list[Segment]:
-    """The caption with words replaced by pictures; the pictures' entities don't overlap."""
+    """The caption with words replaced by pictures; the pictures' entities don't overlap.
+
+    Further pictures of one entity follow its first and carry no word: without its pictures it is said once.
+    """
     segments = []
     place = 0
     for picture in sorted(pictures, key=lambda p: p.entity.start):
         entity = picture.entity
+        if entity.end <= place:
+            segments.append(image(picture.image, picture.role))
+            continue
         if entity.start > place:
             segments.append(text(caption[place : entity.start], Role.CAPTION))
         segments.append(image(picture.image, picture.role, entity.text))

@@ -70,6 +70,9 @@ def test_every_next_command_of_the_data_side_runs_as_printed(
     (stage1,) = shell.next_of("vimi-data augment")
     assert "--config" in stage1 and "num_frames=4" in stage1
     assert "num_frames: 4\n" in shell(stage1, dry=True)
+    shell("vimi-data subjects prompts --out 'the crops'")
+    (instruct,) = shell.next_of("vimi-data subjects")
+    assert "the crops" in shell(instruct, dry=True)
     shell("vimi-data encode prompts --out 'the encodings' --for " + stage1.partition("--config ")[2])
     (encoded,) = shell.next_of("vimi-data encode")
     assert "the encodings" in " ".join(shell(encoded, dry=True).split())
@@ -143,7 +146,7 @@ def test_every_command_that_proposes_others_is_tested_here() -> None:
         for command in app.registered_commands
         if any(job.then for job in getattr(command.callback, "jobs", ()))
     }
-    data_side = {"world", "crawl", "redrive", "build-index", "augment", "instruct"}
+    data_side = {"world", "crawl", "redrive", "build-index", "augment", "subjects", "instruct"}
     assert proposing == data_side | {"stage1", "stage2", "evaluate"}
 
 

@@ -8,6 +8,7 @@ Alchemist (2501.06187) hold: the entity's words are a substring of the caption, 
 subject.
 """
 
+import itertools
 import re
 from dataclasses import dataclass
 from typing import Literal
@@ -98,6 +99,12 @@ def named_together(caption: str, entities: list[Entity]) -> bool:
     return "and" in between and len(between) <= 2
 
 
+def somebody_acts(caption: str, until: int) -> bool:
+    """Does somebody without a name act before the first thing is named ("someone is driving the truck")?"""
+    words = [m[0].lower() for m in TOKEN.finditer(caption[:until])]
+    return not lexicon.NOBODY.isdisjoint(words) or ("some", "one") in itertools.pairwise(words)
+
+
 def is_request(caption: str) -> bool:
     """Does the caption ask for something to be done ("Put the pen in the bowl")? Who does it is not named."""
     words = [m[0].lower() for m in TOKEN.finditer(caption)][:2]
@@ -150,8 +157,7 @@ def _end(tokens: list[_Token], begin: int, opener: str) -> int:
 
 def _belongs(tokens: list[_Token], begin: int, place: int, opener: str) -> bool:
     word = tokens[place].word
-    counted = lexicon.PLURAL_COUNTS - (set() if place > begin else lexicon.COUNTED)
-    if not word[0].isalnum() or word in lexicon.STOPS or word in counted:
+    if not word[0].isalnum() or word in lexicon.STOPS or word in lexicon.PLURAL_COUNTS - lexicon.COUNTED:
         return False
     before = [t.word for t in tokens[begin:place] if t.word != "and"]
     if all(_modifies(w) for w in before):
@@ -162,7 +168,8 @@ def _belongs(tokens: list[_Token], begin: int, place: int, opener: str) -> bool:
         return False  # "the man | rides", "a man | explain"
     if word.endswith("ly") and word not in lexicon.NOUNS_LY:
         return False  # "a cup | slightly"
-    if opener in lexicon.SINGULAR_DETERMINERS and _plural(word) and word not in lexicon.NOUNS_S:
+    is_verb = _plural(word) and word not in lexicon.NOUNS_S | lexicon.COUNTED
+    if opener in lexicon.SINGULAR_DETERMINERS and is_verb:
         return False  # after "a" the noun is singular, so this is a verb: "a boxer | punches"
     return word not in lexicon.ADJECTIVES or word in lexicon.PLACES
 
@@ -204,6 +211,8 @@ def _entity(caption: str, tokens: list[_Token], begin: int, end: int, opener: st
     followed_by = tokens[end].word if end < len(tokens) else ""
     if followed_by == "of" and head in lexicon.PLACES:
         return None  # "the floor of ...", "a body of water": the place comes after `of`
+    if followed_by == "of" and head in lexicon.CONTAINERS:
+        return None  # "a pot of soup": is it the pot that is seen, or the soup?
     if followed_by == "s":
         return None  # "a lady s face": the possessor, as transcribed captions spell it
     if _does_something_to(tokens, end) and head not in lexicon.BARE_NOUNS:

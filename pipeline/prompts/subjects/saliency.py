@@ -19,7 +19,7 @@ from PIL import Image
 
 from infra.clip import OFFLINE, Clip
 from pipeline.prompts.subjects import cutout
-from pipeline.prompts.subjects.entities import Entity, is_request
+from pipeline.prompts.subjects.entities import Entity, is_request, somebody_acts
 from pipeline.prompts.subjects.faces import Box, find_faces
 from pipeline.prompts.subjects.mask import Segmenter, SubjectMask, find_subjects
 from pipeline.prompts.subjects.verdict import Found, Phrases, Reason, Rejected, Verdict
@@ -35,12 +35,12 @@ SIDE_PX = 336
 MIN_CERTAINTY, MAX_UNSURE = 0.90, 0.35
 """Least mean saliency inside the mask; most pixels of the frame that are neither in nor out (0.2 to 0.8), as a
 share of the mask. Ours, on labelled cut-outs."""
-MIN_SIMILARITY = {OFFLINE: 0.38}
+MIN_SIMILARITY = {OFFLINE: 0.4}
 """Least cosine of a thing's cut-out and its phrase, for each CLIP by name. Ours, on labelled cut-outs."""
 OTHER_CLIPS = 0.24
 """The same of a contrastive CLIP, whose cosines are smaller: about where ViT-B/32 has true pairs (LAION kept
 0.28 and more). Ours."""
-MAX_FACE_FRAC, MIN_FACE_FRAC = 0.6, 0.09
+MAX_FACE_FRAC, MIN_FACE_FRAC = 0.6, 0.1
 """A face lies in the upper part of the cut-out; its least side, as a share of the cut-out's longer. Ours."""
 PARTS = ("car wheel", "tire", "hand", "finger", "hair", "text on a screen", "logo")
 """What a cut-out often shows in place of the whole."""
@@ -112,7 +112,8 @@ def unclear(phrases: Phrases) -> Reason | None:
     """Why the caption leaves open what a single mask shows; None = it is clear."""
     named = [entity for entity in phrases.entities if entity.kind == "subject"]
     first = phrases.subjects[0]
-    if named[0] is not first or is_request(phrases.caption):
+    caption = phrases.caption
+    if named[0] is not first or is_request(caption) or somebody_acts(caption, first.start):
         return Reason.NO_SUBJECT  # "two butterflies on a red flower", "Put the pen in the bowl"
     if phrases.named_together:
         return Reason.TOGETHER

@@ -21,7 +21,8 @@ from infra.cluster import RayConfig
 from infra.errors import ConfigError, TooManyFailuresError
 from pipeline.job import output_hash
 from pipeline.journal import JournalWriter
-from pipeline.prompts.instruct import InstructConfig, InstructWorker, check, input_hashes, plan_units, run
+from pipeline.prompts.inputs import plan_units
+from pipeline.prompts.instruct import InstructConfig, InstructWorker, check, input_hashes, run
 from pipeline.prompts.subjects.cutout import Picture
 from pipeline.prompts.subjects.entities import find_entities
 from pipeline.prompts.subjects.finder import FinderConfig, SubjectConfig
@@ -208,7 +209,7 @@ def test_same_bytes_for_any_workers_and_after_a_stop(
 ):
     stopped = tmp_path / "stopped"
     wanted = config(prompts, stopped, num_workers=1)
-    units = list(plan_units(wanted, ShardSet(prompts)))
+    units = list(plan_units(ShardSet(prompts), None, wanted.unit_rows))
     inputs = input_hashes(wanted, ShardSet(prompts))
     worker = InstructWorker(wanted, output_hash(wanted, inputs), RECIPES)
     journal = JournalWriter(f"{stopped}/journal", "before")

@@ -248,7 +248,7 @@ def test_what_stands_out_is_called_what_the_caption_speaks_of_first_or_nothing(m
     with Image.open(locate("scikit-image", "skimage/data/coffee.png")) as picture:
         frame = np.asarray(picture.convert("RGB"))
     finder = SubjectFinder(SubjectConfig(clip=ClipConfig(name="offline"), background_prob=0.0))
-    found = finder.find("A red cup of coffee stands on a table.", [frame], np.random.default_rng(5))
+    found = finder.find("A red cup stands on a table.", [frame], np.random.default_rng(5))
     assert not isinstance(found, str)
     assert [picture.entity.text for picture in found] == ["red cup"]
     refused = finder.find("A man drinks from a red cup.", [frame], np.random.default_rng(5))
@@ -266,6 +266,7 @@ def test_what_stands_out_is_called_what_the_caption_speaks_of_first_or_nothing(m
         ("Move the cup slightly to the left", "cup"),
         ("a chocolate covered donut lies on a plate", "chocolate covered donut"),
         ("a woman fried shrimp", "woman"),
+        ("a pot of soup stands on a stove", "stove"),
     ],
 )
 def test_the_head_of_a_phrase_is_the_thing_and_not_what_it_does(caption: str, first: str):
@@ -279,6 +280,7 @@ def test_the_head_of_a_phrase_is_the_thing_and_not_what_it_does(caption: str, fi
         ("A group of people are riding on the back of a white donkey.", Reason.NO_SUBJECT),
         ("There are workers on a conveyor belt.", Reason.NO_SUBJECT),
         ("Put the pen in the bowl", Reason.NO_SUBJECT),
+        ("some one driving the truck very slowly on the road", Reason.NO_SUBJECT),
         ("A man and a woman walk.", Reason.TOGETHER),
         ("A dog is playing with another dog.", Reason.TOGETHER),
         ("A person is holding a dog.", Reason.TOGETHER),

@@ -1,0 +1,105 @@
+"""Cross-pairs: the picture that stands for a word is cut out of another place than the target itself.
+
+A reference that is cut out of its own target teaches copying. A living thing is taken from another clip of the
+same source video, whose span is disjoint, for elsewhere it would be another one. Other things may also come
+from the documents that were retrieved for the clip, which the guard has cleared of its own video. The CLIP
+vectors of the two lie between two bounds (Phantom-Data; it prints neither): below, it is likely another thing;
+above, the two are all but one picture, and copying is what they would teach.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from pipeline.schema import Status
+
+Row = dict[str, Any]
+Pairs = Literal["in_pair", "cross_clip", "mixed"]
+BINS = 20
+"""Of the histogram of similarities, from 0 to 1."""
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """Least and greatest similarity of a pair."""
+
+    same_source: tuple[float, float]
+    memory: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A cut-out of the target and one of another place."""
+
+    target: Row
+    reference: Row
+    similarity: float
+    fate: str
+    """used, spare, near_duplicate or too_unlike."""
+
+    def row(self) -> Row:
+        """As a row of `schema.PAIRS`."""
+        return {
+            "clip_id": self.target["clip_id"],
+            "phrase": self.target["phrase"],
+            "nature": self.target["nature"],
+            "target_crop": self.target["crop_id"],
+            "reference_crop": self.reference["crop_id"],
+            "similarity": self.similarity,
+            "fate": self.fate,
+        }
+
+
+def cross_references(target: Row, bank: Sequence[Row], bounds: Bounds, *, at_most: int) -> list[Compared]:
+    """Everything that `target` was compared with, most similar first; `at_most` of them are used.
+
+    `bank` holds the crops of the same source video and of the target's own documents.
+    """
+    compared = []
+    for crop in bank:
+        if not is_candidate(target, crop):
+            continue
+        similarity = float(np.dot(np.asarray(target["vector"]), np.asarray(crop["vector"])))
+        low, high = bounds.memory if crop["doc_id"] else bounds.same_source
+        fate = "near_duplicate" if similarity > high else "too_unlike" if similarity < low else "spare"
+        compared.append(Compared(target, crop, similarity, fate))
+    compared.sort(key=lambda pair: (-pair.similarity, pair.reference["crop_id"]))
+    chosen = [pair for pair in compared if pair.fate == "spare"][:at_most]
+    return [
+        Compared(pair.target, pair.reference, pair.similarity, "used") if pair in chosen else pair
+        for pair in compared
+    ]
+
+
+def is_candidate(target: Row, crop: Row) -> bool:
+    """May `crop` show the same thing, and from elsewhere?"""
+    if crop["status"] != Status.OK or crop["vector"] is None or target["vector"] is None:
+        return False
+    if crop["head"] != target["head"] or crop["nature"] == "place":
+        return False
+    if crop["doc_id"] is not None:
+        return crop["clip_id"] == target["clip_id"] and target["nature"] != "living"
+    same = crop["clip_source"] == target["clip_source"] and crop["clip_id"] != target["clip_id"]
+    return same and disjoint(target, crop)
+
+
+def disjoint(one: Row, other: Row) -> bool:
+    """Do the spans of two clips of one source share no moment?"""
+    if one["end_s"] is None or other["end_s"] is None:
+        return False
+    return one["end_s"] <= (other["start_s"] or 0.0) or other["end_s"] <= (one["start_s"] or 0.0)
+
+
+def histogram(similarities: Sequence[float]) -> list[int]:
+    """Counts in `BINS` equal bins of [0, 1]; below 0 counts as 0."""
+    counts, _ = np.histogram(np.clip(similarities, 0, 1), bins=BINS, range=(0, 1))
+    return [int(count) for count in counts]
+
+
+def draw_histogram(counts: Sequence[int]) -> str:
+    """One character a bin: for the terminal."""
+    blocks = " ▁▂▃▄▅▆▇█"
+    top = max(max(counts, default=0), 1)
+    return "".join(blocks[-(-count * (len(blocks) - 1) // top)] for count in counts)

@@ -1,0 +1,237 @@
+"""Laws of the table of crops and of cross-pairs: each row with its fate, no reference out of its own clip."""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from infra.certificate import Certificate, read_certificate, write_certificate
+from infra.cluster import RayConfig
+from infra.errors import ConfigError
+from pipeline.journal import JournalWriter
+from pipeline.prompts.inputs import plan_units
+from pipeline.prompts.instruct import InstructConfig, check, run
+from pipeline.prompts.subjects import job
+from pipeline.prompts.subjects.finder import SubjectConfig
+from pipeline.prompts.subjects.job import CropsConfig, CropsWorker
+from pipeline.prompts.subjects.pairs import Bounds, cross_references, disjoint, histogram
+from pipeline.schema import CROPS, Role, Task, crop_id
+from pipeline.shards import ShardSet, shard_name, write_shard
+from tests.pipeline.prompts.test_instruct import ball as ball
+from tests.pipeline.prompts.test_instruct import draw_frame, jpeg, prompt, read_rows, save_prompts
+from tests.pipeline.prompts.test_instruct import prompts as prompts
+
+SUBJECTS = SubjectConfig(clip=None, background_prob=1.0)
+RAY = RayConfig(num_cpus=2)
+
+
+def read_table(out: Path) -> list[dict[str, Any]]:
+    return [row for part in sorted(out.glob("part-*.parquet")) for row in pq.read_table(part).to_pylist()]
+
+
+def folder_bytes(out: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(out.glob("*.parquet"))}
+
+
+@pytest.fixture(scope="module")
+def crops(prompts: str, ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("crops") / "whole"
+    job.run(CropsConfig(prompts=prompts, out=str(out), subjects=SUBJECTS, unit_rows=2, num_workers=2, ray=RAY))
+    return out
+
+
+@pytest.mark.ray
+def test_every_clip_has_a_row_that_says_what_became_of_its_words(crops: Path, prompts: str):
+    rows = read_table(crops)
+    certificate = read_certificate(crops, job="subjects")
+    assert certificate is not None and certificate.num_in == len(rows)
+    assert certificate.num_out == sum(row["status"] == "ok" for row in rows)
+    shards = ShardSet(prompts)
+    clips = [
+        i for g in range(len(shards)) for i in shards.read_row_group(g, ["clip_id"])["clip_id"].to_pylist()
+    ]
+    assert {row["clip_id"] for row in rows} == set(clips)
+    assert len({row["crop_id"] for row in rows}) == len(rows)
+    for row in rows:
+        assert (row["status"] == "ok") == (row["image"] is not None) == (row["error"] is None)
+    assert certificate.dead == {"not_found": 1}
+    assert {row["nature"] for row in rows if row["status"] == "ok"} == {"product", "place"}
+    assert pq.read_schema(crops / shard_name(0)).equals(CROPS)
+
+
+@pytest.mark.ray
+def test_same_bytes_for_any_workers_and_after_a_stop(
+    crops: Path, prompts: str, ray_cluster: None, tmp_path: Path
+):
+    wanted = CropsConfig(
+        prompts=prompts, out=str(tmp_path / "out"), subjects=SUBJECTS, unit_rows=2, num_workers=1, ray=RAY
+    )
+    unit = list(plan_units(ShardSet(prompts), None, 2))[1]
+    journal = JournalWriter(f"{wanted.out}/journal", "before")
+    journal.append(unit.id, CropsWorker(wanted)(unit.payload))
+    journal.close()
+    (tmp_path / "out" / shard_name(0)).write_bytes(b"half a shard")
+    job.run(wanted)
+    assert folder_bytes(tmp_path / "out") == folder_bytes(crops)
+
+
+@pytest.mark.ray
+def test_instructions_out_of_the_table_are_those_that_are_made_without_it(
+    crops: Path, prompts: str, ray_cluster: None, tmp_path: Path
+):
+    shown = []
+    for name, table in [("with", str(crops)), ("without", None)]:
+        out = tmp_path / name
+        config = InstructConfig(
+            prompts=prompts, out=str(out), subjects=SUBJECTS, crops=table, references=1, ray=RAY
+        )
+        run(config.model_copy(update={"tasks": (Task.SUBJECT_DRIVEN,)}))
+        shown.append({row["clip_id"]: row["segments"] for row in read_rows(out) if not row["flags"]})
+    assert shown[0] == shown[1] and len(shown[0]) >= 3
+
+
+def crop(clip: str, span: tuple[float, float], vector: list[float], **values: Any) -> dict[str, Any]:
+    """A row of CROPS; `vector` is made a unit one."""
+    unit = np.asarray(vector, np.float64) / np.linalg.norm(vector)
+    place = {"frac": 0.5, "phrase": "red dog", "head": "dog", "start": 2, "end": 9, "nature": "living"}
+    row = {
+        **dict.fromkeys(CROPS.names),
+        **place,
+        "clip_id": clip,
+        "clip_source": "film",
+        "source_uri": "film.mp4",
+        "start_s": span[0],
+        "end_s": span[1],
+        "image": jpeg(draw_frame(int(span[0]))),
+        "vector": unit.tolist(),
+        "score": 1.0,
+        "status": "ok",
+        **values,
+    }
+    return row | {"crop_id": crop_id(clip, row["doc_id"], row["start"], row["frac"])}
+
+
+BOUNDS = Bounds((0.6, 0.97), (0.9, 0.97))
+
+
+def test_a_reference_is_like_enough_unlike_enough_and_from_elsewhere():
+    target = crop("a", (0, 2), [1, 0])
+    bank = [
+        target,
+        crop("b", (2, 4), [1, 0.5]),  # .89
+        crop("c", (1, 3), [1, 0.5]),  # overlaps
+        crop("d", (4, 6), [1, 0.01]),  # a copy
+        crop("e", (6, 8), [0, 1]),  # another dog
+        crop("f", (8, 9), [1, 0.5], clip_source="other film"),
+        crop("g", (8, 9), [1, 0.5], head="cat"),
+        crop("a", (0, 2), [1, 0.3], doc_id="doc"),  # .96, but it lives
+    ]
+    compared = cross_references(target, bank, BOUNDS, at_most=2)
+    fates = {pair.reference["clip_id"]: pair.fate for pair in compared}
+    assert fates == {"b": "used", "d": "near_duplicate", "e": "too_unlike"}
+    ball = crop("a", (0, 2), [1, 0], nature="product")
+    documents = [crop("a", (0, 0), [1, 0.3], nature="product", doc_id="doc")]
+    assert [pair.fate for pair in cross_references(ball, documents, BOUNDS, at_most=2)] == ["used"]
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 9), st.integers(1, 9), st.floats(-1, 1)), max_size=12), st.integers(1, 3)
+)
+def test_used_references_lie_between_the_bounds_and_share_no_moment(
+    others: list[tuple[int, int, float]], at_most: int
+):
+    target = crop("t", (3, 5), [1, 0])
+    bank = [crop(f"c{i}", (a, a + n), [1, y]) for i, (a, n, y) in enumerate(others)]
+    compared = cross_references(target, bank, BOUNDS, at_most=at_most)
+    used = [pair for pair in compared if pair.fate == "used"]
+    assert len(used) <= at_most
+    for pair in used:
+        assert 0.6 <= pair.similarity <= 0.97 and disjoint(target, pair.reference)
+    assert len(compared) == sum(disjoint(target, other) for other in bank)
+    assert sum(histogram([pair.similarity for pair in compared])) == len(compared)
+
+
+def save_crops(folder: Path, prompts: str, rows: list[dict[str, Any]]) -> str:
+    folder.mkdir(parents=True)
+    entry = write_shard(f"{folder}/{shard_name(0)}", rows, CROPS, row_group_rows=2)
+    inputs = {"prompts": ShardSet(prompts).certificate.content_hash()}
+    n = len(rows)
+    done = Certificate(job="subjects", config_hash="x", num_in=n, num_out=n, files=[entry], inputs=inputs)
+    write_certificate(str(folder), done)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def film(ball: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """Prompts of three clips of one film, and their crops: one dog twice, and a copy of the first."""
+    folder = tmp_path_factory.mktemp("film")
+    rows: list[dict[str, Any]] = [
+        prompt(i, ball, "A red dog is running") | {"start_s": 0.5 * i, "end_s": 0.5 * i + 0.5} for i in range(3)
+    ]
+    prompts = save_prompts(folder / "prompts", rows)
+    vectors = [[1, 0], [1, 0.5], [1, 0.01]]
+    spans = [(float(row["start_s"]), float(row["end_s"])) for row in rows]
+    crops = [
+        crop(str(row["clip_id"]), span, vector, clip_source=str(ball), image=jpeg(draw_frame(7 * n)))
+        for n, (row, span, vector) in enumerate(zip(rows, spans, vectors, strict=True))
+    ]
+    return prompts, save_crops(folder / "crops", prompts, crops)
+
+
+@pytest.mark.ray
+def test_a_cross_pair_shows_the_other_clip_and_the_page_can_tell_how_like_it_is(
+    film: tuple[str, str], ray_cluster: None, tmp_path: Path
+):
+    prompts, crops = film
+    tasks = (Task.SUBJECT_DRIVEN,)
+    config = InstructConfig(
+        prompts=prompts, out=str(tmp_path / "x"), crops=crops, pairs="cross_clip", tasks=tasks, ray=RAY
+    )
+    certificate = run(config)
+    pictures = {row["clip_id"]: row["image"] for row in read_table(Path(crops))}
+    pairs = pq.read_table(tmp_path / "x" / "pairs.parquet").to_pylist()
+    assert Counter(pair["fate"] for pair in pairs) == certificate.facts["pairs"]
+    assert certificate.facts["pairs"] == {"near_duplicate": 2, "used": 4}
+    for row in read_rows(tmp_path / "x"):
+        shown = [s["image"] for s in row["segments"] if s["role"] == Role.SUBJECT]
+        assert shown and pictures[row["clip_id"]] not in shown
+        assert "".join(s["text"] or "" for s in row["segments"][1:]) == row["caption"]
+
+
+@pytest.mark.ray
+def test_mixed_pairs_fall_back_on_the_clip_itself(film: tuple[str, str], ray_cluster: None, tmp_path: Path):
+    prompts, crops = film
+    certificate = run(
+        InstructConfig(
+            prompts=prompts,
+            out=str(tmp_path / "x"),
+            crops=crops,
+            pairs="mixed",
+            similarity=(0.999, 1.0),
+            tasks=(Task.SUBJECT_DRIVEN,),
+            ray=RAY,
+        )
+    )
+    pictures = {row["clip_id"]: row["image"] for row in read_table(Path(crops))}
+    assert certificate.num_out == 3
+    alone = [row for row in read_rows(tmp_path / "x") if row["start_s"] == 0.5]
+    assert [s["image"] for s in alone[0]["segments"] if s["role"] == Role.SUBJECT] == [
+        pictures[alone[0]["clip_id"]]
+    ]
+
+
+def test_cross_pairs_without_their_table_are_refused_with_the_command(
+    film: tuple[str, str], prompts: str, tmp_path: Path
+):
+    own, crops = film
+    with pytest.raises(ConfigError, match="vimi-data subjects"):
+        check(InstructConfig(prompts=own, out=str(tmp_path / "x"), pairs="cross_clip"))
+    with pytest.raises(ConfigError, match="other prompts"):
+        check(InstructConfig(prompts=prompts, out=str(tmp_path / "x"), crops=crops))
+    with pytest.raises(ConfigError, match="vimi-data subjects"):
+        check(InstructConfig(prompts=own, out=str(tmp_path / "x"), crops=str(tmp_path / "none")))
