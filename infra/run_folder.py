@@ -66,6 +66,16 @@ class RunFolder:
         return join(self.uri, "index.json")
 
     @property
+    def kept(self) -> str:
+        """In stage 2: which rows of stage 1 are watched."""
+        return join(self.uri, "kept.json")
+
+    @property
+    def kept_start(self) -> str:
+        """Their losses before the first step."""
+        return join(self.uri, "kept-start.json")
+
+    @property
     def progress(self) -> str:
         return join(self.uri, "progress.json")
 

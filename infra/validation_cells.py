@@ -28,6 +28,8 @@ shows: subjects, background, first frame, documents; without them their words ar
 """
 KEPT = "stage1 video"
 """What the cells of stage 1's rows are of, in a validation of stage 2."""
+SINCE_START = f"{VALIDATION}{KEPT} since the start"
+"""How much higher the loss of these rows is than before the first step; with ` error`, its standard error."""
 CELL = re.compile(
     r"(?P<of>.+?) (?:(?P<axis>\w+) (?P<loss>\w+)|(?P<gain>\w+) - (?P<best>\w+))"
     r"(?: q(?P<quantile>[\d.]+))?(?P<error> error)?"

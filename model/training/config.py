@@ -295,6 +295,9 @@ class Stage2Config(StageConfig):
     stage: ClassVar[str] = "stage2"
     start_from: Incidental[Location]
     """Run folder of stage 1, or one of its checkpoints."""
+    stage1_prompts: Incidental[Location | None] = None
+    """Stage 1's prompts: their text-to-video loss is watched with each validation, so that what stage 2 forgets
+    is seen. null = where stage 1 read them; where they are no more, that is said, and nothing is watched."""
     start_ema: str | None = None
     """EMA of it to start from (its name in the checkpoint, e.g. power-0.05); None = the weights."""
     tasks: dict[str, float] | None = Field(default_factory=lambda: {task.value: 1.0 for task in TASKS})

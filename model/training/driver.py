@@ -28,6 +28,7 @@ from infra.storage import delete, filesystem, is_remote
 from model.data.shards import Shards
 from model.training.checkpoint import last_line, read_facts
 from model.training.config import Stage1Config, Stage2Config, StageConfig, config_class
+from model.training.kept import Kept, prepare_kept
 from model.training.loop import NonFiniteError, Training
 from model.training.metrics import MetricsLog, RayGauges, draw_curves, open_trackers
 from model.training.preflight import check_workers, inspect, plan_text, prepare_index, read_index
@@ -70,6 +71,8 @@ def run(config: StageConfig) -> Certificate:
 def carry_out(config: StageConfig, shards: Shards, folder: RunFolder) -> None:
     """Train in a Ray session until all samples are seen."""
     prepare_index(config, shards)
+    if (why := prepare_kept(config)) is not None:
+        say(f"  note: what this run forgets of stage 1 is not watched: {why}")
     position = say_where_it_goes_on(folder, config.total_samples)
     with (
         ray_session(config.ray, KEEP_MEMORY),
@@ -161,6 +164,8 @@ def learn(
         training.rehearse()
     if training.position:
         looks.look()  # a kill may have come between the checkpoint and the look at it
+    else:
+        looks.begin()
     while training.position < config.total_samples and not signals.leave:
         result = training.step()
         reporter.note(result)
@@ -190,7 +195,18 @@ class Looks:
     def __init__(self, training: Training, index: pa.Table, reporter: Reporter, signals: StopSignals) -> None:
         self.training, self.reporter, self.signals = training, reporter, signals
         self.validation, self.preview = Validation(training, index), Preview(training, index)
-        self.scores = VideoScores(training, index)
+        self.scores, self.kept = VideoScores(training, index), Kept(training)
+
+    def begin(self) -> None:
+        """Before the first step, what stage 1 knew: later looks are compared with it."""
+        log, training = self.reporter.log, self.training
+        try:
+            if self.kept.rows and training.agree(log is not None and training.position not in log.validated):
+                self.reporter.write(self.kept.run(self._went_on))
+        except ToldToLeave:
+            pass
+        finally:
+            self.reporter.progressed(None)
 
     def look(self) -> None:
         """All ranks call it alike; when they are told to leave it ends early, and a later life looks again."""
@@ -204,7 +220,8 @@ class Looks:
         scores = config.is_due(config.validation.metrics_every_samples, position) and bool(self.scores.rows)
         try:
             if validates and training.agree(log is not None and position not in log.validated):
-                self.reporter.write(self.validation.run(self._went_on))
+                found = self.validation.run(self._went_on)
+                self.reporter.write(found | self.kept.run(self._went_on))
             if shows and training.agree(log is not None and position not in log.shown):
                 self.reporter.show(self.preview.make(self._went_on))
             if scores and training.agree(log is not None and position not in log.scored):

@@ -34,7 +34,7 @@ from infra.run_folder import (
 )
 from infra.storage import absolute, is_remote, write_bytes
 from infra.telemetry import RunMetrics
-from infra.validation_cells import cell_of, cells_of, validation_losses
+from infra.validation_cells import SINCE_START, cell_of, cells_of, validation_losses
 
 PASSES = ("data_s", "encode_s", "forward_s", "backward_s", "optimizer_s")
 PARTS = (*PASSES, "checkpoint_s")
@@ -103,6 +103,8 @@ def grouped(name: str) -> str:
     """`loss` -> `training/loss`, `val/video documents none q0.9` -> `validation by noise/video ...`."""
     if name.startswith(VALIDATION):
         cell, what = cell_of(name), name.removeprefix(VALIDATION)
+        if name.startswith(SINCE_START):
+            return f"validation/{what}"
         if cell is None:
             return f"validation rows/{what}"
         if cell.is_gain:

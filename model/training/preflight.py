@@ -87,6 +87,8 @@ def inspect(config: StageConfig, *, reach: bool = True) -> Ready:
     if isinstance(config, Stage2Config):
         start_from = find_checkpoint(config.start_from)
         check_same_model(config, start_from)
+        if config.stage1_prompts is not None:
+            open_shards(config.stage1_prompts)
     return Ready(shards, space, start_from)
 
 

@@ -18,7 +18,7 @@ from infra.errors import DataError
 from infra.progress import ProgressPrinter, say, span
 from infra.run_folder import LOSS, SCORE, SEEN, VIDEOS, RunFolder, is_scored, is_validation
 from infra.storage import delete, exists, is_remote, read_json, write_json
-from infra.validation_cells import AXES, cells_of
+from infra.validation_cells import AXES, KEPT, SINCE_START, cells_of
 from model.cost import training_flops
 from model.data.plan import Plan
 from model.generator import Generator
@@ -283,6 +283,9 @@ def validation_line(record: dict[str, Any]) -> str:
             if cell.quantile == highest and cell.is_gain and not cell.is_error
         ]
         words.append(f"{of} {', '.join(losses)}" + (f" (q{highest:g}: {', '.join(gains)})" if gains else ""))
+        if of == KEPT and SINCE_START in record:
+            more = plus_minus(record.get(f"{SINCE_START} error"))
+            words[-1] += f" (since the start {record[SINCE_START]:+.4f}{more})"
     return f"  validation loss at {record['samples']:,} samples: {' · '.join(words)}"
 
 

@@ -12,7 +12,7 @@ same shards. Neither draws from the training's randomness.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -35,6 +35,7 @@ from infra.validation_cells import AXES, Cell, rows_name
 from model.condition import Prompt, References
 from model.data.batch import TASKS, Batch, collate, prompt_key, read_prompt
 from model.data.buckets import VALIDATION as KEPT_BACK
+from model.data.buckets import Bucket
 from model.data.inputs import SHOWN
 from model.data.order import permute_all
 from model.data.plan import Source, count_streams
@@ -75,11 +76,10 @@ class Chosen:
     held_out: bool
 
 
-def choose_rows(training: Training, index: pa.Table, count: int) -> list[Chosen]:
+def choose_rows(buckets: Sequence[Bucket], num_groups: int, index: pa.Table, count: int) -> list[Chosen]:
     """`count` rows of each medium: held-out ones if there are any, else rows of the training."""
-    groups = len(training.loader.row_groups.shards.groups)
-    chosen, streams = [], count_streams(index, groups) if count else {}
-    for number, bucket in enumerate(training.config.shapes):
+    chosen, streams = [], count_streams(index, num_groups) if count else {}
+    for number, bucket in enumerate(buckets):
         ours = {s: n for s, n in streams.items() if s[0] == number}
         kept = {s: n for s, n in ours.items() if s[1] == KEPT_BACK}
         rows = [
@@ -91,6 +91,12 @@ def choose_rows(training: Training, index: pa.Table, count: int) -> list[Chosen]
         for stream, group, row in (rows[n] for n in (permute_all(len(rows), 0)[:count] if rows else [])):
             chosen.append(Chosen(bucket.media, Source(number, group, row, stream), bool(kept)))
     return chosen
+
+
+def rows_of(training: Training, index: pa.Table, count: int) -> list[Chosen]:
+    """Of a training's own rows."""
+    groups = training.loader.row_groups
+    return choose_rows(groups.buckets, len(groups.shards.groups), index, count)
 
 
 @contextmanager
@@ -109,8 +115,8 @@ class Validation:
     """The fixed grid of one run. Rank r takes rows r, r + W, ...; all ranks call `run` alike."""
 
     def __init__(self, training: Training, index: pa.Table) -> None:
-        self.training = training
-        self.rows = choose_rows(training, index, training.config.validation.num_samples)
+        self.training, self.groups = training, training.loader.row_groups
+        self.rows = rows_of(training, index, training.config.validation.num_samples)
 
     def run(self, went_on: WentOn = lambda what, done, total: None) -> dict[str, Any]:
         """Numbers named as `infra.validation_cells` says; {} without rows."""
@@ -186,7 +192,7 @@ class Validation:
         return not is_stored or self.training.config.encoder.clip is not None
 
     def _row(self, number: int) -> dict[str, Any]:
-        return self.training.loader.row_groups.row(self.rows[number].source, 0)
+        return self.groups.row(self.rows[number].source, 0)
 
     def _prompt(self, number: int) -> Prompt:
         return read_prompt(self._row(number))
@@ -250,16 +256,15 @@ class Validation:
 
     def _references(self, source: Source, prompt: Prompt) -> References | None:
         """Its pictures, from what is stored of its row if they are there: another row's documents are not."""
-        stored = self.training.loader.row_groups.row(source, 0).get("stored")
+        stored = self.groups.row(source, 0).get("stored")
         try:
             return self.training.condition.references(prompt, stored=stored)
         except DataError:
             return self.training.condition.references(prompt)
 
     def _read(self, source: Source, prompt: Prompt) -> Batch:
-        groups = self.training.loader.row_groups
-        row = groups.row(source, 0)
-        return collate([read_sample(row, groups.buckets[source.bucket], position=0, prompt=prompt)])
+        row, bucket = self.groups.row(source, 0), self.groups.buckets[source.bucket]
+        return collate([read_sample(row, bucket, position=0, prompt=prompt)])
 
 
 def summarise(of: str, losses: Tensor, there: Tensor, *, is_task: bool = False) -> dict[str, float]:
@@ -310,7 +315,7 @@ class Preview:
 
     def __init__(self, training: Training, index: pa.Table) -> None:
         self.training = training
-        rows = choose_rows(training, index, NUM_VIDEOS)
+        rows = rows_of(training, index, NUM_VIDEOS)
         self.rows = ([chosen for chosen in rows if chosen.media == "video"] or rows)[:NUM_VIDEOS]
 
     def make(self, went_on: WentOn = lambda what, done, total: None) -> dict[str, bytes]:

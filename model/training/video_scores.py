@@ -24,7 +24,7 @@ from model.evaluate.scores import chosen, folds_of, score
 from model.sampling.maker import GuidanceConfig, Maker
 from model.sampling.requests import caption_of
 from model.training.loop import Training
-from model.training.validate import GUIDANCE_WEIGHT, Preview, WentOn, choose_rows, evaluating
+from model.training.validate import GUIDANCE_WEIGHT, Preview, WentOn, evaluating, rows_of
 
 
 class VideoScores(Preview):
@@ -35,7 +35,7 @@ class VideoScores(Preview):
     def __init__(self, training: Training, index: pa.Table) -> None:
         self.training, validation = training, training.config.validation
         self.metrics: dict[str, type[Metric]] = chosen(validation.metrics)
-        rows = choose_rows(training, index, validation.metrics_videos if self.metrics else 0)
+        rows = rows_of(training, index, validation.metrics_videos if self.metrics else 0)
         self.rows = [row for row in rows if row.media == "video"]
         self.network = opener(NetworkConfig(**validation.networks), training.device)
         self.real: dict[int, Features] = {}

@@ -15,7 +15,16 @@ import pyarrow.compute as pc
 from markupsafe import Markup
 
 from infra.run_folder import HELD_OUT, LOSS, SEEN, VALIDATION
-from infra.validation_cells import AXES, DOCUMENTS, Cell, cells_of, rows_name, validation_losses
+from infra.validation_cells import (
+    AXES,
+    DOCUMENTS,
+    KEPT,
+    SINCE_START,
+    Cell,
+    cells_of,
+    rows_name,
+    validation_losses,
+)
 from pipeline.memory.vectors import cosines, vectors_numpy
 from pipeline.report.charts import Series, difference_chart, histogram, line_chart, short
 from pipeline.report.read import MAX_ROWS, Parts, Run, read_columns
@@ -191,6 +200,41 @@ def document_tables(runs: list[Run]) -> list[Chart]:
 def task_tables(runs: list[Run]) -> list[Chart]:
     """Of runs of several tasks: each one's loss with all that its prompts show and with nothing; its share."""
     return [table for run in runs for table in _task_tables(run)]
+
+
+def kept_tables(runs: list[Run]) -> list[Chart]:
+    """Of runs of stage 2, what they keep of stage 1: the loss of its rows before the first step and now."""
+    return [table for run in runs for table in _kept_tables(run)]
+
+
+def _kept_tables(run: Run) -> list[Chart]:
+    records = [record for record in run.records if Cell(KEPT, "right").name in record]
+    if not records:
+        return []
+    first, last = cells_of(records[0]), cells_of(records[-1])
+    rows = []
+    for cell in (cell for cell in last if cell.of == KEPT):
+        before, now = first.get(cell, last[cell]), last[cell]
+        error = records[-1].get(f"{SINCE_START} error") if cell.quantile is None else None
+        difference = f"{now - before:+.4f}" + (f" ± {error:.4f}" if _number(error) else "")
+        level = "all" if cell.quantile is None else f"q{cell.quantile:g}"
+        rows.append((level, [f"{before:.4f}", f"{now:.4f}", difference]))
+    points = curve(run.records, Cell(KEPT, "right").name)
+    series = [Series("", [x for x, _ in points], [y for _, y in points], "v0")]
+    title = f"Text-to-video loss of {run.name} on stage 1's rows"
+    count = records[-1].get(rows_name(KEPT), "?")
+    at = f"{records[0].get('samples', 0):,} samples"
+    return [
+        {
+            "title": f"{run.name}, what it keeps of stage 1",
+            "note": f"{count} rows at {records[-1].get('samples', 0):,} samples",
+            "chart": line_chart(series, x_label="samples", y_label="loss", title=title),
+            "legend": [],
+            "first": "noise",
+            "columns": [f"at {at}", "now", "difference"],
+            "rows": [*rows[1:], rows[0]],  # all levels last, as in the other tables
+        }
+    ]
 
 
 def _task_tables(run: Run) -> list[Chart]:

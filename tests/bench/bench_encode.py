@@ -90,6 +90,7 @@ def main() -> None:
         base = {
             "prompts": str(folder / "prompts"), "samples": 4 * steps, "batch_size": 4, "preset": "fit-tiny",
             "encoder": make_clip(folder), "optim": {"name": "adamw", "lr": 1e-4}, **SIZE,
+            "reference_size_px": [SIZE["height_px"], SIZE["width_px"]], "reference_patch_px": 8,
         }  # fmt: skip
         latent = {"autoencoder": make_autoencoder(folder), "backbone": {"patch_px": 1}}
         for what, changes in (("pixels", {}), ("latents", latent)):

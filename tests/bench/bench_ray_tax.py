@@ -45,6 +45,8 @@ def config_for(folder: Path, name: str, steps: int) -> Stage1Config:
             "samples": steps * 2,
             "batch_size": 2,
             "preset": "fit-tiny",
+            "reference_size_px": [24, 40],
+            "reference_patch_px": 8,
             "num_frames": 8,
             "height_px": 24,
             "width_px": 40,

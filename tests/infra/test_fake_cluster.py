@@ -42,6 +42,8 @@ STAGE1 = {
     "num_frames": 8,
     "height_px": 24,
     "width_px": 32,
+    "reference_size_px": [24, 32],
+    "reference_patch_px": 8,
     "backbone": {"num_blocks": 1, "layers_per_block": 1, "group_height": 3, "group_width": 2},
     "samples": 8,
     "batch_size": 2,

@@ -50,6 +50,10 @@ VALIDATED = {
     "val/video video_prediction references none": 0.75,
     "val/video video_prediction none - own": 0.25,
     "val/video video_prediction none - own error": 0.03,
+    "val/stage1 video rows": 7,
+    "val/stage1 video documents right": 0.26,
+    "val/stage1 video since the start": 0.01,
+    "val/stage1 video since the start error": 0.002,
 }
 """A record of validation: documents help where there is much noise, and the first frame its task."""
 VOID = {"meta", "link", "img", "source", "br", "path", "use"}
@@ -196,7 +200,7 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     trained.mkdir()
     seen = {"seen/video_prediction": 16, "seen/subject_driven": 32}
     lines = [{"samples": n, "loss": 1.0 / n, **seen} for n in range(1, 50)]
-    lines += [{"samples": 48, **VALIDATED}]
+    lines += [{"samples": 0, "val/stage1 video documents right": 0.25}, {"samples": 48, **VALIDATED}]
     text = "".join(map(record_line, lines)) + '{"samples": 51, "lo'
     (trained / "metrics.jsonl").write_text(text)
     wanted = instructed[0]["prompt_id"]
@@ -263,6 +267,8 @@ def test_page_shows_what_documents_are_worth_with_errors(page: str):
     cells = ("16", "33.3%", "0.5000", "0.7500", "+0.2500 ± 0.0300")  # of a task, with its share of the samples
     row = "".join(f"<td>{cell}</td>" for cell in cells)
     assert f'<th scope="row">video prediction</th>{row}' in page
+    assert "stage1, what it keeps of stage 1 <small>7 rows at 48 samples" in page
+    assert "<td>0.2500</td><td>0.2600</td><td>+0.0100 ± 0.0020</td>" in page
     assert "stage1, video video prediction" not in page  # it has no documents to compare
     assert 'aria-label="What documents are worth to stage1, video"' in page
 
