@@ -281,8 +281,11 @@ class ConditionEmbedder(nn.Module):
         log_size = (condition.original_size_px.float() / 64).log2() / 4
         size = fourier_features(log_size).flatten(-2).to(dtype)
         sigma = self.sigma(noise)
-        if self.first_frame is not None and condition.has_first_frame is not None:
-            sigma = sigma + condition.has_first_frame.to(dtype)[:, None] * self.first_frame
+        if self.first_frame is not None:
+            given = condition.has_first_frame
+            # In every step's graph, given or not: sharded ranks reduce the same gradients.
+            flags = sigma.new_zeros(len(condition)) if given is None else given.to(dtype)
+            sigma = sigma + flags[:, None] * self.first_frame
         return torch.stack([sigma, self.fps(rate), self.size(size)], dim=1)
 
     def _prompt(self, condition: Condition) -> Tensor:

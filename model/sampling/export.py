@@ -18,7 +18,7 @@ from infra.errors import ConfigError, TrainingError
 from infra.storage import absolute, join, read_bytes, read_json, write_bytes
 from model.generator import Generator
 from model.training.build import make_generator, space_in
-from model.training.checkpoint import checkpoint_hash, find_checkpoint
+from model.training.checkpoint import check_format, checkpoint_hash, find_checkpoint
 from model.training.config import WEIGHTS, config_of
 from model.training.state import Restored, check_average, restore_generator, trained_by, weights_of
 
@@ -103,6 +103,7 @@ def load_exported(folder: str) -> Generator:
 def read_exported(folder: str) -> Generator:
     """The same of a folder that is not certified yet."""
     facts = read_json(join(absolute(folder), CONFIG_FILE))
+    check_format(facts, f"export {folder}")
     model = make_generator(config_of(facts, folder), facts["token_dim"], space_in(facts))
     model.load_state_dict(load(read_bytes(join(absolute(folder), WEIGHTS_FILE))))
     return model.eval()

@@ -66,15 +66,25 @@ def read_facts(uri: str) -> dict[str, Any]:
     place = join(uri, COMMITTED)
     try:
         facts = read_json(place)
-        if isinstance(facts, dict) and facts.get("format") != FORMAT:  # older ones bear no hash
-            raise ConfigError(
-                f"checkpoint {uri} has format {facts.get('format')} (vimi {facts.get('version')})",
-                legal=f"format {FORMAT} (vimi {VERSION})",
-                cure="load it with that version and export it",
-            )
+        if isinstance(facts, dict):
+            check_format(facts, f"checkpoint {uri}")  # older ones bear no hash
         return read_sealed(place)
     except DataError as error:
         raise damaged(uri, error) from None
+
+
+def check_format(facts: dict[str, Any], what: str) -> None:
+    """Refuse what was written in another layout of the network or its names.
+
+    Raises:
+        ConfigError: says which, and by which version.
+    """
+    if facts.get("format") != FORMAT:
+        raise ConfigError(
+            f"{what} has format {facts.get('format')} (vimi {facts.get('version')})",
+            legal=f"format {FORMAT} (vimi {VERSION})",
+            cure="use it with that version, or train again",
+        )
 
 
 def check_whole(uri: str) -> None:

@@ -8,9 +8,9 @@ import pytest
 from safetensors.torch import load_file
 
 from infra.errors import ConfigError
-from infra.storage import read_json
+from infra.storage import read_json, write_json
 from model.data.shards import open_shards
-from model.sampling.export import ExportConfig, check, load_exported, named_weights, run
+from model.sampling.export import ExportConfig, check, load_exported, named_weights, read_exported, run
 from model.training.config import Stage1Config
 from model.training.loop import Training
 from model.training.preflight import prepare_index, read_index
@@ -40,6 +40,9 @@ def test_reloaded_export_equals_the_trained_model(
     said = read_json(str(out / "config.json"))
     assert (said["position"], said["stage"], said["ema"]) == (4, "stage1", "weights")
     assert said["backbone"]["class"] == {"fit-tiny": "Fit", "dit-tiny": "Dit"}[preset]
+    write_json(str(out / "config.json"), said | {"format": 3})  # before references were tied to their places
+    with pytest.raises(ConfigError, match=r"export .* has format 3 .*legal: format"):
+        read_exported(str(out))
 
 
 def test_missing_run_is_refused(tmp_path: Path) -> None:
