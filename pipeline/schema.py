@@ -340,7 +340,9 @@ CROPS = pa.schema(
         _field("nature", pa.string(), "living, product, place or other"),
         _field("box", pa.list_(pa.int32()), "left, top, right, bottom in the frame, pixels"),
         _field("mask", pa.binary(), "PNG of its alpha in the box; null for places"),
-        _field("image", pa.binary(), "JPEG: the thing on white, the place without the things"),
+        _field(
+            "image", pa.binary(), "JPEG: the thing on white, the place; small what was left out, or its frame"
+        ),
         _field("vector", pa.list_(pa.float32()), "CLIP's unit vector of the picture; null without CLIP"),
         _field("score", pa.float32(), "how sure the finder was, 0..1"),
         _field("status", pa.string(), "a Status", False),

@@ -16,6 +16,7 @@ from infra.errors import ConfigError
 from infra.samples import SAMPLES
 from infra.storage import absolute, check_writable, exists, join, write_bytes
 from pipeline.report.album import Album
+from pipeline.report.crops import subjects_part
 from pipeline.report.galleries import clip_cards, instruction_cards, prompt_cards, sample_cards
 from pipeline.report.provenance import fates, next_steps, provenance, retrieval, summary
 from pipeline.report.read import EVIDENCE, Parts, ReportConfig, previews, read_parts
@@ -34,17 +35,18 @@ def check(config: ReportConfig) -> None:
         ConfigError: nothing to report, an uncertified folder, a run or sample folder without results, or
             a page that can't be written.
     """
-    one = [config.clips, config.memory, config.prompts, config.instructions]
+    one = [config.clips, config.memory, config.prompts, config.crops, config.instructions]
     if not any([*one, config.runs, config.samples, config.scores, config.evidence]):
         raise ConfigError(
             "nothing to report",
-            legal="at least one of clips, memory, prompts, instructions, runs, samples, scores, evidence",
+            legal="one or more of clips, memory, prompts, crops, instructions, runs, samples, scores, evidence",
             cure="--clips FOLDER, or any other output",
         )
     for folder, job in [
         (config.clips, "crawl"),
         (config.memory, "build-index"),
         (config.prompts, "augment"),
+        (config.crops, "subjects"),
         (config.instructions, "instruct"),
     ]:
         if folder is not None:
@@ -110,6 +112,7 @@ def gather(config: ReportConfig, parts: Parts, album: Album) -> dict[str, Any]:
         "prompts": prompt_cards(parts.prompts, album),
         "retrieval": retrieval(parts),
         "instructions": instruction_cards(parts.instructions, album),
+        "subjects": subjects_part(parts, album),
         "clips": clip_cards(config.clips, album),
         "losses": loss_charts(parts.runs),
         "documents": document_tables(parts.runs),

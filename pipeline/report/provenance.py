@@ -10,11 +10,18 @@ from infra.progress import bytes_in_words, span
 from pipeline.report.read import Parts, ReportConfig
 from pipeline.schema import RETRIABLE
 
-UNITS = {"crawl": "rows", "build-index": "clips", "augment": "clips", "instruct": "draws"}
+UNITS = {
+    "crawl": "rows",
+    "build-index": "clips",
+    "augment": "clips",
+    "subjects": "phrases",
+    "instruct": "draws",
+}
 SENTENCES = {
     "crawl": "The corpus, good rows and bad.",
     "build-index": "Each good one becomes a document of the memory.",
     "augment": "Each caption meets the memory and becomes a prompt.",
+    "subjects": "Each phrase in each frame gets a cut-out or has a reason.",
     "instruct": "A draw is a clip and a task; it ends as an instruction or has a reason.",
 }
 

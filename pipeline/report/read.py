@@ -33,6 +33,8 @@ class ReportConfig(Config):
     """Output folder of `vimi-data build-index`."""
     prompts: str | None = None
     """Output folder of `vimi-data augment`."""
+    crops: str | None = None
+    """Output folder of `vimi-data subjects`."""
     instructions: str | None = None
     """Output folder of `vimi-data instruct`."""
     runs: tuple[str, ...] = ()
@@ -72,6 +74,8 @@ class Parts:
     certificates: dict[str, tuple[str, Certificate]]
     """Job -> its folder and certificate, in the order of the flow."""
     evaluations: list[Evaluation] = field(default_factory=list)
+    crops: str | None = None
+    """Folder of the table of crops."""
     evidence: dict[str, Any] | None = None
     """What `judge` found: claims, titles, strips."""
 
@@ -83,6 +87,7 @@ def read_parts(config: ReportConfig) -> Parts:
         "crawl": config.clips,
         "build-index": config.memory,
         "augment": config.prompts,
+        "subjects": config.crops,
         "instruct": config.instructions,
     }
     for job, folder in folders.items():
@@ -96,6 +101,7 @@ def read_parts(config: ReportConfig) -> Parts:
         instructions=ShardSet(config.instructions) if config.instructions else None,
         runs=[read_run(folder) for folder in config.runs],
         samples=config.samples,
+        crops=absolute(config.crops) if config.crops else None,
         evaluations=[read_evaluation(folder) for folder in config.scores],
         evidence=read_sealed(join(absolute(config.evidence), EVIDENCE)) if config.evidence else None,
         certificates=certificates,

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from infra.certificate import require_certificate
-from infra.pictures import PictureError, decode_picture
+from infra.pictures import PictureError, decode_picture, fit_inside
 from infra.storage import absolute
 from pipeline.media.clip import read_frames
 from pipeline.prompts.subjects import cutout
@@ -26,6 +26,8 @@ from pipeline.shards import open_part, shards_of
 
 Row = dict[str, Any]
 JOB = "subjects"
+LEFT_OUT_PX = 144
+"""Side of the picture of what is left out: to be looked at, never to be trained on. Ours."""
 EMPTY: Row = dict.fromkeys(
     ["phrase", "head", "start", "end", "nature", "box", "mask", "image", "vector", "score", "frac", "doc_id"]
 )
@@ -91,7 +93,7 @@ def _crops_of(
         image = cutout.background_picture(frames[best[0].frame], [one.mask for one in best], SIDE_PX)
         rows.append(_place(row, place, image, fracs[best[0].frame]))
     clip = finder.clip
-    shown = [crop for crop in rows if crop["image"] is not None]
+    shown = [crop for crop in rows if crop["status"] == Status.OK]
     if clip is not None and shown:
         vectors = clip.encode_images([Image.open(io.BytesIO(crop["image"])) for crop in shown])
         for crop, vector in zip(shown, vectors, strict=True):
@@ -125,13 +127,20 @@ def _named(row: Row, entity: Entity, frac: float) -> Row:
 
 def _crop(row: Row, verdict: Verdict, frames: Sequence[np.ndarray], fracs: Sequence[float]) -> Row:
     made = _named(row, verdict.entity, fracs[verdict.frame])
+    frame = frames[verdict.frame]
     if not isinstance(verdict, Found):
-        return {**made, "status": Status.FILTERED_NO_SUBJECT.value, "error": str(verdict.reason)}
+        seen = (
+            Image.fromarray(frame)
+            if verdict.mask is None
+            else cutout.subject_picture(frame, verdict.mask, SIDE_PX)
+        )
+        shown = {"image": cutout.encode(fit_inside(seen, LEFT_OUT_PX))}
+        return {**made, **shown, "status": Status.FILTERED_NO_SUBJECT.value, "error": str(verdict.reason)}
     left, top, right, bottom = verdict.mask.box
     alpha = (verdict.mask.alpha[top:bottom, left:right] * 255).round().astype(np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(alpha).save(buffer, "PNG")
-    picture = cutout.subject_picture(frames[verdict.frame], verdict.mask, SIDE_PX)
+    picture = cutout.subject_picture(frame, verdict.mask, SIDE_PX)
     shown = {"box": list(verdict.mask.box), "mask": buffer.getvalue(), "image": cutout.encode(picture)}
     return {**made, **shown, "score": verdict.score, "status": Status.OK.value, "error": None}
 

@@ -88,7 +88,7 @@ class SaliencyFinder:
         if isinstance(masks, str):
             return Rejected(first, number, Reason(masks))
         if not is_certain(saliency, masks[0]):
-            return Rejected(first, number, Reason.UNCERTAIN)
+            return Rejected(first, number, Reason.UNCERTAIN, masks[0])
         if first.is_person:
             return _judge_person(frame, number, first, masks[0])
         return self._judge_thing(frame, number, first, masks[0], phrases)
@@ -104,7 +104,7 @@ class SaliencyFinder:
         both = vectors.sum(0) / np.linalg.norm(vectors.sum(0))
         own, other = float((texts[:2] @ both).max()), float((texts[2:] @ both).max())
         if own < MIN_SIMILARITY.get(self.clip.name, OTHER_CLIPS) or own - other < MIN_LEAD:
-            return Rejected(first, number, Reason.NOT_FIRST)
+            return Rejected(first, number, Reason.NOT_FIRST, mask)
         return Found(first, number, mask, own)
 
 
@@ -132,9 +132,9 @@ def _judge_person(frame: np.ndarray, number: int, first: Entity, mask: SubjectMa
     """A person is known by one face, whole and inside the mask."""
     faces = [face for face in find_faces(frame) if _is_inside(face, mask)]
     if len(faces) > 1:
-        return Rejected(first, number, Reason.SEVERAL)
+        return Rejected(first, number, Reason.SEVERAL, mask)
     if not faces:
-        return Rejected(first, number, Reason.NOT_FIRST)
+        return Rejected(first, number, Reason.NOT_FIRST, mask)
     left, top, right, bottom = faces[0]
     return Found(first, number, mask, min(1.0, (right - left) * (bottom - top) / mask.alpha.size * 10))
 

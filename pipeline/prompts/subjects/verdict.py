@@ -76,6 +76,8 @@ class Rejected:
     entity: Entity
     frame: int
     reason: Reason
+    mask: SubjectMask | None = None
+    """What was cut out and left out again, if it came that far."""
 
 
 Verdict = Found | Rejected

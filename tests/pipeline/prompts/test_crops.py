@@ -1,5 +1,6 @@
 """Laws of the table of crops and of cross-pairs: each row with its fate, no reference out of its own clip."""
 
+import html
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from pipeline.prompts.subjects import job
 from pipeline.prompts.subjects.finder import SubjectConfig
 from pipeline.prompts.subjects.job import CropsConfig, CropsWorker
 from pipeline.prompts.subjects.pairs import Bounds, cross_references, disjoint, histogram
+from pipeline.report.page import run as make_page
+from pipeline.report.read import ReportConfig
 from pipeline.schema import CROPS, Role, Task, crop_id
 from pipeline.shards import ShardSet, shard_name, write_shard
 from tests.pipeline.prompts.test_instruct import ball as ball
@@ -58,7 +61,8 @@ def test_every_clip_has_a_row_that_says_what_became_of_its_words(crops: Path, pr
     assert {row["clip_id"] for row in rows} == set(clips)
     assert len({row["crop_id"] for row in rows}) == len(rows)
     for row in rows:
-        assert (row["status"] == "ok") == (row["image"] is not None) == (row["error"] is None)
+        assert (row["status"] == "ok") == (row["score"] is not None) == (row["error"] is None)
+        assert (row["phrase"] is None) == (row["image"] is None)
     assert certificate.dead == {"not_found": 1}
     assert {row["nature"] for row in rows if row["status"] == "ok"} == {"product", "place"}
     assert pq.read_schema(crops / shard_name(0)).equals(CROPS)
@@ -161,7 +165,10 @@ def save_crops(folder: Path, prompts: str, rows: list[dict[str, Any]]) -> str:
     entry = write_shard(f"{folder}/{shard_name(0)}", rows, CROPS, row_group_rows=2)
     inputs = {"prompts": ShardSet(prompts).certificate.content_hash()}
     n = len(rows)
-    done = Certificate(job="subjects", config_hash="x", num_in=n, num_out=n, files=[entry], inputs=inputs)
+    facts = {"clips": n, "clips_with_a_picture": n, "reasons": {}}
+    done = Certificate(
+        job="subjects", config_hash="x", num_in=n, num_out=n, files=[entry], inputs=inputs, facts=facts
+    )
     write_certificate(str(folder), done)
     return str(folder)
 
@@ -235,3 +242,24 @@ def test_cross_pairs_without_their_table_are_refused_with_the_command(
         check(InstructConfig(prompts=prompts, out=str(tmp_path / "x"), crops=crops))
     with pytest.raises(ConfigError, match="vimi-data subjects"):
         check(InstructConfig(prompts=own, out=str(tmp_path / "x"), crops=str(tmp_path / "none")))
+
+
+@pytest.mark.ray
+def test_the_page_shows_crops_by_verdict_pairs_with_their_similarity_and_a_funnel(
+    film: tuple[str, str], crops: Path, prompts: str, ray_cluster: None, tmp_path: Path
+):
+    own, table = film
+    out = str(tmp_path / "x")
+    run(
+        InstructConfig(
+            prompts=own, out=out, crops=table, pairs="cross_clip", tasks=(Task.SUBJECT_DRIVEN,), ray=RAY
+        )
+    )
+    config = ReportConfig(out=str(tmp_path / "a.html"), crops=table, instructions=out)
+    page = Path(make_page(config)).read_text(encoding="utf-8")
+    assert "Cross-pairs" in page and "red dog · 0.89" in page and "Near-duplicates, left out" in page
+    config = ReportConfig(out=str(tmp_path / "b.html"), crops=str(crops), prompts=prompts)
+    page = Path(make_page(config)).read_text(encoding="utf-8")
+    reasons = {row["error"] for row in read_table(crops) if row["error"]}
+    assert len(reasons) >= 2 and all(html.escape(reason.capitalize()) in page for reason in reasons)
+    assert "a word is surely shown" in page and 'id="subjects"' in page
