@@ -11,6 +11,7 @@ from cli.common import shorten
 from cli.recipes import options, recipe, unused
 from infra.certificate import Certificate
 from infra.config import read_yaml
+from model.backbones.config import with_base
 from model.data.inputs import InputConfig
 from model.encodings.make import describe_inputs, make_row_encoder
 from model.training.build import measure_space
@@ -41,7 +42,7 @@ def run(config: EncodeConfig) -> Certificate:
 
 def then(stage: str | None, config: EncodeConfig) -> str:
     """The training that reads the encodings: by the same config, or by the small recipe with these inputs."""
-    words = read_yaml(stage or recipe("stage1"))
+    words = words_of(stage or recipe("stage1"))
     name = "stage2" if "start_from" in words else "stage1"
     own = {key: value for key, value in words.items() if key in InputConfig.model_fields}
     known = InputConfig.model_validate({"prompts": config.prompts} | own)
@@ -56,4 +57,9 @@ def then(stage: str | None, config: EncodeConfig) -> str:
 
 def options_of(stage: str) -> dict[str, Any]:
     """The fields of a stage's config file that encoding shares with it."""
-    return {name: value for name, value in read_yaml(stage).items() if name in InputConfig.model_fields}
+    return {name: value for name, value in words_of(stage).items() if name in InputConfig.model_fields}
+
+
+def words_of(stage: str) -> dict[str, Any]:
+    """A stage's config file, with what follows from a pretrained backbone."""
+    return with_base(read_yaml(stage))

@@ -25,6 +25,8 @@ from infra.storage import absolute
 ALLOW_IMPORTS = "VIMI_ALLOW_IMPORTS"
 """Environment variable: import paths, parted by commas, that the configs of others' outputs may name."""
 T = TypeVar("T")
+UNION_TAG = "kind:"
+"""Begins the tags of a union of configs; they are left out of what is said of a field."""
 _INCIDENTAL = "incidental"
 Incidental = Annotated[T, _INCIDENTAL]
 """Marks a config field that says only where or how fast a job runs: another value gives the same output."""
@@ -236,7 +238,7 @@ def _illegal_value(name: str, items: list[ErrorDetails], field: ConfigField | No
 
 def _known_part(loc: tuple[int | str, ...], fields: Mapping[str, ConfigField], kind: str) -> str:
     """The dotted name of the field that a fault is about, without the branches of its union."""
-    parts = [str(part) for part in loc]
+    parts = [str(part) for part in loc if not str(part).startswith(UNION_TAG)]
     if kind != "extra_forbidden":
         while parts and _pattern(".".join(parts)) not in fields and not parts[-1].isdigit():
             parts.pop()

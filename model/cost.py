@@ -26,7 +26,7 @@ from model.generator import Generator, SmallVideo
 def on_meta(backbone: BackboneConfig, condition: ConditionConfig) -> Generator:
     """The network without its numbers, so that none is too large."""
     with torch.device("meta"):
-        return Generator(backbone, condition)
+        return backbone.generator(condition)
 
 
 def count_parameters(backbone: BackboneConfig, condition: ConditionConfig) -> dict[str, int]:
@@ -102,7 +102,7 @@ def forward_flops(
 def _part(module: str) -> str | None:
     """`Generator.backbone.blocks.3.think.0` -> `think`; None for modules within those and around them."""
     _, *path = module.split(".")
-    if path[:2] == ["backbone", "blocks"]:
+    if path[:1] == ["backbone"] and path[1:2] in (["blocks"], ["transformer_blocks"]):
         inner = [word for word in path[3:] if not word.isdigit()]
         return inner[0] if len(inner) == 1 else None
     if path[:1] == ["backbone"]:

@@ -58,6 +58,11 @@ class PromptEncoderConfig(Config):
     0 = embeddings, n = after layer n, negative = from the end. VIMI does not say; penultimate is usual."""
     max_tokens: int = Field(default=2048, ge=8, le=1_000_000)
     """Most tokens of a prompt; longer ones are cut as `model.prompt.select.fit` says."""
+    captions: NameOrFolder | None = None
+    """Folder or hub id of a pipeline of diffusers whose own text encoder reads the caption, before our tokens:
+    set by a pretrained backbone with `text: append` or `native`."""
+    captions_alone: bool = False
+    """It alone reads the prompt: no `model` or `clip`, no pictures (`text: native`)."""
     patch_grid: int | None = Field(default=None, ge=1, le=256)
     """clip: average the patches of a picture to at most n x n tokens; None = all patches."""
     batch_size: Incidental[int] = Field(default=1, ge=1, le=65536)
@@ -66,7 +71,9 @@ class PromptEncoderConfig(Config):
 
     def identity(self) -> dict[str, Any]:
         """The fields that decide the tokens, and what the code alone decides of them."""
-        return {**super().identity(), **self.token_version}
+        unused = ("captions", "captions_alone") if self.captions is None else ()
+        found = {**super().identity(), **self.token_version}
+        return {name: value for name, value in found.items() if name not in unused}
 
     @property
     def token_version(self) -> dict[str, int]:

@@ -2,9 +2,13 @@
 
 model.safetensors   the generator's weights (or an average's) by name
 config.json         all that rebuilds it: sizes, the training's config, identity of prompt encoder and space
+
+Of a pretrained backbone both lie in `vimi/` and hold what was trained alone; around them lies what stock
+diffusers loads without them (model/sampling/stock.py).
 """
 
 import json
+from collections.abc import Iterator
 from dataclasses import asdict
 
 import torch
@@ -14,15 +18,18 @@ from torch import Tensor
 from infra.certificate import Certificate, check_files, entry_of, read_certificate, write_certificate
 from infra.claim import open_job
 from infra.config import Config, Incidental, Location
-from infra.errors import ConfigError, TrainingError
-from infra.storage import absolute, join, read_bytes, read_json, write_bytes
+from infra.errors import ConfigError, DataError, TrainingError
+from infra.storage import absolute, exists, join, read_bytes, read_json, write_bytes
+from model.backbones.folder import TRANSFORMER
+from model.backbones.pretrained import PretrainedGenerator
 from model.generator import Generator
+from model.sampling.stock import stock_files
 from model.training.build import make_generator, space_in
 from model.training.checkpoint import check_format, checkpoint_hash, find_checkpoint
 from model.training.config import WEIGHTS, config_of
 from model.training.state import Restored, check_average, restore_generator, trained_by, weights_of
 
-WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
+WEIGHTS_FILE, CONFIG_FILE, OURS = "model.safetensors", "config.json", "vimi"
 
 
 class ExportConfig(Config):
@@ -34,6 +41,8 @@ class ExportConfig(Config):
     """Folder or URI of the export."""
     ema: str = WEIGHTS
     """`weights`, a stored average by name, or `power-<sigma_rel>`."""
+    base: bool = True
+    """Of a pretrained backbone: also its base, so that the folder is whole; false = the adapters alone."""
 
 
 def check(config: ExportConfig) -> str:
@@ -52,7 +61,7 @@ def run(config: ExportConfig) -> Certificate:
         return done
     restored = restore_generator(uri, ema=config.ema, device=torch.device("cpu"))
     files = []
-    for path, data in contents(restored, config.ema).items():
+    for path, data in contents(restored, config):
         write_bytes(join(config.out, path), data)
         files.append(entry_of(path, data))
     ours, theirs = named_weights(restored.model), named_weights(read_exported(config.out))
@@ -71,19 +80,20 @@ def run(config: ExportConfig) -> Certificate:
     return certificate
 
 
-def contents(restored: Restored, ema: str) -> dict[str, bytes]:
-    """Path in the export -> bytes."""
-    model = restored.model
+def contents(restored: Restored, config: ExportConfig) -> Iterator[tuple[str, bytes]]:
+    """Path in the export and bytes of each file."""
+    model, inside = restored.model, ""
+    if isinstance(model, PretrainedGenerator):
+        inside = f"{OURS}/"
+        yield from stock_files(model, restored.config, with_base=config.base)
     values = {
         **restored.facts,
-        "ema": ema,
+        "ema": config.ema,
         "backbone": {"class": type(model.backbone).__name__, **asdict(model.backbone_config)},
         "condition": asdict(model.condition_config),
     }
-    return {
-        CONFIG_FILE: (json.dumps(values, indent=2) + "\n").encode(),
-        WEIGHTS_FILE: save(named_weights(model), metadata={"format": "pt"}),
-    }
+    yield inside + CONFIG_FILE, (json.dumps(values, indent=2) + "\n").encode()
+    yield inside + WEIGHTS_FILE, save(named_weights(model), metadata={"format": "pt"})
 
 
 def load_exported(folder: str) -> Generator:
@@ -101,11 +111,18 @@ def load_exported(folder: str) -> Generator:
 
 
 def read_exported(folder: str) -> Generator:
-    """The same of a folder that is not certified yet."""
-    facts = read_json(join(absolute(folder), CONFIG_FILE))
+    """The same of a folder that is not certified yet; a base that lies in it is taken before the training's."""
+    whole = absolute(folder)
+    place = join(whole, OURS) if exists(join(whole, OURS, CONFIG_FILE)) else whole
+    facts = read_json(join(place, CONFIG_FILE))
     check_format(facts, f"export {folder}")
+    if exists(join(whole, TRANSFORMER)):
+        facts["config"]["backbone"]["model"] = whole
     model = make_generator(config_of(facts, folder), facts["token_dim"], space_in(facts))
-    model.load_state_dict(load(read_bytes(join(absolute(folder), WEIGHTS_FILE))))
+    weights = load(read_bytes(join(place, WEIGHTS_FILE)))
+    if missing := named_weights(model).keys() ^ weights.keys():
+        raise DataError(f"{folder}: weights {', '.join(sorted(missing)[:4])} are there or wanted, not both")
+    model.load_state_dict(weights, strict=False)
     return model.eval()
 
 

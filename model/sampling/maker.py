@@ -28,7 +28,7 @@ from model.sample import Denoiser, sample_ode, upsample
 from model.sampling.requests import SampleRequest
 from model.space import PIXELS
 from model.step import sample_generator
-from model.training.build import Conditioner, edm_of
+from model.training.build import Conditioner, objective_of
 from model.training.config import StageConfig
 from model.training.parallel import AUTOCAST
 from model.training.state import Restored
@@ -147,7 +147,7 @@ class Maker:
             for branch in {FULL, *self.guidance.branches}
         }
         dtype = AUTOCAST[self.config.parallel.dtype]
-        edm = edm_of(self.config.noise, shape)
+        edm = objective_of(self.config, shape)
         return Denoiser(self.model, edm, conditions, self.guidance, dtype=dtype)
 
 

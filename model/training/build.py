@@ -1,8 +1,9 @@
 """Builds network, conditioning, targets and data plan of a run from its config."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import cached_property
+from typing import Any
 
 import pyarrow as pa
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from infra.errors import ConfigError
 from model.backbones.base import BackboneConfig
+from model.backbones.folder import read_base
 from model.backbones.presets import preset
 from model.condition import (
     MAX_REFERENCES,
@@ -26,13 +28,15 @@ from model.edm import Edm, edm_for
 from model.encodings.store import Encodings, StoredRow
 from model.generator import Generator, SmallVideo
 from model.latents import Latents, open_latents
+from model.objective import Objective
 from model.prompt.encoder import PromptEncoder
 from model.prompt.pictures import first_frame, reference_tensors
 from model.prompt.select import select
 from model.space import PIXELS, Space
 from model.step import Draws, draw, draw_dropped, draw_num_documents, sample_generator
-from model.training.config import StageConfig
+from model.training.config import NOISE, StageConfig
 from model.training.parallel import warning_only
+from model.training.pretrained import pretrained_of
 
 MAX_SMALL_LEVEL = 1.0
 """Noise on an upsampler's small video in training: its standard deviation is uniform in [0, this]. Snap Video
@@ -46,6 +50,8 @@ def backbone_of(config: StageConfig, space: Space) -> BackboneConfig:
         ConfigError: a preset for the upsampler without one, or pixels that the autoencoder can't divide.
         ValueError, TypeError: an unknown preset or field.
     """
+    if config.pretrained is not None:
+        return pretrained_of(config, config.pretrained, space)
     frames, channels, height, width = space.shape(config.num_frames, config.height_px, config.width_px)
     named = preset(config.preset)
     if named.is_upsampler and config.upsampler is None:
@@ -61,7 +67,7 @@ def backbone_of(config: StageConfig, space: Space) -> BackboneConfig:
         in_channels=channels * (2 if config.upsampler else 1),
         out_channels=channels,
         checkpoint=config.parallel.recompute,
-        **config.backbone,
+        **dict(config.backbone),
     )
 
 
@@ -69,7 +75,7 @@ def make_generator(config: StageConfig, token_dim: int, space: Space = PIXELS) -
     """The network of this config, freshly drawn from its seed: the same on every rank."""
     torch.manual_seed(config.seed)
     backbone = backbone_of(config, space)
-    return Generator(backbone, condition_config(config, token_dim, space))
+    return backbone.generator(condition_config(config, token_dim, space))
 
 
 def condition_config(config: InputConfig, token_dim: int, space: Space) -> ConditionConfig:
@@ -231,9 +237,9 @@ class Targets:
         """The autoencoder, loaded when it is needed; None for pixels."""
         return open_latents(self.config.autoencoder, self.device)
 
-    def edm(self, x: Tensor) -> Edm:
+    def edm(self, x: Tensor) -> Objective:
         """The process of targets of this shape, with the run's distribution of noise levels."""
-        return edm_of(self.config.noise, x.shape)
+        return objective_of(self.config, x.shape)
 
     def draw(self, x: Tensor, positions: Sequence[int]) -> Draws:
         """All that is random about a training batch."""
@@ -260,7 +266,30 @@ class Targets:
 def edm_of(noise: dict[str, float], shape: Sequence[int]) -> Edm:
     """The process of tensors `... t c h w`: sigma_in follows from their own shape, `noise` is a config's."""
     t, _, h, w = shape[-4:]
-    return replace(edm_for(t, h, w), **noise)
+    try:
+        return replace(edm_for(t, h, w), **noise)
+    except TypeError:
+        raise ConfigError(f"noise {', '.join(noise)} with a preset", legal=", ".join(NOISE[:3])) from None
+
+
+def objective_of(config: StageConfig, shape: Sequence[int]) -> Objective:
+    """What the backbone of a config was made for, for tensors `... t c h w`: EDM, or its family's own.
+
+    Raises:
+        ConfigError: `noise` names fields of another process.
+    """
+    if config.pretrained is None:
+        return edm_of(config.noise, shape)
+    base = read_base(config.pretrained.model)
+    t, rows, columns = base.family.sizes(base.transformer).patch
+    num_tokens = (shape[-4] // t) * (shape[-2] // rows) * (shape[-1] // columns)
+    objective: Any = base.family.objective(base.scheduler, num_tokens)
+    legal = [field.name for field in fields(objective) if field.name in NOISE]
+    if unknown := set(config.noise) - set(legal):
+        raise ConfigError(
+            f"noise {', '.join(sorted(unknown))} with {base.family.transformer}", legal=", ".join(legal)
+        )
+    return replace(objective, **config.noise)
 
 
 def space_of(encodings: Encodings | None) -> Space | None:

@@ -12,6 +12,7 @@ from pydantic import Field, field_validator, model_validator
 
 from infra.cluster import RayConfig
 from infra.config import Config, Incidental, Location, refuse_imports
+from model.backbones.config import BackboneFields, DiffusersConfig, with_base
 from model.data.batch import TASKS
 from model.data.inputs import InputConfig
 from model.edm import Edm
@@ -24,7 +25,7 @@ from model.training.metrics import TRACKERS
 WEIGHTS = "weights"
 """Name of the weights themselves, beside those of their averages."""
 
-NOISE = ("sigma_data", "log_mean", "log_std")
+NOISE = ("sigma_data", "log_mean", "log_std", "shift", "mean", "std")
 
 
 def one_of(name: str, legal: Any) -> str:
@@ -138,8 +139,9 @@ class StageConfig(InputConfig):
     preset: str = "fit-500m"
     """Backbone by name (`model.backbones.presets`), or package.module:CONFIG of your own. Which FIT VIMI used
     is not stated."""
-    backbone: dict[str, Any] = Field(default_factory=dict)
-    """Fields of the preset's config to change, e.g. {"num_blocks": 4}."""
+    backbone: BackboneFields = Field(default_factory=dict)
+    """Fields of the preset's config to change, e.g. {"num_blocks": 4}; or in its place a pretrained model of
+    diffusers, {kind: diffusers, model: <folder or hub id>}, whose autoencoder and objective follow."""
     encodings: Incidental[Location | None] = None
     """Folder that `vimi-data encode` made of these prompts for this config: read in place of running the frozen
     encoders, to the same losses. None = encode every sample when it is drawn."""
@@ -151,7 +153,8 @@ class StageConfig(InputConfig):
     """Fields of the diffusion process to change (model/edm.py). sigma_data: assumed deviation of the data, 1
     (Snap Video, whose ablation prefers it to 0.5). log_mean, log_std: of ln sigma, -1.2 and 1.2 (EDM
     table 1). Pixels of real clips deviate by about 0.5, and a run of minutes learns sooner with that and with
-    more noise: {sigma_data: 0.5, log_mean: 0.4, log_std: 1.4} (`bench_quality`)."""
+    more noise: {sigma_data: 0.5, log_mean: 0.4, log_std: 1.4} (`bench_quality`). With flow matching
+    (model/flow.py): shift of the times, by default that of the pretrained scheduler; mean, std of logit t."""
     optim: OptimConfig = OptimConfig()
     ema: tuple[str, ...] = (f"half-life-{6_000 * 4096}", "power-0.05", "power-0.1")
     """Averages of the weights kept beside them, by the names that `sample --ema` takes: half-life-<samples>
@@ -179,13 +182,18 @@ class StageConfig(InputConfig):
     seed: int = 0
     """Of the weights at the start, and of all draws; each draw is a function of (seed, sample)."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _what_follows_from_a_pretrained_backbone(cls, values: Any) -> Any:
+        return with_base(values)
+
     @field_validator("noise")
     @classmethod
     def _fields_of_the_process(cls, value: dict[str, float]) -> dict[str, float]:
         for name, number in value.items():
             one_of(name, NOISE)
-            if not (0 if name != "log_mean" else -100) < number <= 100:
-                raise ValueError(f"{name} {number}; legal: above 0 (log_mean: above -100), at most 100")
+            if not (-100 if name.endswith("mean") else 0) < number <= 100:
+                raise ValueError(f"{name} {number}; legal: above 0 (means: above -100), at most 100")
         return value
 
     @field_validator("ema")
@@ -227,6 +235,12 @@ class StageConfig(InputConfig):
         return self
 
     @model_validator(mode="after")
+    def _no_cascade_of_a_pretrained_one(self) -> "StageConfig":
+        if self.pretrained is not None and self.upsampler is not None:
+            raise ValueError("an upsampler with backbone.kind diffusers; legal: an upsampler of a preset")
+        return self
+
+    @model_validator(mode="after")
     def _upsampler_enlarges(self) -> "StageConfig":
         if self.upsampler is None:
             return self
@@ -241,6 +255,11 @@ class StageConfig(InputConfig):
                 "legal: height_px and width_px above the small video's"
             )
         return self
+
+    @property
+    def pretrained(self) -> DiffusersConfig | None:
+        """The pretrained backbone; None for a preset."""
+        return self.backbone if isinstance(self.backbone, DiffusersConfig) else None
 
     @property
     def micro_batch(self) -> int:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from infra.errors import TrainingError
 from infra.run_folder import RunFolder
+from model.backbones.folder import base_sha256
 from model.condition import Condition
 from model.cost import NO_REFERENCES, References
 from model.data.batch import Batch
@@ -60,6 +61,7 @@ class Training:
 
     Attributes:
         position: samples that all ranks have seen.
+        base: hash of the pretrained model's weights; None without one.
         saved_at: the position of the last checkpoint that was begun.
         seen: samples of each shape (t, h, w) since the last record: what their cost is reckoned from.
         prompt_tokens: length of the last batch's prompts.
@@ -71,6 +73,7 @@ class Training:
         make_deterministic(self.device)
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.world_size = dist.get_world_size() if dist.is_initialized() else 1
+        self.base = None if config.pretrained is None else base_sha256(config.pretrained.model)
         encodings = open_encodings(config.encodings)
         self.encoder = open_encoder(config.encoder, encodings, self.device)
         self.targets = Targets(config, self.device, encodings)
@@ -133,12 +136,12 @@ class Training:
         config, found = self.config, self.run.latest_checkpoint()
         if found is None and isinstance(config, Stage2Config):
             start = find_checkpoint(config.start_from)
-            facts_for(start, self.encoder.identity_hash, self.targets.space)
+            facts_for(start, self.encoder.identity_hash, self.targets.space, base=self.base)
             load_state(start, from_average(self.model, config.start_ema))
         self.emas = {name: Ema(self.model, profile) for name, profile in config.ema_profiles.items()}
         if found is None:
             return 0
-        facts = facts_for(found, self.encoder.identity_hash, self.targets.space)
+        facts = facts_for(found, self.encoder.identity_hash, self.targets.space, base=self.base)
         state = state_of(self.model, self.optimizer, self.emas)
         load_state(found, state)
         torch.set_rng_state(state["rng"])
@@ -232,6 +235,7 @@ class Training:
             "encoder": self.encoder.identity_hash,
             "token_dim": self.encoder.dim,
             "space": vars(self.targets.space),
+            "base": self.base,
             "emas": {name: vars(ema.profile) for name, ema in self.emas.items()},
             "torch": torch.__version__,
             "world_size": self.world_size,

@@ -13,14 +13,15 @@ from infra.certificate import read_sealed, write_sealed
 from infra.errors import ConfigError, DataError
 from infra.run_folder import RunFolder
 from infra.storage import read_bytes, write_bytes
+from model.backbones.folder import base_sha256
 from model.backbones.presets import PRESETS, preset
+from model.cost import on_meta
 from model.data.shards import Shards, index_shards, open_parquet, open_shards
 from model.edm import sigma_in
 from model.encodings.make import check_encodings
 from model.encodings.store import open_encodings
 from model.evaluate.networks import NetworkConfig
 from model.evaluate.scores import Given, chosen, obstacles
-from model.generator import Generator
 from model.prompt.load import check_prompt_encoder
 from model.space import Space
 from model.training.build import (
@@ -29,11 +30,13 @@ from model.training.build import (
     describe_space,
     make_plan,
     measure_space,
+    objective_of,
     reference_shape,
 )
 from model.training.checkpoint import checkpoint_hash, find_checkpoint, read_facts
 from model.training.config import Stage2Config, StageConfig, config_of
 from model.training.metrics import TRACKERS
+from model.training.pretrained import check_pretrained
 from model.training.state import trained_by
 
 DEPTHS = ("num_blocks", "layers_per_block")
@@ -42,15 +45,20 @@ DEPTHS = ("num_blocks", "layers_per_block")
 
 @dataclass(frozen=True)
 class Ready:
-    """What the preflight found: the shards, the targets' space, the checkpoint that stage 2 starts from."""
+    """What the preflight found: the shards, the targets' space, the checkpoint that stage 2 starts from, the
+    hash of a pretrained base.
+    """
 
     shards: Shards
     space: Space
     start_from: str | None
+    base: str | None = None
 
     @property
     def inputs(self) -> dict[str, str]:
         found = {"prompts": self.shards.certificate.content_hash()}
+        if self.base is not None:
+            found["base"] = self.base
         if self.start_from is not None:
             found["start_from"] = checkpoint_hash(self.start_from)
         return found
@@ -89,15 +97,21 @@ def inspect(config: StageConfig, *, reach: bool = True) -> Ready:
         check_same_model(config, start_from)
         if config.stage1_prompts is not None:
             open_shards(config.stage1_prompts)
-    return Ready(shards, space, start_from)
+    base = None if config.pretrained is None else base_sha256(config.pretrained.model)
+    return Ready(shards, space, start_from, base)
 
 
 def check_backbone(config: StageConfig, space: Space) -> None:
+    if config.pretrained is not None:
+        backbone = check_pretrained(config, config.pretrained, space)
+        size = (backbone.num_frames, backbone.out_channels, backbone.height_px, backbone.width_px)
+        objective_of(config, size)
+        return
     if config.preset not in PRESETS and ":" not in config.preset:
         raise ConfigError(f"preset {config.preset!r}", legal=", ".join(PRESETS))
     try:
         named = preset(config.preset)
-        for name, value in config.backbone.items():
+        for name, value in dict(config.backbone).items():
             check_size(name, value, getattr(named, name, None))
         backbone = backbone_of(config, space)
         with torch.device("meta"):
@@ -304,19 +318,26 @@ def plan_text(config: StageConfig, ready: Ready) -> str:
     """What --dry-run prints: the sizes that follow from the config."""
     backbone = backbone_of(config, ready.space)
     condition = condition_config(config, 1024, ready.space)
-    with torch.device("meta"):
-        model = Generator(backbone, condition)
+    model = on_meta(backbone, condition)
     parameters = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    named = config.preset if config.pretrained is None else config.pretrained.model
+    share = f", {trained:,} of them trained" if trained < parameters else ""
     rows, workers = ready.shards.num_rows, config.num_workers
     on = f"{workers[0]} to {workers[1]}" if isinstance(workers, tuple) else str(workers or "all")
     lines = [
-        f"{config.stage}: {parameters:,} parameters ({config.preset}, encoder width 1024 assumed)",
+        f"{config.stage}: {parameters:,} parameters{share} ({named}, encoder width 1024 assumed)",
         f"{config.num_steps:,} steps of {config.batch_size} samples in {config.accumulation} micro-batches "
         f"on {on} workers",
         f"{rows:,} prompts in {len(ready.shards.groups):,} row groups: "
         f"{config.total_samples / rows:.2f} epochs",
     ]
-    if ready.space.is_latent or config.upsampler:
+    if config.pretrained is not None:
+        lines.append(
+            f"{describe_space(ready.space)}: {backbone.num_frames} x {backbone.out_channels} x "
+            f"{backbone.height_px} x {backbone.width_px}, flow matching"
+        )
+    elif ready.space.is_latent or config.upsampler:
         small = f", from {config.small_size_px}" if config.upsampler else ""
         lines.append(
             f"{describe_space(ready.space)}: {backbone.num_frames} x {backbone.out_channels} x "

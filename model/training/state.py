@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 
 from infra.errors import ConfigError, TrainingError
 from infra.run_folder import split_checkpoint
+from model.backbones.folder import base_sha256
 from model.ema import Ema, Snapshot, reconstruct
 from model.generator import Generator, start_upsampler
 from model.space import Space
@@ -40,8 +41,10 @@ def state_of(model: nn.Module, optimizer: Optimizer, emas: dict[str, Ema]) -> di
 
 
 def weights_of(model: nn.Module) -> dict[str, Tensor]:
-    """`model.<name>` -> parameter or buffer."""
-    return {f"model.{plain_name(name)}": value for name, value in model.state_dict().items()}
+    """`model.<name>` -> parameter or buffer; what is frozen is the base's, and is read from there."""
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    kept = ((name, value) for name, value in model.state_dict().items() if name not in frozen)
+    return {f"model.{plain_name(name)}": value for name, value in kept}
 
 
 def from_average(model: nn.Module, ema: str | None) -> dict[str, Tensor]:
@@ -67,11 +70,11 @@ def hash_tensors(tensors: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def facts_for(checkpoint: str, encoder: str, space: Space) -> dict[str, Any]:
-    """A checkpoint's facts, if it was trained with this prompt encoder (its hash) in this space.
+def facts_for(checkpoint: str, encoder: str, space: Space, *, base: str | None = None) -> dict[str, Any]:
+    """A checkpoint's facts, if it was trained with this prompt encoder in this space, on this base (hashes).
 
     Raises:
-        TrainingError: another encoder, or another space.
+        TrainingError: another encoder, space or base.
     """
     facts = read_facts(checkpoint)
     if facts["encoder"] != encoder:
@@ -82,7 +85,22 @@ def facts_for(checkpoint: str, encoder: str, space: Space) -> dict[str, Any]:
     if space_in(facts) != space:
         there, here = describe_space(space_in(facts)), describe_space(space)
         raise TrainingError(f"{checkpoint} was trained in {there}, this run works in {here}")
+    check_base(checkpoint, facts, base)
     return facts
+
+
+def check_base(checkpoint: str, facts: dict[str, Any], base: str | None) -> None:
+    """Refuse adapters of another base model.
+
+    Raises:
+        TrainingError: its weights differ.
+    """
+    if facts.get("base") != base:
+        there, here = (str(each)[:12] for each in (facts.get("base"), base))
+        raise TrainingError(
+            f"{checkpoint} was trained on a base model of other weights ({there} there, {here} now); cure: put "
+            "the trained one back in its place"
+        )
 
 
 def trained_by(run: str, *, own: StageConfig | None = None) -> tuple[str, StageConfig]:
@@ -139,6 +157,7 @@ def restore_generator(
     check_average(uri, ema)
     facts = read_facts(uri)
     config = config_of(facts, uri, own=own)
+    check_base(uri, facts, None if config.pretrained is None else base_sha256(config.pretrained.model))
     model = make_generator(config, facts["token_dim"], space_in(facts))
     stored = ema == WEIGHTS or ema in facts["emas"]
     load_state(uri, from_average(model, None if ema == WEIGHTS or not stored else ema))

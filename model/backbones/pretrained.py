@@ -1,0 +1,254 @@
+"""A pretrained transformer of diffusers as the generator: text, clean frames, adapters, one protocol.
+
+    tokens of the prompt encoder --projection--> text states --+
+    noisy latents, first frame, references, times -------------+--> frozen transformer + LoRA --> velocity
+
+References and the first frame of the video are latent frames of their own with time 0: references behind the
+last frame, the first frame in its place. So a first frame is reproduced, where one that goes through an encoder
+alone is only resembled.
+"""
+
+import importlib
+import json
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from model.backbones.base import BackboneConfig
+from model.backbones.families import FAMILIES
+from model.backbones.family import Family, Scale
+from model.condition import MAX_SEGMENTS, Condition, ConditionConfig
+from model.generator import Generator, SmallVideo
+
+ADAPTER = "default"
+"""Name of the LoRA in peft."""
+NATIVE_SEGMENT = -1
+"""Segment number of tokens that are states of the model's own text encoder; they come first in a prompt."""
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Low-rank adapters of the layers whose names end in `targets`; their answer counts alpha / rank."""
+
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Pretrained(BackboneConfig):
+    """A transformer in diffusers' format.
+
+    Attributes:
+        model: folder or hub id of its pipeline.
+        family: name of its class.
+        architecture: its config.json, as text.
+        text: who says what the text states are: our tokens (replace), the model's own encoder (native), or
+            both (append).
+        lora: adapters on a frozen base; None trains all of it.
+        half_base: a frozen base is kept in bfloat16.
+        scale: what a latent stands for.
+        first_frame: number of the role whose picture is the video's first frame.
+    """
+
+    model: str = ""
+    family: str = ""
+    architecture: str = "{}"
+    text: Literal["replace", "append", "native"] = "append"
+    lora: Lora | None = None
+    half_base: bool = False
+    scale: Scale = field(default_factory=Scale)
+    first_frame: int = -1
+
+    @property
+    def kind(self) -> Family:
+        return FAMILIES[self.family]
+
+    def generator(self, condition: ConditionConfig) -> "PretrainedGenerator":
+        return PretrainedGenerator(self, condition)
+
+    def build(self) -> Any:
+        """The transformer with its adapters; on the meta device its shapes alone."""
+        base = self._base()
+        if self.lora is None:
+            base.requires_grad_(True).float()
+        else:
+            base.requires_grad_(False)
+            add_adapters(base, self.lora)
+        if self.checkpoint:
+            base.enable_gradient_checkpointing()
+        return base
+
+    def _base(self) -> Any:
+        cls = getattr(importlib.import_module("diffusers"), self.family)
+        if torch.get_default_device().type == "meta":
+            base = cls.from_config(json.loads(self.architecture))
+            return base.to(torch.bfloat16) if self.half_base else base
+        dtype = torch.bfloat16 if self.half_base else torch.float32
+        with torch.random.fork_rng(devices=[]):  # what is drawn beside it doesn't hang on how it is loaded
+            return cls.from_pretrained(self.model, subfolder="transformer", torch_dtype=dtype)
+
+    def tokens(self) -> dict[str, int]:
+        """Tokens of the video, and of its text."""
+        t, h, w = self.kind.sizes(json.loads(self.architecture)).patch
+        video = (self.num_frames // t) * (self.height_px // h) * (self.width_px // w)
+        return {"video": video, "text": self.kind.text_tokens}
+
+
+def add_adapters(base: Any, lora: Lora) -> None:
+    """Put a LoRA on a transformer, in float32 whatever the base is kept in; its answer is 0 at first.
+
+    Raises:
+        ValueError: no layer of such a name.
+    """
+    peft = importlib.import_module("peft")
+    config = peft.LoraConfig(
+        r=lora.rank, lora_alpha=lora.alpha, target_modules=list(lora.targets), init_lora_weights=True
+    )
+    base.add_adapter(config, ADAPTER)
+    for p in base.parameters():
+        if p.requires_grad:
+            p.data = p.data.float()
+
+
+class TextStates(nn.Module):
+    """Tokens of the prompt encoder (and of the model's own) to text states of one fixed length."""
+
+    def __init__(self, backbone: Pretrained, condition: ConditionConfig) -> None:
+        super().__init__()
+        self.length, self.dim = backbone.kind.text_tokens, backbone.condition_dim
+        self.rows_per_state = -(-self.dim // condition.token_dim)
+        self.norm = nn.LayerNorm(condition.token_dim, elementwise_affine=False)
+        self.project = nn.Linear(condition.token_dim, self.dim)
+        self.role = nn.Embedding(condition.num_roles, self.dim)
+        self.segment = nn.Embedding(MAX_SEGMENTS, self.dim)
+        for table in (self.role, self.segment):
+            nn.init.normal_(table.weight, std=0.02)
+        self.gate = nn.Parameter(torch.zeros(self.dim)) if backbone.text == "append" else None
+
+    def forward(self, condition: Condition) -> tuple[Tensor, Tensor]:
+        """`b length dim` text states, zero where there is none, and their `b length` mask.
+
+        The model's own come first, ours follow at once, in the places that the model was trained to find empty:
+        with a gate of 0 they still are. What is beyond the length is cut.
+        """
+        native_rows = ((condition.segment == NATIVE_SEGMENT) & condition.mask).sum(dim=1, keepdim=True)
+        native = self._unpack(condition, native_rows)
+        num_native = native_rows // self.rows_per_state
+        place = torch.arange(self.length, device=condition.mask.device)[None]
+        source = place - num_native + native_rows
+        is_native, inside = place < num_native, (place >= num_native) & (source < condition.mask.shape[1])
+        source = source.clamp(0, condition.mask.shape[1] - 1)
+        is_ours = inside & condition.mask.gather(1, source)
+        ours = self._project(condition, source)
+        text = torch.where(is_native[..., None], native, torch.where(is_ours[..., None], ours, 0))
+        return text, is_native | is_ours
+
+    def _unpack(self, condition: Condition, native_rows: Tensor) -> Tensor:
+        """States of the model's own encoder, each of which fills `rows_per_state` tokens."""
+        length = self.length * self.rows_per_state
+        tokens = condition.tokens.to(self.project.weight.dtype)[:, :length]
+        tokens = F.pad(tokens, (0, 0, 0, length - tokens.shape[1]))
+        return tokens.reshape(len(tokens), self.length, -1)[..., : self.dim]
+
+    def _project(self, condition: Condition, source: Tensor) -> Tensor:
+        tokens = condition.tokens.to(self.project.weight.dtype)
+        tokens = tokens.gather(1, source[..., None].expand(-1, -1, tokens.shape[-1]))
+        places = condition.segment.gather(1, source).clamp(0, MAX_SEGMENTS - 1)
+        roles = condition.role.gather(1, source)
+        ours = self.project(self.norm(tokens)) + self.role(roles) + self.segment(places)
+        return ours if self.gate is None else self.gate * ours
+
+
+class OwnText(nn.Module):
+    """States of the model's own text encoder, padded with zeros to one fixed length."""
+
+    def __init__(self, backbone: Pretrained) -> None:
+        super().__init__()
+        self.length = backbone.kind.text_tokens
+
+    def forward(self, condition: Condition) -> tuple[Tensor, Tensor]:
+        """As `TextStates.forward`."""
+        tokens, mask = condition.tokens[:, : self.length].float(), condition.mask[:, : self.length]
+        missing = self.length - tokens.shape[1]
+        return F.pad(tokens * mask[..., None], (0, 0, 0, missing)), F.pad(mask, (0, missing))
+
+
+class PretrainedGenerator(Generator):
+    """A `Generator` whose backbone is a transformer of diffusers; its answer is a velocity."""
+
+    backbone_config: Pretrained
+
+    def __init__(self, backbone: Pretrained, condition: ConditionConfig) -> None:
+        nn.Module.__init__(self)
+        self.backbone_config, self.condition_config, self.level = backbone, condition, None
+        self.embedder = OwnText(backbone) if backbone.text == "native" else TextStates(backbone, condition)  # pyright: ignore
+        self.backbone = backbone.build()
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return getattr(self.backbone, self.backbone_config.kind.blocks)
+
+    @property
+    def z_shape(self) -> tuple[int, int]:
+        return 0, 0
+
+    def forward(
+        self,
+        x: Tensor,
+        sigma: Tensor,
+        condition: Condition,
+        z_prev: Tensor | None = None,
+        *,
+        small: SmallVideo | None = None,
+        keys: Tensor | None = None,
+        latents_only: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """As `Generator.forward`; `condition.references` are latents of the size of `x`.
+
+        Videos that may have references go one by one: attention here knows no mask, so that a video with fewer
+        of them than its neighbour would see what pads them; and as often on every rank.
+        """
+        text, mask = self.embedder(condition)
+        if self.condition_config.mode == "faithful":
+            answer = self._velocity(x, sigma, text, mask, condition.fps)
+        else:
+            each = [self._with_frames(x, sigma, text, mask, condition, row) for row in range(len(x))]
+            answer = torch.cat(each)
+        return answer, x.new_zeros(len(x), 0, 0)
+
+    def _velocity(self, x: Tensor, times: Tensor, text: Tensor, mask: Tensor, fps: Tensor) -> Tensor:
+        family, scale = self.backbone_config.kind, self.backbone_config.scale
+        return family.velocity(self.backbone, x, times, text, mask, fps=fps, scale=scale)
+
+    def _with_frames(
+        self, x: Tensor, sigma: Tensor, text: Tensor, mask: Tensor, condition: Condition, row: int
+    ) -> Tensor:
+        """One row's answer: times are 0 for its references, and for its first frame where that is given."""
+        x, sigma, text, mask, fps = (each[row : row + 1] for each in (x, sigma, text, mask, condition.fps))
+        is_given = self._has_first_frame(x, condition, row)
+        references = self._references(x, condition, row, is_given)
+        if not is_given and not len(references):
+            return self._velocity(x, sigma, text, mask, fps)
+        clean = sigma.new_zeros(1, 1)
+        times = [clean] if is_given else []
+        times += [sigma[:, None].expand(1, x.shape[1] - is_given), clean.expand(1, len(references))]
+        video = torch.cat([x, references[None].to(x.dtype)], dim=1)
+        return self._velocity(video, torch.cat(times, dim=1), text, mask, fps)[:, : x.shape[1]]
+
+    def _has_first_frame(self, x: Tensor, condition: Condition, row: int) -> bool:
+        given = condition.has_first_frame
+        return given is not None and x.shape[1] > 1 and bool(given[row])
+
+    def _references(self, x: Tensor, condition: Condition, row: int, is_given: bool) -> Tensor:
+        """`n c h w` latents of a row's references, without the first frame where that stands in the video."""
+        frames, present, role = condition.references, condition.reference_mask, condition.reference_role
+        if frames is None or present is None or role is None:
+            return x.new_zeros(0, *x.shape[2:])
+        if frames.is_meta:  # counting: all are there
+            return frames[row]
+        kept = present[row] & ~((role[row] == self.backbone_config.first_frame) & is_given)
+        return frames[row][kept]

@@ -1,0 +1,68 @@
+"""Export of a pretrained backbone in diffusers' own format, for its stock pipeline and no code of ours.
+
+    model_index.json transformer/ vae/ ...   the base's pipeline, as it was (with `base: false` left out)
+    pytorch_lora_weights.safetensors         the adapters, for `pipeline.load_lora_weights(folder)`
+
+A base that was trained whole has no adapters: its transformer is the trained one.
+"""
+
+import importlib
+import json
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from model.backbones.folder import SCHEDULER, Base, local_folder, read_base
+from model.backbones.pretrained import ADAPTER, PretrainedGenerator
+from model.training.config import StageConfig
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+"""Where `load_lora_weights` looks first."""
+
+
+def stock_files(
+    model: PretrainedGenerator, config: StageConfig, *, with_base: bool
+) -> Iterator[tuple[str, bytes]]:
+    """Path in the export and bytes of each file, one in memory at a time."""
+    base, is_whole = read_base(model.backbone_config.model), model.backbone_config.lora is None
+    transformer: Any = model.backbone
+    if is_whole:
+        yield from _saved(lambda folder: transformer.save_pretrained(Path(folder) / "transformer"))
+    else:
+        yield from _saved(lambda folder: _save_adapters(transformer, base.family.pipeline, folder))
+    if not with_base:
+        return
+    folder = local_folder(base.place)
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        name = path.relative_to(folder).as_posix()
+        if name.startswith(".") or (is_whole and name.startswith("transformer/")):
+            continue
+        yield name, _scheduler(base, config) if name == SCHEDULER else path.read_bytes()
+
+
+def _save_adapters(transformer: Any, pipeline: str, folder: str) -> None:
+    peft, diffusers = (importlib.import_module(name) for name in ("peft", "diffusers"))
+    getattr(diffusers, pipeline).save_lora_weights(
+        folder,
+        transformer_lora_layers=peft.get_peft_model_state_dict(transformer, adapter_name=ADAPTER),
+        transformer_lora_adapter_metadata=transformer.peft_config[ADAPTER].to_dict(),
+        weight_name=LORA_FILE,
+    )
+
+
+def _saved(save: Any) -> Iterator[tuple[str, bytes]]:
+    """What a writer of diffusers puts into a folder."""
+    with tempfile.TemporaryDirectory() as folder:
+        save(folder)
+        for path in sorted(path for path in Path(folder).rglob("*") if path.is_file()):
+            yield path.relative_to(folder).as_posix(), path.read_bytes()
+
+
+def _scheduler(base: Base, config: StageConfig) -> bytes:
+    """The base's scheduler, with the shift of the times that the run was trained with."""
+    values, shift = dict(base.scheduler), config.noise.get("shift")
+    for name in ("shift", "flow_shift"):
+        if shift is not None and name in values:
+            values[name] = shift
+    return (json.dumps(values, indent=2) + "\n").encode()

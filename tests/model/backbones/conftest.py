@@ -1,0 +1,36 @@
+"""Tiny pretrained models in folders, and trainings that start from them."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.model.backbones.tiny_bases import save_wan
+from tests.model.conftest import MakeShards, tiny_stage
+
+Values = Callable[..., dict[str, Any]]
+SIZE = {"num_frames": 5, "height": 32, "width": 48}
+"""Of the clips: 2 x 3 x 4 x 6 latents, 2 x 2 x 3 patches."""
+
+
+@pytest.fixture(scope="session")
+def wan(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Folder of a random Wan."""
+    return save_wan(tmp_path_factory.mktemp("wan"))
+
+
+@pytest.fixture
+def base_values(make_shards: MakeShards, tiny_encoder: dict[str, Any], tmp_path: Path, wan: str) -> Values:
+    """Call it with changed fields, those of the backbone by their own names; values of a tiny Stage1Config."""
+
+    def make(*, model: str = wan, text: str = "append", lora: Any = (), **changes: Any) -> dict[str, Any]:
+        backbone: dict[str, Any] = {"kind": "diffusers", "model": model, "text": text}
+        backbone["lora"] = {"rank": 4} if lora == () else lora
+        if "prompts" not in changes:
+            changes["prompts"] = str(make_shards(12, **SIZE))
+        values = tiny_stage(Path(changes["prompts"]), tmp_path / "run", {**tiny_encoder, "max_tokens": 512})
+        size = {"num_frames": 5, "height_px": 32, "width_px": 48, "batch_size": 2, "ema": ["power-0.05"]}
+        return {**values, **size, "backbone": backbone, **changes}
+
+    return make
