@@ -21,6 +21,7 @@ from model.condition import (
     Prompt,
     References,
 )
+from model.data.augment import augment_references
 from model.data.batch import ROLES, Batch
 from model.data.inputs import InputConfig
 from model.data.plan import Plan
@@ -202,7 +203,10 @@ class Conditioner:
         """K documents and condition dropout, drawn for the sample at this position."""
         seed = self.config.seed
         number = draw_num_documents(self.config.documents, seed=seed, index=position)
-        return select(prompt, number, draw_dropped(self.config.dropout, seed=seed, index=position))
+        chosen = select(prompt, number, draw_dropped(self.config.dropout, seed=seed, index=position))
+        if not self.config.augment_references:
+            return chosen
+        return augment_references(chosen, seed=seed, index=position)
 
 
 class Targets:

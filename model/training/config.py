@@ -145,6 +145,10 @@ class StageConfig(InputConfig):
     encodings: Incidental[Location | None] = None
     """Folder that `vimi-data encode` made of these prompts for this config: read in place of running the frozen
     encoders, to the same losses. None = encode every sample when it is drawn."""
+    augment_references: bool = False
+    """Change the pictures of subjects each time they are loaded, by Video Alchemist's list (crop, size, blur,
+    colour, brightness, flip, shear, turn): against copying, where references are cut out of their own targets.
+    Needs the encoder while training, so not with `encodings`."""
     upsampler: UpsamplerConfig | None = None
     """Train the second stage of the cascade instead of a base model; None = a base model."""
     self_condition_rate: float = Field(default=0.9, ge=0, le=1)

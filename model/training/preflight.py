@@ -81,6 +81,12 @@ def inspect(config: StageConfig, *, reach: bool = True) -> Ready:
         )
     encodings = open_encodings(config.encodings)
     if encodings is not None:
+        if config.augment_references:
+            raise ConfigError(
+                "augment_references draws new pictures for each sample, which encodings made beforehand lack",
+                legal="encodings, or augment_references",
+                cure="--set augment_references=false",
+            )
         check_encodings(config, encodings, shards)
     else:
         check_prompt_encoder(config.encoder, reach=reach)

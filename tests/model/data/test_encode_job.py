@@ -199,6 +199,7 @@ def test_encodings_that_do_not_serve_are_refused_by_the_preflight(
     refuse("encoder.patch_grid: None there, 1 now", encoder=values["encoder"] | {"patch_grid": 1})
     refuse("encodes other shards", prompts=str(make_shards(8, num_frames=4, height=12, width=16, name="b")))
     refuse("no certified encodings", encodings=str(tmp_path))
+    refuse("cure: --set augment_references=false", augment_references=True)
     refuse("was made by 'augment'", encodings=values["prompts"])
     # Other weights under the same path, and the same weights under another.
     files = values["encoder"]["clip"]
