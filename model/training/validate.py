@@ -167,7 +167,12 @@ class Validation:
             others = self._other_documents(number, retrieved(right)) if self._encodes else None
             if others is not None:
                 found["shuffled"] = with_retrieved(right, others)
-        return found if bare == none else {**found, "bare": bare}
+        return found if bare == none or not self._can_encode(number, bare) else {**found, "bare": bare}
+
+    def _can_encode(self, number: int, prompt: Prompt) -> bool:
+        """Whether a part of a row's prompt is stored, or may be encoded now."""
+        stored = self._row(number).get("stored")
+        return self._encodes or (stored is not None and stored.prompt(prompt) is not None)
 
     def _other_documents(self, number: int, own: Prompt) -> Prompt | None:
         """The documents of the next row of the same medium that has some and shares none with this row; where

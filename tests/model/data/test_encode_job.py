@@ -32,6 +32,8 @@ from model.training.loop import Training
 from model.training.preflight import prepare_index, read_index
 from model.training.validate import Preview, Validation
 from pipeline.prompts.encode import Worker, plan_units
+from tests.model.conftest import shake
+from tests.model.training.test_validate import task_rows
 
 Values = Callable[..., dict[str, Any]]
 
@@ -117,6 +119,28 @@ def test_training_from_encodings_is_the_same_to_the_bit(
     validated = cells_of(Validation(stored, read_index(stored.config.out)).run())
     assert ("shuffled" in {cell.given for cell in validated}) == (kind != "mllm")
     assert ("encoder" in vars(stored.encoder)) == (kind != "mllm")
+    fresh.close()
+    stored.close()
+
+
+def test_all_that_tasks_show_is_stored_and_their_loss_without_it_asks_no_language_model(
+    stage_values: Values, make_shards, make_row, autoencoders, tiny_mllm: dict[str, Any], tmp_path: Path
+) -> None:
+    """Subjects and first frames as latents of their own size; prompts with words in their pictures' place."""
+    shards = str(make_shards(rows=task_rows(make_row), name="tasks"))
+    values = stage_values(prompts=shards, dropout={"frame": 0.3}, encoder=tiny_mllm)
+    values |= {"autoencoder": autoencoders["image"], "validation": {"num_samples": 6, "held_out_frac": 0}}
+    values["backbone"] = {**values["backbone"], "patch_px": 1}
+    fresh, expected = train(values | {"out": str(tmp_path / "fresh")}, 3)
+    encode_here(values, tmp_path / "encoded")
+    stored, found = train(values | {"out": str(tmp_path / "stored"), "encodings": str(tmp_path / "encoded")}, 3)
+    assert found == expected
+    shake(stored.model)
+    record = Validation(stored, read_index(stored.config.out)).run()
+    for task in ("subject_driven", "video_prediction"):
+        own, none = (record[f"val/video {task} references {given}"] for given in ("own", "none"))
+        assert own != none
+    assert "encoder" not in vars(stored.encoder) and "latents" not in vars(stored.targets)
     fresh.close()
     stored.close()
 
