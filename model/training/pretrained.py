@@ -82,6 +82,12 @@ def check_pretrained(config: StageConfig, chosen: DiffusersConfig, space: Space)
             f"references: plus with pictures and buckets of sizes {' and '.join(map(str, sorted(sizes)))}",
             legal=f"one size, as a reference is a frame of {base.family.transformer}; or references: faithful",
         )
+    if chosen.text == "append" and base.family.has_text_mask:
+        raise ConfigError(
+            f"backbone.text append: {base.family.transformer} hides the padding that our tokens would take, so "
+            "that step 0 would not be the base model",
+            legal="replace or native",
+        )
     if chosen.lora is not None:
         check_targets(backbone, chosen.lora.targets)
     return backbone

@@ -6,6 +6,7 @@ from typing import Any
 import diffusers as installed
 import torch
 
+from tests.model.tiny_autoencoders import ltx as ltx_autoencoder
 from tests.model.tiny_autoencoders import wan as wan_autoencoder
 
 diffusers: Any = installed
@@ -44,6 +45,60 @@ def wan_transformer(**changes: Any) -> Any:
     return diffusers.WanTransformer3DModel(
         **{**sizes, "in_channels": 3, "out_channels": 3, "text_dim": 20, "freq_dim": 16, **changes}
     )
+
+
+def skyreels_transformer(**changes: Any) -> Any:
+    sizes = {"num_attention_heads": 2, "attention_head_dim": 12, "num_layers": 2, "ffn_dim": 32}
+    return diffusers.SkyReelsV2Transformer3DModel(
+        **{**sizes, "in_channels": 3, "out_channels": 3, "text_dim": 20, "freq_dim": 16, **changes}
+    )
+
+
+def ltx_transformer(**changes: Any) -> Any:
+    sizes = {"num_attention_heads": 2, "attention_head_dim": 12, "num_layers": 2, "cross_attention_dim": 24}
+    return diffusers.LTXVideoTransformer3DModel(
+        **{**sizes, "in_channels": 8, "out_channels": 8, "caption_channels": 20, **changes}
+    )
+
+
+def t5(dim: int) -> Any:
+    from transformers import T5Config, T5EncoderModel
+
+    sizes = {"d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2, "dropout_rate": 0.0}
+    return T5EncoderModel(T5Config(vocab_size=len(WORDS) + 3, d_model=dim, **sizes)).eval()
+
+
+def save_skyreels(folder: Path, **changes: Any) -> str:
+    """As `save_wan`, with SkyReels' transformer."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        pipeline = diffusers.SkyReelsV2Pipeline(
+            tokenizer=tokenizer(),
+            text_encoder=umt5(20),
+            vae=wan_autoencoder(),
+            scheduler=diffusers.UniPCMultistepScheduler(use_flow_sigmas=True, flow_shift=8.0),
+            transformer=skyreels_transformer(**changes),
+        )
+    pipeline.save_pretrained(folder)
+    return str(folder)
+
+
+def save_ltx(folder: Path, **changes: Any) -> str:
+    """Latents of 8 channels; the scheduler's shift hangs on the size, as LTX's."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        pipeline = diffusers.LTXPipeline(
+            tokenizer=tokenizer(),
+            text_encoder=t5(20),
+            vae=ltx_autoencoder(),
+            scheduler=diffusers.FlowMatchEulerDiscreteScheduler(
+                use_dynamic_shifting=True, base_image_seq_len=1024, max_image_seq_len=4096, base_shift=0.95,
+                max_shift=2.05, shift_terminal=0.1,
+            ),
+            transformer=ltx_transformer(**changes),
+        )  # fmt: skip
+    pipeline.save_pretrained(folder)
+    return str(folder)
 
 
 def save_wan(folder: Path, *, seed: int = 0, shift: float = 3.0, **changes: Any) -> str:
