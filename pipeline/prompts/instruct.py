@@ -92,6 +92,13 @@ class InstructConfig(JobConfig):
             raise ValueError(f"give each task once; legal: {', '.join(RECIPES)}")
         return value
 
+    @field_validator("similarity", "memory_similarity")
+    @classmethod
+    def _bounds_in_order(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not -1 <= value[0] <= value[1] <= 1:
+            raise ValueError("the least and the greatest cosine of a pair; legal: -1 <= least <= greatest <= 1")
+        return value
+
     @field_validator("proportions")
     @classmethod
     def _legal_weights(cls, value: dict[str, float] | None) -> dict[str, float] | None:

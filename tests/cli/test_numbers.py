@@ -108,6 +108,7 @@ def legal(world: Any, trained_run: Any, tiny_encoder: Any, tmp_path_factory: Any
         "vimi-data augment": {"clips": clips, "memory": world.memory, "out": out},
         "vimi-data benchmark": {"protocol": "own", "source": str(prompts), "out": out, "held_out_frac": 0.5},
         "vimi-data validate": {"prompts": str(prompts)},
+        "vimi-data subjects": {"prompts": str(prompts), "out": out},
         "vimi-data instruct": {"prompts": str(prompts), "out": out},
         "vimi-data encode": {"prompts": str(prompts), "out": out, "encoder": tiny_encoder},
         "vimi-data report": {"out": out + ".html", "prompts": str(prompts)},

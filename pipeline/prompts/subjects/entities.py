@@ -211,17 +211,16 @@ def _entity(caption: str, tokens: list[_Token], begin: int, end: int, opener: st
     followed_by = tokens[end].word if end < len(tokens) else ""
     if followed_by == "of" and head in lexicon.PLACES:
         return None  # "the floor of ...", "a body of water": the place comes after `of`
-    if followed_by == "of" and head in lexicon.CONTAINERS:
-        return None  # "a pot of soup": is it the pot that is seen, or the soup?
     if followed_by == "s":
         return None  # "a lady s face": the possessor, as transcribed captions spell it
     if _does_something_to(tokens, end) and head not in lexicon.BARE_NOUNS:
         return None  # "a cnc milling machine": is it the machine that is named, or what a cnc does?
     kind: Kind = "background" if head in lexicon.PLACES else "subject"
     start, stop = tokens[begin].start, tokens[end - 1].end
+    is_filled = followed_by == "of" and head in lexicon.CONTAINERS  # "a pot of soup": which of both is seen?
     one = opener in lexicon.SINGULAR_DETERMINERS and head not in lexicon.PLURAL_COUNTS
     several = {"some", "any"} | lexicon.PLURAL_COUNTS
-    singular = one or not (opener in several or opener.isdigit() or _plural(head))
+    singular = not is_filled and (one or not (opener in several or opener.isdigit() or _plural(head)))
     return Entity(caption[start:stop], head, start, stop, kind, singular)
 
 

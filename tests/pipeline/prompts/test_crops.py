@@ -242,6 +242,8 @@ def test_cross_pairs_without_their_table_are_refused_with_the_command(
         check(InstructConfig(prompts=prompts, out=str(tmp_path / "x"), crops=crops))
     with pytest.raises(ConfigError, match="vimi-data subjects"):
         check(InstructConfig(prompts=own, out=str(tmp_path / "x"), crops=str(tmp_path / "none")))
+    with pytest.raises(ConfigError, match="least <= greatest"):
+        InstructConfig.load(overrides=["prompts=p", "out=o", "similarity=[0.9, 0.1]"])
 
 
 @pytest.mark.ray

@@ -281,6 +281,7 @@ def test_the_head_of_a_phrase_is_the_thing_and_not_what_it_does(caption: str, fi
         ("There are workers on a conveyor belt.", Reason.NO_SUBJECT),
         ("Put the pen in the bowl", Reason.NO_SUBJECT),
         ("some one driving the truck very slowly on the road", Reason.NO_SUBJECT),
+        ("There is a pot of soup on the stove.", Reason.NO_SUBJECT),
         ("A man and a woman walk.", Reason.TOGETHER),
         ("A dog is playing with another dog.", Reason.TOGETHER),
         ("A person is holding a dog.", Reason.TOGETHER),
