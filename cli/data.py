@@ -109,6 +109,21 @@ def redrive(
     return {"clips": clips, "out": out}
 
 
+@command(app, Job("pipeline.clips.caption:CaptionConfig", then=_build))
+def caption(
+    clips: Annotated[str | None, typer.Argument(help="Folder that `vimi-data crawl` made.")] = None,
+    out: Out = None,
+    model: Annotated[
+        str | None, typer.Option(help="Image-text-to-text model of transformers: hub name or folder.")
+    ] = None,
+    which: Annotated[
+        str | None, typer.Option(help="silent: clips without words; poor: also those of few; all.")
+    ] = None,
+) -> Fields:
+    """Have a model write the captions that are missing or poor; the old ones are kept beside them."""
+    return {"clips": clips, "out": out, "model": model, "which": which}
+
+
 def _augment(config: Any) -> str:
     search = 'vimi-data search {c.out} "a dog on grass"'
     return f"{search}\nvimi-data augment {{c.clips[0]}} --memory {{c.out}} --out {unused('prompts')}"

@@ -16,6 +16,8 @@ from enum import StrEnum
 import pyarrow as pa
 
 SCHEMA_VERSION = 1
+ADDED = frozenset({"caption_found", "caption_model"})
+"""Columns that tables of earlier versions lack; there they are null."""
 MAX_CAPTION_CHARS = 10_000
 """Longer texts are no captions: nothing that reads them sees more than some hundred words. Ours."""
 
@@ -34,6 +36,9 @@ class Status(StrEnum):
     FILTERED_DUPLICATE = "filtered_duplicate"
     FILTERED_NEAR_DUPLICATE = "filtered_near_duplicate"
     FILTERED_PLUGIN = "filtered_plugin"
+    FILTERED_MOTION = "filtered_motion"
+    FILTERED_QUALITY = "filtered_quality"
+    FILTERED_UNLIKE_CAPTION = "filtered_unlike_caption"
     FILTERED_NO_SUBJECT = "filtered_no_subject"
     FILTERED_NO_DOCUMENT = "filtered_no_document"
     FILTERED_NOT_VIDEO = "filtered_not_video"
@@ -180,7 +185,7 @@ CLIPS = pa.schema(
     [
         _field("clip_id", pa.string(), "content hash, see clip_id()", False),
         _field("media", pa.string(), "video or image", False),
-        _field("caption", pa.string(), "text as found, stripped; null if none"),
+        _field("caption", pa.string(), "text as found, stripped, or by a model; null if none"),
         *_ORIGIN,
         _field("local_uri", pa.string(), "where the fetched bytes lie; equals source_uri for files"),
         _field("fps", pa.float64(), "average frames per second of the parent; null for pictures"),
@@ -191,6 +196,8 @@ CLIPS = pa.schema(
         _field("attempt", pa.int32(), "how many times the parent was tried"),
         _field("status", pa.string(), "a Status", False),
         _field("error", pa.string(), "why, if not ok"),
+        _field("caption_found", pa.string(), "text as found, where a model wrote the caption"),
+        _field("caption_model", pa.string(), "the model that wrote the caption; null = as found"),
     ],
     metadata={"table": "clips", "schema_version": str(SCHEMA_VERSION)},
 )
@@ -404,7 +411,7 @@ def prompt_id(task: str, clip: str, config_hash: str) -> str:
 
 def check_table(found: pa.Schema, expected: pa.Schema, what: str) -> None:
     """Raise ValueError unless `found` has the columns and types of `expected`, in order."""
-    missing = [f"{f.name}: {f.type}" for f in expected if f.name not in found.names]
+    missing = [f"{f.name}: {f.type}" for f in expected if f.name not in (*found.names, *ADDED)]
     wrong = [
         f"{f.name}: {found.field(f.name).type}, expected {f.type}"
         for f in expected

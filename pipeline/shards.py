@@ -10,7 +10,7 @@ resume cheap: sample n of ten million is found by one binary search, without ope
 
 import hashlib
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import islice
@@ -169,6 +169,20 @@ def open_part(uri: str) -> pq.ParquetFile:
     """
     check_certified(uri)
     return _parquet(uri)
+
+
+def read_slice(uri: str, start: int, rows: int, columns: Sequence[str]) -> pa.Table:
+    """Rows [start, start + rows) of a Parquet file; reads only the row groups that hold them."""
+    with open_part(uri) as file:
+        groups, first, offset = [], None, 0
+        for index in range(file.num_row_groups):
+            size = file.metadata.row_group(index).num_rows
+            if offset < start + rows and offset + size > start:
+                first = offset if first is None else first
+                groups.append(index)
+            offset += size
+        table = file.read_row_groups(groups, columns=list(columns), use_threads=False)
+    return table.slice(start - (first or 0), rows)
 
 
 def _parquet(uri: str) -> pq.ParquetFile:

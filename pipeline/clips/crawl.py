@@ -15,11 +15,12 @@ from infra.certificate import Certificate
 from infra.cluster import is_cluster
 from infra.config import Incidental, Location
 from infra.errors import ConfigError
-from infra.storage import join
+from infra.storage import join, sha256_file
 from pipeline.clips.fetch.fetcher import Fetcher
 from pipeline.clips.fetch.web import FetchConfig
 from pipeline.clips.filters import FilterConfig, load_plugins
 from pipeline.clips.parent import Row, dead_rows
+from pipeline.clips.quality import check_quality
 from pipeline.clips.sources import Item, Reader, SourceConfig, open_source, read_items
 from pipeline.clips.sources.base import is_url
 from pipeline.clips.table import write_clips
@@ -63,6 +64,7 @@ def check(config: CrawlConfig) -> list[Reader]:
     if not config.sources:
         raise ConfigError("no sources", cure="name a folder, a table, a tar, a URL list or a page")
     load_plugins(config.filters.plugins)
+    check_quality(config.filters.quality)
     readers = []
     for source in config.sources:
         reader = open_source(source)
@@ -82,6 +84,8 @@ def run(config: CrawlConfig) -> Certificate:
     readers = check(config)
     named = enumerate(zip(config.sources, readers, strict=True))
     inputs = {f"{n}:{source.kind}": reader.fingerprint() for n, (source, reader) in named}
+    if config.filters.quality.aesthetic is not None:
+        inputs["aesthetic_head"] = sha256_file(config.filters.quality.aesthetic.head)
     units = partial(make_units, config, readers)
 
     def work() -> Receipts:

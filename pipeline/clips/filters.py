@@ -10,6 +10,7 @@ from pydantic import Field
 
 from infra.config import Config
 from infra.errors import ConfigError
+from pipeline.clips.quality import QualityConfig
 from pipeline.schema import Status
 
 FRAMES_PER_CLIP = 3
@@ -35,9 +36,11 @@ class FilterConfig(Config):
     """Leave out a clip whose middle frame differs from an earlier parent's clip of the same length
     in at most so many of the 64 bits of the perceptual hash. Off by default: a fixed camera sees
     many different clips with the same middle frame."""
+    quality: QualityConfig = QualityConfig()
+    """Motion and picture quality."""
     plugins: tuple[str, ...] = ()
     """Further filters as `package.module:function`: (frames `n 64 64 3` uint8, row) -> a reason to
-    leave the clip out, or None. For NSFW, text overlays, aesthetics, ..."""
+    leave the clip out, or None. For NSFW, text overlays, ..."""
 
 
 @lru_cache(maxsize=4)

@@ -5,22 +5,25 @@ Pure but for reading the parent's bytes; every way in which a file can be bad en
 
 import hashlib
 import io
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from infra.errors import DataError
 from infra.pictures import decode_picture, open_picture, upright_size
 from infra.storage import filesystem, is_remote, stream_bytes
 from pipeline.clips.filters import FRAMES_PER_CLIP, FilterConfig, judge_by_facts, judge_by_frames
+from pipeline.clips.quality import STEP_S, QualityConfig, judge_motion, judge_picture
 from pipeline.clips.shots import find_shots
 from pipeline.clips.sources.base import Cut, Item, is_url, without_credentials
 from pipeline.clips.table import Row
 from pipeline.media.frames import MAX_PIXELS, VideoInfo, clip_times, decode_frames, probe
 from pipeline.media.phash import phash64
 from pipeline.media.store import image_kind, looks_like_text, open_media, row_errors
-from pipeline.schema import RowError, Status, clip_id
+from pipeline.schema import Media, RowError, Status, clip_id
 
 LOOK_PX: tuple[int, int] = (64, 64)
 """Size of the frames that filters and the perceptual hash look at."""
@@ -89,7 +92,47 @@ def _video_rows(
         frames = decode_frames(media, times_s, size_px=LOOK_PX)
         for row, clip in zip(look, frames.reshape(len(look), FRAMES_PER_CLIP, *LOOK_PX, 3), strict=True):
             _judge(row, clip, filters)
+            _look_closer(row, media, filters.quality)
     return rows
+
+
+def judge_clip(row: Row, filters: FilterConfig) -> Row:
+    """A good clip that was left out before its frames were seen: the row with its hash, by all filters.
+
+    Raises:
+        RowError: its source gives no frames.
+    """
+    row = {**row, "status": Status.OK.value, "error": None}
+    _set_fate(row, judge_by_facts(row, filters))
+    if row["status"] != Status.OK.value:
+        return row
+    uri, sha256 = row["local_uri"] or row["source_uri"], row["source_sha256"]
+    with row_errors():
+        media = open_media(uri, sha256)
+        if row["media"] == Media.IMAGE:
+            _judge(row, look_at_image(media)[1][None], filters)
+            _judge_picture(row, lambda: _decode_image(media), filters.quality)
+        else:
+            times_s = clip_times(row["start_s"], row["end_s"], FRAMES_PER_CLIP)
+            _judge(row, decode_frames(media, times_s, size_px=LOOK_PX), filters)
+            _look_closer(row, media, filters.quality)
+    return row
+
+
+def _look_closer(row: Row, media: str | bytes, quality: QualityConfig) -> None:
+    """Motion and picture quality of a video's clip, where they are asked for."""
+    times_s = clip_times(row["start_s"], row["end_s"], FRAMES_PER_CLIP)
+    if row["status"] == Status.OK.value and quality.asks_motion:
+        both = [t for time_s in times_s for t in (time_s, time_s + STEP_S)]
+        pairs = decode_frames(media, both, size_px=LOOK_PX).reshape(FRAMES_PER_CLIP, 2, *LOOK_PX, 3)
+        _set_fate(row, _fate(Status.FILTERED_MOTION, judge_motion(pairs, quality)))
+    middle_s = times_s[FRAMES_PER_CLIP // 2]
+    _judge_picture(row, lambda: Image.fromarray(decode_frames(media, [middle_s])[0]), quality)
+
+
+def _judge_picture(row: Row, decode: Callable[[], Image.Image], quality: QualityConfig) -> None:
+    if row["status"] == Status.OK.value and quality.asks_picture:
+        _set_fate(row, _fate(Status.FILTERED_QUALITY, judge_picture(decode(), quality)))
 
 
 def _cuts(parent: Item, media: str | bytes, info: VideoInfo, shots: str) -> list[Cut]:
@@ -131,6 +174,7 @@ def _image_rows(parent: Item, found: dict[str, Any], media: str | bytes, filters
             _set_fate(row, judge_by_facts(row, filters))
         if row["status"] == Status.OK.value:
             _judge(row, small[None], filters)
+            _judge_picture(row, lambda: _decode_image(media), filters.quality)
         rows.append(row)
     return rows
 
@@ -145,6 +189,11 @@ def look_at_image(media: str | bytes) -> tuple[tuple[int, int], np.ndarray]:
         image = open_picture(file, max_pixels=MAX_PIXELS)
         height, width = upright_size(image)
         return (width, height), np.asarray(decode_picture(image, shrink_to_px=LOOK_PX))
+
+
+def _decode_image(media: str | bytes) -> Image.Image:
+    with row_errors(), io.BytesIO(media) if isinstance(media, bytes) else _open(media) as file:
+        return decode_picture(file, max_pixels=MAX_PIXELS)
 
 
 def _judge(row: Row, frames: np.ndarray, filters: FilterConfig) -> None:
@@ -186,6 +235,10 @@ def _with_fate(row: Row, cut: Cut) -> Row | None:
 def _set_fate(row: Row, fate: tuple[Status, str] | None) -> None:
     if fate:
         row["status"], row["error"] = fate[0].value, fate[1]
+
+
+def _fate(status: Status, reason: str | None) -> tuple[Status, str] | None:
+    return (status, reason) if reason else None
 
 
 def _head_and_sha256(media: str | bytes) -> tuple[bytes, str]:

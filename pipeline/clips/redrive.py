@@ -15,7 +15,7 @@ from infra.certificate import Certificate, require_certificate
 from infra.claim import CONFIG_FILE, read_job_config
 from infra.config import Location, describe, refuse_imports
 from infra.errors import ConfigError
-from infra.storage import join
+from infra.storage import absolute, join
 from pipeline.clips.crawl import JOB, CrawlConfig, Worker, num_workers, write_table
 from pipeline.clips.fetch.web import FetchConfig
 from pipeline.clips.sources import Cut, Item
@@ -72,18 +72,29 @@ def run(config: RedriveConfig) -> Certificate:
 
 def _crawl_config(config: RedriveConfig) -> CrawlConfig:
     """The crawl's own config, with the output and the manners of this job; any share of rows may fail."""
-    place, values = join(config.clips, CONFIG_FILE), read_job_config(config.clips)
-    kind = CrawlConfig if "sources" in values else RedriveConfig
-    try:
-        saved = kind.model_validate(values)
-    except ValidationError as error:  # of another version, or its reader is not registered here
-        raise ConfigError(*describe(error, kind, place), cure="crawl again") from None
-    if isinstance(saved, RedriveConfig):  # a redrive of a redrive
-        saved = _crawl_config(saved)
-    refuse_imports(saved.filters.plugins, of=place)
+    saved = crawl_config(config.clips)
     changes: dict[str, Any] = {"fetch": config.fetch} if config.fetch is not None else {}
     here = {"out": config.out, "ray": config.ray, "num_workers": config.num_workers, "max_failed_frac": 1.0}
     return saved.model_copy(update={**here, **changes})
+
+
+def crawl_config(clips: str) -> CrawlConfig:
+    """What a table of clips was crawled by, also if it was redriven or captioned since.
+
+    Raises:
+        ConfigError: it is of another version, or asks for imports that aren't allowed.
+    """
+    place, values = join(clips, CONFIG_FILE), read_job_config(clips)
+    if "sources" not in values:  # a later job's; so is the table that it read
+        saved = crawl_config(absolute(values["clips"]))
+        fetch = values.get("fetch")
+        return saved if fetch is None else saved.model_copy(update={"fetch": FetchConfig.model_validate(fetch)})
+    try:
+        saved = CrawlConfig.model_validate(values)
+    except ValidationError as error:  # of another version, or its reader is not registered here
+        raise ConfigError(*describe(error, CrawlConfig, place), cure="crawl again") from None
+    refuse_imports(saved.filters.plugins, of=place)
+    return saved
 
 
 def read_parents(files: list[str]) -> Iterator[list[Row]]:
@@ -135,11 +146,11 @@ def _item(parent: list[Row]) -> Item:
 
 
 def _cut(row: Row) -> Cut:
-    """The clip as listed: a row that failed before its range was known has an end of 0."""
+    """The clip as listed, without a model's words; one that failed before its range was known ends at 0."""
     hopeless = Status(row["status"]) in (Status.BAD_CAPTION, Status.BAD_RANGE, Status.BAD_ROW)
     ranged = row["end_s"] > 0
     return Cut(
-        row["caption"],
+        row.get("caption_found") if row.get("caption_model") else row["caption"],
         row["start_s"] if ranged else None,
         row["end_s"] if ranged else None,
         row["status"] if hopeless else None,

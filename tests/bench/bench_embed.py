@@ -39,7 +39,8 @@ from infra.clip import Clip, ClipConfig, load_clip
 from infra.clip.preprocess import Preprocessing
 from pipeline.memory.embed.pictures import read_picture
 from pipeline.memory.embed.streams import settle_process
-from pipeline.memory.embed.worker import Embedder, clip_units, read_slice
+from pipeline.memory.embed.worker import Embedder, clip_units
+from pipeline.shards import read_slice
 
 COLUMNS = ["media", "local_uri", "source_uri", "start_s", "end_s", "caption", "phash"]
 Payload = dict[str, Any]

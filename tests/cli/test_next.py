@@ -16,6 +16,7 @@ from infra.certificate import Certificate
 from pipeline.report.provenance import next_steps
 from pipeline.report.read import Parts, ReportConfig
 from tests.model.conftest import tiny_encoder, trained_run  # noqa: F401 # pyright: ignore[reportUnusedImport]
+from tests.model.prompt import tiny_mllms
 from tests.model.prompt_tables import prompt_row, write_shards
 from tests.pipeline.conftest import write_video  # noqa: F401 # pyright: ignore[reportUnusedImport]
 
@@ -60,6 +61,12 @@ def test_every_next_command_of_the_data_side_runs_as_printed(
     shell("vimi-data crawl 'my videos' --out 'my clips'")
     (build,) = shell.next_of("vimi-data crawl")
     shell(build)
+    (tmp_path / "llava").mkdir()
+    for part in tiny_mllms.made("llava"):
+        part.save_pretrained(tmp_path / "llava")
+    shell("vimi-data caption 'my clips' --out 'with words' --model llava --set clip.name=offline")
+    (build,) = shell.next_of("vimi-data caption")
+    shell(build, dry=True)
     shell("vimi-data redrive 'my clips' --out 'again $1'")
     (build,) = shell.next_of("vimi-data redrive")
     assert "'again $1'" in build
@@ -146,7 +153,7 @@ def test_every_command_that_proposes_others_is_tested_here() -> None:
         for command in app.registered_commands
         if any(job.then for job in getattr(command.callback, "jobs", ()))
     }
-    data_side = {"world", "crawl", "redrive", "build-index", "augment", "subjects", "instruct"}
+    data_side = {"world", "crawl", "redrive", "caption", "build-index", "augment", "subjects", "instruct"}
     assert proposing == data_side | {"stage1", "stage2", "evaluate"}
 
 

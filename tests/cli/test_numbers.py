@@ -27,6 +27,7 @@ from pipeline.prompts.augment.target import TargetConfig
 from pipeline.world.make import WorldConfig
 from pipeline.world.make import run as make_world
 from tests.model.conftest import tiny_encoder, tiny_stage, trained_run  # noqa: F401 # pyright: ignore[reportUnusedImport]
+from tests.model.prompt import tiny_mllms
 from tests.model.prompt_tables import prompt_row, write_shards
 from tests.model.runs import advance, open_training
 from tests.pipeline.conftest import write_video  # noqa: F401 # pyright: ignore[reportUnusedImport]
@@ -97,11 +98,15 @@ def legal(world: Any, trained_run: Any, tiny_encoder: Any, tmp_path_factory: Any
     here = CrawlConfig.load(options={**crawl, "out": world.clips})
     open_job(world.clips, job="crawl", config=here, inputs={})  # a crawl leaves its config there
     clips, offline = [world.clips], {"name": "offline"}
+    captioner = str(folder / "llava")
+    for part in tiny_mllms.made("llava"):
+        part.save_pretrained(captioner)
     return {
         "vimi-data world": {"out": out},
         "vimi-data judge": judged(folder),
         "vimi-data crawl": crawl,
         "vimi-data redrive": {"clips": world.clips, "out": out},
+        "vimi-data caption": {"clips": world.clips, "out": out, "model": captioner, "clip": offline},
         "vimi-data build-index": {"clips": clips, "out": out, "clip": offline},
         "vimi-data search": {"memory": world.memory, "text": "a dog", "retrieve": {"retriever": "bm25"}},
         "vimi-data plan": {},

@@ -27,7 +27,7 @@ from pipeline.schema import (
     doc_id,
     memory_schema,
 )
-from pipeline.shards import open_part
+from pipeline.shards import read_slice
 
 if TYPE_CHECKING:
     from infra.clip.model import Clip
@@ -171,20 +171,6 @@ def clip_units(tables: Sequence[tuple[str, Certificate]], *, rows_per_unit: int,
                     id=content_id("embed", key, part.sha256, start, rows),
                     payload={"uri": join(uri, part.path), "start": start, "rows": rows},
                 )
-
-
-def read_slice(uri: str, start: int, rows: int, columns: Sequence[str]) -> pa.Table:
-    """Rows [start, start + rows) of a Parquet file; reads only the row groups that hold them."""
-    with open_part(uri) as file:
-        groups, first, offset = [], None, 0
-        for index in range(file.num_row_groups):
-            size = file.metadata.row_group(index).num_rows
-            if offset < start + rows and offset + size > start:
-                first = offset if first is None else first
-                groups.append(index)
-            offset += size
-        table = file.read_row_groups(groups, columns=list(columns), use_threads=False)
-    return table.slice(start - (first or 0), rows)
 
 
 def row_doc_id(row: Row) -> str:

@@ -13,7 +13,7 @@ from pipeline.journal import Receipt
 from pipeline.media.isolate import MEMORY_BYTES, Isolated
 from pipeline.memory import Memory, open_memory, require_model, store
 from pipeline.memory.embed.pictures import read_picture
-from pipeline.memory.embed.worker import read_slice, row_doc_id
+from pipeline.memory.embed.worker import row_doc_id
 from pipeline.memory.vectors import frame_mean, vectors_numpy
 from pipeline.prompts.augment.config import AugmentConfig
 from pipeline.prompts.augment.facts import excluded
@@ -22,7 +22,7 @@ from pipeline.prompts.augment.relevance import Sums, measure
 from pipeline.prompts.augment.target import Row, Target, make_target
 from pipeline.prompts.exclusion import Exclusion, read_exclusion
 from pipeline.schema import CLIPS, ORIGIN, PROMPTS, Role, RowError, Status, TargetKind, Task, prompt_id
-from pipeline.shards import rejected_row, shard_name, write_shard
+from pipeline.shards import read_slice, rejected_row, shard_name, write_shard
 
 DECODE_TIMEOUT_S = 120.0
 """Time that decoding one clip may take; then its row is `timeout`. As in crawl. Ours."""

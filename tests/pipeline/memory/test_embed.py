@@ -17,9 +17,10 @@ from PIL import Image
 from infra.clip import Clip, ClipConfig, load_clip
 from pipeline.memory.embed import pictures
 from pipeline.memory.embed.streams import Streams, ahead, batches
-from pipeline.memory.embed.worker import Embedder, read_slice
+from pipeline.memory.embed.worker import Embedder
 from pipeline.memory.vectors import document_vector, frame_mean, unit
 from pipeline.schema import Status
+from pipeline.shards import read_slice
 from tests.pipeline.clip_tables import clip_row, picture, write_clips
 
 

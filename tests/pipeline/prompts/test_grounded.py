@@ -26,6 +26,7 @@ from pipeline.prompts.subjects.saliency import MIN_LEAD
 from pipeline.prompts.subjects.verdict import Phrases, Reason, Rejected
 from pipeline.schema import Role
 from tests.infra import tiny_grounders
+from tests.infra.tiny_clips import MODELS, save_tiny
 
 RULES = Rules(0.25, 0.88, (0.04, 0.9), 48, 0.8, 0.0)
 CUP = (70.0, 20.0, 520.0, 370.0)
@@ -178,8 +179,10 @@ def test_a_config_names_the_networks_and_the_same_clip_gives_the_same_pictures(
 ):
     detector = tiny_grounders.save("grounding_dino", tmp_path / "dino")
     segmenter = tiny_grounders.save("sam", tmp_path / "sam")
+    name, weights = save_tiny(tmp_path, MODELS["vit"])
+    tiny_clip = ClipConfig(name=name, pretrained=weights)
     for own in (tiny, tiny.model_copy(update={"detector": detector, "segmenter": segmenter})):
-        config = SubjectConfig(finder=own, clip=ClipConfig(name="offline"), background_prob=1.0)
+        config = SubjectConfig(finder=own, clip=tiny_clip, background_prob=1.0)
         check_subjects(config)
         assert set(networks(config)) == {"detector"} | ({"segmenter"} if own is not tiny else set())
         finder = SubjectFinder(config)

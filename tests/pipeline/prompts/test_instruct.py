@@ -30,6 +30,7 @@ from pipeline.prompts.tasks import RECIPES, Draw, Made, Recipe, draw_tasks, repl
 from pipeline.schema import PROMPTS, REJECTED, Role, Task, content_id
 from pipeline.shards import ShardSet, shard_name, write_meta, write_shard
 from tests.infra import tiny_grounders
+from tests.infra.tiny_clips import MODELS, save_tiny
 
 
 def draw_frame(number: int, height: int = 180, width: int = 320) -> np.ndarray:
@@ -259,7 +260,8 @@ def test_grounded_subjects_are_of_the_networks_weights_wherever_they_lie(
 ):
     """A random detector: nothing is found for sure, each phrase says why, and other weights are another job."""
     places = [tiny_grounders.save("sam3", tmp_path / name) for name in ("one", "two")]
-    out, clip = tmp_path / "out", ClipConfig(name="offline")
+    out, (name, weights) = tmp_path / "out", save_tiny(tmp_path, MODELS["vit"])
+    clip = ClipConfig(name=name, pretrained=weights)
 
     def of(place: str) -> InstructConfig:
         finder = FinderConfig(kind="grounded", detector=place)
