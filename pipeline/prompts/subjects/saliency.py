@@ -42,6 +42,8 @@ OTHER_CLIPS = 0.24
 0.28 and more). Ours."""
 MAX_FACE_FRAC, MIN_FACE_FRAC = 0.6, 0.1
 """A face lies in the upper part of the cut-out; its least side, as a share of the cut-out's longer. Ours."""
+MAX_FILL = 0.85
+"""Greatest share of its box that a person's cut-out fills: more is a window with her in it. Ours."""
 PARTS = ("car wheel", "tire", "hand", "finger", "hair", "text on a screen", "logo")
 """What a cut-out often shows in place of the whole."""
 
@@ -90,7 +92,7 @@ class SaliencyFinder:
         if not is_certain(saliency, masks[0]):
             return Rejected(first, number, Reason.UNCERTAIN, masks[0])
         if first.is_person:
-            return _judge_person(frame, number, first, masks[0])
+            return judge_person(frame, number, first, masks[0])
         return self._judge_thing(frame, number, first, masks[0], phrases)
 
     def _judge_thing(
@@ -128,8 +130,11 @@ def is_certain(saliency: np.ndarray, mask: SubjectMask) -> bool:
     return bool(saliency[inside].mean() >= MIN_CERTAINTY and unsure <= MAX_UNSURE * inside.sum())
 
 
-def _judge_person(frame: np.ndarray, number: int, first: Entity, mask: SubjectMask) -> Verdict:
+def judge_person(frame: np.ndarray, number: int, first: Entity, mask: SubjectMask) -> Verdict:
     """A person is known by one face, whole and inside the mask."""
+    left, top, right, bottom = mask.box
+    if (mask.alpha > 0.5).sum() > MAX_FILL * (right - left) * (bottom - top):
+        return Rejected(first, number, Reason.UNCERTAIN, mask)
     faces = [face for face in find_faces(frame) if _is_inside(face, mask)]
     if len(faces) > 1:
         return Rejected(first, number, Reason.SEVERAL, mask)
@@ -143,9 +148,8 @@ def _is_inside(face: Box, mask: SubjectMask) -> bool:
     """Does the mask hold the middle of the face, high up and large enough?"""
     left, top, right, bottom = (round(edge) for edge in face)
     x0, y0, x1, y1 = mask.box
-    if right - left < MIN_FACE_FRAC * max(x1 - x0, y1 - y0) or (top + bottom) / 2 > y0 + MAX_FACE_FRAC * (
-        y1 - y0
-    ):
+    is_small = right - left < MIN_FACE_FRAC * max(x1 - x0, y1 - y0)
+    if is_small or (top + bottom) / 2 > y0 + MAX_FACE_FRAC * (y1 - y0):
         return False
     height, width = bottom - top, right - left
     middle = mask.alpha[top + height // 4 : bottom - height // 4, left + width // 4 : right - width // 4]

@@ -24,9 +24,9 @@ from pipeline.prompts.subjects.cutout import (
 from pipeline.prompts.subjects.entities import background, find_entities, named_together, subjects
 from pipeline.prompts.subjects.faces import find_faces
 from pipeline.prompts.subjects.finder import SubjectConfig, SubjectFinder
-from pipeline.prompts.subjects.mask import Segmenter, connected_pieces, find_subjects, model_path
-from pipeline.prompts.subjects.saliency import MIN_SIMILARITY, unclear
-from pipeline.prompts.subjects.verdict import Phrases, Reason
+from pipeline.prompts.subjects.mask import Segmenter, SubjectMask, connected_pieces, find_subjects, model_path
+from pipeline.prompts.subjects.saliency import MIN_SIMILARITY, judge_person, unclear
+from pipeline.prompts.subjects.verdict import Phrases, Reason, Rejected
 from pipeline.schema import Role
 
 
@@ -301,6 +301,24 @@ def test_a_face_is_found_where_it_is_and_none_on_grass():
     left, top, right, bottom = find_faces(frame)[0]
     assert left < 225 < right and top < 115 < bottom and 60 < right - left < 180
     assert find_faces(scene()[0]) == []
+
+
+def test_a_person_is_a_cut_out_with_one_face_high_up_and_no_window():
+    with Image.open(locate("scikit-image", "skimage/data/astronaut.png")) as picture:
+        frame = np.asarray(picture.convert("RGB"))
+    woman = subjects(find_entities("A woman smiles."))[0]
+
+    def judged(alpha: np.ndarray, box: tuple[int, int, int, int]) -> object:
+        verdict = judge_person(frame, 0, woman, SubjectMask(alpha.astype(np.float32), box))
+        return verdict.reason if isinstance(verdict, Rejected) else "found"
+
+    window = np.zeros(frame.shape[:2])
+    window[20:380, 80:380] = 1
+    body = np.maximum(disc((512, 512), (115, 225), 100), disc((512, 512), (300, 225), 120))
+    feet = disc((512, 512), (430, 225), 80)
+    assert judged(body, (105, 15, 345, 420)) == "found"
+    assert judged(window, (80, 20, 380, 380)) == Reason.UNCERTAIN
+    assert judged(feet, (145, 350, 305, 510)) == Reason.NOT_FIRST
 
 
 @pytest.mark.slow
