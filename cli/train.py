@@ -8,6 +8,7 @@ import typer
 from cli.common import Fields, Job, Out, command, make_app
 from cli.errors import run_app
 from cli.recipes import refuse_bare, unused
+from infra.config import read_yaml
 
 app = make_app("Train the generator on prompt shards in two stages, sample videos from it, export it.")
 
@@ -161,9 +162,23 @@ def describe(
     ] = 1,
     reference_px: Annotated[int, typer.Option(help="Their side.", min=4, max=4096)] = 224,
     reference_patch_px: Annotated[int, typer.Option(help="Side of a patch of them.", min=1, max=512)] = 16,
+    config: Annotated[
+        str | None, typer.Option(help="A stage's config with a pretrained backbone, in place of a preset.")
+    ] = None,
+    overrides: Annotated[list[str] | None, typer.Option("--set", help="Of that config: field=value.")] = None,
 ) -> None:
     """Parameters, tokens, FLOPs by part and memory of a generator, without building it."""
     from infra.errors import ConfigError
+
+    if config is not None:
+        from model.training.config import Stage1Config, Stage2Config
+        from model.training.describe import describe_training
+        from model.training.describe import render as page
+
+        stage = Stage2Config if "start_from" in read_yaml(config) else Stage1Config
+        found = stage.load(config, overrides=overrides or ())
+        print(page(describe_training(found, batch=batch), recompute=found.parallel.recompute))
+        return
     from model.cost import describe as measure
     from model.cost import render
 

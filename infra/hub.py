@@ -22,6 +22,7 @@ def hub_file(repository: str, names: list[str], *, wanted: str, cure: str = OFFL
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import (
         EntryNotFoundError,
+        GatedRepoError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
     )
@@ -36,6 +37,11 @@ def hub_file(repository: str, names: list[str], *, wanted: str, cure: str = OFFL
             raise ConfigError(f"can't fetch {wanted}: {first_line(error)}", cure=cure) from None
         except EntryNotFoundError:
             continue
+        except GatedRepoError:
+            raise ConfigError(
+                f"{repository} on the hub is gated (for {wanted})",
+                cure="accept its terms there, and set HF_TOKEN to a token of that account",
+            ) from None
         except RepositoryNotFoundError:
             raise ConfigError(f"the hub has no repository {repository!r} (for {wanted})") from None
         except OSError as error:

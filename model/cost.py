@@ -163,9 +163,12 @@ def activation_bytes(
 
     Checkpointed, each block keeps its inputs, and one block at a time is computed again.
 
-    `half`: autocast to a 16-bit type; its copies of the weights count.
+    `half`: autocast to a 16-bit type; its copies of the weights count. What is frozen is kept in that type.
     """
     model = on_meta(replace(backbone, checkpoint=False), condition)
+    for p in model.parameters():
+        if half and not p.requires_grad:
+            p.data = p.data.to(torch.bfloat16)
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device="cpu")
         inputs = blank_inputs(model, batch=batch, prompt_tokens=prompt_tokens, references=references)
@@ -265,34 +268,34 @@ def render(d: dict[str, Any]) -> str:
     frames, height, width = d["video"]
     lines = [
         f"{d['preset']}: {frames} frames of {height} x {width}, sigma_in {d['sigma_in']:g}",
-        *_section("parameters", {k: _scaled(v) for k, v in d["parameters"].items()}),
-        *_section("tokens of a sample", {k: f"{v:,}" for k, v in d["tokens"].items()}),
-        *_section("FLOPs of a forward pass", _shares(d["forward_flops"])),
-        *_section("FLOPs of a training sample", _shares(d["training_flops"])),
-        *_section(
+        *section("parameters", {k: scaled(v) for k, v in d["parameters"].items()}),
+        *section("tokens of a sample", {k: f"{v:,}" for k, v in d["tokens"].items()}),
+        *section("FLOPs of a forward pass", _shares(d["forward_flops"])),
+        *section("FLOPs of a training sample", _shares(d["training_flops"])),
+        *section(
             f"activations of {d['batch']} sample(s), bf16 autocast",
-            {k: _gib(v) for k, v in d["activation_bytes"].items()},
+            {k: gib(v) for k, v in d["activation_bytes"].items()},
         ),
-        *_section("state, over all shards", {k: _gib(v) for k, v in d["state_bytes"].items()}),
+        *section("state, over all shards", {k: gib(v) for k, v in d["state_bytes"].items()}),
     ]
     return "\n".join(lines)
 
 
-def _section(title: str, rows: dict[str, str]) -> list[str]:
+def section(title: str, rows: dict[str, str]) -> list[str]:
     return ["", title, *(f"  {name:<28}{value:>22}" for name, value in rows.items())]
 
 
 def _shares(parts: dict[str, int]) -> dict[str, str]:
     total = parts["total"]
-    return {k: f"{_scaled(v)} {v / total:>7.1%}" for k, v in parts.items()}
+    return {k: f"{scaled(v)} {v / total:>7.1%}" for k, v in parts.items()}
 
 
-def _scaled(value: float) -> str:
+def scaled(value: float) -> str:
     for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= size:
             return f"{value / size:.3f} {unit}"
     return f"{value:g}"
 
 
-def _gib(value: int) -> str:
+def gib(value: int) -> str:
     return f"{value / 2**30:.2f} GiB"

@@ -51,6 +51,10 @@ class Latents:
 
     @cached_property
     def space(self) -> Space:
+        """Shapes, and the identity of what makes them."""
+        return self.measure(self.identity_hash)
+
+    def measure(self, identity: str) -> Space:
         """Shapes, learned from what comes out: configs name the factors in too many ways."""
         probes = PROBE_FRAMES if self.is_video else (1, 1, 1)
         first, second, third = (self._raw_shape(t) for t in probes)
@@ -60,7 +64,7 @@ class Latents:
             factor_px=PROBE_PX // second[2],
             factor_frames=factor_frames,
             is_causal=self.is_video and first[0] == 1 and second[0] == 1 + 16 // factor_frames,
-            identity=self.identity_hash,
+            identity=identity,
         )
 
     @cached_property
@@ -140,22 +144,44 @@ def load_latents(place: str, device: str | torch.device = "cpu") -> Latents:
     Raises:
         ConfigError: no such folder, not a diffusers autoencoder, or a hub that can't be reached.
     """
-    source, subfolder = _find(place)
-    device = torch.device(device)
-    import diffusers
-    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-
+    device, dtype = torch.device(device), torch.float32
     try:
-        values: Any = AutoencoderKL.load_config(source, subfolder=subfolder)
-        name = values.get("_class_name", "")
-        kind = getattr(diffusers, name, None)
-        if kind is None or not (hasattr(kind, "encode") and hasattr(kind, "decode")):
-            raise ValueError(f"its class is {name!r}, which is no autoencoder of diffusers")
+        kind, _, source, subfolder = _read(place)
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         model = kind.from_pretrained(source, subfolder=subfolder, torch_dtype=dtype)
     except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
         raise ConfigError(f"can't load the autoencoder {place!r}: {first_line(error)}", cure=CURE) from None
     return Latents(model, device=device)
+
+
+def outline_latents(place: str) -> tuple[Space, int]:
+    """Shapes and parameters of an autoencoder by its config alone, on the meta device.
+
+    Raises:
+        ConfigError: as `load_latents`.
+    """
+    try:
+        kind, values, _, _ = _read(place)
+        with torch.device("meta"):
+            model = kind.from_config(values)
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
+        raise ConfigError(f"can't read the autoencoder {place!r}: {first_line(error)}", cure=CURE) from None
+    space = Latents(model, device="meta").measure(identity=place)
+    return space, sum(p.numel() for p in model.parameters())
+
+
+def _read(place: str) -> tuple[Any, Any, str, str | None]:
+    """(class, config, folder or id, folder inside it) of an autoencoder of diffusers."""
+    source, subfolder = _find(place)
+    import diffusers
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+
+    values: Any = AutoencoderKL.load_config(source, subfolder=subfolder)
+    name = values.get("_class_name", "")
+    kind = getattr(diffusers, name, None)
+    if kind is None or not (hasattr(kind, "encode") and hasattr(kind, "decode")):
+        raise ValueError(f"its class is {name!r}, which is no autoencoder of diffusers")
+    return kind, values, source, subfolder
 
 
 def open_latents(place: str | None, device: torch.device | str = "cpu") -> Latents | None:

@@ -85,8 +85,7 @@ class Pretrained(BackboneConfig):
     def _base(self) -> Any:
         cls = getattr(importlib.import_module("diffusers"), self.family)
         if torch.get_default_device().type == "meta":
-            base = cls.from_config(json.loads(self.architecture))
-            return base.to(torch.bfloat16) if self.half_base else base
+            return cls.from_config(json.loads(self.architecture))  # in float32: types don't count there
         dtype = torch.bfloat16 if self.half_base else torch.float32
         with torch.random.fork_rng(devices=[]):  # what is drawn beside it doesn't hang on how it is loaded
             return cls.from_pretrained(self.model, subfolder="transformer", torch_dtype=dtype)

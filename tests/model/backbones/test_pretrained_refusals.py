@@ -1,0 +1,118 @@
+"""What can't work with a pretrained backbone is refused before Ray starts, in a line with what is legal."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from infra.errors import ConfigError, TrainingError
+from model.training.config import Stage1Config, Stage2Config
+from model.training.driver import check
+from model.training.preflight import inspect
+from model.training.state import restore_generator
+from tests.model.backbones.tiny_bases import save_ltx, save_wan
+from tests.model.runs import advance, open_training
+
+Values = Callable[..., dict[str, Any]]
+
+
+def rewrite(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def without(folder: Path, part: str) -> None:
+    shutil.rmtree(folder / part)
+
+
+def quantise(folder: Path) -> None:
+    rewrite(folder / "transformer/config.json", quantization_config={"quant_method": "bitsandbytes"})
+
+
+def no_weights(folder: Path) -> None:
+    next((folder / "transformer").glob("*.safetensors")).unlink()
+
+
+SPOILT: dict[str, tuple[Callable[[Path], None], dict[str, Any], str]] = {
+    "folder": (lambda f: without(f, "transformer"), {}, "holds no transformer/config.json"),
+    "class": (
+        lambda f: rewrite(f / "transformer/config.json", _class_name="MochiTransformer3DModel"), {},
+        "is a MochiTransformer3DModel; legal: WanTransformer3DModel, LTXVideoTransformer3DModel",
+    ),
+    "quantised": (quantise, {}, "is quantised (bitsandbytes)"),
+    "image to video": (
+        lambda f: rewrite(f / "transformer/config.json", image_dim=1280), {}, "an image-to-video model",
+    ),
+    "two experts": (lambda f: rewrite(f / "model_index.json", boundary_ratio=0.875), {}, "two experts"),
+    "autoencoder": (lambda f: without(f, "vae"), {}, "can't load the autoencoder"),
+    "text encoder": (lambda f: without(f, "text_encoder"), {}, "holds no text_encoder"),
+    "weights": (no_weights, {}, "no *.safetensors in transformer"),
+    "size": (lambda f: None, {"height_px": 40}, "legal: multiples of 16 x 16"),
+    "targets": (lambda f: None, {"lora": {"targets": ["to_q", "nope"]}}, "'nope': no linear layer"),
+    "tokens": (lambda f: None, {"encoder": {"max_tokens": 600}}, "legal: at most 512"),
+    "noise": (lambda f: None, {"noise": {"sigma_data": 0.5}}, "legal: shift, mean, std"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SPOILT)
+def test_what_is_wrong_with_a_base_is_a_line(base_values: Values, wan: str, tmp_path: Path, name: str) -> None:
+    spoil, changes, says = SPOILT[name]
+    folder = tmp_path / "spoilt"
+    shutil.copytree(wan, folder)
+    spoil(folder)
+    values = base_values(model=str(folder), **{k: v for k, v in changes.items() if k != "encoder"})
+    values["encoder"] = {**values["encoder"], **changes.get("encoder", {})}
+    with pytest.raises(ConfigError) as caught:
+        check(Stage1Config.model_validate(values))
+    assert says in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_text_that_is_masked_has_no_room_behind_it(base_values: Values, tmp_path: Path) -> None:
+    values = base_values(model=save_ltx(tmp_path / "ltx"), num_frames=9)
+    values["encoder"]["max_tokens"] = 256
+    with pytest.raises(ConfigError, match="legal: replace or native"):
+        check(Stage1Config.model_validate(values))
+
+
+def test_another_base_than_a_run_was_trained_on_is_refused(base_values: Values, tmp_path: Path) -> None:
+    folder = tmp_path / "base"
+    config = Stage1Config.model_validate(base_values(model=save_wan(folder)))
+    assert inspect(config).inputs["base"]
+    training = open_training(config)
+    advance(training, 1)
+    training.save({})
+    training.close()
+    save_wan(tmp_path / "other", seed=1)
+    shutil.rmtree(folder / "transformer")
+    shutil.copytree(tmp_path / "other/transformer", folder / "transformer")
+    cpu = torch.device("cpu")
+    for again in (lambda: open_training(config), lambda: restore_generator(config.out, device=cpu)):
+        with pytest.raises(TrainingError, match="base model of other weights"):
+            again()
+
+
+def test_stage_2_goes_on_from_a_pretrained_run(base_values: Values, make_shards: Any, tmp_path: Path) -> None:
+    values = base_values()
+    first = open_training(Stage1Config.model_validate(values))
+    advance(first, 2)
+    first.save({})
+    first.close()
+    prompts = make_shards(
+        12, name="instructions", job="instruct", task="video_prediction", num_frames=5, height=32, width=48
+    )
+    more = {
+        "prompts": str(prompts),
+        "start_from": values["out"],
+        "out": str(tmp_path / "second"),
+        "tasks": None,
+    }
+    config = Stage2Config.model_validate({**values, **more})
+    assert "starts from" in check(config)
+    second = open_training(config)
+    assert second.weights_sha256() == first.weights_sha256()
+    advance(second, 1)
+    assert second.weights_sha256() != first.weights_sha256()
+    second.close()
