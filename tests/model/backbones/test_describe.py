@@ -12,7 +12,8 @@ from model.training.config import Stage1Config
 from model.training.describe import describe_training, fits, render
 from tests.model.backbones.tiny_bases import diffusers
 
-RECIPES = sorted(Path("infra/configs/cluster").glob("*_lora.yaml"))
+FOLDER = Path("infra/configs/cluster")
+RECIPES = sorted([*FOLDER.glob("stage1_wan_*.yaml"), *FOLDER.glob("stage1_ltx*.yaml")])
 SIZES: dict[str, dict[str, int]] = {
     "1.3B": {"num_attention_heads": 12, "num_layers": 30, "ffn_dim": 8960},
     "14B": {"num_attention_heads": 40, "num_layers": 40, "ffn_dim": 13824},
