@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
 from infra.certificate import FileEntry
 from infra.errors import TrainingError
-from infra.storage import delete, exists, filesystem, is_remote, join
+from infra.storage import delete, exists, filesystem, is_remote, join, make_folder
 
 
 class CheckpointFiles(FileSystemBase):
@@ -38,7 +38,7 @@ class CheckpointFiles(FileSystemBase):
             with fs.open_input_file(place) as stream:
                 yield stream
             return
-        fs.create_dir(place.rpartition("/")[0], recursive=True)
+        make_folder(str(path).rpartition("/")[0])
         # A local file is Python's own: torch asks for its number, to bring it to the disk.
         with fs.open_output_stream(place) if is_remote(str(path)) else open(place, "wb") as stream:  # noqa: PTH123
             hashed = HashedStream(stream)
@@ -62,8 +62,7 @@ class CheckpointFiles(FileSystemBase):
         return str(path)
 
     def mkdir(self, path: str | os.PathLike) -> None:
-        fs, place = filesystem(str(path))
-        fs.create_dir(place, recursive=True)
+        make_folder(str(path))
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike) -> bool:

@@ -39,6 +39,8 @@ def absolute(uri: str | Path) -> str:
 
 GCS_PATIENCE_S = 20
 """How long Google's client tries again; its own quarter of an hour is a command without a word. Ours."""
+STORE_OPTIONS = {"gs": f"?retry_limit_seconds={GCS_PATIENCE_S}", "s3": "?allow_delayed_open=true"}
+"""Of pyarrow's filesystems, by scheme. Delayed: a small object is one request, not three for an upload."""
 
 
 def filesystem(uri: str | Path) -> tuple[pafs.FileSystem, str]:
@@ -58,16 +60,12 @@ def filesystem(uri: str | Path) -> tuple[pafs.FileSystem, str]:
     endpoint = os.environ.get("AWS_ENDPOINT_URL")
     if text.startswith("s3://") and endpoint:
         scheme, _, host = endpoint.partition("://")
-        return pafs.S3FileSystem(
-            endpoint_override=host, scheme=scheme, allow_bucket_creation=True
-        ), text.removeprefix("s3://")
+        store = pafs.S3FileSystem(endpoint_override=host, scheme=scheme, allow_delayed_open=True)
+        return store, text.removeprefix("s3://")
     scheme, _, rest = text.partition("://")
     bucket, slash, key = rest.partition("/")
-    patience = f"?retry_limit_seconds={GCS_PATIENCE_S}" if scheme == "gs" else ""
-    try:
-        fs, place = pafs.FileSystem.from_uri(
-            f"{scheme}://{bucket}{patience}"
-        )  # of a whole URI it would cut the key
+    try:  # of a whole URI it would cut the key
+        fs, place = pafs.FileSystem.from_uri(f"{scheme}://{bucket}{STORE_OPTIONS.get(scheme, '')}")
         return fs, place + slash + key
     except (ValueError, OSError, ImportError) as error:
         raise ConfigError(
@@ -112,9 +110,16 @@ def write_bytes(uri: str, data: bytes) -> None:
         with full_disk_told(uri):
             _write_local(Path(path), data)
         return
-    fs.create_dir(path.rpartition("/")[0], recursive=True)
+    make_folder(uri.rpartition("/")[0])
     with fs.open_output_stream(path, compression=None) as stream:
         stream.write(data)
+
+
+def make_folder(uri: str) -> None:
+    """Make a folder and those above it; an object store has none, and markers of them would cost requests."""
+    fs, path = filesystem(uri)
+    if fs.type_name not in ("s3", "gcs"):
+        fs.create_dir(path, recursive=True)
 
 
 def _write_local(target: Path, data: bytes) -> None:

@@ -9,7 +9,7 @@ import torch
 from infra.certificate import read_sealed, write_sealed
 from infra.errors import ConfigError, TrainingError
 from infra.run_folder import RunFolder
-from infra.storage import sha256_file, write_bytes
+from infra.storage import sha256_file
 from model.training.checkpoint import (
     CheckpointWriter,
     find_checkpoint,
@@ -170,7 +170,6 @@ def test_index_that_names_code_is_refused(tmp_path: Path) -> None:
 
 def test_object_store_holds_checkpoints(s3_server: str) -> None:
     state = a_state()
-    write_bytes("s3://runs/marker", b"")
     for position in (8, 16):
         save_one("s3://runs/one", position, state, num_to_keep=1)
     assert RunFolder("s3://runs/one").positions() == [16]

@@ -15,7 +15,7 @@ import pytest
 from infra.certificate import read_certificate, write_certificate
 from infra.clip import ClipConfig
 from infra.errors import ConfigError, DataError, TooManyFailuresError
-from infra.storage import exists, filesystem
+from infra.storage import exists
 from pipeline.memory import Memory, open_memory
 from pipeline.memory.build_index import BuildIndexConfig, check, index, preflight, run
 from pipeline.memory.build_index.duplicates import DedupConfig
@@ -286,7 +286,6 @@ def test_a_memory_in_an_object_store_is_built_grows_and_is_searched(
 ) -> None:
     """In a process of its own: the workers' environment must name the store before Ray starts."""
     first, second = corpus(tmp_path / "one", range(9)), corpus(tmp_path / "two", range(6, 12))
-    filesystem("s3://memories/x")[0].create_dir("memories")
     out = "s3://memories/waves #1? 100%25"
     assert build_in_process(first, out).wait(240) == 0
     before = read_certificate(out)

@@ -18,7 +18,6 @@ from tests.pipeline.memory.memory_tables import documents, make_memory, planted,
 
 
 def test_memories_on_an_object_store_are_told_apart_by_every_letter_of_their_names(s3_server: str) -> None:
-    write_bytes("s3://memories/marker", b"")  # makes the bucket
     places = [f"s3://memories/waves{odd}" for odd in (" #1", " #2", "?50%25")]
     for number, place in enumerate(places):
         make_memory(place, documents(10 + number, start=100 * number))
