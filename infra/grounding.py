@@ -12,10 +12,13 @@ import numpy as np
 import torch
 from PIL import Image
 from transformers import (
-    AutoModel,
     AutoModelForMaskGeneration,
     AutoModelForZeroShotObjectDetection,
     AutoProcessor,
+    Sam2Processor,
+    Sam3Model,
+    Sam3Processor,
+    Sam3TrackerProcessor,
 )
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASK_GENERATION_MAPPING_NAMES,
@@ -27,8 +30,14 @@ from infra.pretrained import exactly, load_pretrained, read_model_type
 
 DETECTORS = tuple(MODEL_FOR_ZERO_SHOT_OBJECT_DETECTION_MAPPING_NAMES)
 SEGMENTERS = tuple(MODEL_FOR_MASK_GENERATION_MAPPING_NAMES)
-TEXT_TO_MASKS = ("sam3",)
-"""Families that need no segmenter. They have no Auto class of their own."""
+TEXT_TO_MASKS = ("sam3", "sam3_video")
+"""Families that need no segmenter, and have no Auto class; published SAM 3 says that it is its video model."""
+PICTURE_PROCESSORS = {
+    "sam2_video": Sam2Processor,
+    "edgetam_video": Sam2Processor,
+    "sam3_video": Sam3TrackerProcessor,
+}
+"""Published SAM 2, EdgeTAM and SAM 3 name the processors of their video models; those of pictures are these."""
 OWL_TEMPLATE = "a photo of a {}"
 """Minderer et al. 2022 (OWL-ViT), as CLIP was evaluated; the others were trained on bare phrases."""
 
@@ -59,8 +68,8 @@ def check_detector(place: str, *, field: str) -> bool:
     return family in TEXT_TO_MASKS
 
 
-def check_segmenter(place: str, *, field: str) -> None:
-    """Refuse what makes no masks of boxes, without loading it.
+def check_segmenter(place: str, *, field: str) -> str:
+    """The family of a segmenter; refuses what makes no masks of boxes, without loading it.
 
     Raises:
         ConfigError: not there, or of another family.
@@ -68,6 +77,7 @@ def check_segmenter(place: str, *, field: str) -> None:
     family = read_model_type(place, "segmenter", field=field)
     if family not in SEGMENTERS:
         raise ConfigError(f"{field} = {place} is a {family}", legal=f"a model of {', '.join(SEGMENTERS)}")
+    return family
 
 
 class Detector:
@@ -78,8 +88,8 @@ class Detector:
         self.processor, self.model = load_pretrained(
             place,
             "detector",
-            processor=AutoProcessor,
-            model=AutoModel if self.gives_masks else AutoModelForZeroShotObjectDetection,
+            processor=Sam3Processor if self.gives_masks else AutoProcessor,
+            model=Sam3Model if self.gives_masks else AutoModelForZeroShotObjectDetection,
             device=device,
         )
         self.template = OWL_TEMPLATE if self.model.config.model_type.startswith("owl") else "{}"
@@ -139,10 +149,10 @@ class Segmenter:
     """A mask generator: boxes to masks."""
 
     def __init__(self, place: str, device: str | torch.device = "cpu", *, field: str = "segmenter") -> None:
-        check_segmenter(place, field=field)
+        processor = PICTURE_PROCESSORS.get(check_segmenter(place, field=field), AutoProcessor)
         self.device = torch.device(device)
         self.processor, self.model = load_pretrained(
-            place, "segmenter", processor=AutoProcessor, model=AutoModelForMaskGeneration, device=device
+            place, "segmenter", processor=processor, model=AutoModelForMaskGeneration, device=device
         )
 
     def masks(self, picture: Image.Image, boxes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -1,10 +1,13 @@
 """Laws of grounding: every family of transformers gives boxes of words and masks of boxes."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from infra.errors import ConfigError
 from infra.grounding import Detector, Segmenter, check_detector, check_segmenter
@@ -48,6 +51,37 @@ def test_every_segmenter_gives_a_mask_of_the_pictures_size_for_each_box(family: 
     assert (scores > 0.9).all()
     alone, _ = segmenter.masks(PICTURES[0], boxes[1:])
     assert (alone[0] == masks[1]).mean() > 0.99
+
+
+def as_published(place: str, **config: Any) -> str:
+    """The model as its hub has it: named as its video model, and told to use that one's processor."""
+    for name, values in (("config.json", config), ("processor_config.json", {})):
+        file = Path(place) / name
+        found = json.loads(file.read_text())
+        found |= values or {
+            "processor_class": f"{found['processor_class'].removesuffix('Processor')}VideoProcessor"
+        }
+        file.write_text(json.dumps(found))
+    return place
+
+
+def test_published_sam_2_and_sam_3_are_read_as_models_of_pictures(folder: Path):
+    """SAM 3's detector lies inside of its video model: another layout of config and weights."""
+    place = tiny_grounders.save("sam3", folder / "plain")
+    expected = Detector(place).find(PICTURES[:1], WORDS[:1], min_score=0.0)[0]
+    inner = json.loads((Path(place) / "config.json").read_text())
+    (Path(place) / "config.json").write_text("{}")
+    as_published(place, model_type="sam3_video", detector_config=inner)
+    tensors = load_file(f"{place}/model.safetensors")
+    save_file({f"detector_model.{key}": value for key, value in tensors.items()}, f"{place}/model.safetensors",
+              metadata={"format": "pt"})  # fmt: skip
+    found = Detector(place).find(PICTURES[:1], WORDS[:1], min_score=0.0)[0]
+    assert (found.scores == expected.scores).all()
+    boxes = np.array([[5, 5, 30, 30]], np.float32)
+    plain = tiny_grounders.save("sam2", folder / "plain2")
+    expected_masks, _ = Segmenter(plain).masks(PICTURES[0], boxes)
+    masks, _ = Segmenter(as_published(plain, model_type="sam2_video")).masks(PICTURES[0], boxes)
+    assert (masks == expected_masks).all()
 
 
 def test_what_is_no_detector_or_not_there_is_refused_in_a_line(folder: Path):
