@@ -39,7 +39,9 @@ def describe_training(config: StageConfig, *, batch: int = 1) -> dict[str, Any]:
         activation_bytes(backbone, condition, batch=n, prompt_tokens=backbone.kind.text_tokens // 2, half=half)
         for n in (1, 2)
     ]
-    state = state_bytes(backbone, numbers, num_emas=len(config.ema))
+    ranks = config.num_workers if isinstance(config.num_workers, int) else 1
+    shards = ranks if config.parallel.mode == "fsdp" else 1
+    state = state_bytes(backbone, numbers, num_emas=len(config.ema), shards=shards)
     frozen = {"autoencoder": in_autoencoder, "text encoder": count_text_encoder(config) if own else 0}
     encoders = {name: number * (2 if half else 4) for name, number in frozen.items() if number}
     flops = training_flops(backbone, condition, prompt_tokens=backbone.kind.text_tokens // 2)
@@ -80,11 +82,16 @@ def count_text_encoder(config: StageConfig) -> int:
         return sum(p.numel() for p in cls(values).parameters())
 
 
-def state_bytes(backbone: Pretrained, numbers: dict[str, int], *, num_emas: int) -> dict[str, int]:
-    """Bytes that a rank holds whatever its batch; what is trained is float32, in weights and moments."""
-    trained = 4 * numbers["trained"]
+def state_bytes(
+    backbone: Pretrained, numbers: dict[str, int], *, num_emas: int, shards: int = 1
+) -> dict[str, int]:
+    """Bytes that a rank holds whatever its batch; what is trained is float32, in weights and moments.
+
+    `shards`: ranks over which FSDP2 spreads all of it.
+    """
+    trained = 4 * numbers["trained"] // shards
     return {
-        "base": numbers["frozen"] * (2 if backbone.half_base else 4),
+        "base": numbers["frozen"] * (2 if backbone.half_base else 4) // shards,
         "trained weights": trained,
         "gradients": trained,
         "optimizer (2 moments)": 2 * trained,

@@ -82,6 +82,11 @@ def check_pretrained(config: StageConfig, chosen: DiffusersConfig, space: Space)
             f"references: plus with pictures and buckets of sizes {' and '.join(map(str, sorted(sizes)))}",
             legal=f"one size, as a reference is a frame of {base.family.transformer}; or references: faithful",
         )
+    if config.references == "plus" and config.parallel.mode != "ddp" and isinstance(config.num_workers, tuple):
+        raise ConfigError(
+            f"num_workers {list(config.num_workers)}, parallel.mode {config.parallel.mode}, references: plus",
+            legal="a fixed number: videos go one by one, as often on every rank",
+        )
     if chosen.text == "append" and base.family.has_text_mask:
         raise ConfigError(
             f"backbone.text append: {base.family.transformer} hides the padding that our tokens would take, so "

@@ -53,6 +53,9 @@ SPOILT: dict[str, tuple[Callable[[Path], None], dict[str, Any], str]] = {
     "size": (lambda f: None, {"height_px": 40}, "legal: multiples of 16 x 16"),
     "targets": (lambda f: None, {"lora": {"targets": ["to_q", "nope"]}}, "'nope': no linear layer"),
     "tokens": (lambda f: None, {"encoder": {"max_tokens": 600}}, "legal: at most 512"),
+    "elastic": (
+        lambda f: None, {"parallel": {"mode": "fsdp"}, "num_workers": (1, 2)}, "legal: a fixed number",
+    ),
     "noise": (lambda f: None, {"noise": {"sigma_data": 0.5}}, "legal: shift, mean, std"),
 }  # fmt: skip
 
