@@ -1,4 +1,4 @@
-"""`vimi-data plan`: what a memory of N documents and its join with Q captions cost, from measured points.
+"""`vimi-data plan`: what a corpus, its memory of N documents and their join cost, from measured points.
 
 Every number says where it comes from, and all of them are estimates. A law has two parts that can't be
 negative, `cost = a + b N`: what every run pays, and what every document pays, which workers meet once, or with
@@ -7,6 +7,7 @@ beyond the largest run it is an extrapolation, and is called one. Workers' secon
 """
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,16 @@ SHARED = {
 """Columns of the profile's runs that workers share out, and what the plan calls them."""
 DRIVER_S, DRIVER_BYTES = "driver_s", "driver_bytes"
 """Columns of what the driver does alone: the commit, BM25's statistics, the sample."""
+STAGES = ("crawl", "build-index", "augment", "encode", "read")
+"""Jobs of the profile's `stages`, whose requests are counted; read = row groups by the trainer."""
+TFLOPS = 100e12
+"""Operations a second of one GPU in the join by vectors: a third of an A100's dense bf16. Ours."""
+ROW_GROUP_ROWS = 32
+"""Prompts of a row group, as `augment` writes them by default."""
+LANES = 48
+"""Places of an epoch that the trainer walks side by side; ranks that divide it share no row group."""
+SLOW_DAYS = 30.0
+"""A job that takes longer is called out. Ours."""
 
 
 class PlanConfig(Config):
@@ -48,7 +59,9 @@ class PlanConfig(Config):
     cpus_per_node: int = Field(default=64, ge=1, le=4096)
     """CPU cores of each."""
     gpus_per_node: int = Field(default=0, ge=0, le=64)
-    """GPUs of each; 0 = embed on CPUs."""
+    """GPUs of each; 0 = embed, and join by vectors, on CPUs."""
+    ram_gb_per_node: int = Field(default=256, ge=1, le=100_000)
+    """Memory of each, GB."""
     clip: str = "ViT-B-32"
     """The CLIP of the profile's embedding rates (stored: ViT-B-32, offline)."""
     profile: str | None = None
@@ -129,7 +142,90 @@ def plan(config: PlanConfig) -> list[Line]:
     embedding, embed_s = _embedding(config, profile)
     build, build_s = _build(config, profile["scale"])
     total = Line("build, wall", span(embed_s + build_s), "sum of the above; no faults")
-    return [*embedding, *build, total, *_join(config, profile["scale"]), *_room(config, profile["scale"])]
+    scale, stages = profile["scale"], profile["stages"]
+    parts = [
+        *_clips(config, stages),
+        *embedding,
+        *build,
+        total,
+        *_join(config, scale),
+        *_prompts(config, stages),
+        *_room(config, scale),
+        *_requests(config, stages),
+    ]
+    stage1 = Line(
+        "stage 1, time and memory", "see describe", "`vimi-train describe` counts a network's operations"
+    )
+    return [*parts, stage1, *_breaks(config, profile, build_s + embed_s)]
+
+
+def _clips(config: PlanConfig, stages: dict[str, Any]) -> list[Line]:
+    return [_job(config, stages, "crawl", config.captions)]
+
+
+def _prompts(config: PlanConfig, stages: dict[str, Any]) -> list[Line]:
+    """What every caption takes beside the join, and its encoding."""
+    return [_job(config, stages, job, config.captions) for job in ("augment", "encode")]
+
+
+def _job(config: PlanConfig, stages: dict[str, Any], job: str, count: int) -> Line:
+    """Wall time of a job whose rows don't meet each other."""
+    law, cpus = (
+        fit_law([(run["rows"], run["cpu_s"]) for run in stages[job]]),
+        config.nodes * config.cpus_per_node,
+    )
+    what = f"{job}, beside the join, wall" if job == "augment" else f"{job}, wall"
+    return Line(
+        what, span(law(count) / cpus), f"{law.source(count)} of a core ({stages['what']}); on {cpus:,} CPUs"
+    )
+
+
+def _requests(config: PlanConfig, stages: dict[str, Any]) -> list[Line]:
+    """What an object store is asked by each job, and by every rank in an epoch of stage 1."""
+    groups = -(-config.captions // ROW_GROUP_ROWS)
+    counts = dict.fromkeys(STAGES, config.captions) | {"build-index": config.documents, "read": groups}
+    lines = []
+    for job in STAGES:
+        law, count = fit_law([(run["rows"], run["requests"]) for run in stages[job]]), counts[job]
+        shared = shared_reads(config) if job == "read" else 1
+        what = f"requests of {'an epoch of stage 1' if job == 'read' else job}"
+        source = law.source(count, unit="requests")
+        source += f"; {groups:,} row groups, each read by {shared} ranks" if job == "read" else ""
+        lines.append(Line(what, f"{law(count) * shared:,.0f}", source))
+    return lines
+
+
+def shared_reads(config: PlanConfig) -> int:
+    """Ranks that read each row group: 1 where the number of ranks divides the lanes."""
+    ranks = config.nodes * max(1, config.gpus_per_node)
+    return ranks // math.gcd(ranks, LANES)
+
+
+def _breaks(config: PlanConfig, profile: dict[str, Any], build_s: float) -> list[Line]:
+    """What would not work, or not well; one line that says so where nothing is known."""
+    worker = max(run["worker_bytes"] for run in profile["scale"]["runs"])
+    driver = fit_law(_points(profile["scale"], DRIVER_BYTES))(config.documents)
+    ram, fit = config.ram_gb_per_node * 1e9, int(config.ram_gb_per_node * 1e9 // worker)
+    found = []
+    if fit < config.cpus_per_node:
+        cure = f"a worker a core; cure: num_workers up to {fit * config.nodes:,}, or more memory"
+        found.append(Line("BREAKS: memory of the workers", bytes_in_words(worker * config.cpus_per_node), cure))
+    if driver > ram:
+        found.append(Line("BREAKS: memory of the driver", bytes_in_words(int(driver)), "a larger head node"))
+    if build_s > SLOW_DAYS * 86400:
+        found.append(
+            Line("BREAKS: patience", span(build_s), "embedding on CPUs; cure: gpus_per_node, or more nodes")
+        )
+    if shared_reads(config) > 1:
+        cure = f"ranks that don't divide {LANES} share row groups; cure: {nearest_ranks(config)} ranks"
+        found.append(Line("SLOW: reads of stage 1", f"{shared_reads(config)} times", cure))
+    return found or [Line("breaks", "nothing known", "memory of workers and driver, build time, shared reads")]
+
+
+def nearest_ranks(config: PlanConfig) -> int:
+    """The largest number of ranks below the config's that divides the lanes."""
+    ranks = config.nodes * max(1, config.gpus_per_node)
+    return max(n for n in range(1, LANES + 1) if LANES % n == 0 and n <= ranks)
 
 
 def _build(config: PlanConfig, scale: dict[str, Any]) -> tuple[list[Line], float]:
@@ -149,7 +245,7 @@ def _build(config: PlanConfig, scale: dict[str, Any]) -> tuple[list[Line], float
 
 
 def _join(config: PlanConfig, scale: dict[str, Any]) -> list[Line]:
-    """A line a retriever: every caption meets every shard."""
+    """A line a retriever: every caption meets every shard, by vectors on GPUs where there are some."""
     cpus, largest = config.nodes * config.cpus_per_node, max(scale["runs"], key=lambda run: run["rows"])
     met = largest["rows"] * scale["captions"]
     lines = []
@@ -158,7 +254,17 @@ def _join(config: PlanConfig, scale: dict[str, Any]) -> list[Line]:
         words = f"{seconds / met * 1e9:.3g} ns of a core a caption and document"
         words += f", measured at {largest['rows']:,} x {scale['captions']:,}; linear in both"
         lines.append(Line(f"join {name}, wall", span(value), f"{words}; on {cpus:,} CPUs{_width(scale)}"))
-    return lines
+    return [*lines, *_gpu_join(config)]
+
+
+def _gpu_join(config: PlanConfig) -> list[Line]:
+    """An exact join by vectors is 2 Q N d operations."""
+    gpus = config.nodes * config.gpus_per_node
+    if not gpus:
+        return []
+    seconds = 2 * config.captions * config.documents * DIM / TFLOPS / gpus
+    source = f"2 Q N {DIM} operations at {TFLOPS / 1e12:.0f} TFLOP/s on {gpus:,} GPUs; arithmetic, not measured"
+    return [Line("join clip on GPUs, wall", span(seconds), source)]
 
 
 def _room(config: PlanConfig, scale: dict[str, Any]) -> list[Line]:
@@ -229,6 +335,8 @@ def load_profile(place: str | None) -> dict[str, Any]:
         points = [[run[name] for name in names] for run in scale["runs"]]
         _ = [scale[name] for name in ("dim", "captions", "shard_rows", "cpus")]
         _ = [rate["cpu_s_per_document"] for rate in own.get("embed", stored["embed"]).values()]
+        stages = own.get("stages", stored["stages"])
+        _ = [run[name] for job in STAGES for run in stages[job] for name in ("rows", "cpu_s", "requests")]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(
             f"profile {place} can't be used: {type(error).__name__} {error}",

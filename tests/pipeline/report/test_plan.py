@@ -3,12 +3,16 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from infra.errors import ConfigError
+from model.data.order import Order
+from model.data.plan import LANES
 from pipeline.memory.retrieve import RETRIEVERS
+from pipeline.report import estimate
 from pipeline.report.estimate import (
     DRIVER_BYTES,
     DRIVER_S,
@@ -19,6 +23,7 @@ from pipeline.report.estimate import (
     load_profile,
     plan,
     run,
+    shared_reads,
 )
 from tests.bench import bench_scale
 from tests.bench.bench_scale import Cost, profile_run
@@ -76,6 +81,30 @@ def test_no_captions_cost_no_join() -> None:
     assert {line.value for line in seconds[0]} == {"0 s"} and "0 s" not in {line.value for line in seconds[1]}
 
 
+def test_what_would_break_is_said_with_its_cure() -> None:
+    """Too little memory for a worker a core, months of embedding, ranks that share row groups."""
+    tight = plan(PlanConfig(ram_gb_per_node=16, cpus_per_node=64, nodes=1, gpus_per_node=5, documents=10**7))
+    said = {line.what: line for line in tight}
+    assert "cure: num_workers up to" in said["BREAKS: memory of the workers"].source
+    assert (
+        said["SLOW: reads of stage 1"].value == "5 times"
+        and "cure: 4 ranks" in said["SLOW: reads of stage 1"].source
+    )
+    assert "BREAKS: patience" in {line.what for line in plan(PlanConfig(cpus_per_node=2, documents=10**9))}
+    well = plan(PlanConfig(documents=10**6, captions=10**5, gpus_per_node=8))
+    assert [line.value for line in well if "break" in line.what.lower()] == ["nothing known"]
+
+
+@pytest.mark.parametrize("ranks", [1, 5, 8, 36, 48, 64])
+def test_reads_of_a_row_group_are_those_of_the_trainers_order(ranks: int) -> None:
+    """Counted in an epoch: one row group a lane, long enough for every rank that walks it to meet it."""
+    rows = 64 * LANES
+    order = Order(np.full(LANES, rows // LANES), seed=1, lanes=LANES, window_rows=8)
+    met = {(position % ranks, order.locate(position)[0]) for position in range(rows)}
+    assert len(met) == LANES * shared_reads(PlanConfig(gpus_per_node=ranks))
+    assert estimate.LANES == LANES
+
+
 def test_twice_the_nodes_halve_the_embedding_and_not_the_disk() -> None:
     one, two = plan(PlanConfig(documents=10**8, nodes=2)), plan(PlanConfig(documents=10**8, nodes=4))
     same = {line.what: line.value for line in one}
@@ -90,7 +119,8 @@ def test_a_profile_of_ones_own_is_used_and_a_bad_one_refused(tmp_path: Path) -> 
     stored = load_profile(None)
     own = {"machine": {"cpus": 8, "processor": "x"}, "scale": stored["scale"]}
     (tmp_path / "own.json").write_text(json.dumps(own))
-    assert "8 CPUs" in plan(PlanConfig(profile=str(tmp_path / "own.json")))[0].source
+    sources = {line.what: line.source for line in plan(PlanConfig(profile=str(tmp_path / "own.json")))}
+    assert "8 CPUs" in sources["embed, CPU hours"]
     with pytest.raises(ConfigError, match=r"no embedding rate of 'ViT-Q'.*legal: ViT-B-32, offline"):
         plan(PlanConfig(clip="ViT-Q"))
     (tmp_path / "bad.json").write_text('{"scale": 3}')
