@@ -85,7 +85,8 @@ def commands(folder: Path) -> Commands:
         shards = instruct.check(config)
         recipes = {task: RECIPES[task] for task in config.tasks}
         worker = instruct.InstructWorker(config, "x", recipes)
-        return json.dumps([worker(unit.payload) for unit in instruct.plan_units(config, shards)], default=str)
+        units = instruct.plan_units(shards, config.clips, config.unit_rows)
+        return json.dumps([worker(unit.payload) for unit in units], default=str)
 
     def validated(name: str) -> Any:
         found = validate(ValidateConfig(prompts=str(folder / name), memory=str(folder / "memory")))
