@@ -7,7 +7,6 @@ command is printed before it runs, and each continues or skips what an earlier, 
 finished. All run in this process and in one Ray session, which they would start anew one by one.
 """
 
-import importlib.metadata
 import json
 import shutil
 import time
@@ -19,6 +18,7 @@ from cli.steps import Step, run_steps
 from infra.cluster import CHECKOUT
 from infra.errors import ConfigError
 from infra.progress import span
+from infra.wheels import wheel_file
 
 CONFIGS = Path("infra/configs/demo")
 DEMO = Path("demo")
@@ -80,12 +80,13 @@ def copy_whole(source: Path, target: Path) -> None:
 
 
 def locate(package: str, path: str) -> Path:
-    """A file of an installed wheel, without importing it."""
-    try:
-        found = Path(str(importlib.metadata.distribution(package).locate_file(path)))
-    except importlib.metadata.PackageNotFoundError:
-        found = None
-    if found is None or not found.is_file():
+    """A file of an installed wheel.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    found = wheel_file(package, path)
+    if found is None:
         raise ConfigError(
             f"the wheel {package} with {path} is not installed",
             cure="run `make demo`, which installs constraints-nodeps.txt",

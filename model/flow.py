@@ -6,7 +6,6 @@
 Equations are those of Stable Diffusion 3 (Esser et al., 2403.03206), which these models follow.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -39,11 +38,6 @@ def logit_normal(normal: Tensor, *, mean: float = 0.0, std: float = 1.0) -> Tens
 def shifted(t: Tensor, shift: float) -> Tensor:
     """Times moved towards the noise, t' = s t / (1 + (s - 1) t) (equation 23); the ends stay."""
     return shift * t / (1 + (shift - 1) * t)
-
-
-def resolution_shift(num_tokens: int, reference_tokens: int) -> float:
-    """S = sqrt(m / n), which leaves m tokens as uncertain as a reference's n (section 5.3.2)."""
-    return math.sqrt(num_tokens / reference_tokens)
 
 
 @dataclass(frozen=True)

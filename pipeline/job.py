@@ -18,7 +18,7 @@ import itertools
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, TypedDict, cast
 
@@ -51,6 +51,13 @@ class JobConfig(Config):
     """Workers at once; None = as many as the CPUs (or GPUs) allow, of a cluster as many as it grows to."""
     ray: Incidental[RayConfig] = RayConfig()
     """Where the job runs."""
+
+
+class NetworkJobConfig(JobConfig):
+    """Base of the config of a job whose workers run networks."""
+
+    num_gpus: Incidental[float] = Field(default=0.0, ge=0, le=64)
+    """GPUs of a worker; 0 = CPUs. With GPUs workers live as long as the job."""
 
 
 def run_job(
@@ -245,6 +252,22 @@ def run_units(
     progress.close()
     receipts.refresh()
     return receipts
+
+
+def run_networks(
+    config: NetworkJobConfig, units: Sequence[Unit], make_worker: MakeWorker, *, what: str
+) -> Receipts:
+    """`run_units` where workers run networks: on GPUs they keep them as long as the job lives."""
+    return run_units(
+        config.out,
+        units,
+        make_worker,
+        what=what,
+        total=len(units),
+        num_workers=config.num_workers,
+        num_gpus=config.num_gpus,
+        actors=config.num_gpus > 0,
+    )
 
 
 def _run_blocks(

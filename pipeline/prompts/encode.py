@@ -18,7 +18,7 @@ from infra.certificate import Certificate, FileEntry
 from infra.config import Incidental, Location
 from infra.errors import ConfigError, DataError
 from infra.storage import join
-from pipeline.job import JobConfig, count_fates, output_hash, refuse_failures, run_job, run_units
+from pipeline.job import NetworkJobConfig, count_fates, output_hash, refuse_failures, run_job, run_networks
 from pipeline.journal import Receipt, Receipts, Unit
 from pipeline.schema import ENCODINGS, Status
 from pipeline.shards import ShardSet, write_shard
@@ -27,15 +27,13 @@ JOB = "encode"
 Row = dict[str, Any]
 
 
-class EncodeJobConfig(JobConfig):
+class EncodeJobConfig(NetworkJobConfig):
     """Where encodings go, and who makes them; what is encoded, and by what, the trainer's config says."""
 
     prompts: Incidental[Location]
     """Folder or URI of certified prompt shards."""
     max_failed_frac: Incidental[float] = Field(default=0.1, ge=0, le=1)
     """The job fails when more than this share of the rows can't be encoded. Ours."""
-    num_gpus: Incidental[float] = Field(default=0.0, ge=0, le=64)
-    """GPUs of a worker; 0 = the encoders run on CPUs. With GPUs workers live as long as the job."""
 
 
 class Encoder(Protocol):
@@ -87,7 +85,7 @@ def run(config: EncodeJobConfig, make_encoder: MakeEncoder, *, facts: dict[str, 
         JOB,
         config,
         inputs,
-        work=partial(_work, config, units, worker),
+        work=partial(run_networks, config, units, worker, what=JOB),
         finish=partial(_finish, config, inputs, units, facts),
     )
 
@@ -97,19 +95,6 @@ def plan_units(shards: ShardSet) -> Iterator[Unit]:
     for number, group in enumerate(shards.row_groups):
         name = f"{group.file.removesuffix('.parquet')}-{group.row_group:04d}.parquet"
         yield Unit(name, {"name": name, "row_group": number})
-
-
-def _work(config: EncodeJobConfig, units: list[Unit], worker: Callable[[], "Worker"]) -> Receipts:
-    return run_units(
-        config.out,
-        units,
-        worker,
-        what=JOB,
-        total=len(units),
-        num_workers=config.num_workers,
-        num_gpus=config.num_gpus,
-        actors=config.num_gpus > 0,
-    )
 
 
 class Worker:

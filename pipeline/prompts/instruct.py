@@ -19,7 +19,7 @@ from infra.certificate import Certificate, FileEntry, require_certificate
 from infra.config import Incidental, Location
 from infra.errors import ConfigError
 from infra.storage import join
-from pipeline.job import JobConfig, count_fates, output_hash, refuse_failures, run_job, run_units
+from pipeline.job import NetworkJobConfig, count_fates, output_hash, refuse_failures, run_job, run_networks
 from pipeline.journal import Receipt, Receipts, Unit
 from pipeline.prompts.inputs import check_prompts, plan_units
 from pipeline.prompts.subjects.crops import JOB as CROPS_JOB
@@ -41,7 +41,7 @@ JOB = "instruct"
 PAIRS_FILE = "pairs.parquet"
 
 
-class InstructConfig(JobConfig):
+class InstructConfig(NetworkJobConfig):
     """Prompts of stage 1 -> instructions of stage 2."""
 
     prompts: Incidental[Location]
@@ -78,8 +78,6 @@ class InstructConfig(JobConfig):
     each worker. Ours: about 30 MB with all three tasks; give 1,024 for corpora of many millions."""
     row_group_rows: int = Field(default=64, ge=1, le=65536)
     """Rows of an output row group: the trainer's unit of reading."""
-    num_gpus: Incidental[float] = Field(default=0.0, ge=0, le=64)
-    """GPUs of a worker, for `subjects`; 0 = CPUs. With GPUs workers live as long as the job."""
     seed: int = 0
     """Of all draws; each is a function of (seed, clip id)."""
     max_failed_frac: Incidental[float] = Field(default=0.5, ge=0, le=1)
@@ -154,17 +152,7 @@ def run(config: InstructConfig) -> Certificate:
     units = list(plan_units(shards, config.clips, config.unit_rows))
     recipes = {task: RECIPES[task] for task in config.tasks}
     worker = partial(InstructWorker, config, output_hash(config, inputs), recipes)
-    work = partial(
-        run_units,
-        config.out,
-        units,
-        worker,
-        what=JOB,
-        total=len(units),
-        num_workers=config.num_workers,
-        num_gpus=config.num_gpus,
-        actors=config.num_gpus > 0,
-    )
+    work = partial(run_networks, config, units, worker, what=JOB)
     finish = partial(_finish, config, inputs, units)
     return run_job(JOB, config, inputs, work=work, finish=finish)
 

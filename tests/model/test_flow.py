@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model.flow import Flow, clean, interpolate, logit_normal, resolution_shift, shifted, velocity
+from model.flow import Flow, clean, interpolate, logit_normal, shifted, velocity
 from model.sample import sample_ode
 
 TIMES = st.floats(1e-3, 1.0)
@@ -58,10 +58,6 @@ def test_times_of_training_are_logit_normal_and_shifted() -> None:
         assert float(share) == pytest.approx(torch.special.ndtr(torch.tensor(sigmas)).item(), abs=0.01)
     assert float(flow.training_sigma(torch.tensor(0.0))) == pytest.approx(0.75)
     assert float(logit_normal(torch.tensor(0.0))) == 0.5
-
-
-def test_four_times_the_tokens_shift_by_two() -> None:
-    assert resolution_shift(4096, 1024) == 2 and resolution_shift(7, 7) == 1
 
 
 def _gaussian_denoiser(x: torch.Tensor, t: torch.Tensor, _: int) -> torch.Tensor:

