@@ -132,7 +132,7 @@ def test_a_killed_job_goes_on_to_the_same_bytes_with_any_number_of_workers(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(caption, "run_units", killed)
+        patch.setattr(caption, "run_networks", killed)
         caption.run(own)
     source = read_certificate(clips)
     assert source is not None
