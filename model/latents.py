@@ -194,7 +194,9 @@ def _find(place: str) -> tuple[str, str | None]:
     folder = Path(place).expanduser()
     if folder.is_dir():
         return str(folder), SUBFOLDER if (folder / SUBFOLDER / "config.json").is_file() else None
-    found = hub_file(place, [f"{SUBFOLDER}/config.json", "config.json"], wanted=place, cure=CURE)
+    found = hub_file(
+        place, [f"{SUBFOLDER}/config.json", "config.json"], wanted=place, cure=""
+    )  # its caller says it
     return place, SUBFOLDER if Path(found).parent.name == SUBFOLDER else None
 
 

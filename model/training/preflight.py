@@ -13,7 +13,7 @@ from infra.certificate import read_sealed, write_sealed
 from infra.errors import ConfigError, DataError
 from infra.run_folder import RunFolder
 from infra.storage import read_bytes, write_bytes
-from model.backbones.folder import base_sha256
+from model.backbones.folder import base_sha256, read_base
 from model.backbones.presets import PRESETS, preset
 from model.cost import on_meta
 from model.data.shards import Shards, index_shards, open_parquet, open_shards
@@ -90,6 +90,8 @@ def inspect(config: StageConfig, *, reach: bool = True) -> Ready:
         check_encodings(config, encodings, shards)
     else:
         check_prompt_encoder(config.encoder, reach=reach)
+    if config.pretrained is not None:
+        read_base(config.pretrained.model)  # before its autoencoder is asked for
     space = measure_space(config, encodings)
     check_backbone(config, space)
     if config.upsampler is not None:

@@ -37,6 +37,7 @@ def no_weights(folder: Path) -> None:
 
 
 SPOILT: dict[str, tuple[Callable[[Path], None], dict[str, Any], str]] = {
+    "nothing": (shutil.rmtree, {}, "cure: give a folder or hub id of a pipeline of diffusers"),
     "folder": (lambda f: without(f, "transformer"), {}, "holds no transformer/config.json"),
     "class": (
         lambda f: rewrite(f / "transformer/config.json", _class_name="MochiTransformer3DModel"), {},
