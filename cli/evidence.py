@@ -53,17 +53,16 @@ def quick_steps() -> list[str]:
 
 def full_steps() -> list[str]:
     """The commands of the full form, in order."""
-    longer, shorter = "--set samples=260000", "--set samples=40000"  # 480,000 in all, with stage 2
+    shorter = "--set samples=40000"
     return [
         command("vimi-data world", more="--nouns 1600 --unseen 128 --distractors 2"),
         command("vimi-data crawl", "crawl_clips"),
         command("vimi-data crawl", "crawl_pictures"),
         command("vimi-data build-index"),
         command("vimi-data augment", more="-k 3"),
-        command("vimi-train stage1", more=longer),
+        command("vimi-train stage1", more="--set samples=260000 --set checkpoint.num_to_keep=null"),
         command("vimi-train stage1", more=f"{shorter} --out three --set documents=[3]"),
-        command("vimi-train stage1", more=f"{shorter} --out brief"),
-        command("vimi-train stage1", more=f"{shorter} --out faithful --set references=faithful"),
+        command("vimi-train stage1", more="--set samples=120000 --out faithful --set references=faithful"),
         "vimi-data crawl world/pictures_shuffled.jsonl --out pictures-shuffled",
         "vimi-data build-index pictures-shuffled --out memory-shuffled --clip offline",
         command("vimi-data augment", more="--memory memory-shuffled --out prompts-shuffled"),
@@ -72,7 +71,8 @@ def full_steps() -> list[str]:
         command("vimi-data instruct"),
         command("vimi-train stage2"),
         *(sample(choice, f"--documents {choice}") for choice in DOCUMENTS),
-        *(sample(run, f"--set run={run}") for run in ("three", "brief", "faithful", "misled")),
+        sample("halfway", "--set run=stage1/checkpoints/samples-000000120000"),
+        *(sample(run, f"--set run={run}") for run in ("three", "faithful", "misled")),
         sample("empty", "--set prompts_uri=prompts-empty"),
         *(sample(f"guided-{weight}", TOWARDS.format(weight)) for weight in (1, 1.5, 2, 3, 4, 6)),
         sample("tuned", "--set run=stage2 --set prompts_uri=instructions --set rows=384"),
