@@ -171,9 +171,9 @@ def describe(
     from infra.errors import ConfigError
 
     if config is not None:
+        from cli.describe import describe_training
+        from cli.describe import render as page
         from model.training.config import Stage1Config, Stage2Config
-        from model.training.describe import describe_training
-        from model.training.describe import render as page
 
         stage = Stage2Config if "start_from" in read_yaml(config) else Stage1Config
         found = stage.load(config, overrides=overrides or ())

@@ -28,14 +28,15 @@ from infra.storage import delete, filesystem, is_remote
 from model.data.shards import Shards
 from model.training.checkpoint import last_line, read_facts
 from model.training.config import Stage1Config, Stage2Config, StageConfig, config_class
-from model.training.kept import Kept, prepare_kept
 from model.training.loop import NonFiniteError, Training
 from model.training.metrics import MetricsLog, RayGauges, draw_curves, open_trackers
 from model.training.preflight import check_workers, inspect, plan_text, prepare_index, read_index
 from model.training.report import Reporter, RunPrinter, write_restart
 from model.training.stop_signals import Interrupts, StopSignals, ToldToLeave, trap_sigterm
-from model.training.validate import Preview, Validation
-from model.training.video_scores import VideoScores
+from model.training.validation.kept import Kept, prepare_kept
+from model.training.validation.loss import Validation
+from model.training.validation.preview import Preview
+from model.training.validation.video_scores import VideoScores
 
 __all__ = ["Stage1Config", "Stage2Config", "check", "run", "train"]
 

@@ -21,7 +21,7 @@ from infra.errors import ConfigError
 from infra.fields import ConfigField, type_text, walk
 from infra.samples import write_samples
 from model.training.preflight import read_index
-from model.training.validate import Validation
+from model.training.validation.loss import Validation
 from pipeline.clips.crawl import CrawlConfig
 from pipeline.prompts.augment.target import TargetConfig
 from pipeline.world.make import WorldConfig

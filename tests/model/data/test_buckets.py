@@ -19,7 +19,7 @@ from model.sampling.plan import check as check_sample
 from model.training.config import Stage1Config
 from model.training.loop import Training
 from model.training.preflight import prepare_index, read_index
-from model.training.validate import Validation
+from model.training.validation.loss import Validation
 
 Values = Callable[..., dict[str, Any]]
 BUCKETS = [

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from tests.model.training.test_validate import task_rows
 
 from cli.encode import EncodeConfig, check, options_of, run
 from infra.certificate import Certificate, FileEntry, read_certificate, write_certificate
@@ -30,10 +31,10 @@ from model.training.config import Stage1Config
 from model.training.driver import check as check_stage
 from model.training.loop import Training
 from model.training.preflight import prepare_index, read_index
-from model.training.validate import Preview, Validation
+from model.training.validation.loss import Validation
+from model.training.validation.preview import Preview
 from pipeline.prompts.encode import Worker, plan_units
 from tests.model.conftest import shake
-from tests.model.training.test_validate import task_rows
 
 Values = Callable[..., dict[str, Any]]
 

@@ -107,7 +107,7 @@ def test_stage_two_of_an_upsampler_is_an_upsampler(cascade, tmp_path: Path) -> N
 
 
 def test_validation_of_an_upsampler_is_the_same_each_time(cascade) -> None:
-    from model.training.validate import Validation
+    from model.training.validation.loss import Validation
 
     config = Stage1Config.model_validate(cascade[1])
     training = train(config)

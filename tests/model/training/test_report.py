@@ -10,7 +10,7 @@ from infra.run_folder import COMMITTED, RunFolder
 from infra.storage import read_json, write_json
 from model.training.metrics import MetricsLog
 from model.training.report import RunPrinter, progress_line, validation_line, write_restart
-from model.training.validate import summarise
+from model.training.validation.loss import summarise
 from tests.model.training.test_metrics import RECORD
 
 

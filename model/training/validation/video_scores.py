@@ -24,7 +24,8 @@ from model.evaluate.scores import chosen, folds_of, score
 from model.sampling.maker import GuidanceConfig, Maker
 from model.sampling.requests import caption_of
 from model.training.loop import Training
-from model.training.validate import GUIDANCE_WEIGHT, Preview, WentOn, evaluating, rows_of
+from model.training.validation.loss import WentOn, evaluating, rows_of
+from model.training.validation.preview import GUIDANCE_WEIGHT, Preview
 
 
 class VideoScores(Preview):

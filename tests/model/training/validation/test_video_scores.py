@@ -14,7 +14,7 @@ from model.training.metrics import MetricsLog, grouped
 from model.training.preflight import check_metrics, prepare_index, read_index
 from model.training.report import Reporter
 from model.training.stop_signals import StopSignals
-from model.training.video_scores import VideoScores
+from model.training.validation.video_scores import VideoScores
 
 Values = Callable[..., dict[str, Any]]
 

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
+from cli.describe import describe_training, fits, render
 from infra.config import read_yaml
 from model.training.config import Stage1Config
-from model.training.describe import describe_training, fits, render
 from tests.model.backbones.tiny_bases import diffusers
 
 FOLDER = Path("infra/configs/cluster")

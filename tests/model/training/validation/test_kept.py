@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.model.training.test_validate import task_rows
 
 from infra.errors import ConfigError
 from infra.run_folder import RunFolder
@@ -14,15 +15,14 @@ from model.data.batch import read_prompt
 from model.data.shards import open_shards
 from model.training.config import Stage1Config, Stage2Config
 from model.training.driver import Looks, check
-from model.training.kept import Kept, find_kept, prepare_kept
 from model.training.loop import Training
 from model.training.metrics import MetricsLog, grouped
 from model.training.preflight import prepare_index, read_index
 from model.training.report import Reporter, validation_line
 from model.training.stop_signals import StopSignals
-from model.training.validate import QUANTILES
+from model.training.validation.kept import Kept, find_kept, prepare_kept
+from model.training.validation.loss import QUANTILES
 from tests.model.runs import advance, open_training
-from tests.model.training.test_validate import task_rows
 
 Values = Callable[..., dict[str, Any]]
 

@@ -18,7 +18,8 @@ from model.training.metrics import MetricsLog
 from model.training.preflight import prepare_index, read_index
 from model.training.report import Reporter, validation_line
 from model.training.stop_signals import StopSignals
-from model.training.validate import QUANTILES, Preview, Validation, summarise
+from model.training.validation.loss import QUANTILES, Validation, summarise
+from model.training.validation.preview import Preview
 from tests.model.conftest import shake
 from tests.model.runs import fingerprint
 

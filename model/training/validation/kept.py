@@ -29,7 +29,7 @@ from model.prompt.select import select
 from model.training.checkpoint import find_checkpoint, read_facts
 from model.training.config import Stage2Config, StageConfig, config_of
 from model.training.loop import Training
-from model.training.validate import CHOICES, QUANTILES, Chosen, Validation, choose_rows
+from model.training.validation.loss import CHOICES, QUANTILES, Chosen, Validation, choose_rows
 
 RIGHT = CHOICES.index("right")
 
