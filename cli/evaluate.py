@@ -15,7 +15,7 @@ from pydantic import Field
 
 from infra.certificate import Certificate, FileEntry, file_entries
 from infra.cluster import is_cluster, wants_gpus
-from infra.config import Incidental, Location
+from infra.config import Incidental, Location, NameOrFolder
 from infra.errors import ConfigError
 from infra.progress import say
 from infra.storage import join, user_cache, write_bytes, write_json
@@ -35,10 +35,9 @@ from model.evaluate.sampling import (
 )
 from model.evaluate.scores import DEFAULT_METRICS, Given, chosen, digest, obstacles, refuse_small_n
 from model.sampling import generate
-from model.sampling.plan import SampleConfig
+from model.sampling.plan import SampleConfig, made_by, weights_hash
 from model.sampling.plan import check as check_sampling
 from model.sampling.requests import prompt_hash
-from model.training.checkpoint import checkpoint_hash, find_checkpoint
 from pipeline.evaluate.decode import FrameConfig
 from pipeline.evaluate.videos import Payload, find_videos, listing_hash
 from pipeline.evaluate.worker import EvaluateWorker
@@ -53,6 +52,8 @@ class EvaluateConfig(JobConfig):
 
     run: Incidental[Location | None] = None
     """Folder of a stage1 or stage2 run, or one of its checkpoints: its videos are sampled first."""
+    base: Incidental[NameOrFolder | None] = None
+    """In place of a run a pretrained model as it is, as in `vimi-train sample`: what a training starts from."""
     prompts: Incidental[Location | None] = None
     """With `run`: folder of prompt shards, such as `vimi-data benchmark` makes; their documents come with
     them, and their targets are the real videos unless `against` names others."""
@@ -130,11 +131,13 @@ def make_plan(config: EvaluateConfig) -> Plan:
     Raises:
         ConfigError: no videos, none of the metrics can be computed, or too few videos for one that can.
     """
-    if (config.run is None) == (config.videos is None):
+    words = {"run": "a run", "base": "a base model", "videos": "videos"}
+    said = [word for name, word in words.items() if getattr(config, name) is not None]
+    if len(said) != 1:
         raise ConfigError(
-            "nothing to evaluate" if config.run is None else "a run and videos",
-            legal="a run, whose videos are sampled, or a folder of videos",
-            cure="RUN --prompts SHARDS, or --videos FOLDER",
+            " and ".join(said) if said else "nothing to evaluate",
+            legal="a run or a base model, whose videos are sampled, or a folder of videos",
+            cure="RUN --prompts SHARDS, --base MODEL --prompts SHARDS, or --videos FOLDER",
         )
     plan = plan_run(config) if config.videos is None else plan_folder(config.videos)
     against = config.against or (config.prompts if plan.sample else None)
@@ -164,7 +167,7 @@ def plan_run(config: EvaluateConfig) -> Plan:
     learned, number = learned_with_documents(base, requests)
     if learned and not number:
         say("  note: the run has learned with documents, and no prompt has any")
-    checkpoint = checkpoint_hash(find_checkpoint(sample.run))
+    checkpoint = weights_hash(sample, made_by(sample)[0])
     videos = [
         {"name": f"{video_name(n)}.mp4", "prompt_id": request.prompt_id, "prompt": prompt_facts(request.prompt)}
         for n, request in enumerate(requests)
@@ -175,7 +178,8 @@ def plan_run(config: EvaluateConfig) -> Plan:
 
 def sample_config(config: EvaluateConfig) -> SampleConfig:
     """How `vimi-train sample` would be asked for these videos."""
-    fields: dict[str, Any] = {"run": config.run, "out": join(config.out, SAMPLED), **config.sample}
+    source = {"run": config.run, "base": config.base}
+    fields: dict[str, Any] = {**source, "out": join(config.out, SAMPLED), **config.sample}
     if config.prompts is not None:
         rows = config.rows or open_shards(config.prompts).num_rows
         fields |= {"prompts_uri": config.prompts, "rows": rows}
@@ -245,7 +249,7 @@ def make_videos(config: EvaluateConfig, sample: SampleConfig, plan: Plan, worker
     made = [receipt for _, receipt in receipts.in_order(units)]
     entries = [entry for receipt in made for entry in receipt["entries"]]
     files = [FileEntry(**file) for receipt in made for file in receipt["files"]]
-    generate.certify(sample, find_checkpoint(sample.run), entries, files, inputs=plan.inputs)
+    generate.certify(sample, made_by(sample)[0], entries, files, inputs=plan.inputs)
 
 
 def sampled(plan: Plan) -> Plan:

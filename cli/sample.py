@@ -12,7 +12,6 @@ from infra.progress import say
 from model.sampling import generate, plan
 from model.sampling.documents import Found, made_with
 from model.training.config import StageConfig
-from model.training.state import trained_by
 from pipeline.memory import Memory
 from pipeline.prompts.user_prompt import UserRetrievalConfig, check_retrieval, open_retriever
 
@@ -29,7 +28,7 @@ def check(config: SampleConfig) -> str:
     memory = check_retrieval(config)
     if memory is None:
         return plan.check(config)
-    _, base = trained_by(config.run)
+    _, base = plan.made_by(config)
     compare(config, base, memory)
     texts = plan.texts_to_retrieve(config, base)
     if not texts:
@@ -47,7 +46,7 @@ def run(config: SampleConfig) -> Certificate:
     memory = check_retrieval(config)
     if memory is None:
         return generate.run(config)
-    _, base = trained_by(config.run)
+    _, base = plan.made_by(config)
     for note in compare(config, base, memory):
         say(f"  note: {note}")
     return generate.run(config, retrieve(config, memory, plan.texts_to_retrieve(config, base)))
@@ -76,7 +75,7 @@ def compare(config: SampleConfig, base: StageConfig, memory: Memory) -> list[str
     if not learned or trained is None:
         cause = "documents: 0 in its config" if not learned else f"no prompt of {base.prompts} has any"
         raise ConfigError(
-            f"{config.run} has learned without documents ({cause})",
+            f"{config.source} has learned without documents ({cause})",
             cure="leave --memory out, or train with prompts that augment has found documents for",
         )
     notes = []

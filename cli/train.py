@@ -16,6 +16,10 @@ Preset = Annotated[str | None, typer.Option(help="Backbone by name: see preset b
 Workers = Annotated[
     str | None, typer.Option("--workers", help="Training processes, or a range (1-8); default one per GPU.")
 ]
+Base = Annotated[
+    str | None,
+    typer.Option(help="In place of RUN: a pretrained model as it is, folder or hub id of diffusers."),
+]
 Ema = Annotated[str | None, typer.Option(help="weights, a stored average, or power-<sigma_rel>.")]
 
 
@@ -60,6 +64,7 @@ def stage2(
 def sample(
     run: Annotated[str | None, typer.Argument(help="Run folder of stage1 or stage2, or a checkpoint.")] = None,
     prompts: Annotated[list[str] | None, typer.Argument(help='"A <image> is playing in a <image>"')] = None,
+    base: Base = None,
     image: Annotated[
         list[str] | None,
         typer.Option(help='Picture for the next <image>, or "retrieved:its text=picture"; repeat it.'),
@@ -89,9 +94,13 @@ def sample(
     ] = None,
 ) -> Fields:
     """Sample videos: an mp4 and a contact sheet each; the same command makes the same bytes."""
+    words = [*(prompts or [])]
+    if base is not None and run is not None:  # it has no run, so the first word is a prompt
+        run, words = None, [run, *words]
     return {
         "run": run,
-        "prompts": prompts or None,
+        "base": base,
+        "prompts": words or None,
         "images": image or None,
         "out": out,
         "prompts_file": prompts_file,
@@ -120,6 +129,7 @@ def evaluate(
     prompts: Annotated[
         str | None, typer.Option(help="With RUN: prompt shards, such as `vimi-data benchmark` makes.")
     ] = None,
+    base: Base = None,
     videos: Annotated[str | None, typer.Option(help="Folder of videos: anybody's, or of sample.")] = None,
     against: Annotated[
         str | None, typer.Option(help="Real videos: a folder, or the output of crawl, augment or benchmark.")
@@ -133,6 +143,7 @@ def evaluate(
     """Score videos: FVD, CLIP-T and others, each with its interval, n and all that it depends on."""
     return {
         "run": run,
+        "base": base,
         "prompts": prompts,
         "videos": videos,
         "against": against,

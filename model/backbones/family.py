@@ -8,6 +8,8 @@ is called; loading, LoRA, text, references, checkpoints, cost and export are the
 (`model.backbones.pretrained`).
 """
 
+import importlib
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -58,6 +60,8 @@ class Family(ABC):
     """Padding is hidden; else it is part of what the model was trained on, and reads as zeros."""
     lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
     """Linear layers that get an adapter, by the ends of their names: the attentions'."""
+    fps: ClassVar[float] = 24.0
+    """Frames a second of what it makes."""
 
     @abstractmethod
     def sizes(self, config: Mapping[str, Any]) -> Sizes:
@@ -88,6 +92,19 @@ class Family(ABC):
     @abstractmethod
     def encode_texts(self, pipeline: Any, texts: list[str]) -> tuple[Tensor, Tensor]:
         """States `b l text_dim` of texts by the stock pipeline, and their `b l` mask."""
+
+    def defaults(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """What the stock pipeline makes unless told otherwise: fields of `vimi-train sample`."""
+        del config
+        pipeline = getattr(importlib.import_module("diffusers"), self.pipeline)
+        says = {name: p.default for name, p in inspect.signature(pipeline.__call__).parameters.items()}
+        return {
+            "num_frames": says["num_frames"],
+            "size_px": (says["height"], says["width"]),
+            "num_steps": says["num_inference_steps"],
+            "guidance": {"weight": says["guidance_scale"]},
+            "fps": self.fps,
+        }
 
     def refuse(self, config: Mapping[str, Any], index: Mapping[str, Any]) -> str | None:
         """Why a model of this class can't be trained here; `index` is the folder's model_index.json."""

@@ -12,8 +12,6 @@ from model.flow import TRAIN_STEPS, Flow
 
 OWN_TEXT_TOKENS = 128
 """To which its pipeline pads a caption: its encoder reads the padding too, so that states hang on it."""
-FPS = 25.0
-"""Of pictures, which have none: its pipeline's default."""
 
 
 class Ltx(Family):
@@ -24,6 +22,7 @@ class Ltx(Family):
     text_tokens = 256
     blocks = "transformer_blocks"
     has_text_mask = True
+    fps = 25.0
 
     def sizes(self, config: Mapping[str, Any]) -> Sizes:
         side, thickness = config["patch_size"], config["patch_size_t"]
@@ -66,7 +65,7 @@ class Ltx(Family):
         b, t, c, h, w = x.shape
         if times.ndim == 2:
             times = times.repeat_interleave(h * w, dim=1)
-        rate = torch.where(fps.isfinite(), fps, FPS).view(-1, 1, 1, 1, 1)
+        rate = torch.where(fps.isfinite(), fps, self.fps).view(-1, 1, 1, 1, 1)  # pictures have none
         answer = transformer(
             x.permute(0, 1, 3, 4, 2).reshape(b, t * h * w, c),
             text,

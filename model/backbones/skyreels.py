@@ -17,6 +17,7 @@ class SkyReels(Wan):
 
     transformer = "SkyReelsV2Transformer3DModel"
     pipeline = "SkyReelsV2Pipeline"
+    fps = 24.0
 
     def velocity(
         self,

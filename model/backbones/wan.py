@@ -10,6 +10,9 @@ from model.flow import TRAIN_STEPS, Flow
 
 SHIFT = 3.0
 """Of the times, where the scheduler's config is silent: Wan's own for 480p; 5 for 720p."""
+LARGE_CHANNELS = 48
+"""Of the latents of Wan 2.2's 5B, which is made for other videos than the pipeline that it shares."""
+LARGE = {"num_frames": 121, "size_px": (704, 1280), "fps": 24.0}
 
 
 class Wan(Family):
@@ -18,11 +21,16 @@ class Wan(Family):
     transformer = "WanTransformer3DModel"
     pipeline = "WanPipeline"
     text_tokens = 512
+    fps = 16.0
 
     def sizes(self, config: Mapping[str, Any]) -> Sizes:
         return Sizes(
             config["in_channels"], config["text_dim"], tuple(config["patch_size"]), config["num_layers"]
         )
+
+    def defaults(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        made = super().defaults(config)
+        return made | LARGE if config["in_channels"] == LARGE_CHANNELS else made
 
     def refuse(self, config: Mapping[str, Any], index: Mapping[str, Any]) -> str | None:
         if config.get("image_dim") or config["in_channels"] != (

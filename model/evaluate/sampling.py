@@ -15,16 +15,14 @@ from model.condition import Prompt
 from model.data.batch import Role
 from model.prompt.select import retrieved
 from model.sampling.generate import Sampler
-from model.sampling.plan import SampleConfig, plan_videos
+from model.sampling.plan import SampleConfig, made_by, plan_videos
 from model.sampling.requests import SampleRequest, caption_of
-from model.training.checkpoint import find_checkpoint
 from model.training.config import StageConfig
-from model.training.state import trained_by
 
 
 def planned(config: SampleConfig) -> tuple[StageConfig, list[SampleRequest]]:
     """What the run was trained by, and the requests in order."""
-    _, base = trained_by(config.run)
+    _, base = made_by(config)
     return base, plan_videos(config, base)
 
 
@@ -63,7 +61,7 @@ class SampleWorker:
 
     @cached_property
     def sampler(self) -> Sampler:
-        return Sampler(self.config, find_checkpoint(self.config.run))
+        return Sampler(self.config, made_by(self.config)[0])
 
     def __call__(self, payload: dict[str, int]) -> dict[str, Any]:
         first, count = payload["first"], payload["count"]
@@ -80,11 +78,11 @@ class SampleWorker:
 
 def system_of(config: SampleConfig, checkpoint: str, num_with_documents: int) -> dict[str, Any]:
     """What made the videos, for the manifest: no places, but what they hold."""
-    found = split_checkpoint(find_checkpoint(config.run))
-    places = {"run", "prompts_uri", "prompts_file", "prompts", "images", "rows"}
+    found = split_checkpoint(made_by(config)[0])
+    places = {"run", "base", "prompts_uri", "prompts_file", "prompts", "images", "rows"}
     how = {name: value for name, value in config.identity().items() if name not in places}
     return {
-        "run": found[0].name if found else config.run.rpartition("/")[2],
+        "run": found[0].name if found else config.source.rpartition("/")[2],
         "position": found[1] if found else None,
         "checkpoint": checkpoint,
         "prompts_with_documents": num_with_documents,

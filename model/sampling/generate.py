@@ -17,6 +17,7 @@ from infra.claim import open_job
 from infra.progress import ProgressPrinter, say
 from infra.samples import write_samples
 from infra.storage import join, write_bytes
+from model.sampling.base import open_base
 from model.sampling.documents import (
     Found,
     describe_documents,
@@ -26,7 +27,7 @@ from model.sampling.documents import (
 )
 from model.sampling.film import to_frames, write_video
 from model.sampling.maker import Maker, open_maker
-from model.sampling.plan import NOTHING, SampleConfig, check, plan_videos
+from model.sampling.plan import NOTHING, SampleConfig, check, made_by, plan_videos, weights_hash
 from model.sampling.requests import (
     SampleRequest,
     describe_prompt,
@@ -34,7 +35,7 @@ from model.sampling.requests import (
 )
 from model.training.checkpoint import checkpoint_hash, find_checkpoint
 from model.training.parallel import pick_device
-from model.training.state import restore_generator, trained_by
+from model.training.state import restore_generator
 
 
 def run(config: SampleConfig, found: Found = NOTHING) -> Certificate:
@@ -43,10 +44,10 @@ def run(config: SampleConfig, found: Found = NOTHING) -> Certificate:
     `found`: caption of a prompt in words -> row of PROMPTS whose documents it gets (`with_found`).
     """
     check(config, found)
-    uri, base = trained_by(config.run)
+    uri, base = made_by(config)
     work = plan_videos(config, base, found)
     inputs = {
-        "checkpoint": checkpoint_hash(uri),
+        "checkpoint": weights_hash(config, uri),
         "prompts": hashlib.sha256("".join(prompt_hash(r.prompt) for r in work).encode()).hexdigest()[:16],
     }
     if config.upsampler is not None:
@@ -88,7 +89,7 @@ def certify(
     write_samples(
         config.out,
         entries,
-        run=config.run,
+        run=config.source,
         checkpoint=checkpoint,
         ema=config.ema,
         documents=config.documents,
@@ -106,12 +107,19 @@ def certify(
     return certificate
 
 
+def open_weights(config: SampleConfig, uri: str, device: torch.device) -> Maker:
+    """What `made_by` found, loaded."""
+    if config.base is None:
+        return open_maker(restore_generator(uri, ema=config.ema, device=device), config.guidance)
+    return open_base(made_by(config)[1], config.guidance, device)
+
+
 class Sampler:
     """The base model at `uri`, and an upsampler behind it if the config names one."""
 
     def __init__(self, config: SampleConfig, uri: str) -> None:
         self.config, device = config, pick_device()
-        self.base = open_maker(restore_generator(uri, ema=config.ema, device=device), config.guidance)
+        self.base = open_weights(config, uri, device)
         self.upsampler: Maker | None = None
         if config.upsampler is not None:
             large = restore_generator(config.upsampler.run, ema=config.upsampler.ema, device=device)

@@ -5,15 +5,17 @@ Nothing is loaded here but prompts and a checkpoint's facts.
 
 from dataclasses import replace
 from types import MappingProxyType
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from infra.config import Config, Incidental, Location
+from infra.config import Config, Incidental, Location, NameOrFolder
 from infra.errors import ConfigError
 from infra.validation_cells import Documents
+from model.backbones.folder import base_sha256
 from model.condition import Prompt
 from model.prompt.select import retrieved
+from model.sampling.base import check_base, untrained, with_defaults
 from model.sampling.documents import (
     Found,
     choose_documents,
@@ -28,6 +30,7 @@ from model.sampling.requests import (
     prompts_in_file,
     requests_in_shards,
 )
+from model.training.checkpoint import checkpoint_hash
 from model.training.config import WEIGHTS, StageConfig
 from model.training.state import check_average, trained_by
 
@@ -54,8 +57,11 @@ class UpsampleConfig(Config):
 class SampleConfig(Config):
     """What to sample. Prompts come from `prompts`, `prompts_file` and `prompts_uri`, one after another."""
 
-    run: Location
+    run: Location | None = None
     """Folder of a stage1 or stage2 run, or one of its checkpoints."""
+    base: NameOrFolder | None = None
+    """In place of a run a pretrained model as it is: folder or hub id of a pipeline of diffusers. Where nothing
+    else is said, num_frames, size_px, num_steps, guidance.weight and fps are those of its stock pipeline."""
     out: Incidental[Location]
     """Folder or URI of the videos."""
     prompts: tuple[str, ...] = ()
@@ -100,11 +106,44 @@ class SampleConfig(Config):
     upsampler: UpsampleConfig | None = None
     """Second stage of the cascade, which enlarges each video; null = the base model's size."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _what_follows_from_a_base_model(cls, values: Any) -> Any:
+        return with_defaults(values)
+
+    @model_validator(mode="after")
+    def _a_run_or_a_base_model(self) -> "SampleConfig":
+        if (self.run is None) == (self.base is None):
+            got = "neither a run nor" if self.run is None else "a run and"
+            raise ValueError(f"{got} a base model; legal: a run's folder, or --base with a pretrained model")
+        return self
+
+    @property
+    def source(self) -> str:
+        """What is sampled, as it was named."""
+        return self.run or self.base or ""
+
+
+def made_by(config: SampleConfig) -> tuple[str, StageConfig]:
+    """The weights that are sampled, a checkpoint or a base model, and the config of their training."""
+    if config.base is None:
+        return trained_by(config.source)
+    size, frames = config.size_px or (0, 0), config.num_frames or 1
+    return config.base, untrained(config.base, num_frames=frames, size_px=size)
+
+
+def weights_hash(config: SampleConfig, uri: str) -> str:
+    """16 hex digits of the weights that `made_by` found."""
+    return checkpoint_hash(uri) if config.base is None else base_sha256(uri)[:16]
+
 
 def check(config: SampleConfig, found: Found = NOTHING) -> str:
     """Refuse what can't work before anything is loaded; the plan in words."""
-    uri, base = trained_by(config.run)
-    check_average(uri, config.ema)
+    uri, base = made_by(config)
+    if config.base is not None:
+        check_base(base, read_prompts(config, base), ema=config.ema)
+    else:
+        check_average(uri, config.ema)
     if base.upsampler is not None:
         raise ConfigError(f"{uri} is an upsampler", cure="give a base model's run, and this one as --upsampler")
     count = len(plan_videos(config, base, found))
