@@ -20,13 +20,13 @@ from model.backbones.base import BackboneConfig
 from model.backbones.presets import preset
 from model.condition import NUM_SCALARS, Condition, ConditionConfig
 from model.edm import sigma_in
-from model.generator import Generator, SmallVideo
+from model.generator import Generator, SmallVideo, build_generator
 
 
 def on_meta(backbone: BackboneConfig, condition: ConditionConfig) -> Generator:
     """The network without its numbers, so that none is too large."""
     with torch.device("meta"):
-        return backbone.generator(condition)
+        return build_generator(backbone, condition)
 
 
 def count_parameters(backbone: BackboneConfig, condition: ConditionConfig) -> dict[str, int]:

@@ -23,6 +23,11 @@ class SmallVideo:
     level: Tensor
 
 
+def build_generator(backbone: BackboneConfig, condition: ConditionConfig) -> "Generator":
+    """The network with what reads its condition, freshly drawn."""
+    return backbone.own_generator(condition) or Generator(backbone, condition)
+
+
 class Generator(nn.Module):
     """Noisy video, noise level and condition to the network's answer F and its latents."""
 

@@ -7,13 +7,12 @@ Nothing else needs to know it: parameters, FLOPs and memory are counted on the n
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from model.condition import ConditionConfig
-    from model.generator import Generator
 
 
 @dataclass(frozen=True)
@@ -45,11 +44,9 @@ class BackboneConfig(ABC):
     def build(self) -> "Backbone":
         """The network, freshly drawn."""
 
-    def generator(self, condition: "ConditionConfig") -> "Generator":
-        """The network with what reads its condition, freshly drawn."""
-        from model.generator import Generator
-
-        return Generator(self, condition)
+    def own_generator(self, condition: "ConditionConfig") -> Any:
+        """A generator of its own kind, freshly drawn; None = the one of `model.generator`."""
+        return None
 
     def tokens(self) -> dict[str, int]:
         """Lengths of the sequences that one video becomes, by name, for `vimi-train describe`."""

@@ -67,7 +67,7 @@ class Pretrained(BackboneConfig):
     def kind(self) -> Family:
         return FAMILIES[self.family]
 
-    def generator(self, condition: ConditionConfig) -> "PretrainedGenerator":
+    def own_generator(self, condition: ConditionConfig) -> "PretrainedGenerator":
         return PretrainedGenerator(self, condition)
 
     def build(self) -> Any:

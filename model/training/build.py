@@ -27,7 +27,7 @@ from model.data.inputs import InputConfig
 from model.data.plan import Plan
 from model.edm import Edm, edm_for
 from model.encodings.store import Encodings, StoredRow
-from model.generator import Generator, SmallVideo
+from model.generator import Generator, SmallVideo, build_generator
 from model.latents import Latents, open_latents
 from model.objective import Objective
 from model.prompt.encoder import PromptEncoder
@@ -76,7 +76,7 @@ def make_generator(config: StageConfig, token_dim: int, space: Space = PIXELS) -
     """The network of this config, freshly drawn from its seed: the same on every rank."""
     torch.manual_seed(config.seed)
     backbone = backbone_of(config, space)
-    return backbone.generator(condition_config(config, token_dim, space))
+    return build_generator(backbone, condition_config(config, token_dim, space))
 
 
 def condition_config(config: InputConfig, token_dim: int, space: Space) -> ConditionConfig:

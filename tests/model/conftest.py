@@ -13,7 +13,7 @@ from model.backbones.fit import FitConfig
 from model.condition import Condition, ConditionConfig
 from model.data.shards import open_shards
 from model.generator import Generator
-from model.training import validate
+from model.training.validation import preview
 from model.training.config import Stage1Config
 from model.training.loop import Training
 from model.training.preflight import prepare_index, read_index
@@ -225,5 +225,5 @@ def tiny_mllm(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 @pytest.fixture
 def short_previews(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two videos of two steps."""
-    monkeypatch.setattr(validate, "NUM_VIDEOS", 2)
-    monkeypatch.setattr(validate, "NUM_STEPS", 2)
+    monkeypatch.setattr(preview, "NUM_VIDEOS", 2)
+    monkeypatch.setattr(preview, "NUM_STEPS", 2)

@@ -33,7 +33,8 @@ from pipeline.prompts.augment.join import (
     tile_units,
 )
 from pipeline.prompts.augment.relevance import sentences, total
-from pipeline.prompts.augment.worker import AugmentWorker, clip_config, good_rows, has_caption
+from pipeline.prompts.augment.slices import clip_config, good_rows, has_caption
+from pipeline.prompts.augment.worker import AugmentWorker
 from pipeline.prompts.exclusion import read_exclusion
 from pipeline.schema import Status, content_id
 from pipeline.shards import is_shard, write_meta, write_rejected

@@ -23,7 +23,7 @@ from pipeline.memory.store import check_shard
 from pipeline.memory.tile import Tiles
 from pipeline.prompts.augment.candidates import CANDIDATE, candidates, fused
 from pipeline.prompts.augment.config import AugmentConfig
-from pipeline.prompts.augment.worker import Retrieving
+from pipeline.prompts.augment.slices import Retrieving
 
 FOLDER, CHECKED = "join", "checked"
 BLOCK_SLICES = 16

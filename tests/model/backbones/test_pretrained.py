@@ -32,7 +32,7 @@ def make(wan: str) -> Callable[..., PretrainedGenerator]:
             first_frame=FIRST_FRAME,
         )  # fmt: skip
         torch.manual_seed(0)
-        return replace(backbone, **changes).generator(ConditionConfig(TOKEN_DIM, mode)).eval()  # pyright: ignore
+        return replace(backbone, **changes).own_generator(ConditionConfig(TOKEN_DIM, mode)).eval()  # pyright: ignore
 
     return made
 
