@@ -13,10 +13,10 @@ from model.backbones.fit import FitConfig
 from model.condition import Condition, ConditionConfig
 from model.data.shards import open_shards
 from model.generator import Generator
-from model.training.validation import preview
 from model.training.config import Stage1Config
 from model.training.loop import Training
 from model.training.preflight import prepare_index, read_index
+from model.training.validation import preview
 from tests.model.prompt_tables import prompt_row, write_shards
 
 TINY_FIT = FitConfig(

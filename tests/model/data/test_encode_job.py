@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from tests.model.training.test_validate import task_rows
 
 from cli.encode import EncodeConfig, check, options_of, run
 from infra.certificate import Certificate, FileEntry, read_certificate, write_certificate
@@ -35,6 +34,7 @@ from model.training.validation.loss import Validation
 from model.training.validation.preview import Preview
 from pipeline.prompts.encode import Worker, plan_units
 from tests.model.conftest import shake
+from tests.model.training.validation.test_loss import task_rows
 
 Values = Callable[..., dict[str, Any]]
 

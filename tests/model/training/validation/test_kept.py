@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.model.training.test_validate import task_rows
 
 from infra.errors import ConfigError
 from infra.run_folder import RunFolder
@@ -23,6 +22,7 @@ from model.training.stop_signals import StopSignals
 from model.training.validation.kept import Kept, find_kept, prepare_kept
 from model.training.validation.loss import QUANTILES
 from tests.model.runs import advance, open_training
+from tests.model.training.validation.test_loss import task_rows
 
 Values = Callable[..., dict[str, Any]]
 
