@@ -91,12 +91,14 @@ def subjects(entities: list[Entity]) -> list[Entity]:
 
 
 def named_together(caption: str, entities: list[Entity]) -> bool:
-    """Does `and` join the first two subjects? One mask then shows both ("a woman and a child")."""
-    first_two = [entity for entity in entities if entity.kind == "subject"][:2]
-    if len(first_two) < 2:
+    """Does `and` join the first subject to another? One mask then shows both ("a woman and a child")."""
+    first, *others = [entity for entity in entities if entity.kind == "subject"] or [None]
+    if first is None:
         return False
-    between = caption[first_two[0].end : first_two[1].start].lower().split()
-    return "and" in between and len(between) <= 2
+    between = caption[first.end : others[0].start].lower().split() if others else []
+    behind = [m[0].lower() for m in TOKEN.finditer(caption[first.end :])][:3]
+    is_bare = behind[:1] == ["and"] and not lexicon.THINGS.isdisjoint(behind[1:])  # "a bride and groom"
+    return is_bare or ("and" in between and len(between) <= 2)
 
 
 def somebody_acts(caption: str, until: int) -> bool:
@@ -218,9 +220,10 @@ def _entity(caption: str, tokens: list[_Token], begin: int, end: int, opener: st
     kind: Kind = "background" if head in lexicon.PLACES else "subject"
     start, stop = tokens[begin].start, tokens[end - 1].end
     is_filled = followed_by == "of" and head in lexicon.CONTAINERS  # "a pot of soup": which of both is seen?
-    one = opener in lexicon.SINGULAR_DETERMINERS and head not in lexicon.PLURAL_COUNTS
     several = {"some", "any"} | lexicon.PLURAL_COUNTS
-    singular = not is_filled and (one or not (opener in several or opener.isdigit() or _plural(head)))
+    one = opener in lexicon.SINGULAR_DETERMINERS and head in lexicon.NOUNS_S
+    is_plural = _plural(head) and not one  # after "a" too: "a cartoon involving animals"
+    singular = not (is_filled or is_plural or opener in several or opener.isdigit())
     return Entity(caption[start:stop], head, start, stop, kind, singular)
 
 

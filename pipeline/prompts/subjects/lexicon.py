@@ -16,9 +16,9 @@ SINGULAR_DETERMINERS = _words("a an another one each every this that")
 DETERMINERS = SINGULAR_DETERMINERS | _words("the his her its their my your our some any")
 PLURAL_COUNTS = _words(
     "two three four five six seven eight nine ten many several few some both various multiple these those"
-    " dozens hundreds all other others people men women children kids mens audience crowd crew team family band"
+    " dozens hundreds all other others people men women children kids mens audience crowd crew team family band couple"
 )
-COUNTED = _words("people men women children kids audience crowd crew team family band")
+COUNTED = _words("people men women children kids audience crowd crew team family band couple")
 """Those of them that name the things themselves."""
 PEOPLE = _words("man woman guy girl lady person")
 """Nothing is named by these and a further noun: what follows is a verb."""
@@ -90,7 +90,7 @@ VERBS_BASE = _words(
 SHOT_NOUNS = _words(
     "view close closeup close-up shot scene video clip footage film movie recording image picture photo"
     " photograph screenshot rendering render painting illustration drawing cartoon animation camera"
-    " perspective angle group bunch pair couple lot crowd number set series kind type sort piece variety"
+    " perspective angle group bunch pair lot crowd number set series kind type sort piece variety"
     " row line side front back top bottom middle center centre left right end corner edge part rest"
     " foreground background distance way time day night morning evening moment sunset sunrise dusk dawn"
     " show game match song music trick goal shot turn voice conversation interview story something thing"
@@ -158,3 +158,4 @@ PRODUCTS = _words(
     " football racket gun rifle sword drill hammer saw machine engine tire wheel stroller book cake pizza"
     " burger"
 )
+THINGS = PERSONS | ANIMALS | PRODUCTS

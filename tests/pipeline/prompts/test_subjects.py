@@ -84,6 +84,7 @@ def test_entities_are_substrings_in_order_for_caption_words(words: list[str]):
         ("There is an aerial view of a lake with mountains in the background.", [], "lake"),
         ("A german shepherd is playing with two baby tigers.", ["german shepherd"], None),
         ("A group of people are riding on the back of a white donkey.", ["white donkey"], None),
+        ("a cartoon involving animals", [], None),
         ("the man rides a small bike on snowy ground", ["man", "small bike"], "snowy ground"),
         ("a brown and white dog laying on the floor", ["brown and white dog"], "floor"),
         ("Put the bowl on the table.", ["bowl"], "table"),
@@ -255,6 +256,16 @@ def test_what_stands_out_is_called_what_the_caption_speaks_of_first_or_nothing(m
     assert refused == "the largest cut-out is not clearly the first thing that the caption names"
 
 
+def test_a_thing_has_no_face():
+    with Image.open(locate("scikit-image", "skimage/data/astronaut.png")) as picture:
+        photograph = picture.convert("RGB").crop((80, 0, 400, 400))
+    wall = Image.new("RGB", (800, 600), (120, 130, 140))
+    wall.paste(photograph, (240, 100))
+    finder = SubjectFinder(SubjectConfig(clip=ClipConfig(name="offline"), background_prob=0.0))
+    found = finder.find("A rocket stands.", [np.asarray(wall)], np.random.default_rng(5))
+    assert found == Reason.OTHER_WORD
+
+
 @pytest.mark.parametrize(
     ("caption", "first"),
     [
@@ -282,7 +293,10 @@ def test_the_head_of_a_phrase_is_the_thing_and_not_what_it_does(caption: str, fi
         ("Put the pen in the bowl", Reason.NO_SUBJECT),
         ("some one driving the truck very slowly on the road", Reason.NO_SUBJECT),
         ("There is a pot of soup on the stove.", Reason.NO_SUBJECT),
+        ("a couple are on a computer", Reason.NO_SUBJECT),
         ("A man and a woman walk.", Reason.TOGETHER),
+        ("a bride and groom sing", Reason.TOGETHER),
+        ("a man and dances", None),
         ("A dog is playing with another dog.", Reason.TOGETHER),
         ("A person is holding a dog.", Reason.TOGETHER),
         ("A dog is held by a person.", None),
