@@ -92,10 +92,12 @@ def subjects(entities: list[Entity]) -> list[Entity]:
 
 def named_together(caption: str, entities: list[Entity]) -> bool:
     """Does `and` join the first subject to another? One mask then shows both ("a woman and a child")."""
-    first, *others = [entity for entity in entities if entity.kind == "subject"] or [None]
-    if first is None:
+    named = [entity for entity in entities if entity.kind == "subject"]
+    if not named:
         return False
-    between = caption[first.end : others[0].start].lower().split() if others else []
+    first, between = named[0], []
+    if len(named) > 1:
+        between = caption[first.end : named[1].start].lower().split()
     behind = [m[0].lower() for m in TOKEN.finditer(caption[first.end :])][:3]
     is_bare = behind[:1] == ["and"] and not lexicon.THINGS.isdisjoint(behind[1:])  # "a bride and groom"
     return is_bare or ("and" in between and len(between) <= 2)

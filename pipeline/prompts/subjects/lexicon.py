@@ -16,7 +16,8 @@ SINGULAR_DETERMINERS = _words("a an another one each every this that")
 DETERMINERS = SINGULAR_DETERMINERS | _words("the his her its their my your our some any")
 PLURAL_COUNTS = _words(
     "two three four five six seven eight nine ten many several few some both various multiple these those"
-    " dozens hundreds all other others people men women children kids mens audience crowd crew team family band couple"
+    " dozens hundreds all other others people men women children kids mens audience crowd crew team family band"
+    " couple"
 )
 COUNTED = _words("people men women children kids audience crowd crew team family band couple")
 """Those of them that name the things themselves."""
