@@ -84,7 +84,7 @@ VERBS_S = _words(
     " appears seems keeps lands rises drops hangs floats flows crashes races explores presents leads"
 )
 VERBS_BASE = _words(
-    "walk run play ride sit stand talk sing dance drive eat fight jump swim fly move go come look take put"
+    "walk run play ride sit stand talk sing dance drive eat feed fight jump swim fly move go come look take put"
     " give perform make cook hold open close pick remove hang lay set got ran sat stood held made took put"
     " spoke sang drove ate fell went came flew rode began wore threw shot cut"
 )

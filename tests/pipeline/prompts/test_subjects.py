@@ -277,6 +277,7 @@ def test_a_thing_has_no_face():
         ("Move the cup slightly to the left", "cup"),
         ("a chocolate covered donut lies on a plate", "chocolate covered donut"),
         ("a woman fried shrimp", "woman"),
+        ("the fish feed something in the water", "fish"),
         ("a pot of soup stands on a stove", "stove"),
     ],
 )
