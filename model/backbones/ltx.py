@@ -2,16 +2,37 @@
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from model.backbones.family import Family, Scale, Sizes
-from model.flow import TRAIN_STEPS, Flow
+from model.flow import TRAIN_STEPS, Flow, shifted
 
 OWN_TEXT_TOKENS = 128
 """To which its pipeline pads a caption: its encoder reads the padding too, so that states hang on it."""
+
+
+@dataclass(frozen=True)
+class LtxFlow(Flow):
+    """Flow matching sampled at the times of LTX's pipeline.
+
+    Attributes:
+        last: time at which the last step begins, to which the others are stretched; None = as they are.
+    """
+
+    last: float | None = None
+
+    def sampling_sigmas(self, num_steps: int) -> Tensor:
+        """As `Flow.sampling_sigmas`, of times from 1 to 1 / num_steps."""
+        if num_steps < 1:
+            raise ValueError(f"num_steps is {num_steps}, at least 1 is needed")
+        times = shifted(torch.linspace(1, 1 / num_steps, num_steps, dtype=torch.float64), self.shift)
+        if self.last is not None and num_steps > 1:
+            times = 1 - (1 - times) * (1 - self.last) / (1 - times[-1])
+        return torch.cat([times, torch.zeros(1)])
 
 
 class Ltx(Family):
@@ -37,13 +58,15 @@ class Ltx(Family):
             else "packed in patches of several latents"
         )
 
-    def objective(self, scheduler: Mapping[str, Any], num_tokens: int) -> Flow:
+    def objective(self, scheduler: Mapping[str, Any], num_tokens: int) -> LtxFlow:
         """The scheduler's dynamic shift, e^mu with mu linear in the number of tokens."""
+        last = scheduler.get("shift_terminal")
         if not scheduler.get("use_dynamic_shifting"):
-            return Flow(shift=scheduler.get("shift") or 1.0)
+            return LtxFlow(shift=scheduler.get("shift") or 1.0, last=last)
         few, many = scheduler.get("base_image_seq_len", 256), scheduler.get("max_image_seq_len", 4096)
         low, high = scheduler.get("base_shift", 0.5), scheduler.get("max_shift", 1.15)
-        return Flow(shift=math.exp(low + (high - low) * (num_tokens - few) / (many - few)))
+        shift = math.exp(low + (high - low) * (num_tokens - few) / (many - few))
+        return LtxFlow(shift=shift, last=last)
 
     def encode_texts(self, pipeline: Any, texts: list[str]) -> tuple[Tensor, Tensor]:
         states, mask, _, _ = pipeline.encode_prompt(

@@ -1,12 +1,13 @@
 """Tiny pretrained models in folders, and trainings that start from them."""
 
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.model.backbones.tiny_bases import save_wan
+from tests.model.backbones.tiny_bases import SAVERS
 from tests.model.conftest import MakeShards, tiny_stage
 
 Values = Callable[..., dict[str, Any]]
@@ -15,9 +16,21 @@ SIZE = {"num_frames": 5, "height": 32, "width": 48}
 
 
 @pytest.fixture(scope="session")
-def wan(tmp_path_factory: pytest.TempPathFactory) -> str:
+def save_base(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
+    """Folder of a random model of a family, made once."""
+    return cache(lambda family: SAVERS[family](tmp_path_factory.mktemp("base")))
+
+
+@pytest.fixture(scope="session", params=sorted(SAVERS))
+def folder(request: pytest.FixtureRequest, save_base: Callable[[str], str]) -> str:
+    """The same of every family, one after another."""
+    return save_base(request.param)
+
+
+@pytest.fixture(scope="session")
+def wan(save_base: Callable[[str], str]) -> str:
     """Folder of a random Wan."""
-    return save_wan(tmp_path_factory.mktemp("wan"))
+    return save_base("WanTransformer3DModel")
 
 
 @pytest.fixture

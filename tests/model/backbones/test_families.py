@@ -1,10 +1,8 @@
 """What each family of pretrained transformers owes: its stock call, clean frames, text, training."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import pytest
 import torch
 
 from model.backbones.families import FAMILIES
@@ -14,23 +12,13 @@ from model.backbones.pretrained import Lora, Pretrained, PretrainedGenerator
 from model.condition import Condition, ConditionConfig, Segment
 from model.flow import Flow
 from model.prompt.own_text import load_own_text
-from tests.model.backbones.tiny_bases import WORDS, diffusers, save_ltx, save_skyreels, save_wan
+from tests.model.backbones.tiny_bases import SAVERS, WORDS, diffusers
 
-SAVERS: dict[str, Callable[..., str]] = {
-    "WanTransformer3DModel": save_wan,
-    "LTXVideoTransformer3DModel": save_ltx,
-    "SkyReelsV2Transformer3DModel": save_skyreels,
-}
 TEXT_DIM, FRAMES, HEIGHT, WIDTH = 20, 3, 4, 6
 
 
 def test_every_family_is_held_to_these_laws() -> None:
     assert SAVERS.keys() == FAMILIES.keys()
-
-
-@pytest.fixture(scope="module", params=sorted(SAVERS))
-def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
-    return SAVERS[request.param](tmp_path_factory.mktemp("base"))
 
 
 def make(folder: str, **changes: Any) -> PretrainedGenerator:

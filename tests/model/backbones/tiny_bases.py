@@ -1,5 +1,6 @@
 """Real pipelines of diffusers with random weights, saved as users have them."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -115,3 +116,10 @@ def save_wan(folder: Path, *, seed: int = 0, shift: float = 3.0, **changes: Any)
         )
     pipeline.save_pretrained(folder)
     return str(folder)
+
+
+SAVERS: dict[str, Callable[..., str]] = {
+    "WanTransformer3DModel": save_wan,
+    "LTXVideoTransformer3DModel": save_ltx,
+    "SkyReelsV2Transformer3DModel": save_skyreels,
+}
