@@ -23,7 +23,7 @@ Denoise = Callable[[Tensor, Tensor, int], Tensor]
 @torch.no_grad()
 def sample_ode(
     denoise: Denoise,
-    edm: Objective,
+    objective: Objective,
     noise: Tensor,
     *,
     num_steps: int,
@@ -33,7 +33,7 @@ def sample_ode(
 
     Args:
         denoise: the estimate of the clean video.
-        edm: the process; its schedule is used.
+        objective: the process; its schedule is used.
         noise: `b t c h w` unit Gaussian.
         num_steps: Snap Video takes 256 for the base and 40 for the upsampler; `2 num_steps - 1`
             evaluations with EDM, `num_steps` with flow matching.
@@ -42,22 +42,20 @@ def sample_ode(
     Returns:
         `b t c h w` videos on the scale of clean videos.
     """
-    sigmas = edm.sampling_sigmas(num_steps).to(noise.device)
+    sigmas = objective.sampling_sigmas(num_steps).to(noise.device)
     sigmas = sigmas.to(noise.dtype) if noise.device.type == "mps" else sigmas
-    x = noise * edm.sigma_max
+    x = noise * objective.sigma_max
     for step in range(num_steps):
         now, then = sigmas[step], sigmas[step + 1]
-        slope = edm.ode(x, denoise(x, now, step), now)
+        slope = objective.ode(x, denoise(x, now, step), now)
         ahead = x + ((then - now) * slope).to(x.dtype)
-        if (
-            edm.is_second_order and step < num_steps - 1
-        ):  # the last goes to sigma = 0, where the slope has no value
-            slope_ahead = edm.ode(ahead, denoise(ahead, then, step), then)
+        if objective.is_second_order and step < num_steps - 1:  # at sigma = 0 the slope has no value
+            slope_ahead = objective.ode(ahead, denoise(ahead, then, step), then)
             ahead = x + ((then - now) * (slope + slope_ahead) / 2).to(x.dtype)
         x = ahead
         if on_step is not None:
             on_step(step)
-    return x * edm.sigma_in
+    return x * objective.sigma_in
 
 
 @dataclass
@@ -66,7 +64,7 @@ class Denoiser:
 
     Attributes:
         model: the generator.
-        edm: its process.
+        objective: its process.
         conditions: one batch of conditions per branch of the guidance.
         guidance: how the branches are combined.
         dtype: autocast to this; None computes in the parameters' type.
@@ -75,7 +73,7 @@ class Denoiser:
     """
 
     model: Generator
-    edm: Objective
+    objective: Objective
     conditions: Mapping[Branch, Condition]
     guidance: Guidance = field(default_factory=lambda: Guidance("none"))
     dtype: torch.dtype | None = None
@@ -94,14 +92,14 @@ class Denoiser:
         count = len(self.guidance.branches)
         sigmas = sigma.to(x_sigma.dtype).expand(len(x_sigma) * count)
         x = x_sigma.repeat(count, 1, 1, 1, 1)
-        scaled = network_input(self.edm, x, sigmas)
+        scaled = network_input(self.objective, x, sigmas)
         given = self._stacked.has_first_frame
         if self.first is not None and given is not None:
-            scaled = with_first_frame(self.edm, scaled, self.first.repeat(count, 1, 1, 1), given)
+            scaled = with_first_frame(self.objective, scaled, self.first.repeat(count, 1, 1, 1), given)
         with autocast(x.device, self.dtype):
             f, z = self.model(scaled, sigmas, self._stacked, self._z, small=_repeat(self.small, count))
         self._z = z if has_latents(self.model) else None
-        denoised = self.edm.denoised(f.to(x.dtype), x, sigmas).chunk(count)
+        denoised = self.objective.denoised(f.to(x.dtype), x, sigmas).chunk(count)
         estimates = dict(zip(self.guidance.branches, denoised, strict=True))
         guided = self.guidance.combine(estimates, step)
         if self.first is None or given is None:
@@ -142,4 +140,4 @@ def upsample(
     levels = torch.full((len(small),), level, device=small.device, dtype=small.dtype)
     size = tuple(noise.shape[-2:])
     denoiser.small = enlarge_small(small, size, SmallVideo(small_noise, levels))
-    return sample_ode(denoiser, denoiser.edm, noise, num_steps=num_steps, on_step=on_step)
+    return sample_ode(denoiser, denoiser.objective, noise, num_steps=num_steps, on_step=on_step)

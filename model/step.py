@@ -66,7 +66,7 @@ class Draws:
 
 
 def draw(
-    edm: Objective,
+    objective: Objective,
     shape: Sequence[int],
     *,
     seed: int,
@@ -78,7 +78,7 @@ def draw(
     """Draw the noise of a batch.
 
     Args:
-        edm: the diffusion process (its distribution of noise levels), EDM's or another.
+        objective: the diffusion process (its distribution of noise levels), EDM's or another.
         shape: `t c h w` of one video.
         seed: of the run.
         indices: global position of each sample.
@@ -95,7 +95,7 @@ def draw(
         ]
         return torch.stack(videos)
 
-    sigma = edm.training_sigma(_scalars(torch.randn, seed, indices, "sigma"))
+    sigma = objective.training_sigma(_scalars(torch.randn, seed, indices, "sigma"))
     chosen = _scalars(torch.rand, seed, indices, "self_cond") < self_condition_rate
     small = None
     if max_small_level is not None:
@@ -142,7 +142,7 @@ def draw_num_documents(choices: Sequence[int], *, seed: int, index: int) -> int:
 
 def losses(
     model: nn.Module,
-    edm: Objective,
+    objective: Objective,
     videos: Tensor,
     condition: Condition,
     draws: Draws,
@@ -156,7 +156,7 @@ def losses(
 
     Args:
         model: a `Generator`, sharded and compiled or not.
-        edm: the diffusion process of these videos.
+        objective: the diffusion process of these videos.
         videos: `b t c h w` in [-1, 1].
         condition: the encoded prompts.
         draws: from `draw`.
@@ -170,9 +170,9 @@ def losses(
     """
     keys = draws.keys if dropout else None
     given = condition.has_first_frame if videos.shape[1] > 1 else None
-    x = network_input(edm, edm.add_noise(videos, draws.eps, draws.sigma), draws.sigma)
+    x = network_input(objective, objective.add_noise(videos, draws.eps, draws.sigma), draws.sigma)
     if given is not None:
-        x = with_first_frame(edm, x, videos[:, 0], given)
+        x = with_first_frame(objective, x, videos[:, 0], given)
     small = None
     if draws.small is not None and small_size is not None:
         small = noisy_small(videos, small_size, draws.small)
@@ -183,17 +183,17 @@ def losses(
                 _, z = model(x, draws.sigma, condition, None, small=small, keys=keys, latents_only=True)
             z_prev = z * draws.self_conditioned[:, None, None].to(z.dtype)
         f, _ = model(x, draws.sigma, condition, z_prev, small=small, keys=keys)
-    loss = edm.loss(f, videos, draws.eps, draws.sigma)
+    loss = objective.loss(f, videos, draws.eps, draws.sigma)
     but_first = given if but_first is None else but_first
     if but_first is None or videos.shape[1] == 1:
         return loss
-    later = edm.loss(f[:, 1:], videos[:, 1:], draws.eps[:, 1:], draws.sigma)
+    later = objective.loss(f[:, 1:], videos[:, 1:], draws.eps[:, 1:], draws.sigma)
     return torch.where(but_first, later, loss)
 
 
 def accumulate(
     model: nn.Module,
-    edm: Objective,
+    objective: Objective,
     videos: Tensor,
     condition: Condition,
     draws: Draws,
@@ -213,29 +213,29 @@ def accumulate(
         `b` float32 losses, detached.
     """
     with timed("forward"):
-        each = losses(model, edm, videos, condition, draws, dtype=dtype, small_size=small_size)
+        each = losses(model, objective, videos, condition, draws, dtype=dtype, small_size=small_size)
     with timed("backward"):
         (each.sum() * (1 / divisor)).backward()
     return each.detach()
 
 
-def network_input(edm: Objective, x_sigma: Tensor, sigma: Tensor) -> Tensor:
+def network_input(objective: Objective, x_sigma: Tensor, sigma: Tensor) -> Tensor:
     """`b t c h w` noisy videos at `b` levels, scaled as the network takes them."""
-    return x_sigma * edm.c_in(sigma).view(-1, 1, 1, 1, 1).to(x_sigma.dtype)
+    return x_sigma * objective.c_in(sigma).view(-1, 1, 1, 1, 1).to(x_sigma.dtype)
 
 
-def with_first_frame(edm: Objective, x: Tensor, first: Tensor, given: Tensor) -> Tensor:
+def with_first_frame(objective: Objective, x: Tensor, first: Tensor, given: Tensor) -> Tensor:
     """The network's input with frame 0 as it is without noise, where it is given: so a video goes on from it.
 
     Args:
-        edm: the diffusion process.
+        objective: the diffusion process.
         x: `b t c h w` from `network_input`.
         first: `b c h w` clean frames, on the scale of clean videos.
         given: `b` bool.
     """
     none = torch.zeros(len(x), device=x.device, dtype=x.dtype)
     clean = first[:, None].to(x.dtype)
-    clean = network_input(edm, edm.add_noise(clean, torch.zeros_like(clean), none), none)
+    clean = network_input(objective, objective.add_noise(clean, torch.zeros_like(clean), none), none)
     return torch.cat([torch.where(given.view(-1, 1, 1, 1, 1), clean, x[:, :1]), x[:, 1:]], dim=1)
 
 

@@ -90,7 +90,7 @@ class Maker:
         denoiser = self._denoiser(requests, shape)
         if num_frames > 1:
             denoiser.first = self._first_frames(requests, height, width)
-        x = sample_ode(denoiser, denoiser.edm, noise, num_steps=num_steps, on_step=on_step)
+        x = sample_ode(denoiser, denoiser.objective, noise, num_steps=num_steps, on_step=on_step)
         if self.latents is None:
             return x
         return torch.cat([self.latents.decode(one[None], num_frames) for one in x])
@@ -147,8 +147,8 @@ class Maker:
             for branch in {FULL, *self.guidance.branches}
         }
         dtype = AUTOCAST[self.config.parallel.dtype]
-        edm = objective_of(self.config, shape)
-        return Denoiser(self.model, edm, conditions, self.guidance, dtype=dtype)
+        objective = objective_of(self.config, shape)
+        return Denoiser(self.model, objective, conditions, self.guidance, dtype=dtype)
 
 
 def _first_frame(prompt: Prompt, height_px: int, width_px: int) -> np.ndarray:

@@ -212,7 +212,7 @@ class Conditioner:
 class Targets:
     """What the generator learns to make, out of a batch: pixels or latents, and an upsampler's small video.
 
-    targets(batch)     x, `b t c h w`        targets.edm(x)      its diffusion process
+    targets(batch)     x, `b t c h w`        targets.objective(x)      its diffusion process
     targets.draw(...)  all that is random about the batch
 
     Attributes:
@@ -241,14 +241,14 @@ class Targets:
         """The autoencoder, loaded when it is needed; None for pixels."""
         return open_latents(self.config.autoencoder, self.device)
 
-    def edm(self, x: Tensor) -> Objective:
+    def objective(self, x: Tensor) -> Objective:
         """The process of targets of this shape, with the run's distribution of noise levels."""
         return objective_of(self.config, x.shape)
 
     def draw(self, x: Tensor, positions: Sequence[int]) -> Draws:
         """All that is random about a training batch."""
         return draw(
-            self.edm(x),
+            self.objective(x),
             x.shape[1:],
             seed=self.config.seed,
             indices=positions,

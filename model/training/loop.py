@@ -195,7 +195,7 @@ class Training:
         self.seen[x.shape[1], x.shape[3], x.shape[4]] += self.config.micro_batch
         return accumulate(
             self.replica.forward,
-            self.targets.edm(x),
+            self.targets.objective(x),
             x,
             condition,
             self.targets.draw(x, batch.positions),

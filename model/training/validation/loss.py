@@ -209,7 +209,7 @@ class Validation:
         training, targets, device = self.training, self.training.targets, self.training.device
         batch, count = self._read(source, prompt), len(QUANTILES)
         video = targets(batch)
-        edm = targets.edm(video)
+        objective = targets.objective(video)
         key = prompt_key(batch.prompt_ids[0])
         noise = torch.randn(
             video.shape, generator=sample_generator(0, key, "validation", device), device=device
@@ -217,7 +217,7 @@ class Validation:
         normal = torch.tensor([NormalDist().inv_cdf(q) for q in QUANTILES])
         draws = Draws(
             eps=noise.expand(count, -1, -1, -1, -1),
-            sigma=edm.training_sigma(normal).to(device),
+            sigma=objective.training_sigma(normal).to(device),
             self_conditioned=torch.ones(count, dtype=torch.bool, device=device),
             keys=torch.full((count,), sample_key(0, key, "layers"), device=device),
         )
@@ -228,7 +228,7 @@ class Validation:
         video = video.expand(count, -1, -1, -1, -1)
         each = losses(
             training.model,
-            edm,
+            objective,
             video,
             condition.select(torch.zeros(count, dtype=torch.long, device=device)),
             replace(draws, small=targets.fixed_small(video, key)),

@@ -52,7 +52,7 @@ def trained(values: dict[str, Any]) -> Stage1Config:
 def our_latents(maker: Maker, noise: torch.Tensor) -> torch.Tensor:
     request = SampleRequest((Segment("text", "caption", text=WORDS),), 8.0, (32, 48))
     denoiser = maker._denoiser([request], tuple(noise.shape[1:]))
-    return sample_ode(denoiser, denoiser.edm, noise, num_steps=STEPS)
+    return sample_ode(denoiser, denoiser.objective, noise, num_steps=STEPS)
 
 
 @pytest.mark.parametrize("lora", [{"rank": 4, "alpha": 8}, pytest.param(None, marks=pytest.mark.slow)])

@@ -76,7 +76,7 @@ def test_every_micro_batch_is_one_bucket_with_its_own_sigma_in_on_all_ranks(mixe
         batch = next(training.batches)
         assert batch.positions == list(positions)
         x = training.targets(batch)
-        found[tuple(x.shape[i] for i in (1, 3, 4))] = training.targets.edm(x).sigma_in
+        found[tuple(x.shape[i] for i in (1, 3, 4))] = training.targets.objective(x).sigma_in
     assert found == {shape: sigma_in(*shape) for shape in SHAPES}
     training.close()
 

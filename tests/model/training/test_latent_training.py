@@ -80,7 +80,7 @@ def test_shapes_channels_and_sigma_in_follow_the_autoencoder(latent_values: Valu
     assert batch.video.shape[1:] == (frames, 3, height, width)
     x = training.targets(batch)
     assert x.shape[1:] == (t, c, h, w)
-    assert training.targets.edm(x).sigma_in == pytest.approx(sigma_in(t, h, w))
+    assert training.targets.objective(x).sigma_in == pytest.approx(sigma_in(t, h, w))
     training.close()
     assert f"sigma_in {sigma_in(t, h, w):g}" in check(config)
 
@@ -200,7 +200,7 @@ def test_pictures_of_one_frame_have_their_own_sigma_in(
     for _ in range(8):
         batch = next(training.batches)
         x = training.targets(batch)
-        found[x.shape[1]] = training.targets.edm(x).sigma_in
+        found[x.shape[1]] = training.targets.objective(x).sigma_in
     assert found == {4: sigma_in(4, 3, 4), 1: sigma_in(1, 3, 4)} and found[4] == 2 * found[1]
     training.step()
     training.close()
