@@ -52,6 +52,7 @@ class Pretrained(BackboneConfig):
         half_base: a frozen base is kept in bfloat16.
         scale: what a latent stands for.
         first_frame: number of the role whose picture is the video's first frame.
+        one_by_one: videos that may have references go alone, so that sharded ranks call the model as often.
     """
 
     model: str = ""
@@ -62,6 +63,7 @@ class Pretrained(BackboneConfig):
     half_base: bool = False
     scale: Scale = field(default_factory=Scale)
     first_frame: int = -1
+    one_by_one: bool = False
 
     @property
     def kind(self) -> Family:
@@ -208,15 +210,14 @@ class PretrainedGenerator(Generator):
     ) -> tuple[Tensor, Tensor]:
         """As `Generator.forward`; `condition.references` are latents of the size of `x`.
 
-        Videos that may have references go one by one: attention here knows no mask, so that a video with fewer
-        of them than its neighbour would see what pads them; and as often on every rank.
+        Of videos that may have references those with as many go together: attention here knows no mask, so that
+        a video with fewer of them than its neighbour would see what pads them.
         """
         text, mask = self.embedder(condition)
         if self.condition_config.mode == "faithful":
             answer = self._velocity(x, sigma, text, mask, condition.fps)
         else:
-            each = [self._with_frames(x, sigma, text, mask, condition, row) for row in range(len(x))]
-            answer = torch.cat(each)
+            answer = self._with_frames(x, sigma, text, mask, condition)
         return answer, x.new_zeros(len(x), 0, 0)
 
     def _velocity(self, x: Tensor, times: Tensor, text: Tensor, mask: Tensor, fps: Tensor) -> Tensor:
@@ -224,19 +225,43 @@ class PretrainedGenerator(Generator):
         return family.velocity(self.backbone, x, times, text, mask, fps=fps, scale=scale)
 
     def _with_frames(
-        self, x: Tensor, sigma: Tensor, text: Tensor, mask: Tensor, condition: Condition, row: int
+        self, x: Tensor, sigma: Tensor, text: Tensor, mask: Tensor, condition: Condition
     ) -> Tensor:
-        """One row's answer: times are 0 for its references, and for its first frame where that is given."""
-        x, sigma, text, mask, fps = (each[row : row + 1] for each in (x, sigma, text, mask, condition.fps))
-        is_given = self._has_first_frame(x, condition, row)
-        references = self._references(x, condition, row, is_given)
-        if not is_given and not len(references):
+        """Answers for videos with clean frames, those of one shape together."""
+        given = [self._has_first_frame(x, condition, row) for row in range(len(x))]
+        seen = [self._references(x, condition, row, given[row]) for row in range(len(x))]
+        groups: dict[tuple[bool, int, int], list[int]] = {}
+        for row in range(len(x)):
+            alone = row if self.backbone_config.one_by_one else 0
+            groups.setdefault((given[row], len(seen[row]), alone), []).append(row)
+        answers = []
+        for (is_given, _, _), rows in groups.items():
+            references = torch.stack([seen[row] for row in rows]).to(x.dtype)
+            of = (text[rows], mask[rows], condition.fps[rows])
+            answers.append(self._of_one_shape(x[rows], sigma[rows], references, *of, is_given=is_given))
+        order = torch.tensor([row for rows in groups.values() for row in rows], device=x.device)
+        return torch.cat(answers)[order.argsort()]
+
+    def _of_one_shape(
+        self,
+        x: Tensor,
+        sigma: Tensor,
+        references: Tensor,
+        text: Tensor,
+        mask: Tensor,
+        fps: Tensor,
+        *,
+        is_given: bool,
+    ) -> Tensor:
+        """Times are 0 for the `b n c h w` references, and for the first frame where it is given."""
+        count = references.shape[1]
+        if not is_given and not count:
             return self._velocity(x, sigma, text, mask, fps)
-        clean = sigma.new_zeros(1, 1)
-        times = [clean] if is_given else []
-        times += [sigma[:, None].expand(1, x.shape[1] - is_given), clean.expand(1, len(references))]
-        video = torch.cat([x, references[None].to(x.dtype)], dim=1)
-        return self._velocity(video, torch.cat(times, dim=1), text, mask, fps)[:, : x.shape[1]]
+        times = torch.cat([sigma[:, None].expand(-1, x.shape[1]), sigma.new_zeros(len(x), count)], dim=1)
+        if is_given:
+            times[:, 0] = 0
+        video = torch.cat([x, references], dim=1)
+        return self._velocity(video, times, text, mask, fps)[:, : x.shape[1]]
 
     def _has_first_frame(self, x: Tensor, condition: Condition, row: int) -> bool:
         given = condition.has_first_frame

@@ -57,6 +57,7 @@ def pretrained_of(config: StageConfig, chosen: DiffusersConfig, space: Space) ->
         half_base=lora is not None and config.parallel.dtype == "bfloat16",
         scale=Scale(space.factor_px, space.factor_frames),
         first_frame=role_number(Role.FIRST_FRAME),
+        one_by_one=config.parallel.mode != "ddp",
     )
 
 

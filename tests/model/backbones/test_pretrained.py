@@ -104,7 +104,7 @@ def test_a_sample_does_not_depend_on_its_company(make, text: str) -> None:
     if text == "append":
         model.embedder.gate.fill_(20)
     native = [3, 40, 1] if text == "append" else None
-    frames = {(0, 0): 2, (1, 0): FIRST_FRAME, (1, 1): 2, (1, 2): 3}
+    frames = {(0, 0): 2, (1, 0): FIRST_FRAME, (1, 1): 2, (1, 2): 3, (2, 0): 3}
     together = make_condition([5, 60, 2], native, frames)
     whole = model(x, times, together)[0]
     for row in range(3):
@@ -144,8 +144,12 @@ def test_sampling_ends_on_the_first_frame_that_is_given(make) -> None:
 
 
 @torch.no_grad()
-def test_clean_frames_are_told_time_0_and_the_others_theirs(make, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, told = make(text="replace"), []
+@pytest.mark.parametrize("one_by_one", [False, True])
+def test_clean_frames_are_told_time_0_and_videos_of_one_shape_go_together(
+    make, monkeypatch: pytest.MonkeyPatch, one_by_one: bool
+) -> None:
+    """Unless ranks share the model, which call it as often as one another."""
+    model, told = make(text="replace", one_by_one=one_by_one), []
     called = type(model.backbone_config.kind).velocity
 
     def listening(self: Any, transformer: Any, x: Any, times: torch.Tensor, *rest: Any, **more: Any) -> Any:
@@ -153,9 +157,11 @@ def test_clean_frames_are_told_time_0_and_the_others_theirs(make, monkeypatch: p
         return called(self, transformer, x, times, *rest, **more)
 
     monkeypatch.setattr(type(model.backbone_config.kind), "velocity", listening)
-    condition = make_condition([4, 4, 4], None, {(0, 0): FIRST_FRAME, (0, 1): 2, (1, 0): 3})
-    model(noisy(3), torch.tensor([0.25, 0.5, 0.75]), condition)
-    assert told == [[[0.0, 0.25, 0.0]], [[0.5, 0.5, 0.0]], [0.75]]
+    condition = make_condition([4] * 4, None, {(0, 0): FIRST_FRAME, (0, 1): 2, (1, 0): 3, (3, 0): 2})
+    model(noisy(4), torch.tensor([0.25, 0.5, 0.75, 1.0]), condition)
+    first, second, none, last = [0.0, 0.25, 0.0], [0.5, 0.5, 0.0], 0.75, [1.0, 1.0, 0.0]
+    alone = [[first], [second], [none], [last]]
+    assert told == (alone if one_by_one else [[first], [second, last], [none]])
 
 
 def test_a_tiny_model_learns_one_clip_by_its_adapters_and_without_them_it_has_not(make) -> None:
