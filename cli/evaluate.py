@@ -164,6 +164,7 @@ def plan_run(config: EvaluateConfig) -> Plan:
     sample = sample_config(config)
     check_sampling(sample)
     base, requests = planned(sample)
+    refuse_short(config.frames, sample.num_frames or base.num_frames)
     learned, number = learned_with_documents(base, requests)
     if learned and not number:
         say("  note: the run has learned with documents, and no prompt has any")
@@ -174,6 +175,21 @@ def plan_run(config: EvaluateConfig) -> Plan:
     ]
     inputs = {"checkpoint": checkpoint, "prompts": digest([prompt_hash(r.prompt) for r in requests])}
     return Plan({"sampled": videos}, {}, {}, inputs, sample, system_of(sample, checkpoint, number))
+
+
+def refuse_short(scored: FrameConfig, num_frames: int) -> None:
+    """Refuse to sample videos that have fewer frames than are scored.
+
+    Raises:
+        ConfigError: says how many would do.
+    """
+    needed = 1 + (scored.num_frames - 1) * scored.stride
+    if scored.fps is None and num_frames < needed:
+        raise ConfigError(
+            f"videos of {num_frames} frames, of which the first {needed} would be scored",
+            legal=f"at most {num_frames}",
+            cure=f"--set frames.num_frames={num_frames} --set frames.stride=1",
+        )
 
 
 def sample_config(config: EvaluateConfig) -> SampleConfig:

@@ -152,6 +152,8 @@ def test_a_runs_videos_are_sampled_on_all_workers_and_scored_against_its_prompts
         if video.suffix != ".json":
             assert video.read_bytes() == (tmp_path / "b" / "videos" / video.name).read_bytes()
 
+    with pytest.raises(ConfigError, match=r"videos of 4 frames, of which the first 7.*num_frames=4"):
+        check(asked("c", frames={"num_frames": 4, "stride": 2}))
     with pytest.raises(ConfigError, match="a run and videos"):
         check(asked("c", videos=str(tmp_path)))
     with pytest.raises(ConfigError, match=r"unknown key 'num_step'.*'num_steps'"):
