@@ -1,4 +1,4 @@
-"""What each family of pretrained transformers owes: its stock call, clean frames, text, training."""
+"""What each family of pretrained transformers owes beside its stock samples: clean frames, text, training."""
 
 from dataclasses import replace
 from typing import Any
@@ -12,7 +12,7 @@ from model.backbones.pretrained import Lora, Pretrained, PretrainedGenerator
 from model.condition import Condition, ConditionConfig, Segment
 from model.flow import Flow
 from model.prompt.own_text import load_own_text
-from tests.model.backbones.tiny_bases import SAVERS, WORDS, diffusers
+from tests.model.backbones.tiny_bases import SAVERS, WORDS
 
 TEXT_DIM, FRAMES, HEIGHT, WIDTH = 20, 3, 4, 6
 
@@ -44,27 +44,6 @@ def condition(lengths: list[int], **more: Any) -> Condition:
     tokens = torch.randn(batch, most, TEXT_DIM, generator=torch.Generator().manual_seed(2)) * mask[..., None]
     zeros = torch.zeros(batch, most, dtype=torch.long)
     return Condition(tokens, mask, zeros, zeros, torch.full((batch,), 16.0), torch.ones(batch, 2), **more)
-
-
-@torch.no_grad()
-def test_the_answer_is_that_of_the_stock_transformer(folder: str) -> None:
-    """Called as its pipeline calls it."""
-    model, base = make(folder), read_base(folder)
-    x, prompt, t = latents(model), condition([5]), torch.tensor([0.4])
-    text, mask = model.embedder(prompt)
-    cls = getattr(diffusers, base.family.transformer)
-    stock = cls.from_pretrained(folder, subfolder="transformer").eval()
-    if base.family.transformer.startswith("LTX"):
-        packed = diffusers.LTXPipeline._pack_latents(x.transpose(1, 2))
-        size = {"num_frames": FRAMES, "height": HEIGHT, "width": WIDTH}
-        scale = (4 / 16.0, 8, 8)
-        answer = stock(packed, text, 1000 * t, mask, **size, rope_interpolation_scale=scale, return_dict=False)[
-            0
-        ]
-        theirs = diffusers.LTXPipeline._unpack_latents(answer, FRAMES, HEIGHT, WIDTH)
-    else:
-        theirs = stock(x.transpose(1, 2), 1000 * t, text, return_dict=False)[0]
-    assert torch.allclose(model(x, t, prompt)[0], theirs.transpose(1, 2), atol=1e-6)
 
 
 @torch.no_grad()

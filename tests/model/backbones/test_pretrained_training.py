@@ -47,11 +47,8 @@ def test_only_adapters_and_projection_are_trained_and_kept(base_values: Values, 
     assert kept == trained
 
 
-@pytest.mark.parametrize("text", ["replace", "append"])
-def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(
-    base_values: Values, tmp_path: Path, text: str
-) -> None:
-    values = base_values(text=text, samples=12)
+def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(base_values: Values, tmp_path: Path) -> None:
+    values = base_values(samples=12)
     expected = unbroken(config_of(values), 4)
     config = config_of({**values, "out": str(tmp_path / "broken")})
     first = open_training(config)
