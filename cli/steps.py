@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cli import data, train
-from cli.errors import EXIT_STOPPED
+from cli.errors import EXIT_STOPPED, EXIT_TERMINATED
 from infra.cluster import RayConfig, ray_session
 
 PROGRAMS = {"vimi-data": data.main, "vimi-train": train.main}
@@ -39,6 +39,7 @@ def run_step(step: str, *, name: str) -> None:
     except SystemExit as end:
         if end.code == EXIT_STOPPED:
             raise KeyboardInterrupt from None
-        if end.code:
+        if end.code and end.code != EXIT_TERMINATED:
             print(f"{name}: `{step}` ended with exit code {end.code}", file=sys.stderr)
+        if end.code:
             raise

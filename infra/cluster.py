@@ -8,6 +8,7 @@ the door (`infra.storage.absolute`).
 
 import logging
 import os
+import signal
 import sys
 import tempfile
 import threading
@@ -127,15 +128,16 @@ def _start(**options: Any) -> Any:
     """`ray.init`, whose own errors become a line.
 
     Raises:
-        ConfigError: no cluster at the address.
+        ConfigError: no cluster at the address, or no room for Ray's own files.
         VimiError: a session of this machine did not start in time.
     """
     import ray
     from ray.exceptions import AuthenticationError
 
     try:
-        return ray.init(logging_level=logging.ERROR, **options)
-    except Exception as error:  # Ray raises several kinds; what is none of these three is raised again
+        with own_sigterm():
+            return ray.init(logging_level=logging.ERROR, **options)
+    except Exception as error:  # Ray raises several kinds; what is none of these is raised again
         text = " ".join(str(error).split())
         if isinstance(error, AuthenticationError):
             raise ConfigError(
@@ -148,12 +150,28 @@ def _start(**options: Any) -> Any:
                 cure="start it, mend RAY_ADDRESS or ray.address, or bring its token: RAY_AUTH_TOKEN and "
                 "RAY_AUTH_MODE=token (docs/cluster.md)",
             ) from None
+        if isinstance(error, OSError):
+            raise ConfigError(
+                f"Ray can't make its own folder: {text[:200]}",
+                cure="set RAY_TMPDIR to a short path where this user may write",
+            ) from None
         if "timed out during startup" in text:
             raise VimiError(
                 "Ray did not start in time; cure: run it again when the machine is less busy, with fewer CPUs "
                 "(--set ray.num_cpus=2), or with room in the temporary folder"
             ) from None
         raise
+
+
+@contextmanager
+def own_sigterm() -> Iterator[None]:
+    """Put back the handler of SIGTERM that Ray takes the place of, if there was one."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if callable(before) and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

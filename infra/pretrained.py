@@ -80,11 +80,24 @@ def load_pretrained(
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    try:
+    with or_refused(f"can't load {what} {place}"):
         network = model.from_pretrained(place).eval().requires_grad_(False).to(device)
         return processor.from_pretrained(place, **how), network
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ConfigError(f"can't load {what} {place}: {first_line(error)}") from None
+
+
+@contextmanager
+def or_refused(words: str, *, legal: str = "", cure: str = "") -> Iterator[None]:
+    """Make a line of whatever another library raises when a folder's files are not as it wrote them.
+
+    Raises:
+        ConfigError: `words`, and the first line of what was raised.
+    """
+    try:
+        yield
+    except MemoryError:
+        raise
+    except Exception as error:  # noqa: BLE001 - each parser has kinds of its own, and some a bare Exception
+        raise ConfigError(f"{words}: {first_line(error)}", legal=legal, cure=cure) from None
 
 
 @contextmanager

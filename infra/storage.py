@@ -177,7 +177,7 @@ def delete(uri: str) -> None:
         fs.delete_file(path)
 
 
-def check_writable(uri: str) -> None:
+def check_writable(uri: str, *, cure: str = "choose another --out or mend its permissions") -> None:
     """Raise ConfigError unless a file can be written below `uri`; leaves nothing behind."""
     probe = join(absolute(uri), f".writable-{os.getpid()}-{time.time_ns()}")
     try:
@@ -185,9 +185,7 @@ def check_writable(uri: str) -> None:
         delete(probe)
     except OSError as error:
         reason = error.strerror or str(error)
-        raise ConfigError(
-            f"can't write to {uri}: {reason}", cure="choose another --out or mend its permissions"
-        ) from None
+        raise ConfigError(f"can't write to {uri}: {reason}", cure=cure) from None
 
 
 def free_bytes(uri: str) -> int | None:

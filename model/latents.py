@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from infra.clip.model import hash_weights
 from infra.config import canonical_json
-from infra.errors import ConfigError, first_line
 from infra.hub import hub_file
+from infra.pretrained import or_refused
 from model.space import Space
 
 CURE = "give a local folder with config.json and weights, or train in pixels (autoencoder: null)"
@@ -145,13 +145,11 @@ def load_latents(place: str, device: str | torch.device = "cpu") -> Latents:
         ConfigError: no such folder, not a diffusers autoencoder, or a hub that can't be reached.
     """
     device, dtype = torch.device(device), torch.float32
-    try:
+    with or_refused(f"can't load the autoencoder {place!r}", cure=CURE):
         kind, _, source, subfolder = _read(place)
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         model = kind.from_pretrained(source, subfolder=subfolder, torch_dtype=dtype)
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
-        raise ConfigError(f"can't load the autoencoder {place!r}: {first_line(error)}", cure=CURE) from None
-    return Latents(model, device=device)
+        return Latents(model, device=device)
 
 
 def outline_latents(place: str) -> tuple[Space, int]:
@@ -160,13 +158,11 @@ def outline_latents(place: str) -> tuple[Space, int]:
     Raises:
         ConfigError: as `load_latents`.
     """
-    try:
+    with or_refused(f"can't read the autoencoder {place!r}", cure=CURE):
         kind, values, _, _ = _read(place)
         with torch.device("meta"):
             model = kind.from_config(values)
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
-        raise ConfigError(f"can't read the autoencoder {place!r}: {first_line(error)}", cure=CURE) from None
-    space = Latents(model, device="meta").measure(identity=place)
+        space = Latents(model, device="meta").measure(identity=place)
     return space, sum(p.numel() for p in model.parameters())
 
 

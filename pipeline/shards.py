@@ -25,7 +25,7 @@ from infra.storage import absolute, filesystem, join, write_bytes
 from pipeline.schema import REJECTED, Status
 
 PREFIX = "part-"
-META_FILE, REJECTED_FILE = "meta.parquet", "rejected.parquet"
+META_FILE, REJECTED_FILE, PAIRS_FILE = "meta.parquet", "rejected.parquet", "pairs.parquet"
 SHARD_JOBS = ("augment", "instruct", "benchmark")
 
 META = pa.schema(

@@ -6,6 +6,7 @@ Nothing is unpickled: checkpoints are read with `weights_only`.
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from difflib import get_close_matches
 from hashlib import sha256
@@ -199,6 +200,9 @@ def _read_model_config(config: ClipConfig) -> dict[str, Any]:
             f"no checkpoint at {config.pretrained!r} for the model config {file}",
             cure="set pretrained to the path of the weights",
         )
+    for place in (file, config.checkpoint):
+        if not os.access(place, os.R_OK):
+            raise ConfigError(f"no permission for {place}", cure="give this user the right to read it")
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

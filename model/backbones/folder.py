@@ -99,13 +99,16 @@ def check_weights(base: Base) -> None:
 
 
 def base_sha256(place: str) -> str:
-    """Hex sha256 over the files of the transformer: its config and its weights, as they are now."""
-    folder = local_folder(place, ["transformer/*"])
-    files = sorted(
-        path for path in (folder / "transformer").iterdir() if path.suffix in (".json", ".safetensors")
-    )
-    stats = tuple((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files)
-    return _hash(str(folder / "transformer"), stats)
+    """Hex sha256 over the transformer's config and weights and what else `read_base` reads, as they are now.
+
+    The scheduler's config says which process it was trained for.
+    """
+    folder = local_folder(place, ["transformer/*", SCHEDULER, INDEX])
+    files = sorted(path for path in folder.glob("transformer/*") if path.suffix in (".json", ".safetensors"))
+    files += [folder / name for name in (SCHEDULER, INDEX) if (folder / name).is_file()]
+    names = (str(path.relative_to(folder)) for path in files)
+    stats = [(name, (folder / name).stat()) for name in names]
+    return _hash(str(folder), tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats))
 
 
 def local_folder(place: str, patterns: list[str] | None = None) -> Path:

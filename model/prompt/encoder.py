@@ -6,6 +6,7 @@
 What outlives the process is made by `vimi-data encode` (model/encodings).
 """
 
+import json
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -218,3 +219,15 @@ class RememberingEncoder(PromptEncoder):
         while self.num_bytes > self.max_bytes:
             _, gone = self.remembered.popitem(last=False)
             self.num_bytes -= gone.num_bytes
+
+
+def config_text(model: Any) -> str:
+    """The config of a model of transformers as JSON, without its place and the dtype that it was loaded in."""
+    passing = ("_name_or_path", "dtype", "torch_dtype", "transformers_version", "_attn_implementation")
+
+    def clean(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: clean(v) for k, v in value.items() if k not in passing}
+        return value
+
+    return json.dumps(clean(model.config.to_dict()), sort_keys=True, default=str)

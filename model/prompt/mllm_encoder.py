@@ -20,11 +20,12 @@ from PIL import Image
 from torch import Tensor
 
 from infra.clip.model import hash_weights
-from infra.errors import ConfigError, first_line
+from infra.errors import ConfigError
 from infra.hub import hub_file, require_hub_file
+from infra.pretrained import or_refused
 from model.condition import EncodedPrompt, Prompt, Segment
 from model.data.batch import Role, role_number
-from model.prompt.encoder import PromptEncoder, PromptEncoderConfig
+from model.prompt.encoder import PromptEncoder, PromptEncoderConfig, config_text
 from model.prompt.layout import Layout, Template, owners
 from model.prompt.pictures import MAX_PICTURE_PX, Pictures, decode_all
 from model.prompt.select import drop_empty, fit
@@ -96,7 +97,7 @@ class MllmPromptEncoder(PromptEncoder):
         """Weights by content: the same name with other weights is another encoder."""
         processor = self.processor
         parts = {
-            "config": _config_of(self.model),
+            "config": config_text(self.model),
             "tokenizer": processor.tokenizer.backend_tokenizer.to_str(),
             "image_processor": json.dumps(processor.image_processor.to_dict(), sort_keys=True, default=str),
             "chat_template": str(getattr(processor, "chat_template", None)),
@@ -265,17 +266,12 @@ def load_mllm_encoder(config: PromptEncoderConfig, device: str | torch.device = 
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    try:
+    legal = "a transformers model of the SmolVLM, Qwen-VL or LLaVA kind, with its processor"
+    with or_refused(f"can't load {config.model!r} as an image-text-to-text model", legal=legal, cure=CURE):
         model = AutoModelForImageTextToText.from_pretrained(
             name, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32
         )
         processor = AutoProcessor.from_pretrained(name)
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-        raise ConfigError(
-            f"can't load {config.model!r} as an image-text-to-text model: {first_line(error)}",
-            legal="a transformers model of the SmolVLM, Qwen-VL or LLaVA kind, with its processor",
-            cure=CURE,
-        ) from None
     return MllmPromptEncoder(config, model, processor, device)
 
 
@@ -287,18 +283,6 @@ def check_mllm(config: PromptEncoderConfig, *, reach: bool = True) -> None:
     """
     if reach and not Path(config.model).expanduser().is_dir():
         require_hub_file(config.model, [CONFIG_FILE], wanted=config.model, cure=CURE)
-
-
-def _config_of(model: Any) -> str:
-    """The model's config without where it came from and in which dtype it was loaded."""
-    passing = ("_name_or_path", "dtype", "torch_dtype", "transformers_version", "_attn_implementation")
-
-    def clean(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {k: clean(v) for k, v in value.items() if k not in passing}
-        return value
-
-    return json.dumps(clean(model.config.to_dict()), sort_keys=True, default=str)
 
 
 def _num_layers(model: Any) -> int:

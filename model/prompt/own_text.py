@@ -15,13 +15,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from infra.clip.model import hash_weights
-from infra.config import canonical_json
-from infra.errors import ConfigError, first_line
+from infra.errors import ConfigError
+from infra.pretrained import or_refused
 from model.backbones.folder import read_base
 from model.backbones.pretrained import NATIVE_SEGMENT
 from model.condition import EncodedPrompt, Prompt
 from model.data.batch import Role, role_number
-from model.prompt.encoder import PromptEncoder
+from model.prompt.encoder import PromptEncoder, config_text
 from model.prompt.select import restore_words
 
 PARTS = ("text_encoder", "tokenizer")
@@ -52,7 +52,8 @@ class OwnTextEncoder(PromptEncoder):
             "pipeline": self.family.pipeline,
             "text_tokens": self.family.text_tokens,
             "weights": hash_weights(self.pipeline.text_encoder, torch.bfloat16),
-            "tokenizer": sha256(canonical_json(self.pipeline.tokenizer.get_vocab())).hexdigest(),
+            "config": sha256(config_text(self.pipeline.text_encoder).encode()).hexdigest(),
+            "tokenizer": sha256(self.pipeline.tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
         }
 
     @property
@@ -146,8 +147,6 @@ def load_own_text(place: str, device: str | torch.device = "cpu") -> OwnTextEnco
     theirs.disable_progress_bar()
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     cls: Any = getattr(diffusers, family.pipeline)
-    try:
+    with or_refused(f"can't load the text encoder of {place}"):
         pipeline = cls.from_pretrained(place, **WITHOUT, dtype=dtype)
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
-        raise ConfigError(f"can't load the text encoder of {place}: {first_line(error)}") from None
     return OwnTextEncoder(place, pipeline, device)

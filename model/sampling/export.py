@@ -23,6 +23,9 @@ from infra.storage import absolute, exists, join, read_bytes, read_json, write_b
 from model.backbones.folder import TRANSFORMER
 from model.backbones.pretrained import PretrainedGenerator
 from model.generator import Generator
+from model.latents import open_latents
+from model.prompt.load import load_prompt_encoder
+from model.sampling.maker import check_autoencoder, check_encoder
 from model.sampling.stock import stock_files
 from model.training.build import make_generator, space_in
 from model.training.checkpoint import check_format, checkpoint_hash, find_checkpoint
@@ -84,6 +87,8 @@ def contents(restored: Restored, config: ExportConfig) -> Iterator[tuple[str, by
     """Path in the export and bytes of each file."""
     model, inside = restored.model, ""
     if isinstance(model, PretrainedGenerator):
+        if config.base:
+            check_copied(model, restored)
         inside = f"{OURS}/"
         yield from stock_files(model, restored.config, with_base=config.base)
     values = {
@@ -94,6 +99,19 @@ def contents(restored: Restored, config: ExportConfig) -> Iterator[tuple[str, by
     }
     yield inside + CONFIG_FILE, (json.dumps(values, indent=2) + "\n").encode()
     yield inside + WEIGHTS_FILE, save(named_weights(model), metadata={"format": "pt"})
+
+
+def check_copied(model: PretrainedGenerator, restored: Restored) -> None:
+    """Refuse parts of the base that were others in the training; `restore_generator` looks at the transformer.
+
+    Raises:
+        ConfigError: the autoencoder, or a text encoder that the run has learned with.
+    """
+    config = restored.config
+    if config.autoencoder == model.backbone_config.model:
+        check_autoencoder(open_latents(config.autoencoder), restored)
+    if config.encoder.captions is not None:
+        check_encoder(load_prompt_encoder(config.encoder), restored)
 
 
 def load_exported(folder: str) -> Generator:

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from infra.config import Config
 from infra.errors import ConfigError
-from infra.progress import say
 from model.condition import Prompt
 from model.data.sample import fit_frames
 from model.generator import Generator
@@ -32,6 +31,8 @@ from model.training.build import Conditioner, objective_of
 from model.training.config import StageConfig
 from model.training.parallel import AUTOCAST
 from model.training.state import Restored
+
+PUT_BACK = "put the trained one back in its place"
 
 
 class GuidanceConfig(Config):
@@ -165,27 +166,44 @@ def open_maker(restored: Restored, guidance: GuidanceConfig, *, beside: Maker | 
     The prompt encoder of the maker `beside` it is used too if it is the same one.
 
     Raises:
-        ConfigError: an encoder of another width, or another autoencoder than in training.
+        ConfigError: another encoder or another autoencoder than in training.
     """
     device, config = next(restored.model.parameters()).device, restored.config
     if beside is not None and beside.config.encoder == config.encoder:
         encoder = beside.encoder
     else:
         encoder = load_prompt_encoder(config.encoder, device)
-    if encoder.dim != restored.facts["token_dim"]:
-        raise ConfigError(
-            f"the prompt encoder gives {encoder.dim} numbers a token, {restored.uri} was trained with "
-            f"{restored.facts['token_dim']}",
-            cure="use the encoder that the run was trained with",
-        )
-    if encoder.identity_hash != restored.facts["encoder"]:
-        say(f"  note: {restored.uri} was trained with other weights or arithmetic of its prompt encoder")
+    check_encoder(encoder, restored)
     latents = open_latents(config.autoencoder, device)
-    identity = latents.space.identity if latents else ""
-    if identity != restored.space.identity:
-        raise ConfigError(
-            f"the autoencoder {config.autoencoder} is not the one that {restored.uri} was "
-            f"trained with ({restored.space.identity[:12]} there, {identity[:12]} now)",
-            cure="put the trained one back in its place",
-        )
+    check_autoencoder(latents, restored)
     return Maker(restored.model, config, encoder, latents, guidance)
+
+
+def check_encoder(encoder: PromptEncoder, restored: Restored) -> None:
+    """Refuse another prompt encoder than that of the training.
+
+    Raises:
+        ConfigError: it is another.
+    """
+    there, now = restored.facts["encoder"], encoder.identity_hash
+    if now != there:
+        raise ConfigError(
+            f"{restored.uri} was trained with another prompt encoder: its weights or limits differ "
+            f"({there[:12]} there, {now[:12]} now)",
+            cure=PUT_BACK,
+        )
+
+
+def check_autoencoder(latents: Latents | None, restored: Restored) -> None:
+    """Refuse another autoencoder than that of the training.
+
+    Raises:
+        ConfigError: it is another.
+    """
+    there, now = restored.space.identity, latents.space.identity if latents else ""
+    if now != there:
+        raise ConfigError(
+            f"the autoencoder {restored.config.autoencoder} is not the one that {restored.uri} was "
+            f"trained with ({there[:12]} there, {now[:12]} now)",
+            cure=PUT_BACK,
+        )

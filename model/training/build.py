@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from infra.errors import ConfigError
+from infra.pretrained import or_refused
 from model.backbones.base import BackboneConfig
 from model.backbones.folder import read_base
 from model.backbones.presets import preset
@@ -76,7 +77,11 @@ def make_generator(config: StageConfig, token_dim: int, space: Space = PIXELS) -
     """The network of this config, freshly drawn from its seed: the same on every rank."""
     torch.manual_seed(config.seed)
     backbone = backbone_of(config, space)
-    return build_generator(backbone, condition_config(config, token_dim, space))
+    condition = condition_config(config, token_dim, space)
+    if config.pretrained is None:
+        return build_generator(backbone, condition)
+    with or_refused(f"can't load the transformer of {config.pretrained.model}"):
+        return build_generator(backbone, condition)
 
 
 def condition_config(config: InputConfig, token_dim: int, space: Space) -> ConditionConfig:

@@ -57,7 +57,8 @@ def run(config: StageConfig) -> Certificate:
     """Train to the end; the same command continues a run that was stopped.
 
     Raises:
-        KeyboardInterrupt: Ctrl-C or SIGTERM, after a last checkpoint.
+        KeyboardInterrupt: Ctrl-C, after a last checkpoint.
+        SystemExit: SIGTERM, likewise.
     """
     ready, folder = inspect(config), RunFolder(config.out)
     done = open_job(config.out, job=config.stage, config=config, inputs=ready.inputs, portable=True)

@@ -21,6 +21,8 @@ _told = threading.Event()
 SAME_PRESS_S = 1.0
 """Signals so close together are one: what stands between a terminal and us (make, timeout, uv) often passes
 Ctrl-C on to a process that the terminal has told already."""
+TERMINATED = 128 + signal.SIGTERM
+"""Exit code of who was ended by SIGTERM, as shells have it."""
 
 
 def trap_sigterm() -> None:
@@ -83,11 +85,13 @@ class Interrupts(AbstractContextManager["Interrupts"]):
 
     Raises:
         KeyboardInterrupt: at the end, if the run was asked to leave; or at that signal.
+        SystemExit: the same, asked by SIGTERM.
     """
 
     def __init__(self, run: RunFolder) -> None:
         self.run, self.place, self.asked_s, self.warned = run, run.stop, math.inf, False
         self.before: dict[int, Any] = {}
+        self.end: BaseException = KeyboardInterrupt()
 
     def __enter__(self) -> "Interrupts":
         if threading.current_thread() is threading.main_thread():
@@ -100,13 +104,15 @@ class Interrupts(AbstractContextManager["Interrupts"]):
         if kind is None and (self.asked_s < math.inf or exists(self.place)):
             if (last := self.run.latest_checkpoint()) is not None:
                 say(f"  the last checkpoint: {last}")
-            raise KeyboardInterrupt
+            raise self.end
 
-    def _ask(self, *_: object) -> None:
+    def _ask(self, number: int, _: object) -> None:
         now_s = time.monotonic()
+        if number == signal.SIGTERM:
+            self.end = SystemExit(TERMINATED)
         if now_s > self.asked_s + SAME_PRESS_S:
             if self.warned or self.run.positions():
-                raise KeyboardInterrupt
+                raise self.end
             self.warned, self.asked_s = True, now_s
             say("  the first checkpoint is not written yet; once more to leave without one")
         if self.asked_s < math.inf:

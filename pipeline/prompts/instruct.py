@@ -29,6 +29,7 @@ from pipeline.prompts.subjects.pairs import Bounds, Compared, Pairs, draw_histog
 from pipeline.prompts.tasks import RECIPES, Choice, Draw, Recipe, Row, draw_tasks, text
 from pipeline.schema import PAIRS, PROMPTS, Role, RowError, Status, Task, prompt_id
 from pipeline.shards import (
+    PAIRS_FILE,
     ShardSet,
     rejected_row,
     shard_name,
@@ -38,7 +39,6 @@ from pipeline.shards import (
 )
 
 JOB = "instruct"
-PAIRS_FILE = "pairs.parquet"
 
 
 class InstructConfig(NetworkJobConfig):

@@ -4,12 +4,12 @@ from collections.abc import Iterable
 from typing import Any
 
 from infra.certificate import Certificate
-from infra.storage import exists, join
+from infra.storage import join
 from pipeline.report.album import Album
 from pipeline.report.charts import Series, histogram
 from pipeline.report.read import Parts, spread, table_files
 from pipeline.schema import Status
-from pipeline.shards import open_part
+from pipeline.shards import PAIRS_FILE, open_part
 
 NUM_KEPT, NUM_LEFT_OUT, NUM_PAIRS = 24, 6, 6
 """Shown on the page: crops that were kept, those of each reason, cross-pairs of each fate. Ours."""
@@ -57,10 +57,9 @@ def _some_rows(folder: str) -> Iterable[Card]:
 
 def cross_pairs(parts: Parts, album: Album) -> Card | None:
     """A chart of all similarities, and some pairs of each fate side by side."""
-    place = join(parts.instructions.uri, "pairs.parquet") if parts.instructions else None
-    if place is None or not exists(place):
+    if parts.instructions is None or PAIRS_FILE not in parts.instructions.files:
         return None
-    pairs = open_part(place).read().to_pylist()
+    pairs = open_part(join(parts.instructions.uri, PAIRS_FILE)).read().to_pylist()
     values = [pair["similarity"] for pair in pairs]
     title = "Similarity of cross-pairs"
     chart = histogram([Series("pairs", values, (), "one")], x_label="CLIP cosine", title=title)

@@ -108,6 +108,11 @@ def no_package() -> None:
     raise ModuleNotFoundError("No module named 'wandb'", name="wandb")
 
 
+def no_permission() -> None:
+    """As pyarrow says it: the place is in the text alone."""
+    raise OSError(errno.EACCES, "Failed to open local file '/shut/x'. Detail: [errno 13] Permission denied")
+
+
 def no_memory() -> None:
     raise MemoryError
 
@@ -117,6 +122,7 @@ def no_memory() -> None:
     [
         (full_disk, 1, "the disk is full"),
         (no_package, 2, "'wandb' is not installed; cure: pip install wandb"),
+        (no_permission, 2, "no permission for /shut/x; cure: give this user the right"),
         (no_memory, 1, "out of memory; cure: fewer workers"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Flipped bits in what evaluate, benchmark, encode, redrive, sample and the page read: refused or harmless."""
+"""Flipped bits in what the other commands read, from crawl to page: refused or harmless."""
 
 import json
 import os
@@ -14,7 +14,7 @@ import pytest
 
 from cli import encode, sample
 from cli import evaluate as evaluation
-from infra.certificate import TRUST, Certificate
+from infra.certificate import TRUST, Certificate, require_certificate
 from infra.claim import open_job
 from infra.clip import ClipConfig
 from infra.cluster import RayConfig
@@ -29,7 +29,7 @@ from model.sampling.plan import NOTHING, SampleConfig, plan_videos
 from model.sampling.requests import prompt_hash
 from model.training.checkpoint import find_checkpoint, read_facts
 from model.training.config import config_of
-from pipeline.clips import redrive
+from pipeline.clips import caption, redrive
 from pipeline.clips.crawl import CrawlConfig
 from pipeline.evaluate.worker import EvaluateWorker
 from pipeline.memory.embed.worker import Embedder, clip_units
@@ -43,13 +43,19 @@ from pipeline.report import ReportConfig
 from pipeline.report import run as report
 from pipeline.schema import RowError
 from pipeline.shards import open_part, shards_of
+from pipeline.world import evidence
 from tests.model.conftest import tiny_encoder, trained_run  # noqa: F401 # pyright: ignore[reportUnusedImport]
+from tests.model.prompt import tiny_mllms
 from tests.pipeline.conftest import WriteVideo, write_video  # noqa: F401 # pyright: ignore[reportUnusedImport]
 from tests.pipeline.prompts.augment.conftest import clip_rows, write_clips, write_memory
 from tests.pipeline.prompts.augment.test_rot import Commands, assert_refused_or_harmless, kinds
+from tests.pipeline.world.test_evidence import make_judged
 
 pytestmark = pytest.mark.ray
-FOLDERS = ("videos", "clips", "memory", "prompts", "encodings", "bench", "samples", "scores")
+FOLDERS = (
+    *("videos", "clips", "captioned", "memory", "prompts", "encodings", "bench", "samples", "scores"),
+    *("world", "asked", "right", "judged"),
+)
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +82,11 @@ def folder(
     benchmark.run(benchmark_config(folder, "prompts"))
     generate.run(sample_config(folder))
     evaluation.run(evaluate_config(folder, tiny_encoder, "samples"))
+    for part in tiny_mllms.made("llava"):
+        part.save_pretrained(folder / "llava")
+    caption.run(caption_config(folder, "captioned"))
+    make_judged(folder, 2, prompts="asked")
+    evidence.run(evidence_config(folder, "judged"))
     return folder
 
 
@@ -115,6 +126,20 @@ def evaluate_config(folder: Path, encoder: dict[str, Any], videos: str) -> evalu
     return evaluation.EvaluateConfig.model_validate(values)
 
 
+def caption_config(folder: Path, out: str) -> caption.CaptionConfig:
+    values = {"clips": str(folder / "clips"), "model": str(folder / "llava"), "out": str(folder / out)}
+    return caption.CaptionConfig.model_validate(
+        {**values, "which": "all", "clip": None, "max_tokens": 4, "ray": RayConfig(num_cpus=2)}
+    )
+
+
+def evidence_config(folder: Path, out: str) -> evidence.EvidenceConfig:
+    sets = {"right": {"samples": str(folder / "right"), "prompts": str(folder / "asked")}}
+    claim = {"words": "it is so", "measure": "colour", "of": "right", "at_least": 0.5}
+    values = {"world": str(folder / "world"), "out": str(folder / out), "sets": sets, "claims": [claim]}
+    return evidence.EvidenceConfig.model_validate(values)
+
+
 def refuse(found: list[tuple[str, str | None]]) -> None:
     """A bad row keeps its fate and the job goes on; here each has been good."""
     for status, error in found:
@@ -148,17 +173,38 @@ class Readers:
         how = {"cache": cache, "networks": config.networks, "frames": frames, "system": plan.system}
         return make_results(rows, plan.metrics, plan.obstacles, **how)[0]
 
-    def embedded(self) -> Any:
+    def embedded(self, name: str) -> Any:
         clip = ClipConfig.model_validate(self.encoder["clip"])
         maker = Embedder(clip, str(self.folder / "staged"), 2, device="cpu", threads=1)()
-        units = clip_units([self.clips()], rows_per_unit=4, key="x")
+        units = clip_units([self.clips(name)], rows_per_unit=4, key="x")
         receipts = [maker(unit.payload) for unit in units]
         refuse([(status, error) for r in receipts for _, _, status, error in r["rejected"]])
         return json.dumps(receipts, default=str)
 
-    def clips(self) -> tuple[str, Certificate]:
-        config = redrive.RedriveConfig(clips=str(self.folder / "clips"), out=str(self.folder / "new"))
-        return config.clips, redrive.check(config)[0]
+    def clips(self, name: str = "clips") -> tuple[str, Certificate]:
+        place = str(self.folder / name)
+        return place, require_certificate(place, job="crawl", made_by="vimi-data crawl")
+
+    def captioned(self) -> Any:
+        config = caption_config(self.folder, "new")
+        filters, source = caption.check(config), self.clips()[1]
+        worker = caption.Worker(config, filters, "a model")
+        try:
+            receipts = [worker(unit.payload) for unit in caption.plan_units(config, source)]
+        finally:
+            worker.close()
+        rows = [row for receipt in receipts for row in receipt["changed"].values()]
+        refuse([(row["status"], row["error"]) for row in rows])
+        return rows
+
+    def judged(self) -> Any:
+        return evidence.run(evidence_config(self.folder, "scratch"))
+
+    def opened(self) -> Any:
+        config = ReportConfig(
+            evidence=str(self.folder / "judged"), out=str(self.folder / "scratch" / "page.html")
+        )
+        return Path(report(config)).read_bytes()
 
     def targets(self) -> Any:
         uri, certificate = self.clips()
@@ -175,7 +221,8 @@ class Readers:
         return made
 
     def redriven(self) -> Any:
-        uri, certificate = self.clips()
+        config = redrive.RedriveConfig(clips=str(self.folder / "clips"), out=str(self.folder / "new"))
+        uri, certificate = config.clips, redrive.check(config)[0]
         files = [f"{uri}/{file.path}" for file in certificate.files]
         return [unit.payload for unit in redrive.make_units(files)], list(redrive.read_parents(files))
 
@@ -197,8 +244,9 @@ class Readers:
     def examined(self, source: str) -> Any:
         return read_exam(benchmark_config(self.folder, source))
 
-    def planned(self) -> Any:
-        config = sample_config(self.folder)
+    def planned(self, prompts: str) -> Any:
+        config = sample_config(self.folder).model_copy(update={"prompts_uri": str(self.folder / prompts)})
+        assert config.run is not None
         uri = find_checkpoint(config.run)
         return [prompt_hash(r.prompt) for r in plan_videos(config, config_of(read_facts(uri), uri), NOTHING)]
 
@@ -226,7 +274,9 @@ class Readers:
         return {
             "evaluate samples": (("samples", "prompts", "cache"), partial(self.evaluated, "samples")),
             "evaluate clips": (("clips", "videos", "prompts", "cache"), partial(self.evaluated, "clips")),
-            "build-index": (("clips", "videos"), self.embedded),
+            "build-index": (("clips", "videos"), partial(self.embedded, "clips")),
+            "build-index of captioned clips": (("captioned", "videos"), partial(self.embedded, "captioned")),
+            "caption": (("clips", "videos"), self.captioned),
             "targets": (("clips", "videos"), self.targets),
             "redrive": (("clips",), self.redriven),
             "encode": (("prompts",), self.encoded),
@@ -234,9 +284,12 @@ class Readers:
             "benchmark of prompts": (("prompts",), partial(self.examined, "prompts")),
             "benchmark of clips": (("clips",), partial(self.examined, "clips")),
             "exclusion": (("bench",), lambda: read_exclusion(str(self.folder / "bench" / "exclude.jsonl"))),
-            "sample": (("prompts",), self.planned),
+            "sample": (("prompts",), partial(self.planned, "prompts")),
             "sample with a memory": (("memory",), self.retrieved),
+            "sample of a benchmark": (("bench",), partial(self.planned, "bench")),
+            "judge": (("world", "asked", "right"), self.judged),
             "report": (("samples", "scores"), self.shown),
+            "report --evidence": (("judged",), self.opened),
         }
 
 

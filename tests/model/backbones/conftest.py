@@ -11,7 +11,7 @@ from tests.model.backbones.tiny_bases import SAVERS
 from tests.model.conftest import MakeShards, tiny_stage
 
 Values = Callable[..., dict[str, Any]]
-SIZE = {"num_frames": 5, "height": 32, "width": 48}
+SIZE: dict[str, Any] = {"num_frames": 5, "height": 32, "width": 48}
 """Of the clips: 2 x 3 x 4 x 6 latents, 2 x 2 x 3 patches."""
 
 

@@ -13,6 +13,7 @@ import pytest
 from infra.claim import open_job
 from infra.errors import VimiError
 from infra.run_folder import RunFolder
+from model.backbones.folder import read_base
 from model.sampling import export, generate, plan
 from model.training.config import Stage1Config, Stage2Config, StageConfig
 from model.training.loop import Training
@@ -33,14 +34,20 @@ def config(trained_run: Stage1Config, tmp_path_factory: pytest.TempPathFactory) 
     folder = tmp_path_factory.mktemp("workspace")
     config = trained_run.model_copy(update={"out": str(folder / "run")})
     shutil.copytree(trained_run.out, config.out)
+    write_workspace(config, {"num_frames": 4, "height": 12, "width": 16})
+    return config
+
+
+def write_workspace(config: Stage1Config, size: dict[str, Any]) -> None:
+    """What a run's job, its export and its instructions leave beside its checkpoints."""
+    folder = Path(config.out).parent
     open_job(config.out, job="stage1", config=config, inputs=inspect(config).inputs, portable=True)
     log = MetricsLog(RunFolder(config.out))
     for position in (4, 8):
         log.write(position, {"loss": 1 / position, "val/loss video retrieval on": 0.25})
     export.run(export.ExportConfig(run=config.out, out=str(folder / "export")))
-    rows = [prompt_row(n, task=TASKS[n % 3], num_frames=4, height=12, width=16) for n in range(12)]
+    rows = [prompt_row(n, task=TASKS[n % 3], **size) for n in range(12)]
     write_shards(folder / "instructions", rows, job="instruct", group_rows=4, file_rows=16)
-    return config
 
 
 def commands(config: Stage1Config) -> dict[str, Run]:
@@ -110,6 +117,7 @@ def from_whole(config: Stage1Config, kept: Path, run: Run, harm: Callable[[], No
     shutil.rmtree(folder)
     shutil.copytree(kept, folder)
     harm()
+    read_base.cache_clear()  # another process reads it anew
     return run()
 
 

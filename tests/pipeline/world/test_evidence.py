@@ -35,25 +35,27 @@ class Made:
     config: dict[str, Any]
 
 
-def write_set(folder: Path, prompts: list[dict[str, Any]], videos: list[np.ndarray]) -> dict[str, str]:
+def write_set(
+    folder: Path, rows: list[dict[str, Any]], videos: list[np.ndarray], prompts: str
+) -> dict[str, str]:
     """What `vimi-train sample` leaves: videos enlarged to be looked at, samples.json, certificate."""
     entries, files = [], []
-    for number, (row, frames) in enumerate(zip(prompts, videos, strict=True)):
+    for number, (row, frames) in enumerate(zip(rows, videos, strict=True)):
         said, made = write_video(str(folder), f"sample-{number:03d}", frames, 6.0)
         files += [entry_of(*file) for file in made.items()]
         entries.append({"prompt_id": row["prompt_id"], "seed": 0, "fps": 6.0, **said})
     write_samples(str(folder), entries)
-    certificate = Certificate(job="sample", config_hash="0", num_in=COUNT, num_out=COUNT, files=files)
+    count = len(entries)
+    certificate = Certificate(job="sample", config_hash="0", num_in=count, num_out=count, files=files)
     write_certificate(folder, certificate)
-    return {"samples": str(folder), "prompts": str(folder.parent / "prompts")}
+    return {"samples": str(folder), "prompts": str(folder.parent / prompts)}
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
-    folder = tmp_path_factory.mktemp("evidence")
+def make_judged(folder: Path, count: int, *, prompts: str = "prompts") -> Made:
+    """A world of `count` unseen nouns, prompts for them, their true videos, those of others and grey ones."""
     world = folder / "world"
-    make_world(WorldConfig(out=str(world), nouns=1, unseen=COUNT, distractors=0, seed=7))
-    prompts, videos = [], []
+    make_world(WorldConfig(out=str(world), nouns=1, unseen=count, distractors=0, seed=7))
+    rows, videos = [], []
     for number, row in enumerate(pq.read_table(world / "concepts.parquet").to_pylist()):
         if row["seen"]:
             continue
@@ -64,16 +66,21 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
         prompt["segments"][1]["image"] = jpeg(frames[0])
         target = {**prompt["target"], "data": frames.tobytes()}
         own = {"source_uri": str(world / clip["video"]), "split": "validation", "caption": clip["caption"]}
-        prompts.append({**prompt, **own, "target": target})
+        rows.append({**prompt, **own, "target": target})
         videos.append(frames)
-    write_shards(folder / "prompts", prompts, job="augment", group_rows=4, file_rows=16)
-    grey = [np.full_like(frames, 120) for frames in videos]
+    write_shards(folder / prompts, rows, job="augment", group_rows=4, file_rows=16)
     sets = {
-        "right": write_set(folder / "right", prompts, videos),
-        "shuffled": write_set(folder / "shuffled", prompts, [*videos[1:], videos[0]]),
-        "none": write_set(folder / "none", prompts, grey),
+        "right": videos,
+        "shuffled": [*videos[1:], videos[0]],
+        "none": [np.full_like(frames, 120) for frames in videos],
     }
-    return Made(folder, {"world": str(world), "out": str(folder / "out"), "sets": sets})
+    made = {name: write_set(folder / name, rows, shown, prompts) for name, shown in sets.items()}
+    return Made(folder, {"world": str(world), "out": str(folder / "out"), "sets": made})
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    return make_judged(tmp_path_factory.mktemp("evidence"), COUNT)
 
 
 LOSSES = {

@@ -24,25 +24,38 @@ from pipeline.memory.store import check_shard
 from pipeline.prompts import augment, instruct
 from pipeline.prompts.augment.job import make_units
 from pipeline.prompts.augment.worker import AugmentWorker
+from pipeline.prompts.subjects import job as subjects
 from pipeline.prompts.tasks import RECIPES
 from pipeline.report import ReportConfig
 from pipeline.report import run as report
 from pipeline.report.validate import ValidateConfig, validate
 from pipeline.shards import ShardSet
+from tests.pipeline.prompts.test_crops import ball as ball
+from tests.pipeline.prompts.test_crops import film as film
 
 pytestmark = pytest.mark.ray
-FOLDERS = ("clips", "memory", "prompts", "instructions")
+FOLDERS = ("clips", "memory", "prompts", "instructions", "film", "crops", "pairs")
+PARTS = FOLDERS[:4]
+"""Of the page's long form."""
 Commands = dict[str, tuple[tuple[str, ...], Callable[[], Any]]]
 
 
 @pytest.fixture(scope="module")
-def folder(world: Any, ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(
+    world: Any,
+    film: tuple[str, str],
+    ray_cluster: None,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
     """A small workspace as the commands leave it."""
     folder = tmp_path_factory.mktemp("workspace")
     shutil.copytree(world.clips, folder / "clips")
     world.write_memory(folder / "memory", world.rows)
     augment.run(augment_config(folder, "prompts"))
     instruct.run(instruct_config(folder, "instructions"))
+    for place, name in zip(film, ("film", "crops"), strict=True):
+        shutil.copytree(place, folder / name)
+    instruct.run(pairs_config(folder, "pairs"))
     return folder
 
 
@@ -54,6 +67,14 @@ def augment_config(folder: Path, out: str) -> augment.AugmentConfig:
 def instruct_config(folder: Path, out: str) -> instruct.InstructConfig:
     tasks = ("video_prediction", "text_to_video")
     return instruct.InstructConfig(prompts=str(folder / "prompts"), out=str(folder / out), tasks=tasks)
+
+
+def pairs_config(folder: Path, out: str) -> instruct.InstructConfig:
+    """Stage 2's pictures out of the table of crops."""
+    values = {name: str(folder / place) for name, place in {"prompts": "film", "crops": "crops"}.items()}
+    return instruct.InstructConfig.model_validate(
+        {**values, "out": str(folder / out), "pairs": "cross_clip", "tasks": ("subject_driven",)}
+    )
 
 
 def commands(folder: Path) -> Commands:
@@ -80,8 +101,8 @@ def commands(folder: Path) -> Commands:
             worker.decoder.close()
         return json.dumps(receipts, default=str)
 
-    def instructed() -> Any:
-        config = instruct_config(folder, "scratch")
+    def instructed(configure: Callable[[Path, str], instruct.InstructConfig]) -> Any:
+        config = configure(folder, "scratch")
         shards = instruct.check(config)
         recipes = {task: RECIPES[task] for task in config.tasks}
         worker = instruct.InstructWorker(config, "x", recipes)
@@ -94,8 +115,14 @@ def commands(folder: Path) -> Commands:
             raise DataError("NOT valid")
         return found.lines()
 
-    def reported() -> Any:
-        values = {name: str(folder / name) for name in FOLDERS}
+    def cropped() -> Any:
+        values = {"prompts": str(folder / "film"), "out": scratch, "subjects": {"clip": None}}
+        config = subjects.CropsConfig.model_validate(values)
+        worker = subjects.CropsWorker(config)
+        return [worker(u.payload) for u in instruct.plan_units(subjects.check(config), None, config.unit_rows)]
+
+    def reported(**places: str) -> Any:
+        values = {name: str(folder / place) for name, place in places.items()}
         return Path(report(ReportConfig.model_validate({**values, "out": f"{scratch}/page.html"}))).read_bytes()
 
     def indexed() -> Any:
@@ -105,11 +132,14 @@ def commands(folder: Path) -> Commands:
     return {
         "search": (("memory",), searched),
         "augment": (("clips", "memory"), augmented),
-        "instruct": (("prompts",), instructed),
+        "instruct": (("prompts",), partial(instructed, instruct_config)),
+        "subjects": (("film",), cropped),
+        "instruct --pairs": (("film", "crops"), partial(instructed, pairs_config)),
         "validate": (("prompts", "memory"), partial(validated, "prompts")),
         "validate instructions": (("instructions", "memory"), partial(validated, "instructions")),
         "stage 1's index": (("prompts",), indexed),
-        "report": (FOLDERS, reported),
+        "report": (PARTS, partial(reported, **{name: name for name in PARTS})),
+        "report --crops": (("crops", "pairs"), partial(reported, crops="crops", instructions="pairs")),
     }
 
 
