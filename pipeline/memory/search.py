@@ -128,7 +128,7 @@ class Searcher:
         self.where: str | None = None
 
     def __call__(self, queries: Sequence[Query], filters: Filters | None = None) -> list[list[Hit]]:
-        """The `config.k` best documents of each query, best first."""
+        """The `config.k` best documents of each query, best first, without those below `min_score`."""
         method, k = self.config.method, self.config.k
         self._filter(filters.where() if filters else None)
         texts, vectors = [query.text or "" for query in queries], self._vectors(queries)
@@ -136,7 +136,11 @@ class Searcher:
         rows = flatten(method.search(self, texts, vectors, depth))
         fused = [method.fuse(own, depth)[:k] for own in by_query(merge([rows], depth), len(queries))]
         return [
-            [Hit(int(row["doc"]), rank, float(row["score"])) for rank, row in enumerate(own, start=1)]
+            [
+                Hit(int(row["doc"]), rank, float(row["score"]))
+                for rank, row in enumerate(own, start=1)
+                if self.config.is_enough(float(row["score"]))
+            ]
             for own in fused
         ]
 

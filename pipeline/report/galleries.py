@@ -65,13 +65,22 @@ def prompt_cards(shards: ShardSet | None, album: Album) -> list[Card]:
     """Stage-1 prompts: caption, retrieved documents by rank, target."""
     if shards is None:
         return []
-    return [_prompt_card(row, album) for row in _rows(shards, NUM_PROMPTS)]
+    return [_prompt_card(_row(shards, number), album) for number in prompt_numbers(shards)]
 
 
-def _rows(shards: ShardSet, count: int) -> Iterator[dict[str, Any]]:
-    for number in spread(shards.num_rows, count):
-        group, place = shards.find(number)
-        yield shards.read_row_group(group).slice(place, 1).to_pylist()[0]
+def prompt_numbers(shards: ShardSet) -> list[int]:
+    """Rows to show, evenly over the table; of those without documents a quarter, where others have some."""
+    looked_at = spread(shards.num_rows, 8 * NUM_PROMPTS)
+    bare = [n for n in looked_at if not _row(shards, n, ["num_documents"])["num_documents"]]
+    rich = sorted(set(looked_at) - set(bare))
+    few = min(len(bare), max(NUM_PROMPTS // 4, NUM_PROMPTS - len(rich)))
+    chosen = [(rich, NUM_PROMPTS - few), (bare, few)]
+    return sorted(some[i] for some, count in chosen for i in spread(len(some), count))
+
+
+def _row(shards: ShardSet, number: int, columns: list[str] | None = None) -> dict[str, Any]:
+    group, place = shards.find(number)
+    return shards.read_row_group(group, columns).slice(place, 1).to_pylist()[0]
 
 
 def _prompt_card(row: dict[str, Any], album: Album) -> Card:

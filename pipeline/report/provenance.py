@@ -80,7 +80,10 @@ def retrieval(parts: Parts) -> list[str]:
     """What augment measured of its documents: do they say anything of their targets?"""
     if "augment" not in parts.certificates:
         return []
-    remarks = parts.certificates["augment"][1].facts.get("remarks", ())
+    _, certificate = parts.certificates["augment"]
+    bare = certificate.facts.get("num_documents", {}).get("0", 0)
+    count = f"{certificate.num_out - bare:,} of {certificate.num_out:,} prompts have documents"
+    remarks = [count, *certificate.facts.get("remarks", ())]
     return [f"{remark[:1].upper()}{remark[1:]}." for remark in remarks]
 
 

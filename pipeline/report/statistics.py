@@ -100,7 +100,7 @@ def _prompt_charts(parts: Parts, shards: ShardSet) -> list[Chart]:
     charts.append(_bars("Documents of a prompt", {str(k): counts[k] for k in sorted(counts)}, "prompts"))
     counted = parts.certificates["augment"][1].facts.get("refused", {})
     if refused := {reason: count for reason, count in counted.items() if count}:
-        charts.append(_bars("Documents that the guard refused", refused, "candidates"))
+        charts.append(_bars("Documents that were not given, by reason", refused, "candidates"))
     return charts
 
 

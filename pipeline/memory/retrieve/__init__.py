@@ -35,6 +35,11 @@ class RetrieveConfig(Config):
     depth: int = Field(default=100, ge=1, le=100_000)
     """Candidates that the guard chooses from, and hybrid fuses; where fewer than k survive, it looks once more,
     64 times as deep. Ours."""
+    min_score: float | None = None
+    """A document that scores lower is not given, so a caption may get fewer than k, or none; null = the k best,
+    however little they fit. In the retriever's own unit, as prompts and the page of a report show it: bm25 sums
+    over shared words, rare ones weigh more, a longer memory gives more; clip is a cosine; hybrid is at most
+    2 / 61. Which value parts what fits from what doesn't is seen on one's own corpus. VIMI names none."""
     against: Literal["document", "image", "text"] = "document"
     """Which vector of a document the caption is compared with. RA-CM3: document, the unit mean of
     picture and text."""
@@ -49,3 +54,6 @@ class RetrieveConfig(Config):
     @property
     def method(self) -> Retriever:
         return RETRIEVERS[self.retriever]
+
+    def is_enough(self, score: float) -> bool:
+        return self.min_score is None or score >= self.min_score

@@ -29,6 +29,8 @@ from pipeline.schema import ORIGIN, Role
 DEEPER = 64
 """How many times deeper the second look goes, where the guard left fewer than k. It is the last one: it meets
 every shard once more, for this slice alone. Ours."""
+LOW_SCORE = "low_score"
+"""Reason of a document that would have been chosen, were its score not below `min_score`."""
 READ_FIRST = 4  # times k candidates whose picture vectors are read at first
 Row = dict[str, Any]
 
@@ -43,6 +45,11 @@ class Match:
     """Cosine of the caption's and the picture's CLIP vectors."""
     refused: dict[str, int] = field(default_factory=dict)
     """Reason -> candidates that were refused before the last one was chosen."""
+
+    @property
+    def num_found(self) -> int:
+        """Documents that the guard let pass, at most k; of them those of too low a score are not given."""
+        return len(self.docs) + self.refused.get(LOW_SCORE, 0)
 
 
 class Matcher:
@@ -109,7 +116,7 @@ class Matcher:
             short = []
             for i, rows_of, match in zip(todo, found, self._choose_all(clip, found, caption), strict=True):
                 matches[i] = match
-                if len(match.docs) < self.retrieve.k and len(rows_of) == depth < total:
+                if match.num_found < self.retrieve.k and len(rows_of) == depth < total:
                     short.append(i)
             todo, found = short, None
         return matches
@@ -141,7 +148,7 @@ class Matcher:
             for i, head in zip(todo, heads, strict=True):
                 own = vectors[np.searchsorted(numbers, head["doc"])]
                 matches[i] = self._choose(clips[i], head, own, captions[i])
-                if len(matches[i].docs) < self.retrieve.k and len(head) < len(found[i]):
+                if matches[i].num_found < self.retrieve.k and len(head) < len(found[i]):
                     short.append(i)
             todo, reach = short, max(len(rows) for rows in found)
         return matches
@@ -154,8 +161,11 @@ class Matcher:
         alike = max(MAX_CHOSEN_SIMILARITY, self.guard.max_similarity or 0.0)
         chosen, repeated = spread(vectors[allowed], self.retrieve.k, max_similarity=alike)
         last = int(allowed[max(chosen)]) if len(chosen) == self.retrieve.k else len(rows)
-        refused = Counter(count(verdicts[:last])) + Counter({"repeated": repeated})
-        places = allowed[chosen]
+        places = np.array(
+            [n for n in allowed[chosen] if self.retrieve.is_enough(float(rows["score"][n]))], np.int64
+        )
+        low = len(chosen) - len(places)
+        refused = Counter(count(verdicts[:last])) + Counter({"repeated": repeated, LOW_SCORE: low})
         similarities: list[float | None] = [None] * len(chosen)
         if caption is not None:
             similarities = [float(x) for x in cosines(vectors[places], caption)]

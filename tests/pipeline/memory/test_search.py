@@ -67,6 +67,15 @@ def test_a_batch_is_its_queries_one_by_one(memory: Memory, clip: Clip, retriever
     assert all(a.score >= b.score for hits in together for a, b in itertools.pairwise(hits))
 
 
+@pytest.mark.parametrize("retriever", ["bm25", "clip", "hybrid"])
+def test_what_scores_below_min_score_is_not_found(memory: Memory, clip: Clip, retriever: str) -> None:
+    query = Query("a red ball number 7")
+    (hits,) = searcher(memory, clip, retriever=retriever)([query])
+    least = hits[2].score
+    (found,) = searcher(memory, clip, retriever=retriever, min_score=least)([query])
+    assert found == [hit for hit in hits if hit.score >= least] and len(found) >= 3
+
+
 def test_the_scan_of_lancedb_is_the_exact_search(memory: Memory, clip: Clip) -> None:
     texts = [f"a {word} ball" for word in ("red", "green", "white")]
     for against in ("document", "image", "text"):

@@ -21,7 +21,7 @@ from pipeline.prompts.tasks import RECIPES, image, replace_words
 from pipeline.prompts.tasks import text as text_segment
 from pipeline.report import ReportConfig, check, run
 from pipeline.report.album import Album
-from pipeline.report.galleries import sample_cards
+from pipeline.report.galleries import NUM_PROMPTS, prompt_numbers, sample_cards
 from pipeline.report.statistics import _random_similarities
 from pipeline.schema import CLIPS, PROMPTS, Role, Task, content_id
 from pipeline.shards import ShardSet, shard_name, write_meta, write_shard
@@ -346,6 +346,16 @@ def test_a_prompt_of_two_pictures_is_shown_with_its_pictures(tmp_path: Path) -> 
 @pytest.mark.parametrize("name", ["clips", "prompts", "instructions", "runs", "samples"])
 def test_one_part_alone_makes_a_page(name: str, parts: dict[str, Any], tmp_path: Path):
     Page(make_page(tmp_path / "one.html", **{name: parts[name]}))
+
+
+def test_prompts_without_documents_are_a_quarter_of_those_shown(tmp_path: Path) -> None:
+    own = {"type": "text", "role": "caption", "text": HOSTILE, "image": None, "document": None}
+    counts = [2 if n % 4 == 0 else 0 for n in range(40)]
+    rows = [prompt(n, Task.PRETRAIN, [own]) | {"num_documents": count} for n, count in enumerate(counts)]
+    shown = prompt_numbers(ShardSet(save_shards(tmp_path / "few", "augment", rows, {})))
+    assert [counts[n] > 0 for n in shown].count(True) == 6 and len(set(shown)) == NUM_PROMPTS
+    rows = [row | {"num_documents": 0} for row in rows]
+    assert len(prompt_numbers(ShardSet(save_shards(tmp_path / "none", "augment", rows, {})))) == NUM_PROMPTS
 
 
 def test_same_inputs_make_the_same_page(parts: dict[str, Any], page: str, tmp_path: Path):

@@ -191,6 +191,22 @@ def test_fewer_survivors_than_k_give_fewer_documents_and_a_flag(
     assert validate(ValidateConfig(prompts=str(tmp_path / "all"))).is_valid
 
 
+def test_documents_below_min_score_are_not_given_and_counted(
+    world: Any, made: tuple[Path, Certificate], tmp_path: Path
+) -> None:
+    best = {row["clip_id"]: [s["document"] for s in row["segments"][:-1:2]] for row in read(made[0])}
+    every = sorted(document["score"] for documents in best.values() for document in documents)
+    levels = sorted(set(every))
+    least = sum(levels[len(levels) // 2 - 1 :][:2]) / 2  # between two: scores are stored rounded
+    retrieve = {"k": 5, "min_score": least}
+    certificate = run(config(world, tmp_path / "out", target=REFERENCE, retrieve=retrieve))
+    for row in read(tmp_path / "out"):
+        kept = [document for document in best[row["clip_id"]] if document["score"] >= least]
+        assert [s["document"] for s in row["segments"][:-1:2]] == kept
+        assert row["flags"] == (["fewer_than_k"] if len(kept) < 5 else [])
+    assert certificate.facts["refused"]["low_score"] == sum(score < least for score in every) > 0
+
+
 def test_no_documents_are_wanted_with_k_0(world: Any, ray_cluster: None, tmp_path: Path) -> None:
     run(config(world, tmp_path / "out", target=REFERENCE, retrieve={"k": 0}))
     assert {len(row["segments"]) for row in read(tmp_path / "out")} == {1}
