@@ -1,4 +1,4 @@
-"""What a FIT learns on real clips: against DiT at equal FLOPs, and by heart.
+"""What small generators learn on real clips: by heart, FIT against DiT at equal FLOPs, and at equal time.
 
     overfit   fit-tiny learns 8 clips (16 frames of 36 x 64) by heart; sampled with their prompts it
               must give them back (PSNR 25 dB, goal 28), and with the prompts shuffled it must not.
@@ -8,6 +8,8 @@
               (`--sigma-data 1 --log-mean 0.7`; 1,984 and 1,815 steps)
     compare   FIT and DiT of about equal parameters spend the same FLOPs on the same clips; losses on
               held-out clips with the same noise
+    laptop    backbones for the laptop preset at its size and noise, each for the same seconds; squared error
+              of one denoising of clips of two labs that training never saw, by noise level
 
 Prompts are the clips' own captions, one frozen random vector per word: it is the generator that is
 measured here, not the encoder.
@@ -17,6 +19,7 @@ machine; `--wall-minutes` bounds the real one.
 
     python tests/bench/bench_quality.py overfit --minutes 9.7 --wall-minutes 9.8
     python tests/bench/bench_quality.py compare --tflop 6
+    python tests/bench/bench_quality.py laptop --seconds 240
 
 Both run on a GPU where there is one.
 """
@@ -28,6 +31,7 @@ import zlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import av
 import torch
@@ -54,15 +58,32 @@ EDM = edm_for(FRAMES, HEIGHT, WIDTH)
 BY_HEART = {"num_latents": 256, "latent_dim": 128, "latent_head_dim": 32, "qk_norm": True}
 """Of 20 patches a frame in each group, every one has a latent of its own and some to spare."""
 CONDITION = ConditionConfig(token_dim=TOKEN_DIM)
+HELD_OUT_LABS = ("bc15b34b", "5ed85189")
+"""Of DROID; `laptop` and `bench_real_clips` keep them from training."""
+SIGMAS = (0.3, 1.0, 3.0, 10.0)
+NARROW: dict[str, Any] = {
+    "dim": 64, "head_dim": 32, "condition_dim": 64, "num_blocks": 4, "qk_norm": True, "pixel_dim": 16,
+}  # fmt: skip
+LAPTOP: dict[str, tuple[str, dict[str, Any]]] = {
+    "fit": ("fit-tiny", BY_HEART),
+    "dit of 64, patches of 4 px": ("dit-tiny", NARROW),
+    "dit of 64, patches of 8 px": ("dit-tiny", NARROW | {"patch_px": 8}),
+    "dit of 128, patches of 8 px": ("dit-tiny", NARROW | {"patch_px": 8, "dim": 128}),
+}
+"""Backbones of `laptop`."""
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def load_clips(count: int, folder: str = "droid") -> tuple[Tensor, list[str]]:
-    """The first `count` clips that are long enough: `b t c h w` in [-1, 1], and their captions."""
+def load_clips(
+    count: int, folder: str = "droid", *, wanted: Callable[[dict[str, Any]], bool] = lambda row: True
+) -> tuple[Tensor, list[str]]:
+    """The first `count` wanted clips that are long enough: `b t c h w` in [-1, 1], and their captions."""
     videos, captions = [], []
     with (ASSETS / folder / "captions.jsonl").open() as lines:
         for line in lines:
             row = json.loads(line)
+            if not wanted(row):
+                continue
             video = _decode(ASSETS / folder / row["clip"])
             if len(video) >= FRAMES:
                 videos.append(video[:FRAMES])
@@ -239,10 +260,51 @@ def validate(model: Generator, videos: Tensor, condition: Condition) -> float:
     return total / len(videos)
 
 
+def laptop(seconds: float, frames: int, only: list[str] | None) -> None:
+    """Equal seconds, clips and noise."""
+    torch.set_num_threads(1)
+    videos, captions = load_clips(1000, wanted=lambda row: row["lab"] not in HELD_OUT_LABS)
+    held, held_captions = load_clips(1000, wanted=lambda row: row["lab"] in HELD_OUT_LABS)
+    videos, held = (some[:, :: FRAMES // frames] for some in (videos, held))
+    condition, held_condition = encode(captions), encode(held_captions)
+    print(f"{len(videos)} clips of {frames} frames to learn from, {len(held)} held out")
+    print(f"{'':<30}{'M params':>9}{'samples':>9}   squared error at sigma .3, 1, 3, 10")
+    edm = replace(edm_for(frames, HEIGHT, WIDTH), sigma_data=0.5, log_mean=0.0, log_std=1.6)
+    for name, (base, fields) in LAPTOP.items():
+        if only and name not in only:
+            continue
+        torch.manual_seed(0)
+        model = Generator(preset(base, num_frames=frames, **fields), CONDITION).to(DEVICE)
+        ema, lr = Ema(model, HalfLife(640)), 5e-3 if base == "fit-tiny" else 1e-2
+        steps = train(
+            model, videos, condition, batch=8, lr=lr, seconds=seconds, ema=ema,
+            build=OPTIMIZERS["muon"], edm=edm,
+        )  # fmt: skip
+        model.load_state_dict(ema.weights, strict=False)
+        errors = "".join(f"{error:>8.4f}" for error in squared_errors(model, edm, held, held_condition))
+        count = sum(p.numel() for p in model.parameters()) / 1e6
+        print(f"{name:<30}{count:>9.2f}{len(steps) * 8:>9,}   {errors}", flush=True)
+
+
+@torch.no_grad()
+def squared_errors(model: Generator, edm: Edm, videos: Tensor, condition: Condition) -> list[float]:
+    """Of the clean clips' estimates at each of SIGMAS."""
+    noise = torch.randn(videos.shape, generator=torch.Generator().manual_seed(2)).to(DEVICE)
+    errors = []
+    for sigma in torch.tensor(SIGMAS, device=DEVICE):
+        found = []
+        for rows in torch.arange(len(videos), device=DEVICE).split(8):
+            denoise = Denoiser(model, edm, {FULL: condition.select(rows)})
+            noisy = edm.add_noise(videos[rows], noise[rows], sigma.expand(len(rows)))
+            found.append((denoise(noisy, sigma, 0) - videos[rows]).square().flatten(1).mean(dim=1))
+        errors.append(float(torch.cat(found).mean()))
+    return errors
+
+
 def main() -> None:
-    """Run one of the two."""
+    """Run one of the three."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("what", choices=["overfit", "compare"])
+    parser.add_argument("what", choices=["overfit", "compare", "laptop"])
     parser.add_argument("--minutes", type=float, default=9.5)
     parser.add_argument("--wall-minutes", type=float, default=60)
     parser.add_argument("--batch", type=int, default=2, help="of overfit")
@@ -254,9 +316,14 @@ def main() -> None:
     parser.add_argument("--save", help="overfit's weights, averaged, to this file")
     parser.add_argument("--sampling-steps", type=int, default=32)
     parser.add_argument("--tflop", type=float, default=6)
+    parser.add_argument("--seconds", type=float, default=240, help="of laptop, for each backbone")
+    parser.add_argument("--frames", type=int, default=FRAMES, choices=[4, 8, 16], help="of laptop")
+    parser.add_argument("--only", nargs="*", choices=list(LAPTOP), help="of laptop")
     args = parser.parse_args()
     if args.what == "overfit":
         overfit(args)
+    elif args.what == "laptop":
+        laptop(args.seconds, args.frames, args.only)
     else:
         compare(args.tflop, 1e-3)
 
