@@ -86,7 +86,7 @@ def values(trained: Trained, out: Path, **changes: Any) -> SampleConfig:
 
 
 def plan(config: SampleConfig) -> list[Prompt]:
-    base = trained_by(config.run)[1]
+    base = trained_by(config.source)[1]
     found = retrieve(config, open_memory(str(config.memory)), texts_to_retrieve(config, base))
     return [request.prompt for request in plan_videos(config, base, found)]
 
@@ -159,7 +159,7 @@ def test_another_memory_is_told_in_a_line(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    base, memory = trained_by(values(trained, tmp_path).run)[1], open_memory(trained.memory)
+    base, memory = trained_by(values(trained, tmp_path).source)[1], open_memory(trained.memory)
     assert compare(values(trained, tmp_path), base, memory) == []
     other = world.write_memory(tmp_path / "memory", world.rows[:9])
     config = values(trained, tmp_path / "out", memory=other, retrieve={"k": 3, "retriever": "bm25"})

@@ -215,7 +215,7 @@ def test_each_row_starts_from_its_own_noise_whatever_its_documents(
     assert noises[0] == noises[1] == noises[2]
     assert len(set(noises[0])) == len(noises[0])
     config = of_shards(trained, tmp_path)
-    sampler, request = Sampler(config, find_checkpoint(config.run)), plan(trained, tmp_path)[0]
+    sampler, request = Sampler(config, find_checkpoint(config.source)), plan(trained, tmp_path)[0]
     again = sampler.videos([replace(request, documents_of="another")])
     assert torch.equal(sampler.videos([request]), again)
     assert not torch.equal(sampler.videos([replace(request, prompt_id="f" * 24)]), again)
@@ -227,7 +227,7 @@ def test_videos_made_together_are_those_made_alone(trained: Stage1Config, tmp_pa
     requests = [plan(trained, tmp_path)[0], words, replace(words, seed=2)]
     for scheme in ("cfg", "retrieval"):
         config = of_shards(trained, tmp_path, guidance={"scheme": scheme, "weight": 2})
-        sampler = Sampler(config, find_checkpoint(config.run))
+        sampler = Sampler(config, find_checkpoint(config.source))
         alone = torch.cat([sampler.videos([request]) for request in requests])
         assert torch.allclose(sampler.videos(requests), alone, atol=1e-4)
         assert (alone[0] - alone[1]).abs().max() > 1e-2
