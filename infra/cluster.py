@@ -94,7 +94,8 @@ def ray_session(config: RayConfig, env_vars: Mapping[str, str] | None = None) ->
         finally:
             if is_submitted:
                 os.chdir("/")  # with its session Ray takes the job's folder away, and we stand in it
-            ray.shutdown()
+            with own_sigterm():
+                ray.shutdown()
 
 
 def address_of(config: RayConfig) -> str:
@@ -165,7 +166,7 @@ def _start(**options: Any) -> Any:
 
 @contextmanager
 def own_sigterm() -> Iterator[None]:
-    """Put back the handler of SIGTERM that Ray takes the place of, if there was one."""
+    """Put back the handler of SIGTERM, if there was one: at its start Ray sets its own, at its end none."""
     before = signal.getsignal(signal.SIGTERM)
     try:
         yield
