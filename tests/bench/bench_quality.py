@@ -260,11 +260,11 @@ def validate(model: Generator, videos: Tensor, condition: Condition) -> float:
     return total / len(videos)
 
 
-def laptop(seconds: float, frames: int, only: list[str] | None) -> None:
+def laptop(seconds: float, frames: int, count: int, only: list[str] | None) -> None:
     """Equal seconds, clips and noise."""
     torch.set_num_threads(1)
-    videos, captions = load_clips(1000, wanted=lambda row: row["lab"] not in HELD_OUT_LABS)
-    held, held_captions = load_clips(1000, wanted=lambda row: row["lab"] in HELD_OUT_LABS)
+    videos, captions = load_clips(count, wanted=lambda row: row["lab"] not in HELD_OUT_LABS)
+    held, held_captions = load_clips(count, wanted=lambda row: row["lab"] in HELD_OUT_LABS)
     videos, held = (some[:, :: FRAMES // frames] for some in (videos, held))
     condition, held_condition = encode(captions), encode(held_captions)
     print(f"{len(videos)} clips of {frames} frames to learn from, {len(held)} held out")
@@ -282,8 +282,8 @@ def laptop(seconds: float, frames: int, only: list[str] | None) -> None:
         )  # fmt: skip
         model.load_state_dict(ema.weights, strict=False)
         errors = "".join(f"{error:>8.4f}" for error in squared_errors(model, edm, held, held_condition))
-        count = sum(p.numel() for p in model.parameters()) / 1e6
-        print(f"{name:<30}{count:>9.2f}{len(steps) * 8:>9,}   {errors}", flush=True)
+        millions = sum(p.numel() for p in model.parameters()) / 1e6
+        print(f"{name:<30}{millions:>9.2f}{len(steps) * 8:>9,}   {errors}", flush=True)
 
 
 @torch.no_grad()
@@ -317,13 +317,16 @@ def main() -> None:
     parser.add_argument("--sampling-steps", type=int, default=32)
     parser.add_argument("--tflop", type=float, default=6)
     parser.add_argument("--seconds", type=float, default=240, help="of laptop, for each backbone")
+    parser.add_argument(
+        "--clips", type=int, default=1000, help="of laptop, at most, to learn from and held out"
+    )
     parser.add_argument("--frames", type=int, default=FRAMES, choices=[4, 8, 16], help="of laptop")
     parser.add_argument("--only", nargs="*", choices=list(LAPTOP), help="of laptop")
     args = parser.parse_args()
     if args.what == "overfit":
         overfit(args)
     elif args.what == "laptop":
-        laptop(args.seconds, args.frames, args.only)
+        laptop(args.seconds, args.frames, args.clips, args.only)
     else:
         compare(args.tflop, 1e-3)
 
