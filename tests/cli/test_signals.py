@@ -35,8 +35,8 @@ MAKING = [
 ]
 """Commands that make something, but for the trainings, which have laws of their own."""
 PATIENCE_S = 240
-GONE_WITHIN_S = 20
-"""How long what Ray has started may outlive its driver."""
+GONE_WITHIN_S = 90
+"""How long what Ray has started may outlive its driver: a worker that still starts notices late."""
 
 
 class Command:
@@ -107,7 +107,7 @@ def marked(mark: str) -> Iterator[str]:
 def contents(out: Path) -> dict[str, Any]:
     """What a file, a folder or a memory holds, without times and Lance's drawn names."""
     if out.is_file():
-        return {out.name: out.read_bytes()}
+        return {"": out.read_bytes()}
     found = {str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*") if path.is_file()}
     if CERTIFICATE in found:
         certificate = read_certificate(out)
