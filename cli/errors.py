@@ -50,7 +50,7 @@ def answer(program: str, work: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         fail(program, STOPPED, EXIT_STOPPED)
     except SystemExit as end:
-        if end.code in (EXIT_TERMINATED, signal.SIGTERM):  # the latter while Ray starts, whose handler it is
+        if end.code == EXIT_TERMINATED:
             fail(program, STOPPED, EXIT_TERMINATED)
         raise
     except Exception as error:  # what `tell` has no words for is a bug, and raised again

@@ -138,6 +138,8 @@ def _start(**options: Any) -> Any:
     try:
         with own_sigterm():
             return ray.init(logging_level=logging.ERROR, **options)
+    except SystemExit:  # of the handlers of SIGTERM that Ray has while it starts: one ends with 15, one with 1
+        raise SystemExit(128 + signal.SIGTERM) from None
     except Exception as error:  # Ray raises several kinds; what is none of these is raised again
         text = " ".join(str(error).split())
         if isinstance(error, AuthenticationError):
