@@ -23,15 +23,14 @@ from model.training.config import Stage1Config
 from pipeline.evaluate.worker import EvaluateWorker
 from pipeline.report import ReportConfig
 from pipeline.report import run as make_page
-from tests.model.conftest import tiny_encoder, trained_run  # noqa: F401 # pyright: ignore[reportUnusedImport]
-from tests.pipeline.conftest import WriteVideo, write_sound, write_video  # noqa: F401 # pyright: ignore[reportUnusedImport]
+from tests.pipeline.conftest import WriteVideo
 
 ROOT = Path(__file__).resolve().parents[2]
 METRICS = ["clip_t", "clip_i", "copy_guard", "consistency", "flicker", "frozen", "clip_fid"]
 
 
 @pytest.fixture
-def folders(tmp_path: Path, write_video: WriteVideo, write_sound: WriteVideo) -> Path:  # noqa: F811
+def folders(tmp_path: Path, write_video: WriteVideo, write_sound: WriteVideo) -> Path:
     for n in range(5):
         write_video(tmp_path / "real" / f"r{n}.mp4", num_frames=5, seed=n)
         write_video(tmp_path / "ours" / f"v{n}.mp4", num_frames=5, seed=n + 3)
@@ -62,7 +61,7 @@ def config(folders: Path, encoder: dict[str, Any], **changes: Any) -> EvaluateCo
 @pytest.mark.ray
 def test_scores_are_the_same_bytes_after_a_kill_for_any_workers_and_from_the_cache(
     folders: Path,
-    tiny_encoder: dict[str, Any],  # noqa: F811
+    tiny_encoder: dict[str, Any],
     ray_cluster: None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -116,8 +115,8 @@ def test_scores_are_the_same_bytes_after_a_kill_for_any_workers_and_from_the_cac
 @pytest.mark.ray
 def test_a_runs_videos_are_sampled_on_all_workers_and_scored_against_its_prompts_targets(
     tmp_path: Path,
-    trained_run: Stage1Config,  # noqa: F811
-    tiny_encoder: dict[str, Any],  # noqa: F811
+    trained_run: Stage1Config,
+    tiny_encoder: dict[str, Any],
     ray_cluster: None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -163,7 +162,7 @@ def test_a_runs_videos_are_sampled_on_all_workers_and_scored_against_its_prompts
 @pytest.mark.ray
 def test_a_set_against_itself_is_at_no_distance(
     folders: Path,
-    tiny_encoder: dict[str, Any],  # noqa: F811
+    tiny_encoder: dict[str, Any],
     ray_cluster: None,
 ) -> None:
     same = str(folders / "real")
@@ -181,7 +180,7 @@ def test_a_dry_run_says_what_is_needed_and_where_it_comes_from(folders: Path) ->
     assert not (folders / "x").exists()
 
 
-def test_refusals_are_a_line_each(folders: Path, tiny_encoder: dict[str, Any]) -> None:  # noqa: F811
+def test_refusals_are_a_line_each(folders: Path, tiny_encoder: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=r"7 sampled and 5 real videos for clip_fid.*--allow-small-n"):
         check(config(folders, tiny_encoder, allow_small_n=False))
     with pytest.raises(ConfigError, match="no metric fvdd"):
@@ -195,7 +194,7 @@ def test_refusals_are_a_line_each(folders: Path, tiny_encoder: dict[str, Any]) -
 
 
 @pytest.mark.slow
-def test_a_killed_command_goes_on_to_the_same_bytes(tmp_path: Path, write_video: WriteVideo) -> None:  # noqa: F811
+def test_a_killed_command_goes_on_to_the_same_bytes(tmp_path: Path, write_video: WriteVideo) -> None:
     for n in range(120):
         write_video(tmp_path / "videos" / f"v{n:03d}.mp4", num_frames=16, size_px=(240, 320), seed=n % 4)
 

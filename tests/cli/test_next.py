@@ -15,10 +15,8 @@ from cli.errors import tell
 from infra.certificate import Certificate
 from pipeline.report.provenance import next_steps
 from pipeline.report.read import Parts, ReportConfig
-from tests.model.conftest import tiny_encoder, trained_run  # noqa: F401 # pyright: ignore[reportUnusedImport]
 from tests.model.prompt import tiny_mllms
 from tests.model.prompt_tables import prompt_row, write_shards
-from tests.pipeline.conftest import write_video  # noqa: F401 # pyright: ignore[reportUnusedImport]
 
 APPS = {"vimi-data": data.app, "vimi-train": train.app}
 
@@ -47,7 +45,7 @@ class Shell:
 @pytest.mark.ray
 def test_every_next_command_of_the_data_side_runs_as_printed(
     ray_cluster: None,
-    write_video: Any,  # noqa: F811
+    write_video: Any,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -106,7 +104,7 @@ def test_the_next_commands_of_instruct_fit_its_rows(tmp_path: Path, monkeypatch:
 
 
 def test_the_next_command_of_a_training_runs_as_printed(
-    trained_run: Any,  # noqa: F811
+    trained_run: Any,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -120,7 +118,7 @@ def test_the_next_command_of_a_training_runs_as_printed(
 @pytest.mark.ray
 def test_the_next_command_of_evaluate_runs_as_printed(
     ray_cluster: None,
-    write_video: Any,  # noqa: F811
+    write_video: Any,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -13,11 +13,6 @@ import pytest
 import yaml
 
 from tests.cli.test_numbers import copied, quick_jobs
-from tests.cli.test_numbers import legal as legal
-from tests.cli.test_numbers import tiny_encoder as tiny_encoder
-from tests.cli.test_numbers import trained_run as trained_run
-from tests.cli.test_numbers import world as world
-from tests.cli.test_numbers import write_video as write_video
 
 ROOT = Path(__file__).resolve().parents[2]
 CHILD = """

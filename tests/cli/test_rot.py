@@ -44,9 +44,8 @@ from pipeline.report import run as report
 from pipeline.schema import RowError
 from pipeline.shards import open_part, shards_of
 from pipeline.world import evidence
-from tests.model.conftest import tiny_encoder, trained_run  # noqa: F401 # pyright: ignore[reportUnusedImport]
 from tests.model.prompt import tiny_mllms
-from tests.pipeline.conftest import WriteVideo, write_video  # noqa: F401 # pyright: ignore[reportUnusedImport]
+from tests.pipeline.conftest import WriteVideo
 from tests.pipeline.prompts.augment.conftest import clip_rows, write_clips, write_memory
 from tests.pipeline.prompts.augment.test_rot import Commands, assert_refused_or_harmless, kinds
 from tests.pipeline.world.test_evidence import make_judged
@@ -60,9 +59,9 @@ FOLDERS = (
 
 @pytest.fixture(scope="module")
 def folder(
-    trained_run: Any,  # noqa: F811
-    tiny_encoder: dict[str, Any],  # noqa: F811
-    write_video: WriteVideo,  # noqa: F811
+    trained_run: Any,
+    tiny_encoder: dict[str, Any],
+    write_video: WriteVideo,
     ray_cluster: None,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
@@ -300,7 +299,7 @@ def artefacts(folder: Path) -> dict[str, list[Path]]:
 
 
 @pytest.fixture(scope="module")
-def all_commands(folder: Path, tiny_encoder: dict[str, Any]) -> Commands:  # noqa: F811
+def all_commands(folder: Path, tiny_encoder: dict[str, Any]) -> Commands:
     return Readers(folder, tiny_encoder).commands()
 
 

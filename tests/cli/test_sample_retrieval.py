@@ -28,10 +28,8 @@ from pipeline.prompts.augment import check as check_augment
 from pipeline.prompts.augment.job import make_units
 from pipeline.prompts.augment.worker import AugmentWorker
 from pipeline.prompts.user_prompt import PromptRetriever
-from tests.model.conftest import tiny_encoder, tiny_stage  # noqa: F401 # pyright: ignore[reportUnusedImport]
+from tests.model.conftest import tiny_stage
 from tests.model.prompt_tables import write_shards
-from tests.pipeline.conftest import write_video  # noqa: F401 # pyright: ignore[reportUnusedImport]
-from tests.pipeline.prompts.augment.conftest import world  # noqa: F401 # pyright: ignore[reportUnusedImport]
 
 WORDS = "a red dog on the hill"
 
@@ -71,7 +69,7 @@ def train_run(
 
 
 @pytest.fixture(scope="module")
-def trained(world: Any, tiny_encoder: Any, tmp_path_factory: Any) -> Trained:  # noqa: F811
+def trained(world: Any, tiny_encoder: Any, tmp_path_factory: Any) -> Trained:
     """Trained on half of the world, with documents of the other half: none is of the clip's own source."""
     folder = tmp_path_factory.mktemp("retrieval")
     memory = world.write_memory(folder / "memory", world.rows[:12])
@@ -155,7 +153,7 @@ def test_documents_given_by_hand_stay(trained: Trained, tmp_path: Path) -> None:
 
 def test_another_memory_is_told_in_a_line(
     trained: Trained,
-    world: Any,  # noqa: F811
+    world: Any,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -202,7 +200,7 @@ def test_preflight_refuses_in_one_line(
 
 def test_a_run_without_documents_and_another_clip_are_refused(
     trained: Trained,
-    tiny_encoder: Any,  # noqa: F811
+    tiny_encoder: Any,
     tmp_path: Path,
 ) -> None:
     never = train_run(trained.rows, tmp_path / "never", tiny_encoder, documents=[0])

@@ -20,11 +20,6 @@ from cli.errors import STOPPED
 from infra.certificate import CERTIFICATE, read_certificate
 from pipeline.memory import open_memory
 from tests.cli.test_numbers import copied, quick_jobs
-from tests.cli.test_numbers import legal as legal
-from tests.cli.test_numbers import tiny_encoder as tiny_encoder
-from tests.cli.test_numbers import trained_run as trained_run
-from tests.cli.test_numbers import world as world
-from tests.cli.test_numbers import write_video as write_video
 from tests.pipeline.world.test_evidence import make_judged
 
 ROOT = Path(__file__).resolve().parents[2]

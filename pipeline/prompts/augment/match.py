@@ -166,7 +166,7 @@ class Matcher:
         )
         low = len(chosen) - len(places)
         refused = Counter(count(verdicts[:last])) + Counter({"repeated": repeated, LOW_SCORE: low})
-        similarities: list[float | None] = [None] * len(chosen)
+        similarities: list[float | None] = [None] * len(places)
         if caption is not None:
             similarities = [float(x) for x in cosines(vectors[places], caption)]
         return Match(rows["doc"][places].tolist(), rows["score"][places].tolist(), similarities, dict(refused))
