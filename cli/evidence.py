@@ -52,7 +52,7 @@ def quick_steps() -> list[str]:
 
 
 def full_steps() -> list[str]:
-    """The commands of the full form, in order."""
+    """The commands of the full form, in order: 520,000 samples of training."""
     shorter = "--set samples=40000"
     return [
         command("vimi-data world", more="--nouns 1600 --unseen 128 --distractors 2"),
