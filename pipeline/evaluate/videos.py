@@ -17,7 +17,7 @@ from collections.abc import Collection, Iterator
 from typing import Any
 
 from infra.certificate import input_certificate
-from infra.errors import ConfigError
+from infra.errors import ConfigError, DataError
 from infra.samples import SAMPLES, read_samples
 from infra.storage import absolute, exists, is_remote, join, list_files, read_bytes, size_bytes
 from pipeline.media.store import file_uri
@@ -55,6 +55,10 @@ def find_videos(place: str, *, only: Collection[str | None] | None = None) -> li
     return sorted(found, key=lambda payload: payload["name"])
 
 
+SAMPLE_JOBS = ("sample", "preview")
+"""Whose folders have a samples.json: without it they are not taken for anybody's videos without prompts."""
+
+
 def _clips_or_files(place: str, only: Collection[str | None] | None) -> list[Payload]:
     certificate = input_certificate(place)
     job = certificate.job if certificate else None
@@ -62,7 +66,7 @@ def _clips_or_files(place: str, only: Collection[str | None] | None) -> list[Pay
         return [payload for part in shards_of(place, certificate) for payload in _clips(part)]
     if job in SHARD_JOBS:
         return list(_targets(place, only))
-    if exists(join(place, SAMPLES)):
+    if job in SAMPLE_JOBS or exists(join(place, SAMPLES)):
         return _samples(place)
     return _files(place)
 
@@ -127,7 +131,13 @@ def plain(prompt: str) -> str:
 
 
 def _samples(place: str) -> list[Payload]:
-    """Of a folder of `vimi-train sample`."""
+    """Of a folder of `vimi-train sample`.
+
+    Raises:
+        DataError: its samples.json is missing or damaged.
+    """
+    if not exists(join(place, SAMPLES)):
+        raise DataError(f"{place} has lost its {SAMPLES}; cure: restore it, or sample into a new folder")
     entries = read_samples(place)
     return [_file(_last(e["video"]), join(place, _last(e["video"])), sampled_prompt(e, place)) for e in entries]
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from infra.errors import ConfigError
+from infra.certificate import Certificate, write_certificate
+from infra.errors import ConfigError, DataError
 from infra.samples import write_samples
 from pipeline.evaluate.decode import FrameConfig, leading_frames, target_part
 from pipeline.evaluate.videos import find_videos, listing_hash
@@ -159,6 +160,13 @@ def test_a_folder_of_samples_brings_its_prompts(tmp_path: Path, write_video: Wri
     assert found["prompt"]["text"] == "A dog runs."
     assert found["prompt"]["references"] == [str(tmp_path / "sample-000-subject-1.png")]
     assert subjects(found["prompt"]) == ["dog"] and subjects({"references": ["a", "b"], "words": ["dog"]}) == []
+
+
+def test_samples_that_lost_their_list_are_not_anybodys_videos(tmp_path: Path, write_video: WriteVideo) -> None:
+    write_video(tmp_path / "sample-000.mp4", num_frames=5)
+    write_certificate(tmp_path, Certificate(job="sample", config_hash="0", num_in=1, num_out=1))
+    with pytest.raises(DataError, match=r"samples\.json; cure"):
+        find_videos(str(tmp_path))
 
 
 def test_targets_of_shards_are_real_videos(tmp_path: Path, worker_of: Any) -> None:
