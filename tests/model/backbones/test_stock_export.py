@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load, save
 
 from model.backbones.pretrained import PretrainedGenerator
 from model.condition import Segment
@@ -16,6 +17,7 @@ from model.sample import sample_ode
 from model.sampling.export import ExportConfig, load_exported, named_weights, run
 from model.sampling.maker import GuidanceConfig, Maker, open_maker
 from model.sampling.requests import SampleRequest
+from model.sampling.stock import sorted_metadata
 from model.training.config import Stage1Config
 from model.training.state import restore_generator
 from tests.model.runs import advance, open_training
@@ -109,3 +111,11 @@ def test_an_export_is_read_back_wherever_it_lies(
     }  # fmt: skip
     said = json.loads((tmp_path / "bare/vimi/config.json").read_text())
     assert said["base"] and said["config"]["backbone"]["kind"] == "diffusers"
+
+
+def test_a_tensor_file_has_the_same_bytes_each_time() -> None:
+    tensors = {"b": torch.arange(3.0), "a": torch.ones(2, 2)}
+    files = [save(tensors, metadata={"format": "pt", "made": "{}", "by": "é"}) for _ in range(8)]
+    (one,) = {sorted_metadata(data) for data in files}
+    found = load(one)
+    assert found.keys() == tensors.keys() and all(found[name].equal(tensors[name]) for name in tensors)
