@@ -59,6 +59,28 @@ def weights_version(place: str, what: str, *, field: str) -> str:
     return sha256("\n".join(digests).encode()).hexdigest()
 
 
+def hash_stored_weights(folder: str | Path) -> str:
+    """Hex sha256 over names, types, shapes and bytes of the tensors in a folder's weight files.
+
+    It doesn't hang on how they are dealt to files, nor on the type that they are rounded to when loaded. Files of
+    other formats count by their bytes.
+    """
+    import torch
+    from safetensors import safe_open
+
+    digest, files = sha256(), sorted(Path(folder).iterdir())
+    opened = [safe_open(file, framework="pt") for file in files if file.suffix == ".safetensors"]
+    tensors = [(name, place) for place, file in enumerate(opened) for name in file.keys()]  # noqa: SIM118
+    for name, place in sorted(tensors):
+        value = opened[place].get_tensor(name)
+        digest.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
+        digest.update(memoryview(value.contiguous().reshape(-1).view(torch.uint8).numpy()))
+    for file in files:
+        if file.suffix in (".bin", ".pt", ".pth"):
+            digest.update(f"{file.name} {sha256_file(str(file))}\n".encode())
+    return digest.hexdigest()
+
+
 def _config_file(place: str, what: str, field: str) -> str:
     if Path(place).is_dir():
         return str(Path(place) / CONFIG_FILE)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from infra.clip.model import hash_weights
 from infra.config import canonical_json
 from infra.hub import hub_file
-from infra.pretrained import or_refused
+from infra.pretrained import hash_stored_weights, or_refused
 from model.space import Space
 
 CURE = "give a local folder with config.json and weights, or train in pixels (autoencoder: null)"
@@ -40,12 +40,16 @@ class Latents:
         *,
         device: str | torch.device = "cpu",
         frames_per_call: int = FRAMES_PER_CALL,
+        weight_hash: str | None = None,
     ) -> None:
-        """`autoencoder`: of diffusers, in the wanted dtype."""
+        """`autoencoder`: of diffusers, in the wanted dtype.
+
+        `weight_hash`: of the files that it came from; None = of itself, rounded.
+        """
         self.device = torch.device(device)
         self.model: Any = autoencoder.eval().requires_grad_(False).to(self.device)
         self.dtype = next(autoencoder.parameters()).dtype
-        self.frames_per_call = frames_per_call
+        self.frames_per_call, self.weight_hash = frames_per_call, weight_hash
         self.is_video = any(isinstance(part, nn.Conv3d) for part in autoencoder.modules())
         self._shift, self._scale = _standards(self.model.config)
 
@@ -72,7 +76,7 @@ class Latents:
         """Hex sha256 of class, config and weights: what a latent means."""
         values = {k: v for k, v in dict(self.model.config).items() if not k.startswith("_")}
         parts = {"class": type(self.model).__name__, "config": json.dumps(values, sort_keys=True, default=str)}
-        weights = hash_weights(self.model, torch.bfloat16)
+        weights = self.weight_hash or hash_weights(self.model, torch.bfloat16)
         return sha256(canonical_json({**parts, "weights": weights})).hexdigest()
 
     @cached_property
@@ -149,7 +153,7 @@ def load_latents(place: str, device: str | torch.device = "cpu") -> Latents:
         kind, _, source, subfolder = _read(place)
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         model = kind.from_pretrained(source, subfolder=subfolder, torch_dtype=dtype)
-        return Latents(model, device=device)
+        return Latents(model, device=device, weight_hash=hash_stored_weights(_find(place)[2]))
 
 
 def outline_latents(place: str) -> tuple[Space, int]:
@@ -168,7 +172,7 @@ def outline_latents(place: str) -> tuple[Space, int]:
 
 def _read(place: str) -> tuple[Any, Any, str, str | None]:
     """(class, config, folder or id, folder inside it) of an autoencoder of diffusers."""
-    source, subfolder = _find(place)
+    source, subfolder, _ = _find(place)
     import diffusers
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
@@ -185,15 +189,15 @@ def open_latents(place: str | None, device: torch.device | str = "cpu") -> Laten
     return None if place is None else load_latents(place, device)
 
 
-def _find(place: str) -> tuple[str, str | None]:
-    """The folder or hub id, and the folder inside it if there is one."""
-    folder = Path(place).expanduser()
+def _find(place: str) -> tuple[str, str | None, Path]:
+    """The folder or hub id, the folder inside it if there is one, and where that lies on this machine."""
+    folder, names = Path(place).expanduser(), [f"{SUBFOLDER}/config.json", "config.json"]
     if folder.is_dir():
-        return str(folder), SUBFOLDER if (folder / SUBFOLDER / "config.json").is_file() else None
-    found = hub_file(
-        place, [f"{SUBFOLDER}/config.json", "config.json"], wanted=place, cure=""
-    )  # its caller says it
-    return place, SUBFOLDER if Path(found).parent.name == SUBFOLDER else None
+        inside = folder / SUBFOLDER
+        is_inside = (inside / "config.json").is_file()
+        return str(folder), SUBFOLDER if is_inside else None, inside if is_inside else folder
+    found = Path(hub_file(place, names, wanted=place, cure="")).parent  # its caller says the cure
+    return place, SUBFOLDER if found.name == SUBFOLDER else None, found
 
 
 def _standards(config: Any) -> tuple[Tensor, Tensor]:

@@ -22,7 +22,7 @@ from torch import Tensor
 from infra.clip.model import hash_weights
 from infra.errors import ConfigError
 from infra.hub import hub_file, require_hub_file
-from infra.pretrained import or_refused
+from infra.pretrained import hash_stored_weights, or_refused
 from model.condition import EncodedPrompt, Prompt, Segment
 from model.data.batch import Role, role_number
 from model.prompt.encoder import PromptEncoder, PromptEncoderConfig, config_text
@@ -66,10 +66,18 @@ class MllmPromptEncoder(PromptEncoder):
     """Prompt encoder over any `AutoModelForImageTextToText` and its processor."""
 
     def __init__(
-        self, config: PromptEncoderConfig, model: Any, processor: Any, device: str | torch.device = "cpu"
+        self,
+        config: PromptEncoderConfig,
+        model: Any,
+        processor: Any,
+        device: str | torch.device = "cpu",
+        weight_hash: str | None = None,
     ) -> None:
-        """`model` and `processor`: of transformers, of the same family; weights in the wanted dtype."""
-        self.config = config
+        """`model` and `processor`: of transformers, of the same family; weights in the wanted dtype.
+
+        `weight_hash`: of the files that they came from; None = of themselves, rounded.
+        """
+        self.config, self.weight_hash = config, weight_hash
         self.device = torch.device(device)
         self.model = model.eval().requires_grad_(False).to(self.device)
         # Without the language head: logits over the vocabulary would cost more than the last layers.
@@ -105,7 +113,7 @@ class MllmPromptEncoder(PromptEncoder):
         return {
             "kind": "mllm",
             "class": type(self.model).__name__,
-            "weights": hash_weights(self.model, torch.bfloat16),
+            "weights": self.weight_hash or hash_weights(self.model, torch.bfloat16),
             **{name: sha256(text.encode()).hexdigest() for name, text in parts.items()},
             "layer": self.layer_index,
             "layout": LAYOUT_VERSION,
@@ -258,8 +266,9 @@ def load_mllm_encoder(config: PromptEncoderConfig, device: str | torch.device = 
         ConfigError: no such model, not an image-text-to-text model, or a hub that can't be reached.
     """
     place = Path(config.model).expanduser()
+    folder = place
     if not place.is_dir():
-        hub_file(config.model, [CONFIG_FILE], wanted=config.model, cure=CURE)
+        folder = Path(hub_file(config.model, [CONFIG_FILE], wanted=config.model, cure=CURE)).parent
     name = str(place) if place.is_dir() else config.model
     device = torch.device(device)
     from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -272,7 +281,8 @@ def load_mllm_encoder(config: PromptEncoderConfig, device: str | torch.device = 
             name, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32
         )
         processor = AutoProcessor.from_pretrained(name)
-    return MllmPromptEncoder(config, model, processor, device)
+        weight_hash = hash_stored_weights(folder)
+    return MllmPromptEncoder(config, model, processor, device, weight_hash)
 
 
 def check_mllm(config: PromptEncoderConfig, *, reach: bool = True) -> None:

@@ -16,8 +16,8 @@ from torch.nn import functional as F
 
 from infra.clip.model import hash_weights
 from infra.errors import ConfigError
-from infra.pretrained import or_refused
-from model.backbones.folder import read_base
+from infra.pretrained import hash_stored_weights, or_refused
+from model.backbones.folder import local_folder, read_base
 from model.backbones.pretrained import NATIVE_SEGMENT
 from model.condition import EncodedPrompt, Prompt
 from model.data.batch import Role, role_number
@@ -38,8 +38,14 @@ def caption_text(prompt: Prompt) -> str:
 class OwnTextEncoder(PromptEncoder):
     """The text encoder of a pipeline as a prompt encoder: pictures and documents it doesn't see."""
 
-    def __init__(self, place: str, pipeline: Any, device: torch.device) -> None:
-        self.place, self.pipeline, self.family = place, pipeline, read_base(place).family
+    def __init__(self, place: str, pipeline: Any, device: torch.device, weight_hash: str) -> None:
+        """`weight_hash`: of the text encoder's files."""
+        self.weight_hash, self.place, self.pipeline, self.family = (
+            weight_hash,
+            place,
+            pipeline,
+            read_base(place).family,
+        )
         self.pipeline.text_encoder.eval().requires_grad_(False).to(device)
         self.dim = int(read_text_dim(pipeline))
         self.dtype = next(pipeline.text_encoder.parameters()).dtype
@@ -51,7 +57,7 @@ class OwnTextEncoder(PromptEncoder):
             "kind": "own_text",
             "pipeline": self.family.pipeline,
             "text_tokens": self.family.text_tokens,
-            "weights": hash_weights(self.pipeline.text_encoder, torch.bfloat16),
+            "weights": self.weight_hash,
             "config": sha256(config_text(self.pipeline.text_encoder).encode()).hexdigest(),
             "tokenizer": sha256(self.pipeline.tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
         }
@@ -149,4 +155,5 @@ def load_own_text(place: str, device: str | torch.device = "cpu") -> OwnTextEnco
     cls: Any = getattr(diffusers, family.pipeline)
     with or_refused(f"can't load the text encoder of {place}"):
         pipeline = cls.from_pretrained(place, **WITHOUT, dtype=dtype)
-    return OwnTextEncoder(place, pipeline, device)
+        weight_hash = hash_stored_weights(local_folder(place, [f"{PARTS[0]}/*"]) / PARTS[0])
+    return OwnTextEncoder(place, pipeline, device, weight_hash)

@@ -131,6 +131,20 @@ def test_a_saved_autoencoder_loads_from_its_folder_or_from_a_pipelines(tmp_path:
         torch.testing.assert_close(loaded.encode(video(2)), expected)
 
 
+def test_identity_is_of_the_files_to_the_last_bit_however_they_are_cut(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    kl().save_pretrained(tmp_path / "whole")
+    kept = load_latents(str(tmp_path / "whole"))
+    kept.model.save_pretrained(tmp_path / "cut", max_shard_size="20KB")
+    assert len(list((tmp_path / "cut").glob("*.safetensors"))) > 1
+    assert load_latents(str(tmp_path / "cut")).identity_hash == kept.identity_hash
+    file = tmp_path / "whole" / "diffusion_pytorch_model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-4] ^= 1  # the least bit of a float32, which bfloat16 doesn't have
+    file.write_bytes(data)
+    assert load_latents(str(tmp_path / "whole")).identity_hash != kept.identity_hash
+
+
 def test_what_is_no_autoencoder_is_refused_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     (tmp_path / "empty").mkdir()

@@ -47,7 +47,7 @@ def test_a_flipped_bit_of_the_base_is_refused_or_harmless(
 ) -> None:
     for seed, place in enumerate(places(config, "base/")):
         refused = is_refused(config, before, "sample", place, seed)
-        assert refused or "transformer" not in place, place
+        assert refused or not place.endswith(".safetensors"), place
 
 
 @pytest.mark.slow
