@@ -62,8 +62,8 @@ def weights_version(place: str, what: str, *, field: str) -> str:
 def hash_stored_weights(folder: str | Path) -> str:
     """Hex sha256 over names, types, shapes and bytes of the tensors in a folder's weight files.
 
-    It doesn't hang on how they are dealt to files, nor on the type that they are rounded to when loaded. Files of
-    other formats count by their bytes.
+    It doesn't hang on how they are dealt to files, nor on the type that they are rounded to when loaded. Files
+    of other formats count by their bytes.
     """
     import torch
     from safetensors import safe_open
