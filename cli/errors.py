@@ -12,9 +12,9 @@ from typing import NoReturn
 
 import typer
 
-from infra.errors import ConfigError, VimiError, sentence
+from infra.errors import EXIT_TERMINATED, ConfigError, VimiError, sentence
 
-EXIT_CONFIG, EXIT_FAILED, EXIT_STOPPED, EXIT_TERMINATED = 2, 1, 130, 143
+EXIT_CONFIG, EXIT_FAILED, EXIT_STOPPED = 2, 1, 130
 STOPPED = "stopped; the same command continues where it was"
 OPTIONAL = {
     "wandb": "pip install wandb, or leave the default tracker tensorboard",

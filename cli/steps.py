@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cli import data, train
-from cli.errors import EXIT_STOPPED, EXIT_TERMINATED
+from cli.errors import EXIT_STOPPED
 from infra.cluster import RayConfig, ray_session
+from infra.errors import EXIT_TERMINATED
 
 PROGRAMS = {"vimi-data": data.main, "vimi-train": train.main}
 Step = tuple[Path, str]

@@ -21,7 +21,7 @@ from pydantic import Field
 
 from infra.certificate import TRUST
 from infra.config import ALLOW_IMPORTS, Config
-from infra.errors import ConfigError, VimiError
+from infra.errors import EXIT_TERMINATED, ConfigError, VimiError
 from infra.progress import say
 
 CHECKOUT = Path(__file__).resolve().parent.parent
@@ -139,7 +139,7 @@ def _start(**options: Any) -> Any:
         with own_sigterm():
             return ray.init(logging_level=logging.ERROR, **options)
     except SystemExit:  # of the handlers of SIGTERM that Ray has while it starts: one ends with 15, one with 1
-        raise SystemExit(128 + signal.SIGTERM) from None
+        raise SystemExit(EXIT_TERMINATED) from None
     except Exception as error:  # Ray raises several kinds; what is none of these is raised again
         text = " ".join(str(error).split())
         if isinstance(error, AuthenticationError):

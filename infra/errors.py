@@ -9,6 +9,9 @@
 A bad *row* is none of these: it leaves its job with a `status` and an `error` (pipeline/schema.py).
 """
 
+EXIT_TERMINATED = 143
+"""Of who was ended by SIGTERM, as shells have it."""
+
 
 class VimiError(Exception):
     """Base of every error that this project raises on purpose."""

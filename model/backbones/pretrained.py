@@ -237,8 +237,8 @@ class PretrainedGenerator(Generator):
         answers = []
         for (is_given, _, _), rows in groups.items():
             references = torch.stack([seen[row] for row in rows]).to(x.dtype)
-            of = (text[rows], mask[rows], condition.fps[rows])
-            answers.append(self._of_one_shape(x[rows], sigma[rows], references, *of, is_given=is_given))
+            some = (x[rows], sigma[rows], references, text[rows], mask[rows], condition.fps[rows])
+            answers.append(self._of_one_shape(*some, is_given=is_given))
         order = torch.tensor([row for rows in groups.values() for row in rows], device=x.device)
         return torch.cat(answers)[order.argsort()]
 

@@ -13,6 +13,7 @@ SHIFT = 3.0
 LARGE_CHANNELS = 48
 """Of the latents of Wan 2.2's 5B, which is made for other videos than the pipeline that it shares."""
 LARGE = {"num_frames": 121, "size_px": (704, 1280), "fps": 24.0}
+"""What it is made for, as its model card says."""
 
 
 class Wan(Family):

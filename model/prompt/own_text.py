@@ -40,12 +40,8 @@ class OwnTextEncoder(PromptEncoder):
 
     def __init__(self, place: str, pipeline: Any, device: torch.device, weight_hash: str) -> None:
         """`weight_hash`: of the text encoder's files."""
-        self.weight_hash, self.place, self.pipeline, self.family = (
-            weight_hash,
-            place,
-            pipeline,
-            read_base(place).family,
-        )
+        self.place, self.pipeline, self.weight_hash = place, pipeline, weight_hash
+        self.family = read_base(place).family
         self.pipeline.text_encoder.eval().requires_grad_(False).to(device)
         self.dim = int(read_text_dim(pipeline))
         self.dtype = next(pipeline.text_encoder.parameters()).dtype

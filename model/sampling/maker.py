@@ -32,8 +32,6 @@ from model.training.config import StageConfig
 from model.training.parallel import AUTOCAST
 from model.training.state import Restored
 
-PUT_BACK = "put the trained one back in its place"
-
 
 class GuidanceConfig(Config):
     """How estimates with and without parts of the prompt are combined (model/guidance.py)."""
@@ -185,13 +183,7 @@ def check_encoder(encoder: PromptEncoder, restored: Restored) -> None:
     Raises:
         ConfigError: it is another.
     """
-    there, now = restored.facts["encoder"], encoder.identity_hash
-    if now != there:
-        raise ConfigError(
-            f"{restored.uri} was trained with another prompt encoder: its weights or limits differ "
-            f"({there[:12]} there, {now[:12]} now)",
-            cure=PUT_BACK,
-        )
+    _refuse_other("prompt encoder", restored.facts["encoder"], encoder.identity_hash, restored.uri)
 
 
 def check_autoencoder(latents: Latents | None, restored: Restored) -> None:
@@ -200,10 +192,16 @@ def check_autoencoder(latents: Latents | None, restored: Restored) -> None:
     Raises:
         ConfigError: it is another.
     """
-    there, now = restored.space.identity, latents.space.identity if latents else ""
+    identity = latents.space.identity if latents else ""
+    _refuse_other(
+        f"autoencoder than {restored.config.autoencoder}", restored.space.identity, identity, restored.uri
+    )
+
+
+def _refuse_other(what: str, there: str, now: str, uri: str) -> None:
     if now != there:
         raise ConfigError(
-            f"the autoencoder {restored.config.autoencoder} is not the one that {restored.uri} was "
-            f"trained with ({there[:12]} there, {now[:12]} now)",
-            cure=PUT_BACK,
+            f"{uri} was trained with another {what}: its weights or limits differ "
+            f"({there[:12]} there, {now[:12]} now)",
+            cure="put the trained one back in its place",
         )

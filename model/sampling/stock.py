@@ -19,7 +19,6 @@ from model.training.config import StageConfig
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 """Where `load_lora_weights` looks first."""
-TENSORS = ".safetensors"
 
 
 def stock_files(
@@ -58,7 +57,9 @@ def _saved(save: Any) -> Iterator[tuple[str, bytes]]:
         save(folder)
         for path in sorted(path for path in Path(folder).rglob("*") if path.is_file()):
             data = path.read_bytes()
-            yield path.relative_to(folder).as_posix(), sorted_metadata(data) if path.suffix == TENSORS else data
+            if path.suffix == ".safetensors":
+                data = sorted_metadata(data)
+            yield path.relative_to(folder).as_posix(), data
 
 
 def sorted_metadata(data: bytes) -> bytes:

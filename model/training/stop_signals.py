@@ -13,6 +13,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
+from infra.errors import EXIT_TERMINATED
 from infra.progress import say
 from infra.run_folder import RunFolder
 from infra.storage import exists, is_remote, write_bytes
@@ -21,8 +22,6 @@ _told = threading.Event()
 SAME_PRESS_S = 1.0
 """Signals so close together are one: what stands between a terminal and us (make, timeout, uv) often passes
 Ctrl-C on to a process that the terminal has told already."""
-TERMINATED = 128 + signal.SIGTERM
-"""Exit code of who was ended by SIGTERM, as shells have it."""
 
 
 def trap_sigterm() -> None:
@@ -109,7 +108,7 @@ class Interrupts(AbstractContextManager["Interrupts"]):
     def _ask(self, number: int, _: object) -> None:
         now_s = time.monotonic()
         if number == signal.SIGTERM:
-            self.end = SystemExit(TERMINATED)
+            self.end = SystemExit(EXIT_TERMINATED)
         if now_s > self.asked_s + SAME_PRESS_S:
             if self.warned or self.run.positions():
                 raise self.end

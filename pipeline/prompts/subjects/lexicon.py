@@ -160,3 +160,4 @@ PRODUCTS = _words(
     " burger"
 )
 THINGS = PERSONS | ANIMALS | PRODUCTS
+"""What a caption can name beside its first subject without an article."""

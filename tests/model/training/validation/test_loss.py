@@ -33,14 +33,20 @@ def open_run(config: Stage1Config) -> tuple[Training, Validation]:
     return training, Validation(training, index)
 
 
+def validated_after_two_steps(config: Stage1Config) -> Any:
+    """What validation finds at the checkpoint that this leaves."""
+    training, validation = open_run(config)
+    for _ in range(2):
+        training.step()
+    training.save({})
+    found = validation.run()
+    training.close()
+    return found
+
+
 def test_validation_is_bitwise_equal_before_and_after_resume(stage_values: Values) -> None:
     config = Stage1Config.model_validate(stage_values())
-    first, validation = open_run(config)
-    for _ in range(2):
-        first.step()
-    first.save({})
-    before = validation.run()
-    first.close()
+    before = validated_after_two_steps(config)
     second, again = open_run(config)
     assert second.position == 8
     assert again.run() == before
@@ -232,12 +238,7 @@ def test_previews_disturb_nothing_and_are_the_same_bytes_each_time(
 def test_a_look_that_a_kill_cut_off_is_taken_on_resume(stage_values: Values, short_previews: None) -> None:
     """The checkpoint comes first; what the log lacks at its position is looked at before the next step."""
     config = Stage1Config.model_validate(stage_values(preview_every_samples=8))
-    training, validation = open_run(config)
-    for _ in range(2):
-        training.step()
-    training.save({})
-    expected = validation.run()
-    training.close()
+    expected = validated_after_two_steps(config)
     for _ in range(2):
         training, _ = open_run(config)
         log = MetricsLog(training.run, position=training.position)

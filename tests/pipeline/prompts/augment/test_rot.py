@@ -109,25 +109,11 @@ def commands(folder: Path) -> Commands:
         units = instruct.plan_units(shards, config.clips, config.unit_rows)
         return json.dumps([worker(unit.payload) for unit in units], default=str)
 
-    def validated(name: str) -> Any:
-        found = validate(ValidateConfig(prompts=str(folder / name), memory=str(folder / "memory")))
-        if not found.is_valid:
-            raise DataError("NOT valid")
-        return found.lines()
-
     def cropped() -> Any:
         values = {"prompts": str(folder / "film"), "out": scratch, "subjects": {"clip": None}}
         config = subjects.CropsConfig.model_validate(values)
         worker = subjects.CropsWorker(config)
         return [worker(u.payload) for u in instruct.plan_units(subjects.check(config), None, config.unit_rows)]
-
-    def reported(**places: str) -> Any:
-        values = {name: str(folder / place) for name, place in places.items()}
-        return Path(report(ReportConfig.model_validate({**values, "out": f"{scratch}/page.html"}))).read_bytes()
-
-    def indexed() -> Any:
-        buckets = (Bucket("video", num_frames=16, height_px=36, width_px=64),)
-        return index_shards(open_shards(str(folder / "prompts")), buckets).to_pylist()
 
     return {
         "search": (("memory",), searched),
@@ -135,6 +121,28 @@ def commands(folder: Path) -> Commands:
         "instruct": (("prompts",), partial(instructed, instruct_config)),
         "subjects": (("film",), cropped),
         "instruct --pairs": (("film", "crops"), partial(instructed, pairs_config)),
+        **readers(folder, f"{scratch}/page.html"),
+    }
+
+
+def readers(folder: Path, page: str) -> Commands:
+    """As `commands`, of those that make no table."""
+
+    def validated(name: str) -> Any:
+        found = validate(ValidateConfig(prompts=str(folder / name), memory=str(folder / "memory")))
+        if not found.is_valid:
+            raise DataError("NOT valid")
+        return found.lines()
+
+    def reported(**places: str) -> Any:
+        values = {name: str(folder / place) for name, place in places.items()}
+        return Path(report(ReportConfig.model_validate({**values, "out": page}))).read_bytes()
+
+    def indexed() -> Any:
+        buckets = (Bucket("video", num_frames=16, height_px=36, width_px=64),)
+        return index_shards(open_shards(str(folder / "prompts")), buckets).to_pylist()
+
+    return {
         "validate": (("prompts", "memory"), partial(validated, "prompts")),
         "validate instructions": (("instructions", "memory"), partial(validated, "instructions")),
         "stage 1's index": (("prompts",), indexed),
