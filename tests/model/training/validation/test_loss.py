@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from infra.run_folder import RunFolder
 from infra.validation_cells import Cell, cells_of
 from model.data.shards import open_shards
 from model.prompt.select import retrieved
@@ -245,4 +246,4 @@ def test_a_look_that_a_kill_cut_off_is_taken_on_resume(stage_values: Values, sho
         signals = StopSignals(training.run, training.agree, looks=False)
         Looks(training, read_index(config.out), Reporter(training, log), signals).look()
         training.close()
-    assert training.run.records() == [{"samples": 8, **expected}, {"samples": 8, "videos": 2}]
+    assert RunFolder(config.out).records() == [{"samples": 8, **expected}, {"samples": 8, "videos": 2}]
