@@ -101,6 +101,15 @@ class Batch:
     def __len__(self) -> int:
         return len(self.positions)
 
+    @property
+    def usual(self) -> dict[str, Any] | None:
+        """Median frame rate and original size (height, width) of its videos; None without any."""
+        moves = self.fps.isfinite()
+        if not moves.any():
+            return None
+        size = self.original_size_px[moves].median(0).values
+        return {"fps": float(self.fps[moves].median()), "original_size_px": [int(side) for side in size]}
+
     def pin(self) -> "Batch":
         """Page-locked copies, so that the move to the device overlaps the step."""
         names = ("video", "fps", "original_size_px", *(("latents",) if self.latents is not None else ()))

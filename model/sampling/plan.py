@@ -30,7 +30,7 @@ from model.sampling.requests import (
     prompts_in_file,
     requests_in_shards,
 )
-from model.training.checkpoint import checkpoint_hash
+from model.training.checkpoint import checkpoint_hash, find_checkpoint, read_facts
 from model.training.config import WEIGHTS, StageConfig
 from model.training.state import check_average, trained_by
 
@@ -92,10 +92,11 @@ class SampleConfig(Config):
     num_steps: int = Field(default=256, ge=1, le=100_000)
     """Sampling steps; 256 (Snap Video's base model; good from 64)."""
     guidance: GuidanceConfig = GuidanceConfig()
-    fps: float = Field(default=24.0, gt=0, le=1000)
-    """Frame rate to condition on and to write, for prompts that don't bring their own; 24 (VIMI)."""
-    original_size_px: tuple[Side, Side] = (288, 512)
-    """(height, width) of the original to condition on, likewise; VIMI's output size."""
+    fps: float | None = Field(default=None, gt=0, le=1000)
+    """Frame rate to condition on and to write, for prompts that don't bring their own; null = as the videos of
+    its training usually have (of a checkpoint that doesn't say, 24: VIMI)."""
+    original_size_px: tuple[Side, Side] | None = None
+    """(height, width) of the original to condition on, likewise (288 x 512: VIMI's output size)."""
     batch_size: int = Field(default=1, ge=1, le=65536)
     """Videos made at once: faster for small models, as far as memory goes. At 1 a video is the same to the bit
     whatever else is asked for; above, its company in the batch may change its last bits."""
@@ -203,13 +204,21 @@ def texts_to_retrieve(config: SampleConfig, base: StageConfig) -> list[str]:
     return list(dict.fromkeys(caption_of(prompt) for prompt in prompts))
 
 
+def given_to_words(config: SampleConfig) -> tuple[float, tuple[int, int]]:
+    """Frame rate and original size (height, width) that prompts without their own are conditioned on."""
+    usual = None if config.base else read_facts(find_checkpoint(config.source)).get("usual")
+    usual = usual or {"fps": 24.0, "original_size_px": (288, 512)}
+    height, width = config.original_size_px or usual["original_size_px"]
+    return config.fps or usual["fps"], (height, width)
+
+
 def read_requests(config: SampleConfig, base: StageConfig, found: Found) -> list[SampleRequest]:
     """All prompts that the config asks for, of a model that `base` trained, each once.
 
     Raises:
         ConfigError: none, or one that can't be read.
     """
-    fps, size, number = config.fps, config.original_size_px, config.num_documents
+    (fps, size), number = given_to_words(config), config.num_documents
     learned = max(base.documents) if number is None else number
     requests = []
     for prompt in read_prompts(config, base):

@@ -94,6 +94,7 @@ class Training:
         self.watch = Stopwatch(self.device)
         self.prompt_tokens, self.references = 0, NO_REFERENCES
         self.seen: Counter[tuple[int, int, int]] = Counter()
+        self.usual: dict[str, Any] | None = None
         self.position = self.saved_at = self._restore()
         shards = open_shards(config.prompts)
         row_groups = RowGroups(
@@ -147,6 +148,7 @@ class Training:
         torch.set_rng_state(state["rng"])
         for ema in self.emas.values():
             ema.samples = facts["position"]
+        self.usual = facts.get("usual")
         return facts["position"]
 
     def step(self) -> StepResult:
@@ -164,6 +166,7 @@ class Training:
         for number in range(config.accumulation):
             with self.watch.part("data"):
                 batch = next(self.batches)
+            self.usual = batch.usual or self.usual
             with self.watch.part("encode"):
                 condition = self.condition(
                     batch.prompts, batch.fps, batch.original_size_px, batch.encoded, batch.references
@@ -236,6 +239,7 @@ class Training:
             "token_dim": self.encoder.dim,
             "space": vars(self.targets.space),
             "base": self.base,
+            "usual": self.usual,
             "emas": {name: vars(ema.profile) for name, ema in self.emas.items()},
             "torch": torch.__version__,
             "world_size": self.world_size,

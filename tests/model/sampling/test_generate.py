@@ -136,6 +136,15 @@ def test_rows_of_shards_show_every_task(make_shards, make_row) -> None:
     assert requests[0].fps == 8.0 and requests[0].original_size_px == (24, 40)
 
 
+def test_words_are_given_the_rate_and_size_that_training_usually_had(
+    trained: Stage1Config, tmp_path: Path
+) -> None:
+    (bare,) = plan_videos(values(trained, tmp_path / "out", prompts=["A dog runs."], fps=None), trained)
+    assert (bare.fps, bare.original_size_px) == (8.0, (12, 16))
+    own = values(trained, tmp_path / "out", prompts=["A dog runs."], fps=3.0, original_size_px=(7, 9))
+    assert [(r.fps, r.original_size_px) for r in plan_videos(own, trained)] == [(3.0, (7, 9))]
+
+
 def test_rows_of_shards_sample(trained: Stage1Config, tmp_path: Path) -> None:
     config = values(trained, tmp_path / "out", prompts=[], prompts_uri=trained.prompts, rows=1)
     assert run(config).num_out == 1
