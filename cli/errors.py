@@ -44,33 +44,49 @@ def run_app(app: typer.Typer, program: str) -> NoReturn:
 
 def answer(program: str, work: Callable[[], None]) -> None:
     """Do the work; our errors and stop signals become lines and an exit code; a bug keeps its traceback."""
-    try:
-        with sigterm_ends():
+    with stop_signals_end() as came:
+        try:
             work()
-    except KeyboardInterrupt:
-        fail(program, STOPPED, EXIT_STOPPED)
-    except SystemExit as end:
-        if end.code == EXIT_TERMINATED:
-            fail(program, STOPPED, EXIT_TERMINATED)
-        raise
-    except Exception as error:  # what `tell` has no words for is a bug, and raised again
-        told = tell(error)
-        if told is None:
+        except KeyboardInterrupt:
+            fail(program, STOPPED, EXIT_STOPPED)
+        except SystemExit as end:
+            if end.code == EXIT_TERMINATED:
+                fail(program, STOPPED, EXIT_TERMINATED)
             raise
-        fail(program, *told)
+        except Exception as error:  # what `tell` has no words for is a bug, and raised again
+            if came:  # compiled code makes errors of its own of what a signal raises in it
+                fail(program, STOPPED, came[0])
+            told = tell(error)
+            if told is None:
+                raise
+            fail(program, *told)
 
 
 @contextmanager
-def sigterm_ends() -> Iterator[None]:
-    """SIGTERM, as schedulers send it, ends the body like Ctrl-C: what is open is closed, Ray among it."""
+def stop_signals_end() -> Iterator[list[int]]:
+    """SIGTERM, as schedulers send it, ends the body like Ctrl-C: what is open is closed, Ray among it.
+
+    Gives the exit codes of the signals that came.
+    """
+    came: list[int] = []
+
+    def end(number: int, _: object) -> NoReturn:
+        came.append(EXIT_TERMINATED if number == signal.SIGTERM else EXIT_STOPPED)
+        raise SystemExit(EXIT_TERMINATED) if number == signal.SIGTERM else KeyboardInterrupt
+
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield came
         return
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_TERMINATED))
+    before = {
+        number: signal.signal(number, end)
+        for number in (signal.SIGTERM, signal.SIGINT)
+        if signal.getsignal(number) != signal.SIG_IGN  # as a shell has it for what it runs behind
+    }
     try:
-        yield
+        yield came
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def tell(error: BaseException) -> tuple[str, int] | None:

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import yaml
 
-from cli.errors import STOPPED
+from cli.errors import STOPPED, answer
 from infra.certificate import CERTIFICATE, read_certificate
 from pipeline.memory import open_memory
 from tests.cli.test_numbers import copied, quick_jobs
@@ -189,3 +189,23 @@ def test_a_stopped_command_ends_in_the_same_bytes_and_leaves_nothing_behind(
 def test_every_command_that_makes_something_is_stopped_here() -> None:
     looking = {"search", "plan", "validate"}
     assert {title.split()[1] for title, _ in quick_jobs()} == {*MAKING, *looking}
+
+
+@pytest.mark.parametrize("number", CODES)
+def test_what_compiled_code_makes_of_a_stop_is_a_stop(
+    number: signal.Signals, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An extension that is being imported turns the signal's exception into an error of its own."""
+
+    def work() -> None:
+        try:
+            signal.raise_signal(number)
+        except (KeyboardInterrupt, SystemExit):
+            raise AttributeError("partially initialized module") from None
+
+    before = signal.getsignal(number)
+    with pytest.raises(SystemExit) as end:
+        answer("vimi-data", work)
+    assert end.value.code == CODES[number]
+    assert STOPPED in capsys.readouterr().err
+    assert signal.getsignal(number) == before
