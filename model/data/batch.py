@@ -23,7 +23,7 @@ from model.condition import (
     concat_references,
     pad,
 )
-from pipeline.schema import PROMPTS, ROLES, TASKS, Role, TargetKind, check_table
+from pipeline.schema import PROMPTS, ROLES, TASKS, Role, TargetKind, check_table, content_id
 
 __all__ = [
     "ROLES",
@@ -35,14 +35,14 @@ __all__ = [
     "as_video",
     "check_schema",
     "collate",
-    "prompt_key",
+    "noise_key",
     "read_prompt",
     "role_number",
 ]
 
 TARGET_BYTES = "target.data"
 ROW_COLUMNS = [
-    *("prompt_id", "task", "media", "source_uri", "source_sha256", "split", "start_s", "end_s", "fps"),
+    *("prompt_id", "clip_id", "task", "media", "source_uri", "source_sha256", "split", "start_s", "end_s", "fps"),
     *("width_px", "height_px"),
     *(f"segments.list.element.{name}" for name in ("type", "role", "text", "image")),
     *(f"target.{name}" for name in ("kind", "num_frames", "height_px", "width_px", "fps")),
@@ -58,6 +58,7 @@ class Sample:
 
     position: int
     prompt_id: str
+    clip_id: str
     task: str
     prompt: Prompt
     pixels: np.ndarray
@@ -81,7 +82,7 @@ class Batch:
     """A micro-batch of one bucket. `positions` name the samples: all randomness is keyed by them."""
 
     positions: list[int]
-    prompt_ids: list[str]
+    clip_ids: list[str]
     tasks: list[str]
     prompts: list[Prompt]
     video: Tensor
@@ -123,15 +124,17 @@ class Batch:
         return self.video.to(device, non_blocking=True).contiguous().float() / 127.5 - 1.0
 
 
-def prompt_key(prompt_id: str) -> int:
-    """The id as a number: what is random about a prompt, apart from training, is a function of it."""
-    return int(prompt_id[:15], 16)
+def noise_key(task: str, clip_id: str) -> int:
+    """Which noise a row is given, apart from training: by what it shows, and not by its prompt's id, in which
+    its job's hash has the place of its files, so that the same corpus in another folder gives the same videos.
+    """
+    return int(content_id("noise", task, clip_id)[:15], 16)
 
 
 def collate(samples: list[Sample]) -> Batch:
     return Batch(
         positions=[s.position for s in samples],
-        prompt_ids=[s.prompt_id for s in samples],
+        clip_ids=[s.clip_id for s in samples],
         tasks=[s.task for s in samples],
         prompts=[s.prompt for s in samples],
         video=_stack_frames([s.pixels for s in samples]),

@@ -50,6 +50,7 @@ def read_sample(
     return Sample(
         position=position,
         prompt_id=row["prompt_id"],
+        clip_id=row["clip_id"],
         task=row["task"],
         prompt=prompt,
         pixels=frames,

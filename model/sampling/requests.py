@@ -19,7 +19,7 @@ import pyarrow as pa
 from infra.errors import ConfigError
 from infra.storage import absolute, exists, read_bytes
 from model.condition import Prompt, Segment
-from model.data.batch import ROLES, TASKS, Role, prompt_key, read_prompt
+from model.data.batch import ROLES, TASKS, Role, noise_key, read_prompt
 from model.data.shards import open_parquet, open_shards
 from model.prompt.select import documents
 
@@ -56,7 +56,7 @@ class SampleRequest:
         averaged over them must not hang on one draw; prompts in words from the same, so that a seed can be
         compared between wordings.
         """
-        return prompt_key(self.prompt_id) if self.prompt_id else 0
+        return noise_key(self.task, self.clip_id) if self.task and self.clip_id else 0
 
 
 def parse_prompt(text: str, images: Sequence[str], *, instruct: bool = False) -> Prompt:

@@ -25,7 +25,7 @@ from infra.errors import DataError
 from infra.run_folder import HELD_OUT
 from infra.validation_cells import AXES, Cell, rows_name
 from model.condition import Prompt, References
-from model.data.batch import TASKS, Batch, collate, prompt_key, read_prompt
+from model.data.batch import TASKS, Batch, collate, noise_key, read_prompt
 from model.data.buckets import VALIDATION as KEPT_BACK
 from model.data.buckets import Bucket
 from model.data.inputs import SHOWN
@@ -210,7 +210,7 @@ class Validation:
         batch, count = self._read(source, prompt), len(QUANTILES)
         video = targets(batch)
         objective = targets.objective(video)
-        key = prompt_key(batch.prompt_ids[0])
+        key = noise_key(batch.tasks[0], batch.clip_ids[0])
         noise = torch.randn(
             video.shape, generator=sample_generator(0, key, "validation", device), device=device
         )

@@ -163,7 +163,7 @@ def take(loader: Loader, count: int) -> list:
 
 def test_epoch_yields_every_row_once(make_shards) -> None:
     folder = make_shards(40)
-    ids = [i for b in take(make_loader(folder), 10) for i in b.prompt_ids]
+    ids = [i for b in take(make_loader(folder), 10) for i in b.clip_ids]
     assert len(set(ids)) == 40
 
 
@@ -172,7 +172,7 @@ def test_resumed_loader_equals_unbroken_loader(make_shards) -> None:
     whole = take(make_loader(folder), 12)
     rest = take(make_loader(folder, position=20), 7)
     for a, b in zip(whole[5:], rest, strict=True):
-        assert a.prompt_ids == b.prompt_ids and a.positions == b.positions
+        assert a.clip_ids == b.clip_ids and a.positions == b.positions
         assert (a.video == b.video).all()
 
 
@@ -180,7 +180,7 @@ def test_small_cache_and_many_threads_change_nothing(make_shards) -> None:
     folder = make_shards(40)
     one = take(make_loader(folder, num_threads=1, prefetch_batches=1), 12)
     two = take(make_loader(folder, num_threads=4, prefetch_batches=8, cache_bytes=1), 12)
-    assert [b.prompt_ids for b in one] == [b.prompt_ids for b in two]
+    assert [b.clip_ids for b in one] == [b.clip_ids for b in two]
 
 
 def test_two_ranks_make_the_batches_of_one(make_shards) -> None:
@@ -188,8 +188,8 @@ def test_two_ranks_make_the_batches_of_one(make_shards) -> None:
     whole = take(make_loader(folder), 8)
     parts = [take(make_loader(folder, rank=r, world_size=2), 8) for r in range(2)]
     for one, left, right in zip(whole, *parts, strict=True):
-        assert one.prompt_ids[0::2] == left.prompt_ids
-        assert one.prompt_ids[1::2] == right.prompt_ids
+        assert one.clip_ids[0::2] == left.clip_ids
+        assert one.clip_ids[1::2] == right.clip_ids
 
 
 def test_micro_batches_hold_one_bucket(make_shards, make_row) -> None:
@@ -219,7 +219,7 @@ def test_unreadable_target_is_replaced_and_counted(make_shards, make_row) -> Non
     batches = take(loader, 4)
     assert all(len(b) == 4 for b in batches)
     assert loader.num_bad >= 1
-    assert rows[3]["prompt_id"] not in {i for b in batches for i in b.prompt_ids}
+    assert rows[3]["clip_id"] not in {i for b in batches for i in b.clip_ids}
 
 
 def test_references_come_with_the_batch_and_a_bad_picture_is_a_bad_row(make_shards, make_row) -> None:
@@ -230,8 +230,8 @@ def test_references_come_with_the_batch_and_a_bad_picture_is_a_bad_row(make_shar
     shown = {"references": lambda prompt, stored: reference_tensors([prompt], size)}
     loader = make_loader(make_shards(rows=rows), **shown)
     batches = take(loader, 4)
-    assert loader.num_bad >= 1 and rows[3]["prompt_id"] not in {i for b in batches for i in b.prompt_ids}
-    assert any(rows[4]["prompt_id"] in b.prompt_ids for b in batches)
+    assert loader.num_bad >= 1 and rows[3]["clip_id"] not in {i for b in batches for i in b.clip_ids}
+    assert any(rows[4]["clip_id"] in b.clip_ids for b in batches)
     for batch in batches:
         expected = reference_tensors(batch.prompts, size)
         assert batch.references is not None

@@ -214,7 +214,7 @@ def test_right_none_and_shuffled_differ_in_documents_alone(trained: Stage1Config
     assert shuffled == plan(trained, tmp_path, documents="shuffled", seeds=[3, 4])
 
 
-def test_each_row_starts_from_its_own_noise_whatever_its_documents(
+def test_each_row_starts_from_its_own_noise_whatever_its_documents_and_folder(
     trained: Stage1Config, tmp_path: Path
 ) -> None:
     noises = [
@@ -225,9 +225,9 @@ def test_each_row_starts_from_its_own_noise_whatever_its_documents(
     assert len(set(noises[0])) == len(noises[0])
     config = of_shards(trained, tmp_path)
     sampler, request = Sampler(config, find_checkpoint(config.source)), plan(trained, tmp_path)[0]
-    again = sampler.videos([replace(request, documents_of="another")])
+    again = sampler.videos([replace(request, prompt_id="of another folder", documents_of="another")])
     assert torch.equal(sampler.videos([request]), again)
-    assert not torch.equal(sampler.videos([replace(request, prompt_id="f" * 24)]), again)
+    assert not torch.equal(sampler.videos([replace(request, clip_id="another")]), again)
 
 
 def test_videos_made_together_are_those_made_alone(trained: Stage1Config, tmp_path: Path) -> None:

@@ -54,10 +54,10 @@ def test_rows_are_those_that_stage_one_kept_back(stages: tuple[Stage1Config, Sta
     one, two = stages
     training, looks = open_two(two)
     before = open_training(one)
-    seen = {i for _ in range(12) for i in next(before.batches).prompt_ids}
+    seen = {i for _ in range(12) for i in next(before.batches).clip_ids}
     watched = [looks.kept.groups.row(row.source, 0) for row in looks.kept.rows]
     assert watched and all(row.held_out for row in looks.kept.rows)
-    assert not seen & {row["prompt_id"] for row in watched}
+    assert not seen & {row["clip_id"] for row in watched}
     for number, row in enumerate(watched):  # with all the documents that stage 1 read, and no instruction
         assert looks.kept.prompts(number) == {"right": read_prompt(row)}
     before.close()

@@ -201,8 +201,8 @@ def test_held_out_rows_are_validated_and_never_trained_on(stage_values: Values) 
     config = Stage1Config.model_validate(stage_values(validation={"num_samples": 50, "held_out_frac": 0.4}))
     training, validation = open_run(config)
     groups = training.loader.row_groups
-    kept = {groups.row(chosen.source, 0)["prompt_id"] for chosen in validation.rows}
-    seen = {i for _ in range(12) for i in next(training.batches).prompt_ids}
+    kept = {groups.row(chosen.source, 0)["clip_id"] for chosen in validation.rows}
+    seen = {i for _ in range(12) for i in next(training.batches).clip_ids}
     assert kept and all(chosen.held_out for chosen in validation.rows) and not kept & seen
     assert len(kept) + len(seen) == 22
     training.close()
