@@ -42,8 +42,8 @@ __all__ = [
 
 TARGET_BYTES = "target.data"
 ROW_COLUMNS = [
-    *("prompt_id", "clip_id", "task", "media", "source_uri", "source_sha256", "split", "start_s", "end_s", "fps"),
-    *("width_px", "height_px"),
+    *("prompt_id", "clip_id", "task", "media", "source_uri", "source_sha256", "split"),
+    *("start_s", "end_s", "fps", "width_px", "height_px"),
     *(f"segments.list.element.{name}" for name in ("type", "role", "text", "image")),
     *(f"target.{name}" for name in ("kind", "num_frames", "height_px", "width_px", "fps")),
 ]

@@ -1,13 +1,15 @@
 """Memory and time of building a memory and joining captions with it, at growing sizes.
 
     python tests/bench/bench_scale.py [--rows 100000 1000000] [--dim 64] [--queries 10000] [--shard-rows 250000]
-        [--profile FILE]
+        [--profile FILE] [--held-out 10000000]
 
-With --profile the measurements become those that `vimi-data plan` fits its laws to.
+With --profile the measurements become those that `vimi-data plan` fits its laws to. A held-out size is measured
+too, and set beside what these laws say of it, which never saw it.
 
 Planted documents (no pictures, no CLIP). Each part runs in a process of its own; its memory is the kernel's
 proportional set size (PSS, so that a shared page counts once), the largest of samples every 20 ms; it fails
-above 2 GB a worker, or 1 GB for the driver. faiss, LanceDB and bm25s search beside them, if installed.
+above 2 GB a worker, or 1 GB for the driver. faiss, LanceDB and bm25s, if installed, search beside them up to
+`PEER_ROWS` documents.
 """
 
 import argparse
@@ -47,6 +49,7 @@ from pipeline.memory.vectors import unit, vectors_arrow, vectors_numpy
 from pipeline.prompts.augment.candidates import candidates
 from pipeline.prompts.exclusion import Exclusion
 from pipeline.prompts.guard import GuardConfig
+from pipeline.report.estimate import fit_law
 from pipeline.schema import memory_schema
 from tests.pipeline.memory.memory_tables import certify_memory, commit_memory, stage
 
@@ -54,6 +57,7 @@ UNIT_ROWS, WORDS, TEXT_WORDS = 10_000, 20_000, 10
 DEPTH = 100
 WORKER_BYTES, DRIVER_BYTES = 2 << 30, 1 << 30
 """What a process may take."""
+PEER_ROWS = 1_000_000
 DRIVER = "commit, the driver"
 SHARED = {
     "keys_s": ("keys of duplicates",),
@@ -239,14 +243,19 @@ def run(rows: int, dim: int, queries: int, shard_rows: int, folder: str) -> dict
     certify_memory(out, facts, rows)
     for name in RETRIEVERS:
         parts[f"join {name}"] = [measured(join_tile, out, name, n, queries) for n in range(len(groups))]
-    costs = {name: together([cost for _, cost in runs]) for name, runs in parts.items()}
+    if rows <= PEER_ROWS:
+        search_beside(out, queries)
+    return {name: together([cost for _, cost in runs]) for name, runs in parts.items()}
+
+
+def search_beside(out: str, queries: int) -> None:
+    """Print what others' exact search of the same captions takes, in parts of ours."""
     own_s = {name: measured(own_search, out, queries, name)[0] for name in ("bm25", "clip")}
     for name, (package, work, same) in PEERS.items():
         if importlib.util.find_spec(package):
             took_s = measured(work, out, queries)[0]
             ours = f"  search, {same}: {own_s[same]:.1f} CPU s"
             print(f"{ours}; {name}: {took_s:.1f}, {took_s / own_s[same]:.2f} times")
-    return costs
 
 
 def together(costs: Sequence[Cost]) -> Cost:
@@ -270,6 +279,23 @@ def profile_run(rows: int, found: dict[str, Cost]) -> dict[str, Any]:
     }
 
 
+def foretold(runs: list[dict[str, Any]], rows: int) -> dict[str, float]:
+    """What the plan's laws, fitted to some runs, say of another size: the numbers of its own run."""
+    names = (*SHARED, "driver_s", "driver_bytes")
+    found = {name: fit_law([(run["rows"], run[name]) for run in runs])(rows) for name in names}
+    largest = max(runs, key=lambda run: run["rows"])
+    joins = {f"join {name}, s": s / largest["rows"] * rows for name, s in largest["join_s"].items()}
+    return {**found, "worker_bytes": largest["worker_bytes"], **joins}
+
+
+def compare(runs: list[dict[str, Any]], held_out: dict[str, Any]) -> None:
+    """Print what the plan says of a run beside what it took."""
+    took = held_out | {f"join {name}, s": seconds for name, seconds in held_out["join_s"].items()}
+    print(f"the plan of {held_out['rows']:,} documents, fitted to {[run['rows'] for run in runs]}")
+    for name, told in foretold(runs, held_out["rows"]).items():
+        print(f"  {name:20} told {told:14,.1f}  took {took[name]:14,.1f}  {told / took[name]:6.2f} times")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, nargs="+", default=[100_000, 1_000_000])
@@ -277,9 +303,10 @@ def main() -> None:
     parser.add_argument("--queries", type=int, default=10_000)
     parser.add_argument("--shard-rows", type=int, default=250_000)
     parser.add_argument("--profile", help="write the runs into this file, for `vimi-data plan`")
+    parser.add_argument("--held-out", type=int, nargs="*", default=[], help="sizes to try the plan on")
     options = parser.parse_args()
     runs, is_flat = [], True
-    for rows in options.rows:
+    for rows in [*options.rows, *options.held_out]:
         print(f"{rows:,} documents of {options.dim} dimensions, {options.queries:,} captions")
         with tempfile.TemporaryDirectory() as folder:
             found = run(rows, options.dim, options.queries, options.shard_rows, folder)
@@ -290,11 +317,14 @@ def main() -> None:
             fate = "" if is_within else "  above the limit"
             print(f"  {name:20} {took}  {cost.pss_bytes / 2**20:8.0f} MB{fate}", flush=True)
         runs.append(profile_run(rows, found))
+    fitted = runs[: len(options.rows)]
+    for held_out in runs[len(options.rows) :]:
+        compare(fitted, held_out)
     if options.profile:
         place = Path(options.profile)
         scale = {"dim": options.dim, "captions": options.queries, "shard_rows": options.shard_rows}
         profile = json.loads(place.read_text()) if place.exists() else {}
-        profile["scale"] = {"cpus": os.cpu_count(), **scale, "runs": runs}
+        profile["scale"] = {"cpus": os.cpu_count(), **scale, "runs": fitted}
         place.write_text(json.dumps(profile, indent=1) + "\n")
     if not is_flat:
         sys.exit("a process took more memory than it may")
