@@ -41,7 +41,9 @@ class Command:
         self.folder, self.mark, self.log = folder, uuid.uuid4().hex, folder / "log"
         (folder / "config.yaml").write_text(yaml.safe_dump(json.loads(json.dumps(values))))
         program, name = title.split()
-        code = f"from cli.{program.removeprefix('vimi-')} import main; main()"
+        # Who starts the tests may ignore SIGINT, and what they start would too.
+        heard = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+        code = f"{heard}; from cli.{program.removeprefix('vimi-')} import main; main()"
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "RAY_ADDRESS": "", "HF_HUB_OFFLINE": "1"}
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
