@@ -73,6 +73,7 @@ def full_steps() -> list[str]:
         *(sample(choice, f"--documents {choice}") for choice in DOCUMENTS),
         sample("halfway", "--set run=stage1/checkpoints/samples-000000120000"),
         *(sample(run, f"--set run={run}") for run in ("three", "faithful", "misled")),
+        sample("misled-none", "--set run=misled --documents none"),
         sample("empty", "--set prompts_uri=prompts-empty"),
         *(sample(f"guided-{weight}", TOWARDS.format(weight)) for weight in (1, 1.5, 2, 3, 4, 6)),
         sample("tuned", "--set run=stage2 --set prompts_uri=instructions --set rows=384"),

@@ -34,9 +34,9 @@ from pipeline.shards import ShardSet, open_part
 from pipeline.world.concepts import CONCEPTS
 from pipeline.world.judge import Difference, Seen, judge_video, paired
 
-Measure = Literal["colour", "shape", "direction", "background", "place"]
+Measure = Literal["colour", "shape", "direction", "background", "pictures", "place"]
 PLACE_SHARE = 0.1
-"""A thing starts at its place if it is seen within this share of the side. Ours."""
+"""A thing is on its way if it is seen within this share of the side, in the mean over the frames. Ours."""
 ERRORS = 2.0
 """Standard errors that a difference must be away from zero to be one. Ours."""
 PAGE_FILE = "evidence.html"
@@ -68,8 +68,8 @@ class Claim(Config):
     words: str = Field(min_length=1)
     """The claim in words."""
     measure: Measure
-    """What is judged: colour (nearest of 8), shape, direction, background (nearest of 6), place (of the thing
-    in the first frame)."""
+    """What is judged: colour (nearest of 8), shape, direction, background (nearest of 6), pictures (colour and
+    background both), place (of the thing on its way, behind the first frame, which may have been given)."""
     of: str
     """Name of the set that it is about."""
     against: str | None = None
@@ -247,13 +247,16 @@ def sampled_frames(place: str, target: Row) -> np.ndarray:
 
 def compare(seen: Seen, concept: Row, clip: Row) -> dict[str, bool]:
     """Each measure: is what is seen what should be?"""
-    off = np.abs(seen.places[0] - np.array(clip["start"])).max()
+    way = np.linspace(clip["start"], clip["end"], len(seen.places))
+    off = np.abs(seen.places - way).max(axis=1)
+    colour, background = seen.colour == concept["colour"], seen.background == clip["background"]
     return {
-        "colour": seen.colour == concept["colour"],
+        "colour": colour,
         "shape": seen.shape == concept["shape"],
         "direction": seen.direction == clip["motion"],
-        "background": seen.background == clip["background"],
-        "place": bool(off <= PLACE_SHARE),
+        "background": background,
+        "pictures": colour and background,
+        "place": bool((off[1:] if len(off) > 1 else off).mean() <= PLACE_SHARE),
     }
 
 
@@ -357,7 +360,7 @@ def film_strips(sets: Sequence[list[Judged]], prompts: dict[str, Row]) -> list[R
     strips = []
     for key in list(reversed(first.values()))[:ROWS]:
         row = by_key[key[:2]]
-        videos = [samples[key] for samples in found if key in samples]
+        videos = [samples.get(key) for samples in found]  # a set of other prompts has none
         strips.append(
             {
                 "caption": row["caption"],
@@ -365,6 +368,8 @@ def film_strips(sets: Sequence[list[Judged]], prompts: dict[str, Row]) -> list[R
                 "truth": _strip(target_frames(row["target"]), album),
                 "videos": [
                     {"strip": _strip(v.frames, album), "right": [name for name in LOOKS if v.right[name]]}
+                    if v
+                    else {"strip": None, "right": []}
                     for v in videos
                 ],
             }

@@ -1,4 +1,4 @@
-"""What the retrieved documents say of their targets, beside random ones: can retrieval help at all?
+"""What the retrieved documents say of their targets, beside random ones: are they nearer at all?
 
 Words need no tagger: they are what the retriever's analysis leaves of a text, without its stop words, stemmed.
 Workers count shard by shard; the sums of all shards make the job's closing words.
@@ -100,8 +100,8 @@ def _picture_sentence(sums: Sums) -> str:
     best, random, lead = (sums[name] / count for name in ("best", "random", "lead"))
     variance = max(sums["lead_squared"] / count - lead**2, 0) * count / (count - 1)
     error = math.sqrt(variance / count)
-    helps = "retrieval can help" if lead > ERRORS * error else "retrieval can hardly help"
+    says = "nearer than a random one" if lead > ERRORS * error else "no nearer: retrieval can hardly help"
     return (
         f"the best document's cosine with the target is {best:.3f}, a random one's {random:.3f} "
-        f"({lead:+.3f} ± {error:.3f}, {count:,} clips): {helps}"
+        f"({lead:+.3f} ± {error:.3f}, {count:,} clips): {says}"
     )

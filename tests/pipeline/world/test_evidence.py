@@ -13,18 +13,32 @@ from infra.certificate import Certificate, entry_of, write_certificate
 from infra.errors import ConfigError, DataError
 from infra.run_folder import record_line
 from infra.samples import write_samples
-from infra.storage import read_json, write_bytes, write_json
+from infra.storage import join, read_json, write_bytes, write_json
 from model.sampling.film import write_video
 from pipeline.media.frames import decode_frames
 from pipeline.report import ReportConfig
 from pipeline.report.page import NUM_STRIPS
 from pipeline.report.page import run as report
-from pipeline.world.evidence import EvidenceConfig, check, run, table
+from pipeline.world.evidence import (
+    EvidenceConfig,
+    SampleSet,
+    World,
+    check,
+    compare,
+    film_strips,
+    judge_set,
+    read_prompts,
+    run,
+    table,
+)
+from pipeline.world.judge import judge_video
 from pipeline.world.make import WorldConfig
 from pipeline.world.make import run as make_world
 from tests.model.prompt_tables import jpeg, prompt_row, write_shards
 
 SIDE, COUNT = 16, 10
+TIMES_S = [(frame + 0.5) / 6 for frame in range(4)]
+"""Of the four frames of a clip."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +74,7 @@ def make_judged(folder: Path, count: int, *, prompts: str = "prompts") -> Made:
         if row["seen"]:
             continue
         (clip,) = row["clips"]
-        times_s = [(frame + 0.5) / 6 for frame in range(4)]
-        frames = decode_frames(str(world / clip["video"]), times_s, size_px=(SIDE, SIDE))
+        frames = decode_frames(str(world / clip["video"]), TIMES_S, size_px=(SIDE, SIDE))
         prompt = prompt_row(number, num_frames=4, height=SIDE, width=SIDE)
         prompt["segments"][1]["image"] = jpeg(frames[0])
         target = {**prompt["target"], "data": frames.tobytes()}
@@ -102,7 +115,7 @@ def claim(**values: Any) -> dict[str, Any]:
     return {"words": "it <is> so", "measure": "colour", "of": "right", **values}
 
 
-MEASURES = ("colour", "shape", "direction", "background", "place")
+MEASURES = ("colour", "shape", "direction", "background", "pictures", "place")
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +144,24 @@ def test_true_videos_are_right_and_more_often_than_others(rows: dict[str, Any], 
     assert row["holds"] == (row["difference"] > 2 * row["difference_error"])
     if measure in ("colour", "shape", "direction"):
         assert row["holds"] and row["other_share"] < 0.7
+
+
+def test_only_the_first_frame_in_place_is_no_video_that_goes_on(made: Made) -> None:
+    """The first frame may have been given: it tells nothing."""
+    world = World(made.config["world"])
+    for concept, clip in world.clips.values():
+        frames = decode_frames(join(world.folder, clip["video"]), TIMES_S, size_px=(SIDE, SIDE))
+        for after, goes_on in ((frames[1:], True), (np.roll(frames[1:], SIDE // 2, axis=2), False)):
+            seen = judge_video(np.concatenate([frames[:1], after]), size=clip["size"], shapes=world.shapes)
+            assert compare(seen, concept, clip)["place"] == goes_on
+
+
+def test_a_set_of_other_prompts_leaves_its_strips_empty(made: Made) -> None:
+    world, shards = World(made.config["world"]), read_prompts(made.config["sets"]["right"]["prompts"])
+    right = judge_set(SampleSet(**made.config["sets"]["right"]), shards, world)
+    for strip in film_strips([right, right[:1], right], shards)[1:]:
+        first, other, last = strip["videos"]
+        assert first["strip"] == last["strip"] is not None and other == {"strip": None, "right": []}
 
 
 def test_a_claim_that_is_not_so_fails(rows: dict[str, Any]) -> None:
