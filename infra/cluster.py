@@ -125,6 +125,15 @@ def wants_gpus(config: RayConfig) -> bool:
     return there and config.gpus is not False
 
 
+def may_use_gpu() -> bool:
+    """Whether a GPU that this process sees is its own: Ray hides none from workers that asked for none."""
+    ray: Any = sys.modules.get("ray")
+    if ray is None or not ray.is_initialized():
+        return True
+    context = ray.get_runtime_context()
+    return context.worker.mode != ray.WORKER_MODE or bool(context.get_accelerator_ids().get("GPU"))
+
+
 def _start(**options: Any) -> Any:
     """`ray.init`, whose own errors become a line.
 

@@ -33,6 +33,8 @@ IDS_PER_QUERY = 512  # ids in one `IN (...)`: long lists make the SQL parser slo
 MADE_BY = "vimi-data build-index"
 EMBEDDINGS = ("image_embedding", "text_embedding", "document_embedding")
 SHARD_JOB = "shard"
+INDEXES = "/_indices/"
+"""Part of the path of each file of the search index."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,8 @@ class Memory:
     """lancedb.table.Table, checked out at `version`."""
     certificate: Certificate
     version: str
-    """Tag of this version: a hash of its documents and of the model, so equal content, equal tag."""
+    """Tag of this version: a hash of its documents, of the model and of the words' analysis, so equal content,
+    equal tag."""
     shards: tuple[Shard, ...]
 
     @property
@@ -129,8 +132,9 @@ def open_memory(uri: str, *, version: str | None = None, read_through: bool = Tr
     Args:
         uri: its folder.
         version: an older tag; None = the newest.
-        read_through: compare every file of every shard with its hash, once a process. False = only that each
-            shard is there, for those who have `check_shard` read each of them.
+        read_through: compare every file of every shard, and the search index, with its hash, once a process.
+            False = only that each shard is there, for those who have `check_shard` read each of them and don't
+            search by the index.
 
     Raises:
         ConfigError: no memory there, an unfinished one, a foreign table, an unknown tag, an older layout.
@@ -141,7 +145,7 @@ def open_memory(uri: str, *, version: str | None = None, read_through: bool = Tr
     if "shards" not in certificate.facts:
         cure = "build it again, in another folder"
         raise ConfigError(f"{uri} is a memory of an older layout, without shards", cure=cure)
-    check_files(uri, certificate.files)
+    check_files(uri, (file for file in certificate.files if read_through or INDEXES not in file.path))
     tags = certificate.facts["versions"]
     tag = version or str(certificate.facts["memory_version"])
     if tag not in tags:
@@ -164,8 +168,10 @@ def open_memory(uri: str, *, version: str | None = None, read_through: bool = Tr
     return Memory(uri, table, certificate, tag, shards)
 
 
-def check_shard(uri: str, name: str, *, read_through: bool = True) -> None:
+def check_shard(uri: str, name: str, *, read_through: bool = True, parts: Sequence[str] = ()) -> None:
     """Refuse a shard of which a file is missing or, if it is read through, damaged.
+
+    `parts` are the names of the only arrays that are read through; none = all of its files.
 
     Raises:
         DataError: names the first such file, and the cure.
@@ -175,7 +181,8 @@ def check_shard(uri: str, name: str, *, read_through: bool = True) -> None:
     if certificate is None:
         raise DataError(f"shard {name} of {uri} is missing; cure: {cure}")
     if read_through:
-        check_files(uri, certificate.files)
+        places = [join(SHARDS, name, f"{part}.arrow") for part in parts]
+        check_files(uri, [file for file in certificate.files if not parts or file.path in places])
         return
     for entry in certificate.files:
         if size_bytes(join(uri, entry.path)) != entry.num_bytes:
@@ -267,15 +274,18 @@ def _unreadable(uri: str, error: Exception) -> ConfigError:
     )
 
 
-def version_tag(model_hash: str, rows: int, ids_sum: int) -> str:
+def version_tag(model_hash: str, analysis: Analysis, key_frames: int, rows: int, ids_sum: int) -> str:
     """The tag of a memory's content.
 
     Args:
         model_hash: of the CLIP.
+        analysis: of the words.
+        key_frames: of a video, from which its vector and picture are.
         rows: documents.
         ids_sum: sum of all their ids as numbers: the same in any order, and added to when a memory grows.
     """
-    return "memory-" + content_id("memory", model_hash, rows, f"{ids_sum % 2**96:x}")[:12]
+    known = content_id("memory", model_hash, analysis, key_frames, rows, f"{ids_sum % 2**96:x}")
+    return f"memory-{known[:12]}"
 
 
 def words_name(tag: str) -> str:

@@ -129,7 +129,7 @@ def _random_similarities(memory: str) -> np.ndarray:
     """Cosines of texts and pictures of different documents of the memory, in its own CLIP space."""
     from pipeline.memory import open_memory
 
-    found = open_memory(memory).sample
+    found = open_memory(memory, read_through=False).sample
     rows, random = len(found), np.random.default_rng(0)
     if rows < 2:
         return np.empty(0)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from infra.cluster import RayConfig, ray_session
+from infra.cluster import RayConfig, may_use_gpu, ray_session
 from infra.errors import ConfigError, VimiError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -186,6 +186,15 @@ def test_a_cluster_that_asks_for_its_token_is_joined_by_those_who_bring_it(tmp_p
         finally:
             head.terminate()
             head.wait(60)
+
+
+@pytest.mark.ray
+def test_a_worker_that_asked_for_no_gpu_takes_none(ray_cluster: None) -> None:
+    """Ray hides no GPU from it."""
+    import ray
+
+    assert may_use_gpu()
+    assert not ray.get(ray.remote(num_gpus=0)(may_use_gpu).remote())
 
 
 def test_kubernetes_file_names_the_tested_ray() -> None:

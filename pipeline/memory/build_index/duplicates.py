@@ -28,12 +28,23 @@ from infra.config import Config
 from infra.storage import filesystem, join, write_bytes
 from pipeline.journal import Receipt, Unit
 from pipeline.memory.build_index.shards import SAMPLE_ROWS, STAGED, Group, read_staged
-from pipeline.memory.store import SHARDS, Memory, Shard, arrow_bytes, column, open_memory, read_table
+from pipeline.memory.store import (
+    SHARDS,
+    Memory,
+    Shard,
+    arrow_bytes,
+    check_shard,
+    column,
+    open_memory,
+    read_table,
+)
 from pipeline.memory.tile import LIGHT, documents_table
 from pipeline.memory.vectors import cosines, unit, vectors_numpy
 from pipeline.schema import Status, content_id
 
 KEYS, PAIRS = "keys", "pairs"
+KEYED = ("phash", "key", "same")
+"""Columns of `documents.arrow` that keys are made of."""
 KEY = np.dtype([("kind", "u1"), ("value", "u8"), ("place", "i8"), ("phash", "u8")])
 """Something that duplicates share. kind: 0 = the id, 1 = piece and words, from 2 on a band of the hash."""
 MAX_COMPARED = 20_000
@@ -145,10 +156,16 @@ class KeyWriter:
         }
 
     def _rows(self, payload: dict[str, Any]) -> pa.Table:
+        """phash, key and same of a group's documents."""
         if "shard" in payload:
+            check_shard(self.out, payload["shard"], parts=["documents"])
             return read_table(join(self.out, SHARDS, payload["shard"], "documents.arrow"))
-        staged = (read_staged(self.build, file, sha) for file, sha, _ in payload["files"])
-        return pa.concat_tables([documents_table(table.select(LIGHT)) for table in staged])
+        pieces = []
+        for file, sha, _ in payload["files"]:
+            rows = documents_table(read_staged(self.build, file, sha).select(LIGHT)).select(KEYED)
+            # A copy: what Arrow selects keeps the whole file, its pictures and vectors, in memory.
+            pieces.append(rows.take(pa.array(np.arange(len(rows)))))
+        return pa.concat_tables(pieces)
 
     def _keys(self, rows: pa.Table, first: int) -> np.ndarray:
         places = np.arange(len(rows)) + first

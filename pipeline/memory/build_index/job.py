@@ -147,7 +147,8 @@ class Build:
         first = sum(shard.rows for shard in self.old)
         rows = first + sum(receipt["rows"] for receipt in written)
         ids_sum = int(base["ids_sum"], 16) + sum(int(receipt["ids_sum"], 16) for receipt in written)
-        tag = version_tag(self.model["model_hash"], rows, ids_sum)
+        config = self.config
+        tag = version_tag(self.model["model_hash"], config.analysis, config.key_frames, rows, ids_sum)
         new = commit(self.out, written, first=first, version=tag)
         facts = self.model | {
             "analysis": self.config.analysis,

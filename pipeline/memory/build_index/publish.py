@@ -15,6 +15,7 @@ from pipeline.memory.store import (
     LANCE_FOLDER,
     SHARDS,
     arrow_bytes,
+    check_shard,
     lance_dataset,
     open_table,
     read_table,
@@ -46,6 +47,8 @@ def publish(out: str, facts: dict[str, Any], smallest: Sequence[tuple[str, int]]
     sample = lance_dataset(out).take(chosen, columns=["doc_id", "source_uri", "source_sha256", *EMBEDDINGS])
     sample = sample.append_column("number", pa.array(chosen, pa.int64()))
     write_bytes(join(out, sample_name(tag)), arrow_bytes(sample))
+    for shard in facts["shards"]:
+        check_shard(out, shard["name"], parts=["words", "lengths"])  # those of a memory that grows are old
     totals = Statistics.total(read_words(out, shard["name"]) for shard in facts["shards"])
     counts = {"documents": str(totals.documents), "words": str(totals.words)}
     words = pa.table({"hash": totals.hashes, "count": totals.counts}).replace_schema_metadata(counts)

@@ -163,7 +163,13 @@ def write_fragments(out: str, batches: Iterator[pa.RecordBatch], dim: int) -> li
     place, options = lance_table(out), storage_options(out)
     try:
         found = write(
-            reader, place, schema=schema, mode="append", max_rows_per_file=2**31, storage_options=options
+            reader,
+            place,
+            schema=schema,
+            mode="append",
+            max_rows_per_file=2**31,
+            max_bytes_per_file=2**62,  # Lance's own 90 GiB would cut a large shard in two
+            storage_options=options,
         )
     except (OSError, RuntimeError, ValueError) as error:
         raise DataError(f"can't write documents: {first_line(error)}") from error

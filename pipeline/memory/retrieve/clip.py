@@ -130,13 +130,18 @@ def dots(rows: np.ndarray, query: np.ndarray) -> np.ndarray:
     return cosines(wide, query).astype(np.float32).astype(np.float64)
 
 
-@cache
 def arithmetic() -> tuple[Any, Any]:
     """(device, float type) of the first pass."""
     import torch
 
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and may_use_gpu():
         return torch.device("cuda"), torch.float16
+    return torch.device("cpu"), torch.bfloat16 if _multiplies_bfloat16() else torch.float32
+
+
+@cache
+def _multiplies_bfloat16() -> bool:
+    import torch
+
     probe = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
-    is_native = probe is not None and bool(probe())
-    return torch.device("cpu"), torch.bfloat16 if is_native else torch.float32
+    return probe is not None and bool(probe())

@@ -77,6 +77,7 @@ def _work(config: AugmentConfig, inputs: Inputs, units: list[Unit]) -> Receipts:
 
     memory, joined = inputs.memory, is_joined(config, inputs.memory)
     checked = join(config.out, CHECKED)
+    delete(checked)  # of a run that was killed: what lay there then is not what lies there now
     told = run("read the memory through", check_units(memory), partial(CheckWorker, config), out=checked)
     for _, receipt in told.in_order(check_units(memory)):
         if "damage" in receipt:

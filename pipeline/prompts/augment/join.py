@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from infra.certificate import CERTIFICATE
 from infra.errors import ConfigError, DataError
-from infra.storage import filesystem, free_bytes, join, read_bytes, write_bytes
+from infra.storage import exists, filesystem, free_bytes, join, list_files, read_bytes, size_bytes, write_bytes
 from pipeline.journal import Receipt, Unit
 from pipeline.memory import Memory
 from pipeline.memory.retrieve.hits import merge
@@ -43,7 +44,10 @@ def check_room(config: AugmentConfig, memory: Memory, rows: int) -> None:
     lists = 1 + (config.retrieve.method.needs_words and config.retrieve.method.needs_vectors)
     most = sum(min(config.retrieve.depth, shard.rows) for shard in memory.shards)
     need, free = rows * lists * most * CANDIDATE.itemsize, free_bytes(config.out)
-    if is_joined(config, memory) and free is not None and need > free:
+    if free is None or not is_joined(config, memory) or exists(join(config.out, CERTIFICATE)):
+        return
+    free += sum(size_bytes(place) for place in list_files(join(config.out, FOLDER)))  # of a run before
+    if need > free:
         raise ConfigError(
             f"the candidates of {rows:,} captions in {len(memory.shards):,} shards need up to {need:,} bytes; "
             f"{config.out} has {free:,}",

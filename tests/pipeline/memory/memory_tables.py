@@ -14,6 +14,7 @@ from pipeline.journal import Receipt, Unit
 from pipeline.memory.build_index.index import IndexConfig, build_indexes
 from pipeline.memory.build_index.publish import own_files, publish, smallest, tag_latest
 from pipeline.memory.build_index.shards import DROPPED, STAGED, ShardWriter, commit, create_table, deal
+from pipeline.memory.embed.pictures import KEY_FRAMES
 from pipeline.memory.retrieve.analysis import Analysis
 from pipeline.memory.store import arrow_bytes, version_tag
 from pipeline.memory.vectors import unit, vectors_arrow
@@ -125,7 +126,7 @@ def commit_memory(
 ) -> dict[str, Any]:
     """Make written shards a tagged version; facts of its certificate."""
     ids_sum = sum(int(receipt["ids_sum"], 16) for receipt in written)
-    tag = version_tag(model_hash or MODEL_HASH, count, ids_sum)
+    tag = version_tag(model_hash or MODEL_HASH, analysis, KEY_FRAMES, count, ids_sum)
     facts = {
         "memory_version": tag,
         "versions": [tag],

@@ -1,6 +1,7 @@
 """Laws of deduplication: groups are connected components, one of each stays, reasons add up."""
 
 import io
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from infra.errors import DataError
 from pipeline.media.phash import phash64
 from pipeline.memory.build_index import duplicates
 from pipeline.memory.build_index.duplicates import (
@@ -106,6 +108,31 @@ def test_a_document_that_is_staged_twice_is_taken_once_and_is_no_pair(tmp_path: 
     rows = documents(12)
     found = find(tmp_path, pa.concat_tables([rows, rows.slice(3, 2)]), group_rows=5)
     assert found.copies.tolist() == [12, 13] and len(found.table) == 0
+
+
+def test_a_key_writer_keeps_no_pictures(tmp_path: Path) -> None:
+    """Arrow's selections are views, each of which would keep its whole file."""
+    rows, build = documents(60), str(tmp_path / "new")
+    rows = replaced(rows, image=[np.random.default_rng(n).bytes(100_000) for n in range(60)])
+    groups = deal(stage(build, rows, 10), 60, shards=0, documents=0)
+    (unit_,) = key_units(groups, [])
+    worker = KeyWriter(str(tmp_path), build, 4, 1)
+    tracemalloc.start()
+    found = worker._rows(unit_.payload)
+    kept, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(found) == 60 and kept < 300_000 < 1_000_000 < most < 4_000_000
+
+
+def test_a_memory_with_a_damaged_shard_does_not_grow(tmp_path: Path) -> None:
+    make_memory(str(tmp_path), documents(10), shard_rows=50)
+    file = next(tmp_path.glob("shards/*/documents.arrow"))
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    (unit_,) = key_units([], open_memory(str(tmp_path), read_through=False).shards)
+    with pytest.raises(DataError, match=r"documents\.arrow"):
+        KeyWriter(str(tmp_path), str(tmp_path / "new"), 4, 1)(unit_.payload)
 
 
 def test_perceptual_hashes_can_veto(tmp_path: Path) -> None:

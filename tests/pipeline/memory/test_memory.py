@@ -69,6 +69,13 @@ def test_the_cut_into_shards_changes_no_version_and_no_sample(tmp_path: Path) ->
     assert found[0] == found[1] == found[2]
 
 
+def test_words_analysed_otherwise_are_another_version(tmp_path: Path) -> None:
+    rows = documents(6)
+    for analysis in ("english", "none"):
+        make_memory(str(tmp_path / analysis), rows, analysis=analysis)
+    assert open_memory(str(tmp_path / "english")).version != open_memory(str(tmp_path / "none")).version
+
+
 def test_rows_come_in_the_order_asked_for(tmp_path: Path) -> None:
     rows = documents(20)
     make_memory(str(tmp_path), rows, shard_rows=6)
