@@ -33,8 +33,6 @@ IDS_PER_QUERY = 512  # ids in one `IN (...)`: long lists make the SQL parser slo
 MADE_BY = "vimi-data build-index"
 EMBEDDINGS = ("image_embedding", "text_embedding", "document_embedding")
 SHARD_JOB = "shard"
-INDEXES = "/_indices/"
-"""Part of the path of each file of the search index."""
 
 
 @dataclass(frozen=True)
@@ -132,9 +130,8 @@ def open_memory(uri: str, *, version: str | None = None, read_through: bool = Tr
     Args:
         uri: its folder.
         version: an older tag; None = the newest.
-        read_through: compare every file of every shard, and the search index, with its hash, once a process.
-            False = only that each shard is there, for those who have `check_shard` read each of them and don't
-            search by the index.
+        read_through: compare every file of every shard with its hash, once a process. False = only that each
+            shard is there, for those who have `check_shard` read each of them.
 
     Raises:
         ConfigError: no memory there, an unfinished one, a foreign table, an unknown tag, an older layout.
@@ -145,7 +142,7 @@ def open_memory(uri: str, *, version: str | None = None, read_through: bool = Tr
     if "shards" not in certificate.facts:
         cure = "build it again, in another folder"
         raise ConfigError(f"{uri} is a memory of an older layout, without shards", cure=cure)
-    check_files(uri, (file for file in certificate.files if read_through or INDEXES not in file.path))
+    check_files(uri, certificate.files)
     tags = certificate.facts["versions"]
     tag = version or str(certificate.facts["memory_version"])
     if tag not in tags:
