@@ -216,10 +216,18 @@ def _breaks(config: PlanConfig, profile: dict[str, Any], build_s: float) -> list
         found.append(
             Line("BREAKS: patience", span(build_s), "embedding on CPUs; cure: gpus_per_node, or more nodes")
         )
+    for name, seconds in join_seconds(config, profile["scale"]).items():
+        on_gpus = name != "bm25" and config.gpus_per_node > 0
+        if seconds > SLOW_DAYS * 86400 and not on_gpus:
+            cure = "on CPUs; cure: more nodes, fewer captions" + (
+                "" if name == "bm25" else ", or gpus_per_node"
+            )
+            found.append(Line(f"BREAKS: patience, join {name}", span(seconds), cure))
     if shared_reads(config) > 1:
         cure = f"ranks that don't divide {LANES} share row groups; cure: {nearest_ranks(config)} ranks"
         found.append(Line("SLOW: reads of stage 1", f"{shared_reads(config)} times", cure))
-    return found or [Line("breaks", "nothing known", "memory of workers and driver, build time, shared reads")]
+    looked_at = "memory of workers and driver, time of build and join, shared reads"
+    return found or [Line("breaks", "nothing known", looked_at)]
 
 
 def nearest_ranks(config: PlanConfig) -> int:
@@ -246,15 +254,29 @@ def _build(config: PlanConfig, scale: dict[str, Any]) -> tuple[list[Line], float
 
 def _join(config: PlanConfig, scale: dict[str, Any]) -> list[Line]:
     """A line a retriever: every caption meets every shard, by vectors on GPUs where there are some."""
-    cpus, largest = config.nodes * config.cpus_per_node, max(scale["runs"], key=lambda run: run["rows"])
+    cpus, largest = config.nodes * config.cpus_per_node, _largest(scale)
     met = largest["rows"] * scale["captions"]
+    reach = config.documents * config.captions / met
     lines = []
-    for name, seconds in largest["join_s"].items():
-        value = seconds / met * config.documents * config.captions / cpus
-        words = f"{seconds / met * 1e9:.3g} ns of a core a caption and document"
+    for name, seconds in join_seconds(config, scale).items():
+        words = f"{largest['join_s'][name] / met * 1e9:.3g} ns of a core a caption and document"
         words += f", measured at {largest['rows']:,} x {scale['captions']:,}; linear in both"
-        lines.append(Line(f"join {name}, wall", span(value), f"{words}; on {cpus:,} CPUs{_width(scale)}"))
+        words += f", extrapolated {reach:,.0f}x" if reach > 1 else ""
+        lines.append(Line(f"join {name}, wall", span(seconds), f"{words}; on {cpus:,} CPUs{_width(scale)}"))
     return [*lines, *_gpu_join(config)]
+
+
+def join_seconds(config: PlanConfig, scale: dict[str, Any]) -> dict[str, float]:
+    """Wall time of the join on CPUs by each retriever."""
+    largest, cpus = _largest(scale), config.nodes * config.cpus_per_node
+    met = largest["rows"] * scale["captions"]
+    share = config.documents * config.captions / met / cpus
+    return {name: seconds * share for name, seconds in largest["join_s"].items()}
+
+
+def _largest(scale: dict[str, Any]) -> dict[str, Any]:
+    """The largest run of a profile."""
+    return max(scale["runs"], key=lambda run: run["rows"])
 
 
 def _gpu_join(config: PlanConfig) -> list[Line]:
@@ -269,7 +291,7 @@ def _gpu_join(config: PlanConfig) -> list[Line]:
 
 def _room(config: PlanConfig, scale: dict[str, Any]) -> list[Line]:
     """Disk and memory."""
-    count, largest = config.documents, max(scale["runs"], key=lambda run: run["rows"])
+    count, largest = config.documents, _largest(scale)
     law = fit_law(_points(scale, DRIVER_BYTES))
     worker = f"largest measured, shards of {scale['shard_rows']:,}; does not grow with the memory"
     picture = f"{IMAGE_BYTES:,} bytes each (mean of such JPEGs)"
