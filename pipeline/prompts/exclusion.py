@@ -55,6 +55,15 @@ class Exclusion:
     def __bool__(self) -> bool:
         return bool(self.ids or self.hashes or self.sources or self.phashes)
 
+    def __or__(self, other: "Exclusion") -> "Exclusion":
+        """What either of the two lists."""
+        return Exclusion(
+            self.ids | other.ids,
+            self.hashes | other.hashes,
+            self.sources | other.sources,
+            tuple(sorted({*self.phashes, *other.phashes})),
+        )
+
 
 def read_exclusion(uri: str, *, source_pattern: str | None = None) -> Exclusion:
     """Read an exclusion file.
@@ -90,6 +99,12 @@ def read_exclusion(uri: str, *, source_pattern: str | None = None) -> Exclusion:
             legal=f"any of {', '.join(COLUMNS)}",
         )
     return _exclusion(known, source_pattern)
+
+
+def exclusion_of(rows: Iterable[dict], *, source_pattern: str | None = None) -> Exclusion:
+    """The same of rows in memory; columns that are not in `COLUMNS` are ignored."""
+    columns = {name: values for name, values in _columns(rows).items() if name in COLUMNS}
+    return _exclusion(columns, source_pattern)
 
 
 def _columns(rows: Iterable[dict]) -> dict[str, list]:

@@ -52,6 +52,7 @@ class PromptRetriever:
         retrieve: how a text finds its documents.
         clip: the memory's own; needed where the retriever compares vectors.
         guard: as augment had it.
+        listed: what stays out of reach beside what the guard's file lists.
 
     Raises:
         ConfigError: a CLIP is missing or is not the memory's.
@@ -64,12 +65,12 @@ class PromptRetriever:
         clip: Clip | None = None,
         *,
         guard: GuardConfig = GuardConfig(),
+        listed: Exclusion = Exclusion(),
     ) -> None:
         check_model(memory, retrieve, clip)
         self.memory, self.retrieve, self.clip = memory, retrieve, clip
-        listed = Exclusion()
         if guard.exclude is not None:
-            listed = read_exclusion(guard.exclude, source_pattern=guard.source_pattern)
+            listed |= read_exclusion(guard.exclude, source_pattern=guard.source_pattern)
         self.matcher = Matcher(memory, retrieve, guard, listed, kept=len(memory.shards))
 
     def __call__(self, texts: Sequence[str]) -> list[dict[str, Any]]:
@@ -124,8 +125,10 @@ def check_retrieval(config: UserRetrievalConfig) -> Memory | None:
     return memory
 
 
-def open_retriever(config: UserRetrievalConfig, memory: Memory) -> PromptRetriever:
-    """The retriever that the config describes, ready to answer.
+def open_retriever(
+    config: UserRetrievalConfig, memory: Memory, listed: Exclusion = Exclusion()
+) -> PromptRetriever:
+    """The retriever that the config describes, ready to answer; it never gives what is `listed`.
 
     Raises:
         ConfigError: another CLIP than the memory's, or one that can't be loaded.
@@ -133,4 +136,4 @@ def open_retriever(config: UserRetrievalConfig, memory: Memory) -> PromptRetriev
     clip = None
     if config.retrieve.method.needs_vectors:
         clip = load_memory_clip(memory) if config.clip is None else load_clip(config.clip)
-    return PromptRetriever(memory, config.retrieve, clip, guard=config.guard)
+    return PromptRetriever(memory, config.retrieve, clip, guard=config.guard, listed=listed)

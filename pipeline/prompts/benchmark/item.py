@@ -41,7 +41,7 @@ class Exam:
 
     Attributes:
         items: in order.
-        listed: rows of the exclusion list: source_uri, url, sha256, clip_id.
+        listed: rows of the exclusion list: source_uri, source_sha256, url, sha256, clip_id.
         facts: what the certificate tells of it.
     """
 

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field
 
@@ -18,6 +18,7 @@ from pipeline.prompts.benchmark.msrvtt import read_msrvtt
 from pipeline.prompts.benchmark.own import read_own
 from pipeline.prompts.benchmark.personalization import Pictures, read_personalization
 from pipeline.prompts.benchmark.ucf101 import read_ucf101
+from pipeline.prompts.exclusion import exclusion_of
 from pipeline.prompts.user_prompt import UserRetrievalConfig, check_retrieval, open_retriever
 from pipeline.schema import PROMPTS, content_id
 from pipeline.shards import shard_name, write_meta, write_shard
@@ -97,7 +98,9 @@ def run(config: BenchmarkConfig) -> Certificate:
     if done is not None:
         return done
     captions = list(dict.fromkeys(item.caption for item in exam.items))
-    retriever = open_retriever(config, memory) if memory else None
+    listed = with_hashes(exam.listed)
+    own = exclusion_of(listed, source_pattern=config.guard.source_pattern)  # no prompt is given its answer
+    retriever = open_retriever(config, memory, own) if memory else None
     found = {row["caption"]: row for row in retriever(captions)} if retriever else {}
     config_hash = output_hash(config, inputs)
     rows = [
@@ -109,7 +112,7 @@ def run(config: BenchmarkConfig) -> Certificate:
         config_hash=config_hash,
         num_in=len(rows),
         num_out=len(rows),
-        files=[*write_rows(config.out, rows), write_exclusion(config.out, exam)],
+        files=[*write_rows(config.out, rows), write_exclusion(config.out, listed)],
         inputs=inputs,
         facts={
             "protocol": config.protocol,
@@ -137,18 +140,22 @@ def write_rows(out: str, rows: list[Row]) -> Iterator[FileEntry]:
     yield write_meta(out, shards, row_group_rows=ROWS_PER_GROUP)
 
 
-def write_exclusion(out: str, exam: Exam) -> FileEntry:
-    """exclude.jsonl: what may neither be retrieved nor trained on, by name and, for local files, by content."""
+def with_hashes(listed: list[dict[str, str]]) -> list[dict[str, str]]:
+    """Entries of an exclusion list with the sha256 of those that are local files."""
     with ThreadPoolExecutor(8) as pool:  # hashing lets go of the interpreter
-        listed = list(pool.map(_with_hash, exam.listed))
+        return list(pool.map(_with_hash, listed))
+
+
+def write_exclusion(out: str, listed: list[dict[str, str]]) -> FileEntry:
+    """exclude.jsonl: what may neither be retrieved nor trained on, by name and, where known, by content."""
     place = join(out, EXCLUDE)
     lines = "".join(json.dumps(entry, sort_keys=True) + "\n" for entry in listed)
     write_bytes(place, lines.encode())
     return file_entries(out, [place])[0]
 
 
-def _with_hash(entry: dict[str, str]) -> dict[str, Any]:
-    source = entry.get("source_uri")
+def _with_hash(entry: dict[str, str]) -> dict[str, str]:
+    source = None if "source_sha256" in entry else entry.get("source_uri")
     try:
         return {**entry, "sha256": sha256_file(source)} if source else entry
     except (OSError, DataError):

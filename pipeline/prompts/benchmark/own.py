@@ -25,10 +25,12 @@ def read_own(source: str, *, held_out_frac: float) -> Exam:
     certificate = input_certificate(source)
     job = certificate.job if certificate else None
     if certificate is not None and job == "crawl":
-        rows = (row for part in shards_of(source, certificate) for row in _clips(part))
-        items = [_of_clip(row) for row in rows if _counts(row, held_out_frac)]
+        clips = (row for part in shards_of(source, certificate) for row in _clips(part))
+        rows = [row for row in clips if _counts(row, held_out_frac)]
+        items = [_of_clip(row) for row in rows]
     elif job in SHARD_JOBS:
-        items = [Item(key=r["prompt_id"], caption=r["caption"], row=r) for r in _rows(source, held_out_frac)]
+        rows = _rows(source, held_out_frac)
+        items = [Item(key=row["prompt_id"], caption=row["caption"], row=row) for row in rows]
     else:
         raise ConfigError(f"no data of ours at {source}", legal="the output of crawl, augment or instruct")
     if not items:
@@ -37,7 +39,7 @@ def read_own(source: str, *, held_out_frac: float) -> Exam:
             legal="rows of a test or val split, or of parents that held_out_frac keeps back",
             cure="--set held_out_frac=0.05, and the same in the training's validation.held_out_frac",
         )
-    return Exam(items, [_listed(item) for item in items], {"held_out_frac": held_out_frac})
+    return Exam(items, [_listed(row) for row in rows], {"held_out_frac": held_out_frac})
 
 
 def _clips(part: str) -> list[Row]:
@@ -73,7 +75,6 @@ def _rows(source: str, frac: float) -> list[Row]:
     return [row for row in rows if row["media"] == Media.VIDEO and _kept_back(row, frac)]
 
 
-def _listed(item: Item) -> dict[str, str]:
-    clip = item.row["clip_id"] if item.row else item.key
-    source = item.row["source_uri"] if item.row else item.video
-    return {"clip_id": clip, **({"source_uri": source} if source else {})}
+def _listed(row: Row) -> dict[str, str]:
+    """By what documents of the same source are known: where the bytes lie now says nothing of it."""
+    return {name: row[name] for name in ("clip_id", "source_uri", "source_sha256") if row[name]}

@@ -5,6 +5,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 from PIL import Image
 
@@ -23,6 +24,8 @@ from pipeline.schema import Role
 from pipeline.shards import ShardSet
 from tests.model.conftest import tiny_encoder, tiny_stage  # noqa: F401 # pyright: ignore[reportUnusedImport]
 from tests.model.prompt_tables import prompt_row, write_shards
+from tests.pipeline.clip_tables import clip_row, write_clips
+from tests.pipeline.memory.memory_tables import documents, make_memory
 
 
 def config(protocol: str, source: Path, **changes: Any) -> BenchmarkConfig:
@@ -140,6 +143,23 @@ def test_msrvtt_asks_for_every_caption_of_its_test_split(msrvtt: Path, tmp_path:
     assert "2 prompts of msrvtt" in check(config("msrvtt", msrvtt, captions_per_video=1))
 
 
+def test_no_prompt_of_an_exam_is_given_its_own_clip(msrvtt: Path, tmp_path: Path) -> None:
+    files = [str(msrvtt / "TestVideo" / f"video{n}.mp4") for n in (1, 2, 3)]
+    rows = documents(4, texts=[f"video{n} says {k}" for n, k in ((1, 0), (2, 0), (3, 0), (1, 1))])
+    kept = {
+        "source_uri": [*files, "https://elsewhere/copy.mp4"],
+        "source_sha256": [None] * 3 + [sha256_file(files[0])],
+    }
+    for name, values in kept.items():
+        place = rows.schema.get_field_index(name)
+        rows = rows.set_column(place, rows.schema.field(place), pa.array(values, pa.string()))
+    make_memory(str(tmp_path / "memory"), rows)
+    run(config("msrvtt", msrvtt, memory=str(tmp_path / "memory")))
+    made = [row["segments"] for row in rows_of(str(tmp_path / "prompts"))]
+    shown = {s["text"] for segments in made for s in segments if s["role"] == Role.RETRIEVED and s["text"]}
+    assert shown == {"video2 says 0"}  # of the train split; the copy is known by its bytes
+
+
 def test_another_layout_of_msrvtt_is_refused(msrvtt: Path) -> None:
     with pytest.raises(ConfigError, match=r"no split 'exam'; splits there: test, train"):
         check(config("msrvtt", msrvtt, split="exam"))
@@ -213,6 +233,16 @@ def test_own_rows_are_those_that_training_keeps_back(tmp_path: Path) -> None:
     assert listed.ids == {row["clip_id"] for row in held}
     with pytest.raises(ConfigError, match="is held out"):
         check(config("own", source, held_out_frac=0))
+
+
+def test_own_clips_are_listed_by_their_source_not_by_where_their_bytes_lie(tmp_path: Path) -> None:
+    piece = tmp_path / "a.tar"
+    piece.write_bytes(b"bytes")
+    row = clip_row(piece, "a red ball", media="video", end_s=2.0, split="test", source_uri="a.tar/7.mp4")
+    run(config("own", Path(write_clips(tmp_path / "clips", [row | {"source_sha256": "a" * 64}]))))
+    listed = read_exclusion(str(tmp_path / "prompts" / "exclude.jsonl"))
+    assert listed.ids == {row["clip_id"]}
+    assert (listed.sources, listed.hashes) == ({"a.tar/7.mp4"}, {"a" * 64})
 
 
 def test_no_training_on_the_exam(tmp_path: Path, tiny_encoder: dict[str, Any]) -> None:  # noqa: F811
