@@ -97,7 +97,8 @@ def inspect(config: StageConfig, *, reach: bool = True) -> Ready:
     if config.upsampler is not None:
         check_upsampler(config, config.upsampler.start_from, shards)
     check_trackers(config.trackers)
-    check_metrics(config)
+    # Pictures of subjects come with stage 2's tasks; augment's prompts have none.
+    check_metrics(config, has_references=shards.certificate.job != "augment")
     check_workers(config, config.num_workers or 1, len(shards.groups))
     start_from = None
     if isinstance(config, Stage2Config):
@@ -182,15 +183,21 @@ def check_workers(config: StageConfig, workers: int | tuple[int, int], num_group
         )
 
 
-def check_metrics(config: StageConfig) -> None:
+def check_metrics(config: StageConfig, *, has_references: bool) -> None:
     """Refuse metrics that this run's videos can't have, or whose weights are missing.
 
     Raises:
         ConfigError: says which and why.
     """
     validation, n = config.validation, config.validation.metrics_videos
+    shortest = min((b.num_frames for b in config.shapes if b.media == "video"), default=config.num_frames)
     given = Given(
-        n=n, n_real=n, has_text=True, has_references=True, has_words=False, num_frames=config.num_frames
+        n=n,
+        n_real=n,
+        has_text=True,
+        has_references=has_references,
+        has_words=False,
+        num_frames=shortest,
     )
     for name, why in obstacles(chosen(validation.metrics), given, NetworkConfig(**validation.networks)).items():
         raise ConfigError(f"validation.metrics {name}: {why}")

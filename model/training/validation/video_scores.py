@@ -7,13 +7,14 @@ The number of videos is part of the name, since the value depends on it: curves 
 few videos show where a run goes; what is to be compared with others, `vimi-train evaluate` measures.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import pyarrow as pa
 import torch.distributed as dist
 
+from infra.progress import say
 from infra.run_folder import SCORE
 from model.data.batch import TASKS, Role, read_prompt
 from model.data.sample import read_sample
@@ -41,6 +42,8 @@ class VideoScores(Preview):
         self.network = opener(NetworkConfig(**validation.networks), training.device)
         self.real: dict[int, Features] = {}
         self.prompts: dict[int, Features] = {}
+        self.told: set[str] = set()
+        """Metrics that had no score, and of which that was said."""
 
     def score(self, went_on: WentOn = lambda what, done, total: None) -> dict[str, float]:
         """Numbers of a record; {} without metrics or videos, and on all ranks but the first."""
@@ -101,10 +104,18 @@ class VideoScores(Preview):
                 for (number, _, found, real, prompt), fold in zip(some, folds, strict=True)
                 for features, is_real in ((real, True), (found, False))
             ]
-            scores, _ = score(self.metrics, videos)
+            scores, failures = score(self.metrics, videos)
+            self._tell({} if task else failures)
             for name, value in scores.items():
                 key = f"{SCORE}{name}{f' {task}' if task else ''} n{value.n}"
                 record[key] = value.value
                 if value.interval is not None:
                     record |= {f"{key} low": value.interval[0], f"{key} high": value.interval[1]}
         return record
+
+    def _tell(self, failures: Mapping[str, str]) -> None:
+        """Say once of each metric why the records lack it."""
+        for name, why in failures.items():
+            if name not in self.told:
+                say(f"  not {SCORE}{name}: {why}")
+        self.told |= failures.keys()

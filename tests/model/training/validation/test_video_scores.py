@@ -11,7 +11,7 @@ from model.training.config import Stage1Config, Stage2Config
 from model.training.driver import Looks
 from model.training.loop import Training
 from model.training.metrics import MetricsLog, grouped
-from model.training.preflight import check_metrics, prepare_index, read_index
+from model.training.preflight import check_metrics, inspect, prepare_index, read_index
 from model.training.report import Reporter
 from model.training.stop_signals import StopSignals
 from model.training.validation.video_scores import VideoScores
@@ -96,7 +96,34 @@ def test_metrics_that_the_videos_cannot_have_are_refused(
     ):
         config = Stage1Config.model_validate(stage_values(validation=scored(tiny_encoder, metric)))
         with pytest.raises(ConfigError, match=why):
-            check_metrics(config)
+            check_metrics(config, has_references=True)
+
+
+def test_metrics_of_references_are_refused_where_no_prompt_has_any(
+    stage_values: Values, tiny_encoder: dict[str, Any]
+) -> None:
+    values = stage_values(validation=scored(tiny_encoder, "clip_i"))
+    with pytest.raises(ConfigError, match=r"validation\.metrics clip_i: needs prompts with reference pictures"):
+        inspect(Stage1Config.model_validate(values))
+
+
+def test_a_bucket_of_fewer_frames_counts(stage_values: Values) -> None:
+    short = {"num_frames": 16, "buckets": [{"num_frames": 16}, {"num_frames": 8}, {"media": "image"}]}
+    validation = {"num_samples": 0, "metrics": ["is_i3d"]}
+    config = Stage1Config.model_validate(stage_values(**short, validation=validation))
+    with pytest.raises(ConfigError, match="i3d needs 9 frames"):
+        check_metrics(config, has_references=False)
+
+
+def test_a_metric_without_a_score_is_told_once(
+    stage_values: Values, tiny_encoder: dict[str, Any], capsys: pytest.CaptureFixture[str], short_previews: None
+) -> None:
+    config = Stage1Config.model_validate(stage_values(validation=scored(tiny_encoder, "clip_i", "flicker")))
+    training = open_run(config)
+    scores = VideoScores(training, read_index(config.out))
+    assert {name.split()[0] for name in scores.score() | scores.score()} == {"score/flicker"}
+    assert capsys.readouterr().err.count("not score/clip_i: can't be computed: no video") == 1
+    training.close()
 
 
 def test_other_metrics_are_no_other_run(stage_values: Values, tiny_encoder: dict[str, Any]) -> None:
