@@ -33,7 +33,7 @@ from model.evaluate.sampling import (
     system_of,
     video_name,
 )
-from model.evaluate.scores import DEFAULT_METRICS, Given, chosen, digest, obstacles, refuse_small_n
+from model.evaluate.scores import DEFAULT_METRICS, Given, chosen, digest, obstacles, refuse_small_n, too_few
 from model.sampling import generate
 from model.sampling.plan import SampleConfig, made_by, weights_hash
 from model.sampling.plan import check as check_sampling
@@ -66,7 +66,8 @@ class EvaluateConfig(JobConfig):
     against: Incidental[Location | None] = None
     """Real videos: a folder of files, a crawl's output, or prompt shards, whose targets are taken."""
     metrics: tuple[str, ...] | None = None
-    """By name; null = all that need no weights of a hub and that the videos, prompts and references allow."""
+    """By name; null = all that need no weights of a hub and that the videos, their number, their prompts and
+    references allow."""
     allow_small_n: bool = False
     """Score distributions (FVD, KVD, FID, ...) of fewer than 256 videos too, and mark the scores."""
     frames: FrameConfig = FrameConfig()
@@ -138,6 +139,13 @@ def make_plan(config: EvaluateConfig) -> Plan:
             " and ".join(said) if said else "nothing to evaluate",
             legal="a run or a base model, whose videos are sampled, or a folder of videos",
             cure="RUN --prompts SHARDS, --base MODEL --prompts SHARDS, or --videos FOLDER",
+        )
+    idle = [name for name in ("prompts", "rows", "sample") if getattr(config, name)]
+    if config.videos is not None and idle:
+        raise ConfigError(
+            f"{' and '.join(idle)} with videos that are there already",
+            legal="with a run, or a base model, whose videos are sampled",
+            cure="leave it out; a prompts.jsonl beside the videos says what they show",
         )
     plan = plan_run(config) if config.videos is None else plan_folder(config.videos)
     against = config.against or (config.prompts if plan.sample else None)
@@ -215,6 +223,9 @@ def plan_metrics(config: EvaluateConfig, plan: Plan) -> Plan:
     )
     wanted = chosen(config.metrics or DEFAULT_METRICS)
     reasons = obstacles(wanted, given, config.networks)
+    if config.metrics is None and not config.allow_small_n:
+        possible = [metric for name, metric in wanted.items() if name not in reasons]
+        reasons |= too_few(possible, given)
     metrics = {name: metric for name, metric in wanted.items() if name not in reasons}
     if not metrics:
         raise ConfigError(*(f"{name}: {reason}" for name, reason in reasons.items()))
@@ -308,6 +319,7 @@ def write_scores(config: EvaluateConfig, plan: Plan, receipts: Receipts) -> Cert
         networks=config.networks,
         frames=config.frames.model_dump(mode="json"),
         system=plan.system,
+        allow_small_n=config.allow_small_n,
     )
     write_json(join(config.out, SCORES), values)
     write_bytes(join(config.out, TABLE), table)

@@ -1,6 +1,7 @@
 """Receipts of an evaluation's videos -> scores.json, videos.jsonl, and a few words about them.
 
-A row is one video: side, name, text, status, error, sha256, id, and the cache's keys of its features.
+A row is one video: side, name, text, status, error, sha256, id, the cache's keys of its features and of its
+prompt's, and the sha256 of its prompt's reference pictures.
 """
 
 import json
@@ -13,7 +14,7 @@ import torch
 from model.evaluate.extract import Extractor, FeatureCache
 from model.evaluate.metric import WARN_N, Features, Metric, Score, Video
 from model.evaluate.networks import NetworkConfig
-from model.evaluate.scores import Setting, digest, entry, folds_of, score
+from model.evaluate.scores import Setting, digest, entry, few, folds_of, is_small, score
 
 SIDES = ("sampled", "real")
 GOOD = "ok"
@@ -31,13 +32,18 @@ def make_results(
     networks: NetworkConfig,
     frames: Mapping[str, Any],
     system: Mapping[str, Any],
+    allow_small_n: bool = False,
 ) -> tuple[dict[str, Any], bytes]:
     """(values of scores.json, bytes of videos.jsonl): their order and whoever made the features can't be seen.
 
     `obstacles` says of metrics that were asked for why they can't be computed, `frames` which the networks saw,
     `system` what made the sampled videos, as far as that is known.
+    A score of few videos is left out unless `allow_small_n`: files that can't be read may leave too few.
     """
     scores, failures = score(metrics, features_of(rows, cache))
+    for name in [] if allow_small_n else [n for n, found in scores.items() if is_small(metrics[n], found)]:
+        found = scores.pop(name)
+        failures[name] = few(found.n, found.n_real)
     names = sorted({name for metric in metrics.values() for name in metric.needs})
     identities = Extractor(networks, names, cache, {}, torch.device("cpu")).identities()
     setting = setting_of(rows, identities, frames, system)
@@ -82,11 +88,13 @@ def setting_of(
     counts = statuses(rows)
     failed = {side: found.total() - found[GOOD] for side, found in counts.items()}
     texts = [row["text"] for row in rows if row["side"] == "sampled"]
+    shown = [[str(row["text"]), *row.get("references", ())] for row in of_side(rows, "sampled")]
     return Setting(
         frames=frames,
         networks=networks,
         real=digest(sorted(row["id"] for row in of_side(rows, "real"))) if "real" in counts else None,
         prompts=digest(sorted(map(str, texts))) if any(texts) else None,
+        references=digest(sorted(shown)),
         sampled=digest(sorted(row["id"] for row in of_side(rows, "sampled"))),
         system=system,
         failed=failed["sampled"],

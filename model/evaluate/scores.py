@@ -4,6 +4,7 @@ manifest   all that a number is a function of
 protocol   the part of it that two numbers must share to be compared: all but whose videos they are
 """
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
@@ -88,15 +89,34 @@ def _obstacle(metric: type[Metric], given: Given, lacking: Mapping[str, str]) ->
     return None
 
 
+def too_few(metrics: Iterable[type[Metric]], given: Given) -> dict[str, str]:
+    """Metrics whose value would say more of n than of the videos, with a line each: fewer than `SMALL_N`."""
+    found = {}
+    for metric in metrics:
+        n_real = given.n_real if metric.needs_real else None
+        if metric.is_biased and min(given.n, given.n if n_real is None else n_real) < SMALL_N:
+            found[metric.name] = few(given.n, n_real)
+    return found
+
+
+def few(n: int, n_real: int | None) -> str:
+    real = "" if n_real is None else f" and {n_real:,} real"
+    return f"{n:,} sampled{real} videos, and its value depends on n; cure: more of them, or --allow-small-n"
+
+
+def is_small(metric: type[Metric], score: Score, least: int = SMALL_N) -> bool:
+    return metric.is_biased and min(score.n, score.n_real or score.n) < least
+
+
 def refuse_small_n(metrics: Iterable[type[Metric]], given: Given) -> None:
     """Refuse scores that would say more of n than of the videos.
 
     Raises:
         ConfigError: fewer than `SMALL_N` on a side, for a metric whose value depends on n.
     """
-    sides = [given.n] if given.n_real is None else [given.n, given.n_real]
-    biased = [metric.name for metric in metrics if metric.is_biased]
-    if biased and min(sides) < SMALL_N:
+    biased = too_few(metrics, given)
+    if biased:
+        sides = [given.n] if given.n_real is None else [given.n, given.n_real]
         counts = " and ".join(f"{n:,} {side}" for n, side in zip(sides, ("sampled", "real"), strict=False))
         raise ConfigError(
             f"{counts} videos for {', '.join(biased)}, whose value depends on n",
@@ -114,14 +134,28 @@ def score(
     scores, failures = {}, {}
     with threadpool_limits(1):
         while batch := list(islice(rest, BATCH)):
-            for metric in made.values():
-                metric.update([video for video, _ in batch], [prompt for _, prompt in batch])
-        for name, metric in made.items():
+            for name in [name for name in made if name not in failures]:
+                try:
+                    made[name].update([video for video, _ in batch], [prompt for _, prompt in batch])
+                except DataError as error:
+                    failures[name] = f"can't be computed: {error}"
+        for name in [name for name in made if name not in failures]:
             try:
-                scores[name] = metric.compute()
+                scores[name] = finite(made[name].compute())
             except DataError as error:
                 failures[name] = f"can't be computed: {error}"
     return scores, failures
+
+
+def finite(score: Score) -> Score:
+    """The score.
+
+    Raises:
+        DataError: its value is no number, since a feature of some video is none.
+    """
+    if not math.isfinite(score.value):
+        raise DataError(f"its value is {score.value}; expected finite features")
+    return score
 
 
 def folds_of(ids: Sequence[str]) -> list[int]:
@@ -143,7 +177,8 @@ class Setting:
         frames: which frames are seen.
         networks: name -> identity.
         real: hash of the real videos that were read; None without such.
-        prompts: hash of the prompts, None without such.
+        prompts: hash of the prompts' words, None without such.
+        references: hash of the same with the reference pictures' contents.
         sampled: hash of the sampled videos that were read.
         system: what made them, as far as that is known.
         failed, failed_real: how many videos of each side could not be read.
@@ -153,6 +188,7 @@ class Setting:
     networks: Mapping[str, Mapping[str, Any]]
     real: str | None
     prompts: str | None
+    references: str
     sampled: str
     system: Mapping[str, Any]
     failed: int
@@ -170,6 +206,7 @@ class Setting:
             "n_real": score.n_real,
             "real": self.real if metric.needs_real else None,
             "prompts": self.prompts,
+            **({"references": self.references} if metric.needs_references else {}),
         }
 
 
@@ -187,8 +224,8 @@ def entry(metric: type[Metric], score: Score, setting: Setting) -> dict[str, Any
         "n_real": score.n_real,
         "failed": setting.failed,
         "failed_real": setting.failed_real if metric.needs_real else None,
-        "small_n": metric.is_biased and min(score.n, score.n_real or score.n) < SMALL_N,
-        "below_advised_n": metric.is_biased and min(score.n, score.n_real or score.n) < WARN_N,
+        "small_n": is_small(metric, score),
+        "below_advised_n": is_small(metric, score, WARN_N),
         "best": ranked[:NUM_SHOWN],
         "worst": ranked[::-1][:NUM_SHOWN],
         "protocol": digest(protocol),

@@ -34,7 +34,7 @@ PLACEHOLDER = "<image>"
 Payload = dict[str, Any]
 """One video: name, kind (file, clip or row), where its bytes are, `prompt` {text, references} or None."""
 CLIP_COLUMNS = ["clip_id", "media", "caption", "local_uri", "source_sha256", "start_s", "end_s", "status"]
-ROW_COLUMNS = ["prompt_id", "media", "caption", "source_uri", "source_sha256", "start_s", "end_s"]
+ROW_COLUMNS = ["prompt_id", "clip_id", "media", "caption", "source_uri", "source_sha256", "start_s", "end_s"]
 TARGET_COLUMNS = ["target.kind"]
 
 
@@ -186,7 +186,10 @@ def _targets(place: str, only: Collection[str | None] | None) -> Iterator[Payloa
             if not counts or row["media"] != Media.VIDEO or not (row["target"] or {}).get("kind"):
                 continue
             payload = _target(row, shards.uri, number, place_in)
-            key = payload["uri"], payload.get("group"), payload.get("row"), payload["start_s"], payload["end_s"]
+            if payload["kind"] == "row":  # tasks of one clip carry its frames each
+                key = row["clip_id"], row["start_s"], row["end_s"]
+            else:
+                key = payload["uri"], payload["start_s"], payload["end_s"]
             if key not in seen:
                 seen.add(key)
                 yield payload

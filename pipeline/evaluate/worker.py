@@ -34,7 +34,8 @@ class Extractor(Protocol):
 
 
 class EvaluateWorker:
-    """Unit payload -> receipt: the video's id, and the cache's keys of its features and of its prompt's.
+    """Unit payload -> receipt: the video's id, and the cache's keys of its features and of its prompt's,
+    the hashes of its reference pictures.
 
     `make_extractor` is called once, in the worker's process; `timeout_s` is for decoding one video.
     """
@@ -73,17 +74,19 @@ class EvaluateWorker:
         missing = self.extractor.missing(keys)
         if missing:
             self.extractor.video(keys, missing, self._frames(payload), words)
-        prompt = self._prompt(payload["prompt"])
-        return {"id": video_id, "sha256": digest, "features": keys, "prompt": prompt}
+        return {"id": video_id, "sha256": digest, "features": keys, **self._prompt(payload["prompt"])}
 
-    def _prompt(self, prompt: dict[str, Any] | None) -> Keys:
+    def _prompt(self, prompt: dict[str, Any] | None) -> dict[str, Any]:
+        """Keys of a prompt's features, and the sha256 of its reference pictures."""
         if prompt is None:
-            return {}
+            return {"prompt": {}, "references": []}
         texts = self.extractor.text(prompt["text"]) if prompt["text"] else {}
         try:
-            return texts | self.extractor.references([read_bytes(place) for place in prompt["references"]])
+            pictures = [read_bytes(place) for place in prompt["references"]]
+            keys = texts | self.extractor.references(pictures)
         except (OSError, PictureError) as error:
             raise RowError(Status.BAD_ROW, f"a reference picture can't be read: {error}") from error
+        return {"prompt": keys, "references": [sha256(picture).hexdigest() for picture in pictures]}
 
     def _id(self, payload: Payload) -> tuple[str, str]:
         """What the frames are a function of: the part of the bytes, and their sha256."""

@@ -187,10 +187,24 @@ def test_refusals_are_a_line_each(folders: Path, tiny_encoder: dict[str, Any]) -
         check(config(folders, tiny_encoder, metrics=["fvdd"]))
     with pytest.raises(ConfigError, match="nothing to evaluate"):
         check(config(folders, tiny_encoder, videos=None))
+    with pytest.raises(ConfigError, match="prompts and sample with videos that are there already"):
+        check(config(folders, tiny_encoder, prompts=str(folders), sample={"num_steps": 2}))
     with pytest.raises(ConfigError, match="fid: no inception weights"):
         check(config(folders, tiny_encoder, metrics=["fid"]))
     with pytest.raises(ConfigError, match="no video in"):
         check(config(folders, tiny_encoder, against=str(folders / "gone")))
+
+
+def test_defaults_that_few_videos_cannot_have_are_left_out(folders: Path, tiny_encoder: dict[str, Any]) -> None:
+    (folders / "i3d.ckpt").write_bytes(b"weights")  # a plan doesn't load them
+    networks = {"clip": tiny_encoder["clip"], "i3d": str(folders / "i3d.ckpt")}
+    changes = {"metrics": None, "allow_small_n": False, "frames": {"num_frames": 9}, "networks": networks}
+    few = config(folders, tiny_encoder, **changes)
+    plan = module.make_plan(few)
+    assert {"flicker", "clip_t"} <= set(plan.metrics) and "is_i3d" not in plan.metrics
+    assert "7 sampled videos, and its value depends on n" in plan.obstacles["is_i3d"]
+    with pytest.raises(ConfigError, match="for is_i3d, whose value depends on n"):
+        check(few.model_copy(update={"metrics": ("is_i3d", "flicker")}))
 
 
 @pytest.mark.slow

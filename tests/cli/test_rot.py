@@ -170,7 +170,7 @@ class Readers:
         ]
         cache, frames = evaluation.open_cache(config), config.frames.model_dump(mode="json")
         how = {"cache": cache, "networks": config.networks, "frames": frames, "system": plan.system}
-        return make_results(rows, plan.metrics, plan.obstacles, **how)[0]
+        return make_results(rows, plan.metrics, plan.obstacles, **how, allow_small_n=True)[0]
 
     def embedded(self, name: str) -> Any:
         clip = ClipConfig.model_validate(self.encoder["clip"])

@@ -6,12 +6,22 @@ import numpy as np
 import pytest
 import scipy.special
 
-from infra.errors import ConfigError, DataError
+from infra.errors import ConfigError
 from model.evaluate.distances import KernelSums
 from model.evaluate.metric import FOLDS, Features, MeanMetric, Video, bootstrap, jackknife
 from model.evaluate.metrics import METRICS
 from model.evaluate.networks import NETWORKS, NetworkConfig, network_of
-from model.evaluate.scores import Given, Setting, chosen, entry, folds_of, obstacles, refuse_small_n, score
+from model.evaluate.scores import (
+    Given,
+    Setting,
+    chosen,
+    entry,
+    folds_of,
+    obstacles,
+    refuse_small_n,
+    score,
+    too_few,
+)
 
 SETS = {"i3d": 12, "c3d": 12, "inception": 12, "clip": 12, "dino": 12, "face": 12, "raft": None, "motion": None}
 T = 5
@@ -231,12 +241,15 @@ def test_small_n_is_refused_for_metrics_that_depend_on_it() -> None:
         refuse_small_n(chosen(["fvd", "flicker"]).values(), given(n_real=255))
     refuse_small_n(chosen(["fvd"]).values(), given(n_real=256, n=256))
     refuse_small_n(chosen(["flicker"]).values(), given(n=2))
+    few = too_few(chosen(["fvd", "is_i3d", "flicker"]).values(), given(n_real=255))
+    assert few == {"fvd": "300 sampled and 255 real videos, and its value depends on n; cure: more of them, or "
+                          "--allow-small-n"}  # fmt: skip
 
 
 def test_scores_of_other_manifests_have_other_protocols() -> None:
     found = score({"fvd": METRICS["fvd"]}, videos(48, 60))[0]["fvd"]
     values = {"frames": {"num_frames": 16}, "networks": {"i3d": {"sha256": "a"}}, "real": "r", "prompts": None,
-              "sampled": "s", "system": {}, "failed": 1, "failed_real": 2}  # fmt: skip
+              "references": "p", "sampled": "s", "system": {}, "failed": 1, "failed_real": 2}  # fmt: skip
     base = entry(METRICS["fvd"], found, Setting(**values))
     assert base["small_n"] and base["failed"] == 1 and base["failed_real"] == 2
 
@@ -250,9 +263,22 @@ def test_scores_of_other_manifests_have_other_protocols() -> None:
         protocol(networks={"i3d": {"sha256": "b"}}),
     }
     assert len(others | {base["protocol"]}) == 4
+    assert protocol(references="q") == base["protocol"]
+
+    def of_references(references: str) -> str:
+        setting = Setting(**values | {"networks": {"clip": {}}, "references": references})
+        return entry(METRICS["clip_i"], found, setting)["protocol"]
+
+    assert of_references("p") != of_references("q")
 
 
-def test_a_number_that_is_none_is_told(monkeypatch) -> None:
-    broken = [(Video("a", {"i3d": np.full(12, np.nan)}, is_real=r, fold=0), {}) for r in (True, False)]
-    with pytest.raises(DataError, match="finite"):
-        score({"fvd": METRICS["fvd"]}, broken)
+def test_a_number_that_is_none_costs_its_metrics_alone() -> None:
+    motion = np.full(3, 0.1)
+    broken = [
+        (Video(name, {"i3d": np.full(12, fill), "motion": motion}, is_real=is_real), {})
+        for name, fill in (("a", np.nan), ("b", 1.0))
+        for is_real in (True, False)
+    ]
+    scores, failures = score(chosen(["fvd", "kvd", "is_i3d", "flicker"]), broken)
+    assert set(scores) == {"flicker"} and scores["flicker"].n == 2
+    assert all("finite" in failures[name] for name in ("fvd", "kvd", "is_i3d"))

@@ -12,6 +12,7 @@ from PIL import Image
 from infra.certificate import Certificate, write_certificate
 from infra.errors import ConfigError, DataError
 from infra.samples import write_samples
+from infra.storage import sha256_file
 from pipeline.evaluate.decode import FrameConfig, leading_frames, target_part
 from pipeline.evaluate.videos import find_videos, listing_hash
 from pipeline.evaluate.worker import EvaluateWorker, subjects
@@ -138,6 +139,8 @@ def test_prompts_lie_beside_the_videos(tmp_path: Path, write_video: WriteVideo, 
     assert two["prompt"] == {"text": "A cat sits.", "references": [], "words": []}
     worker = worker_of(num_frames=2)
     assert worker(one)["prompt"] == {"text": "A runs.", "references": "1"}
+    assert worker(one)["references"] == [sha256_file(str(tmp_path / "dog.png"))]
+    assert worker(two)["references"] == []
     (tmp_path / "dog.png").unlink()
     assert worker(one)["status"] == "bad_row"
     for bad in ('{"video": "c.mp4", "prompt": "x"}', "{}", "[]", "no json"):
@@ -184,6 +187,13 @@ def test_targets_of_shards_are_real_videos(tmp_path: Path, worker_of: Any) -> No
         assert np.array_equal(recorder.seen[receipt["id"]], frames[:4])
     some = [rows[5]["prompt_id"], rows[2]["prompt_id"]]
     assert {payload["name"] for payload in find_videos(str(shards), only=some)} == set(some)
+
+
+def test_a_clip_counts_once_however_many_tasks_carry_its_frames(tmp_path: Path) -> None:
+    rows = [prompt_row(n, task=task) for n in range(2) for task in ("pretrain", "subject_driven")]
+    rows += [prompt_row(0, task="text_to_video") | {"start_s": 1.0, "end_s": 2.0}]  # another part of it
+    shards = write_shards(tmp_path / "prompts", rows, job="instruct", group_rows=2, file_rows=4)
+    assert [p["name"] for p in find_videos(str(shards))] == sorted(rows[n]["prompt_id"] for n in (0, 2, 4))
 
 
 def test_a_changed_folder_has_another_hash(tmp_path: Path, write_video: WriteVideo) -> None:
