@@ -86,6 +86,6 @@ def system_of(config: SampleConfig, checkpoint: str, num_with_documents: int) ->
         "position": found[1] if found else None,
         "checkpoint": checkpoint,
         "prompts_with_documents": num_with_documents,
-        "files": "h264 crf 12, enlarged by a whole factor to about 320 pixels in width",
+        "files": "h264 crf 12, enlarged by a whole factor to about 320 pixels in width; scored as made",
         **how,
     }

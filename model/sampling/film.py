@@ -4,6 +4,7 @@ import hashlib
 import io
 from collections.abc import Sequence
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import torch
@@ -95,7 +96,7 @@ def scale_to_look_at(width_px: int, wanted_px: int = 320) -> int:
 
 def write_video(
     folder: str, name: str, frames: np.ndarray, fps: float, *, above: Sequence[bytes] = ()
-) -> tuple[dict[str, str], dict[str, bytes]]:
+) -> tuple[dict[str, Any], dict[str, bytes]]:
     """Write mp4 and contact sheet of uint8 `t h w 3` frames, enlarged to be looked at.
 
     `name` is that of the files without ending; `above` are encoded pictures to show above the frames: the
@@ -112,4 +113,5 @@ def write_video(
     for path, data in files.items():
         write_bytes(join(folder, path), data)
     digest = hashlib.sha256(frames.tobytes()).hexdigest()
-    return {"video": f"{name}.mp4", "sheet": f"{name}.png", "frames_sha256": digest}, files
+    said = {"video": f"{name}.mp4", "sheet": f"{name}.png", "scale": scale, "frames_sha256": digest}
+    return said, files

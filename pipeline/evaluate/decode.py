@@ -86,6 +86,20 @@ def target_part(frames: np.ndarray, own_fps: float, how: FrameConfig) -> np.ndar
     return frames[places]
 
 
+def shrunk(frames: np.ndarray, scale: int) -> np.ndarray:
+    """Frames uint8 `t h w 3` at the size that they were made at, of a file that shows each pixel `scale` times.
+
+    Real videos are scored at their own size: enlarged ones would differ from them even where they are equal.
+    """
+    if scale == 1:
+        return frames
+    missing = [(0, -side % scale) for side in frames.shape[1:3]]  # a file's sides are even
+    whole = np.pad(frames, ((0, 0), *missing, (0, 0)), mode="edge")
+    height, width = (side // scale for side in whole.shape[1:3])
+    cells = whole.reshape(len(whole), height, scale, width, scale, 3)
+    return np.rint(cells.mean(axis=(2, 4))).astype(np.uint8)
+
+
 def arguments(how: FrameConfig, payload: dict[str, Any]) -> tuple[Any, ...]:
     """Of `frames_of`, for a unit."""
     return payload["uri"], how.num_frames, how.fps, how.stride, payload["start_s"], payload["end_s"]

@@ -32,7 +32,8 @@ SIDECARS = frozenset(
 """Endings of files that are no videos and aren't meant to be; all others are tried."""
 PLACEHOLDER = "<image>"
 Payload = dict[str, Any]
-"""One video: name, kind (file, clip or row), where its bytes are, `prompt` {text, references} or None."""
+"""One video: name, kind (file, clip or row), where its bytes are, `prompt` {text, references} or None,
+`scale` by which its file is enlarged, if it is."""
 CLIP_COLUMNS = ["clip_id", "media", "caption", "local_uri", "source_sha256", "start_s", "end_s", "status"]
 ROW_COLUMNS = ["prompt_id", "clip_id", "media", "caption", "source_uri", "source_sha256", "start_s", "end_s"]
 TARGET_COLUMNS = ["target.kind"]
@@ -139,7 +140,11 @@ def _samples(place: str) -> list[Payload]:
     if not exists(join(place, SAMPLES)):
         raise DataError(f"{place} has lost its {SAMPLES}; cure: restore it, or sample into a new folder")
     entries = read_samples(place)
-    return [_file(_last(e["video"]), join(place, _last(e["video"])), sampled_prompt(e, place)) for e in entries]
+    return [
+        _file(_last(e["video"]), join(place, _last(e["video"])), sampled_prompt(e, place))
+        | {"scale": e.get("scale", 1)}
+        for e in entries
+    ]
 
 
 def _last(name: str) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 from infra.certificate import check_certified
 from infra.pictures import PictureError
 from infra.storage import read_bytes, sha256_file
-from pipeline.evaluate.decode import FrameConfig, arguments, target_part
+from pipeline.evaluate.decode import FrameConfig, arguments, shrunk, target_part
 from pipeline.evaluate.videos import Payload
 from pipeline.journal import Receipt
 from pipeline.media.clip import target_frames
@@ -98,7 +98,8 @@ class EvaluateWorker:
                 open_media(payload["uri"], digest)  # refuses other bytes
             else:
                 digest = _hash(payload["uri"])
-        return content_id("video", digest, payload["start_s"], payload["end_s"]), digest
+        scale = [payload["scale"]] if payload.get("scale", 1) > 1 else []
+        return content_id("video", digest, payload["start_s"], payload["end_s"], *scale), digest
 
     def _frames(self, payload: Payload) -> np.ndarray:
         if payload["kind"] == "row":
@@ -106,7 +107,7 @@ class EvaluateWorker:
             if target["kind"] == TargetKind.FRAMES:
                 return target_part(target_frames(target), target["fps"], self.how)
             payload = {**payload, "uri": target["data"]}
-        return self.child.call(DECODER, *arguments(self.how, payload))
+        return shrunk(self.child.call(DECODER, *arguments(self.how, payload)), payload.get("scale", 1))
 
     def _target(self, payload: Payload) -> dict[str, Any]:
         """Of a row that carries it."""

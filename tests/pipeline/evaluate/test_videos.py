@@ -13,6 +13,7 @@ from infra.certificate import Certificate, write_certificate
 from infra.errors import ConfigError, DataError
 from infra.samples import write_samples
 from infra.storage import sha256_file
+from model.sampling import film
 from pipeline.evaluate.decode import FrameConfig, leading_frames, target_part
 from pipeline.evaluate.videos import find_videos, listing_hash
 from pipeline.evaluate.worker import EvaluateWorker, subjects
@@ -163,6 +164,19 @@ def test_a_folder_of_samples_brings_its_prompts(tmp_path: Path, write_video: Wri
     assert found["prompt"]["text"] == "A dog runs."
     assert found["prompt"]["references"] == [str(tmp_path / "sample-000-subject-1.png")]
     assert subjects(found["prompt"]) == ["dog"] and subjects({"references": ["a", "b"], "words": ["dog"]}) == []
+
+
+def test_a_sample_is_scored_at_the_size_that_it_was_made_at(tmp_path: Path, worker_of: Any) -> None:
+    made = np.stack([numbered_frame(5 * n, (18, 21)) for n in range(4)])  # the file is 314 pixels wide, not 315
+    said, _ = film.write_video(str(tmp_path), "sample-000", made, 8)
+    write_samples(str(tmp_path), [{**said, "prompt": "A dog.", "segments": []}])
+    (found,) = find_videos(str(tmp_path))
+    recorder = Recorder()
+    receipt = worker_of(recorder)(found)
+    assert found["scale"] == 15
+    seen = recorder.seen[receipt["id"]]
+    assert seen.shape == made.shape and np.abs(seen.astype(int) - made).mean() < 4
+    assert receipt["id"] != worker_of()({**found, "scale": 1})["id"]  # other features in the cache
 
 
 def test_samples_that_lost_their_list_are_not_anybodys_videos(tmp_path: Path, write_video: WriteVideo) -> None:
