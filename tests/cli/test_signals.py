@@ -141,8 +141,8 @@ def broken_and_whole(title: str, values: dict[str, Any], folder: Path, number: s
         code, said = command.finish(), command.log.read_text()
         if code == CODES[number]:
             break
-        assert code == 0, f"exit {code}: {said[-2000:]}"
-        wall_s *= 0.9  # it was done before
+        assert code in (0, -number), f"exit {code}: {said[-2000:]}"
+        wall_s *= 0.9  # it was done before: all said, and perhaps on its way out
         delete(out)
     assert "Traceback" not in said and said.rstrip().endswith(STOPPED), said[-3000:]
     assert not command.left()
