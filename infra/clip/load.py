@@ -21,6 +21,7 @@ from infra.clip.preprocess import Preprocessing
 from infra.config import Config, NameOrFile
 from infra.errors import ConfigError, first_line
 from infra.hub import require_hub_file, require_reachable
+from infra.storage import sha256_file
 
 if TYPE_CHECKING:
     import torch
@@ -105,6 +106,24 @@ def check_clip(config: ClipConfig, *, reach: bool = True) -> None:
         _check_tag(config, reach)
     elif reach:
         require_hub_file(config.name.removeprefix(HUB_PREFIX), [HUB_CONFIG], wanted=config.name)
+
+
+def stored_version(config: ClipConfig) -> str:
+    """What its weights are, without loading them: a hash of local files; a tag or hub id stands for its own.
+
+    Raises:
+        ConfigError: as `check_clip`.
+    """
+    check_clip(config, reach=False)
+    if config.name == OFFLINE:
+        from infra.clip.offline import lite0_file, minilm_folder
+
+        files = [lite0_file(), minilm_folder() / "model.safetensors"]
+    else:
+        files = [file for file in (Path(config.name).expanduser(), config.checkpoint) if file.is_file()]
+    if not files:
+        return f"{config.name}/{config.pretrained}"
+    return sha256(" ".join(sha256_file(str(file)) for file in files).encode()).hexdigest()
 
 
 def clip_dim(config: ClipConfig) -> int | None:

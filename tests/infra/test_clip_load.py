@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from infra.clip import Clip, ClipConfig, check_clip, load_clip
+from infra.clip import Clip, ClipConfig, check_clip, load_clip, stored_version
 from infra.errors import ConfigError
 from tests.infra.tiny_clips import MODELS, save_tiny
 
@@ -25,6 +25,17 @@ def test_identity_follows_weights_and_preprocessing(tmp_path: Path) -> None:
     assert first.model_hash != load(1).model_hash
     assert first.model_hash != load(0, mean=0.4).model_hash
     assert json.loads(json.dumps(first.identity)) == first.identity
+
+
+def test_the_stored_version_follows_the_weights_without_loading_them(tmp_path: Path) -> None:
+    name, weights = save_tiny(tmp_path, MODELS["vit"])
+    config = ClipConfig(name=name, pretrained=weights)
+    first = stored_version(config)
+    assert stored_version(config) == first
+    Path(weights).write_bytes(b"another model at the same place")
+    assert stored_version(config) != first
+    assert stored_version(ClipConfig()) == "ViT-B-32/laion2b_s34b_b79k"
+    assert stored_version(ClipConfig(name="offline")) not in ("", first)
 
 
 def test_class_vectors_are_made_anew_when_the_cache_is_damaged_or_unwritable(

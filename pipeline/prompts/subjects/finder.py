@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 from pydantic import Field
 
-from infra.clip import Clip, ClipConfig, check_clip, load_clip
+from infra.clip import Clip, ClipConfig, check_clip, load_clip, stored_version
 from infra.config import Config, Incidental, NameOrFile, NameOrFolder
 from infra.errors import ConfigError
 from infra.storage import sha256_file
@@ -23,7 +23,7 @@ from pipeline.prompts.subjects.faces import cascade_path
 from pipeline.prompts.subjects.grounded import GroundedFinder, Rules
 from pipeline.prompts.subjects.mask import BOX_FRAC, MIN_SIDE_PX, OFFLINE, model_path
 from pipeline.prompts.subjects.saliency import SIDE_PX, SaliencyFinder
-from pipeline.prompts.subjects.verdict import Finder, Found, Phrases, Reason, Verdict
+from pipeline.prompts.subjects.verdict import Finder, Found, Phrases, Reason, Verdict, main_reason
 from pipeline.schema import Role
 
 FRAME_FRACS = (0.05, 0.5, 0.95)
@@ -75,7 +75,7 @@ class SubjectConfig(Config):
     wants a contrastive one, such as ViT-B-32, for `offline` knows no people. None = nobody looks: for corpora
     whose words no CLIP knows, of one thing a clip."""
     max_subjects: int = Field(default=3, ge=1, le=16)
-    """Most subjects of one prompt (Video Alchemist: 1-3). More than one needs `clip`."""
+    """Most subjects of one prompt (Video Alchemist: 1-3). More than one needs `finder.kind: grounded`."""
     background_prob: float = Field(default=0.5, ge=0, le=1)
     """Probability that a place that the caption names becomes a picture too (Video Alchemist: 50 %)."""
 
@@ -107,12 +107,13 @@ def check_subjects(config: SubjectConfig) -> None:
 
 def networks(config: SubjectConfig) -> dict[str, str]:
     """What the pictures depend on besides the config: name -> hash of the weights."""
+    found = {} if config.clip is None else {"clip": stored_version(config.clip)}
     if config.finder.kind == "saliency":
-        return {"mask_model": sha256_file(str(model_path(config.mask_model)))}
+        return found | {"mask_model": sha256_file(str(model_path(config.mask_model)))}
     from infra.grounding import check_detector
     from infra.pretrained import weights_version
 
-    found = {"detector": weights_version(config.finder.detector, "detector", field=DETECTOR)}
+    found |= {"detector": weights_version(config.finder.detector, "detector", field=DETECTOR)}
     if not check_detector(config.finder.detector, field=DETECTOR):
         found["segmenter"] = weights_version(config.finder.segmenter, "segmenter", field=SEGMENTER)
     return found
@@ -153,8 +154,7 @@ class SubjectFinder:
         verdicts = self.finder.find(shown, phrases)
         found = best_frame(verdicts)[: self.config.max_subjects]
         if not found:
-            reasons = [verdict.reason for verdict in verdicts if not isinstance(verdict, Found)]
-            return max(reasons, key=reasons.count)
+            return main_reason([verdict.reason for verdict in verdicts if not isinstance(verdict, Found)])
         place = background(list(phrases.entities)) if with_background else None
         return _pictures(shown[found[0].frame], found, place)
 

@@ -127,11 +127,11 @@ class GroundedFinder:
         if not chosen:
             return []
         if self.segmenter is None:
-            return [whole_mask(one.mask) for one in chosen]
+            return [whole_mask(one.mask, self.rules) for one in chosen]
         boxes = np.stack([one.box for one in chosen])
         masks, scores = self.segmenter.masks(Image.fromarray(frame), boxes)
         return [
-            whole_mask(mask) if score >= self.rules.min_mask_score else Reason.NO_MASK
+            whole_mask(mask, self.rules) if score >= self.rules.min_mask_score else Reason.NO_MASK
             for mask, score in zip(masks, scores, strict=True)
         ]
 
@@ -162,14 +162,20 @@ def choose_box(entity: Entity, found: "Boxes", size: tuple[int, int], rules: Rul
         return Reason.NO_BOX
     if len(suppress(boxes, rules.max_iou)) > 1:
         return Reason.AMBIGUOUS
-    left, top, right, bottom = boxes[0].tolist()
+    wrong = wrong_size(boxes[0].tolist(), size, rules)
+    if wrong is not None:
+        return wrong
+    mask = None if found.masks is None else found.masks[0]
+    return Candidate(entity, boxes[0], float(found.scores[0]), mask)
+
+
+def wrong_size(box: Sequence[float], size: tuple[int, int], rules: Rules) -> Reason | None:
+    """Is a box (left, top, right, bottom) too small or too large for a frame of `size` (height, width)?"""
+    left, top, right, bottom = box
     frac = (right - left) * (bottom - top) / (size[0] * size[1])
     if frac < rules.box_frac[0] or min(right - left, bottom - top) < rules.min_side_px:
         return Reason.TOO_SMALL
-    if frac > rules.box_frac[1]:
-        return Reason.TOO_LARGE
-    mask = None if found.masks is None else found.masks[0]
-    return Candidate(entity, boxes[0], float(found.scores[0]), mask)
+    return Reason.TOO_LARGE if frac > rules.box_frac[1] else None
 
 
 def suppress(boxes: np.ndarray, max_iou: float) -> list[int]:
@@ -196,15 +202,15 @@ def overlap(one: np.ndarray, other: np.ndarray) -> float:
     return shared / union if union > 0 else 0.0
 
 
-def whole_mask(mask: np.ndarray | None) -> SubjectMask | Reason:
-    """A mask, bool `h w`, as a subject, or why it is none."""
+def whole_mask(mask: np.ndarray | None, rules: Rules) -> SubjectMask | Reason:
+    """A mask, bool `h w`, as a subject, or why it is none: in its box the segmenter may see a logo alone."""
     if mask is None or not mask.any():
         return Reason.NO_MASK
     if border_frac(mask) > MAX_BORDER_FRAC:
         return Reason.CUT_OFF
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     box = (int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1)
-    return SubjectMask(mask.astype(np.float32), box)
+    return wrong_size(box, mask.shape[:2], rules) or SubjectMask(mask.astype(np.float32), box)
 
 
 def recheck(similarity: np.ndarray, own: int, min_similarity: float) -> Reason | None:

@@ -29,7 +29,8 @@ TEMPLATE = "a photo of a {}"
 MIN_LEAD = 0.01
 """Least lead over the nearest other word, cosine. Ours."""
 SIDE_PX = 336
-"""Side of a cut-out, longer side of a background or a first frame: as VIMI's own reference files."""
+"""Side of a cut-out, longer side of a background, least longer side of a first frame: as VIMI's own reference
+files."""
 
 
 MIN_CERTAINTY, MAX_UNSURE = 0.90, 0.35
@@ -62,7 +63,7 @@ class SaliencyFinder:
         if self.clip is None:
             return self._find_unjudged(frames, phrases)
         first, *others = phrases.subjects
-        verdicts: list[Verdict] = [Rejected(entity, 0, Reason.OTHER_WORD) for entity in others]
+        verdicts: list[Verdict] = [Rejected(entity, 0, Reason.NOT_LOOKED_FOR) for entity in others]
         reason = unclear(phrases)
         if reason is not None:
             return [Rejected(first, 0, reason), *verdicts]
@@ -79,7 +80,7 @@ class SaliencyFinder:
                 verdicts += [Rejected(entity, number, Reason(masks)) for entity in phrases.subjects]
                 continue
             verdicts.append(Found(first, number, masks[0], 1.0))
-            verdicts += [Rejected(entity, number, Reason.OTHER_WORD) for entity in others]
+            verdicts += [Rejected(entity, number, Reason.NOT_LOOKED_FOR) for entity in others]
             break
         return verdicts
 

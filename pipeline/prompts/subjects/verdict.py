@@ -20,6 +20,7 @@ class Reason(StrEnum):
     NO_SUBJECT = "the caption names no single subject"
     TOGETHER = "the caption names two subjects together"
     # of what stands out
+    NOT_LOOKED_FOR = "not looked for: without a detector only what the caption names first is"
     NOTHING_SALIENT = "nothing salient"
     SEVERAL = "several subjects"
     UNCERTAIN = "mask uncertain"
@@ -30,11 +31,19 @@ class Reason(StrEnum):
     SAME_BOX = "the box is another phrase's"
     NO_MASK = "the segmenter is not sure of the thing in the box"
     UNLIKE = "the cut-out is too unlike its phrase"
+    # of a place
+    NOTHING_CUT = "nothing was cut out, so that the place can't be shown without it"
     # of both
     TOO_SMALL = "subject too small"
     TOO_LARGE = "subject too large"
     CUT_OFF = "subject cut off"
     OTHER_WORD = "the cut-out is not clearly this phrase, but another or none of the caption's"
+
+
+def main_reason(reasons: Sequence[str]) -> str:
+    """Why a clip gives no picture: the most frequent reason of what was looked for."""
+    told = [reason for reason in reasons if reason != Reason.NOT_LOOKED_FOR] or list(reasons)
+    return max(told, key=told.count)
 
 
 @dataclass(frozen=True)

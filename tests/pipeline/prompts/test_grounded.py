@@ -37,9 +37,13 @@ class Planted:
     """A detector and segmenter that says what was planted: phrase -> boxes with scores."""
 
     def __init__(
-        self, boxes: dict[str, list[tuple[tuple[float, ...], float]]], mask_score: float = 1.0
+        self,
+        boxes: dict[str, list[tuple[tuple[float, ...], float]]],
+        mask_score: float = 1.0,
+        masked: tuple[float, ...] | None = None,
     ) -> None:
-        self.boxes, self.mask_score = boxes, mask_score
+        """`masked`: what the segmenter sees in place of the whole box."""
+        self.boxes, self.mask_score, self.masked = boxes, mask_score, masked
 
     def find(
         self, pictures: Sequence[Image.Image], phrases: Sequence[str], *, min_score: float, batch_size: int
@@ -52,6 +56,7 @@ class Planted:
 
     def masks(self, picture: Image.Image, boxes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         masks = np.zeros((len(boxes), picture.height, picture.width), bool)
+        boxes = boxes if self.masked is None else np.array([self.masked] * len(boxes))
         for mask, (left, top, right, bottom) in zip(masks, boxes.round().astype(int), strict=True):
             mask[top:bottom, left:right] = True
         return masks, np.full(len(boxes), self.mask_score)
@@ -111,6 +116,22 @@ def test_a_cut_out_that_is_another_phrase_of_the_caption_is_rejected(frame: np.n
 def test_a_mask_that_the_segmenter_doubts_is_rejected(frame: np.ndarray, clip: Clip):
     planted = Planted({"red cup": [(CUP, 0.9)]}, mask_score=0.5)
     assert reasons(planted, ONE, frame, clip) == {"red cup": Reason.NO_MASK}
+
+
+@pytest.mark.parametrize(
+    ("masked", "reason"),
+    [
+        ((200, 200, 212, 212), Reason.TOO_SMALL),  # its logo
+        ((200, 100, 250, 150), Reason.TOO_SMALL),  # 50 px, but 1 % of the picture
+        ((1, 1, 599, 399), Reason.TOO_LARGE),  # the table that it stands on
+        (CUP, None),
+    ],
+)
+def test_a_mask_is_held_to_the_size_of_a_box(
+    masked: tuple[float, ...], reason: Reason | None, frame: np.ndarray, clip: Clip
+):
+    planted = Planted({"red cup": [(CUP, 0.9)]}, masked=masked)
+    assert reasons(planted, ONE, frame, clip) == {"red cup": reason}
 
 
 def test_every_phrase_of_every_frame_has_a_verdict_and_the_fullest_frame_is_shown(
@@ -184,7 +205,8 @@ def test_a_config_names_the_networks_and_the_same_clip_gives_the_same_pictures(
     for own in (tiny, tiny.model_copy(update={"detector": detector, "segmenter": segmenter})):
         config = SubjectConfig(finder=own, clip=tiny_clip, background_prob=1.0)
         check_subjects(config)
-        assert set(networks(config)) == {"detector"} | ({"segmenter"} if own is not tiny else set())
+        expected = {"clip", "detector"} | ({"segmenter"} if own is not tiny else set())
+        assert set(networks(config)) == expected
         finder = SubjectFinder(config)
         found = [finder.find(ONE, [frame] * 2, np.random.default_rng(1)) for _ in range(2)]
         assert found[0] == found[1]

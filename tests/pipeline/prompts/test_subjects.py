@@ -256,6 +256,17 @@ def test_what_stands_out_is_called_what_the_caption_speaks_of_first_or_nothing(m
     assert refused == "the largest cut-out is not clearly the first thing that the caption names"
 
 
+@pytest.mark.parametrize("clip", [None, ClipConfig(name="offline")])
+def test_what_was_not_looked_for_says_so_and_is_not_why_a_clip_gives_nothing(clip: ClipConfig | None):
+    finder = SubjectFinder(SubjectConfig(clip=clip, background_prob=0.0))
+    caption = "A red ball rolls past a blue box near a white cup."
+    verdicts = finder.finder.find([scene()[0]], Phrases.of(caption))
+    said = {one.entity.text: one.reason for one in verdicts if isinstance(one, Rejected)}
+    assert said["blue box"] == said["white cup"] == Reason.NOT_LOOKED_FOR
+    grey = np.full((180, 320, 3), 128, np.uint8)
+    assert finder.find(caption, [grey], np.random.default_rng(0)) not in (Reason.NOT_LOOKED_FOR, [])
+
+
 def test_a_thing_has_no_face():
     with Image.open(locate("scikit-image", "skimage/data/astronaut.png")) as picture:
         photograph = picture.convert("RGB").crop((80, 0, 400, 400))
