@@ -4,7 +4,7 @@
     MEMORY   what build-index makes one row per document (LanceDB)
     PROMPTS  what augment and instruct make: one schema for both stages, one row per training clip
     CROPS    what subjects makes   one row per phrase and frame, found or not, with its cut-out
-    PAIRS    beside instructions   one row per cut-out of a clip and of another place that were compared
+    PAIRS    beside instructions   cut-outs of a clip and of another place: all that are used, some that are not
 
 Ids are content hashes: the same content has the same id on every machine, in any order.
 """
@@ -339,6 +339,7 @@ CROPS = pa.schema(
         _field("source_sha256", pa.string(), "hash of the parent"),
         _field("start_s", pa.float64(), "start of the clip or document in its parent, seconds"),
         _field("end_s", pa.float64(), "end of the clip or document in its parent, seconds"),
+        _field("split", pa.string(), "the clip's: train, val or test if the corpus states one"),
         _field("frac", pa.float64(), "where in the clip its frame lies, 0..1"),
         _field("phrase", pa.string(), "the words that it stands for; null: the caption names nothing usable"),
         _field("head", pa.string(), "their noun"),
@@ -356,6 +357,16 @@ CROPS = pa.schema(
         _field("error", pa.string(), "why, if not ok"),
     ],
     metadata={"table": "crops", "schema_version": str(SCHEMA_VERSION)},
+)
+
+CROP_PLACES = pa.schema(
+    [
+        _field("clip_id", pa.string(), "a clip", False),
+        _field("clip_source", pa.string(), "what the clips of one parent share, as in CROPS", False),
+        _field("file", pa.string(), "the file that holds crops of it", False),
+        _field("row_group", pa.int32(), "and the row group in that file", False),
+    ],
+    metadata={"table": "crop_places", "schema_version": str(SCHEMA_VERSION)},
 )
 
 PAIRS = pa.schema(

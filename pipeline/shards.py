@@ -26,6 +26,7 @@ from pipeline.schema import REJECTED, Status
 
 PREFIX = "part-"
 META_FILE, REJECTED_FILE, PAIRS_FILE = "meta.parquet", "rejected.parquet", "pairs.parquet"
+PLACES_FILE = "places.parquet"
 SHARD_JOBS = ("augment", "instruct", "benchmark")
 
 META = pa.schema(

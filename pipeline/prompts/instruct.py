@@ -9,13 +9,14 @@ without documents can't be retrieval-augmented.
 """
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
 from infra.certificate import Certificate, FileEntry, require_certificate
+from infra.clip import OFFLINE
 from infra.config import Incidental, Location
 from infra.errors import ConfigError
 from infra.storage import join
@@ -23,13 +24,14 @@ from pipeline.job import NetworkJobConfig, count_fates, output_hash, refuse_fail
 from pipeline.journal import Receipt, Receipts, Unit
 from pipeline.prompts.inputs import check_prompts, plan_units
 from pipeline.prompts.subjects.crops import JOB as CROPS_JOB
-from pipeline.prompts.subjects.crops import read_crops, source_key
+from pipeline.prompts.subjects.crops import Place, crops_key, find_places, read_crops
 from pipeline.prompts.subjects.finder import SubjectConfig, SubjectFinder, check_subjects, networks
-from pipeline.prompts.subjects.pairs import Bounds, Compared, Pairs, draw_histogram, histogram
+from pipeline.prompts.subjects.pairs import BINS, Bounds, Pairs, Tally, draw_histogram
 from pipeline.prompts.tasks import RECIPES, Choice, Draw, Recipe, Row, draw_tasks, text
 from pipeline.schema import PAIRS, PROMPTS, Role, RowError, Status, Task, prompt_id
 from pipeline.shards import (
     PAIRS_FILE,
+    PLACES_FILE,
     ShardSet,
     rejected_row,
     shard_name,
@@ -66,7 +68,8 @@ class InstructConfig(NetworkJobConfig):
     similarity: tuple[float, float] = (0.6, 0.97)
     """Least and greatest CLIP cosine of the cut-outs of a cross-pair of one source video. Phantom-Data has both
     bounds and prints neither. Ours, of the offline CLIP: of 68 pairs of one thing at two moments of a clip 5 %
-    lie below .60, and 25 % above .98 are all but the same picture."""
+    lie below .60, and 25 % above .98 are all but the same picture. For crops with another CLIP's vectors set
+    both bounds by the histogram that is printed."""
     memory_similarity: tuple[float, float] = (0.9, 0.97)
     """The same where the reference is of a retrieved document. Ours, of the offline CLIP: of 890 pairs that
     show the same word in two videos nine in ten lie below .90."""
@@ -138,6 +141,17 @@ def _check_crops(config: InstructConfig, shards: ShardSet) -> None:
             legal="crops of these prompts",
             cure=f"vimi-data subjects {config.prompts} --out crops",
         )
+    if PLACES_FILE not in {entry.path for entry in certificate.files}:
+        raise ConfigError(
+            f"{config.crops} was made by an earlier version",
+            cure=f"vimi-data subjects {config.prompts} --out crops",
+        )
+    if config.pairs != "in_pair" and certificate.facts.get("clip") is None:
+        raise ConfigError(
+            f"{config.crops} holds no CLIP vectors, by which pairs={config.pairs} compares cut-outs",
+            legal="crops made with a CLIP, or pairs=in_pair",
+            cure=f"vimi-data subjects {config.prompts} --out crops --clip offline",
+        )
 
 
 def run(config: InstructConfig) -> Certificate:
@@ -149,12 +163,32 @@ def run(config: InstructConfig) -> Certificate:
     """
     shards = check(config)
     inputs = input_hashes(config, shards)
-    units = list(plan_units(shards, config.clips, config.unit_rows))
+    units = list(_with_crops(config, shards, plan_units(shards, config.clips, config.unit_rows)))
     recipes = {task: RECIPES[task] for task in config.tasks}
     worker = partial(InstructWorker, config, output_hash(config, inputs), recipes)
     work = partial(run_networks, config, units, worker, what=JOB)
     finish = partial(_finish, config, inputs, units)
     return run_job(JOB, config, inputs, work=work, finish=finish)
+
+
+def _with_crops(config: InstructConfig, shards: ShardSet, units: Iterable[Unit]) -> Iterator[Unit]:
+    """Each unit with the places of the crops that it needs, so that no worker looks through the table."""
+    if config.crops is None or Task.SUBJECT_DRIVEN not in config.tasks:
+        yield from units
+        return
+    by = _crops_by(config)
+    places = find_places(config.crops, by)
+    for unit in units:
+        found: set[Place] = set()
+        for group in unit.payload["row_groups"]:
+            for row in shards.read_row_group(group, ["clip_id", "source_uri", "source_sha256"]).to_pylist():
+                found.update(places.get(crops_key(row, by), ()))
+        yield Unit(unit.id, {**unit.payload, "crops": sorted(found)})
+
+
+def _crops_by(config: InstructConfig) -> Literal["clip_id", "clip_source"]:
+    """By which column a clip's crops are found: only cross-pairs need those of its whole source video."""
+    return "clip_id" if config.pairs == "in_pair" else "clip_source"
 
 
 def input_hashes(config: InstructConfig, shards: ShardSet) -> dict[str, str]:
@@ -176,17 +210,19 @@ class InstructWorker:
         self.config, self.config_hash, self.recipes = config, config_hash, recipes
         self.shards = ShardSet(config.prompts)
         self.finder = SubjectFinder(config.subjects, "cuda" if config.num_gpus else "cpu")
-        self.compared: list[Compared] = []
+        self.tally = Tally()
         self.crops: dict[str, list[Row]] = {}
 
     def __call__(self, payload: dict[str, Any]) -> Receipt:
         made: list[Row] = []
         rejected: list[Row] = []
-        self.compared, rows = [], []
+        self.tally, rows = Tally(), []
         for group in payload["row_groups"]:
             rows += self.shards.read_row_group(group).to_pylist()
-        if self.config.crops and Task.SUBJECT_DRIVEN in self.config.tasks:
-            self.crops = read_crops(self.config.crops, {source_key(row) for row in rows})
+        if self.config.crops and "crops" in payload:
+            by = _crops_by(self.config)
+            wanted = {crops_key(row, by) for row in rows}
+            self.crops = read_crops(self.config.crops, payload["crops"], wanted, by=by)
         for row in rows:
             for task in self.tasks_of(row["clip_id"]):
                 result = self.instruct(row, task, payload["local"].get(row["clip_id"]))
@@ -196,8 +232,9 @@ class InstructWorker:
             place = join(self.config.out, shard_name(payload["number"]))
             entry = write_shard(place, made, PROMPTS, row_group_rows=self.config.row_group_rows).model_dump()
         notes = dict(Counter(row["status"] for row in rejected))
-        pairs = [pair.row() for pair in self.compared]
-        return {"entry": entry, "rejected": rejected, "counts": _count(made), "pairs": pairs, "notes": notes}
+        compared = self.tally.receipt()
+        counts = _count(made)
+        return {"entry": entry, "rejected": rejected, "counts": counts, "compared": compared, "notes": notes}
 
     def draw(self, row: Row, local_uri: str | None) -> Draw:
         return Draw(row, local_uri, self.finder, self.config.seed, self.choice(row))
@@ -207,13 +244,13 @@ class InstructWorker:
         if config.crops is None:
             return None
         return Choice(
-            self.crops.get(source_key(row), []),
+            self.crops.get(crops_key(row, _crops_by(config)), []),
             max_subjects=config.subjects.max_subjects,
             background_prob=config.subjects.background_prob,
             pairs=config.pairs,
             bounds=Bounds(config.similarity, config.memory_similarity),
             references=config.references,
-            compared=self.compared,
+            tally=self.tally,
         )
 
     def tasks_of(self, clip_id: str) -> list[str]:
@@ -255,13 +292,15 @@ def _finish(
     entries: list[FileEntry] = []
     rejected: list[Row] = []
     facts: Counter[str] = Counter()
-    pairs: list[Row] = []
+    fates: Counter[str] = Counter()
+    similarities = [0] * BINS
     for _, receipt in receipts.in_order(units):
         if receipt["entry"]:
             entries.append(FileEntry.model_validate(receipt["entry"]))
         rejected += receipt["rejected"]
         facts.update(receipt["counts"])
-        pairs += receipt["pairs"]
+        fates.update(receipt["compared"]["fates"])
+        similarities = [a + b for a, b in zip(similarities, receipt["compared"]["similarities"], strict=True)]
     counts = Counter[str](row["status"] for row in rejected)
     counts[Status.OK] = sum(e.rows for e in entries)
     what = "draws could not become instructions"
@@ -269,6 +308,7 @@ def _finish(
     meta = write_meta(config.out, entries, row_group_rows=config.row_group_rows)
     files = [*entries, meta, write_rejected(config.out, rejected)]
     if config.pairs != "in_pair":
+        pairs = (pair for _, receipt in receipts.in_order(units) for pair in receipt["compared"]["pairs"])
         files.append(write_shard(join(config.out, PAIRS_FILE), pairs, PAIRS, row_group_rows=1 << 16))
     return Certificate(
         job=JOB,
@@ -276,18 +316,29 @@ def _finish(
         **count_fates(counts),
         files=files,
         inputs=inputs,
-        facts=_facts(facts, rejected) | _pair_facts(config, pairs),
+        facts=_facts(facts, rejected) | _pair_facts(config, fates, similarities),
     )
 
 
-def _pair_facts(config: InstructConfig, pairs: list[Row]) -> dict[str, Any]:
+def _pair_facts(config: InstructConfig, fates: Counter[str], similarities: list[int]) -> dict[str, Any]:
     """What was compared, by fate, and how similar it was."""
-    if config.pairs == "in_pair":
+    if config.pairs == "in_pair" or config.crops is None:
         return {}
-    counts, fates = histogram([pair["similarity"] for pair in pairs]), Counter(pair["fate"] for pair in pairs)
     told = ", ".join(f"{fate.replace('_', ' ')} {count:,}" for fate, count in sorted(fates.items()))
-    remark = f"similarity of {len(pairs):,} cross-pairs, 0 to 1: |{draw_histogram(counts)}| {told or 'none'}"
-    return {"pairs": dict(sorted(fates.items())), "similarities": counts, "remarks": [remark]}
+    drawn = draw_histogram(similarities)
+    remarks = [f"similarity of {fates.total():,} cross-pairs, 0 to 1: |{drawn}| {told or 'none'}"]
+    clip = require_certificate(config.crops, job=CROPS_JOB, made_by="vimi-data subjects").facts["clip"]
+    measured = " and ".join(measured_bounds(config))
+    if clip != OFFLINE and measured:
+        told = f"the bounds {measured} were measured with the offline CLIP, and these vectors are of {clip}"
+        remarks.append(f"{told}: set them by this histogram")
+    return {"pairs": dict(sorted(fates.items())), "similarities": similarities, "remarks": remarks}
+
+
+def measured_bounds(config: InstructConfig) -> list[str]:
+    """Bounds of a pair that are as measured with the offline CLIP: nobody set them."""
+    fields = InstructConfig.model_fields
+    return [n for n in ("similarity", "memory_similarity") if getattr(config, n) == fields[n].default]
 
 
 def _facts(counts: Counter[str], rejected: list[Row]) -> dict[str, Any]:

@@ -21,7 +21,8 @@ from pipeline.media.clip import first_frame, read_frames
 from pipeline.prompts.subjects.crops import as_picture, own_pictures
 from pipeline.prompts.subjects.cutout import Picture, encode
 from pipeline.prompts.subjects.finder import FRAME_FRACS, SIDE_PX, SubjectFinder
-from pipeline.prompts.subjects.pairs import Bounds, Compared, Pairs, cross_references
+from pipeline.prompts.subjects.pairs import Bounds, Pairs, Tally, cross_references
+from pipeline.prompts.subjects.verdict import main_reason
 from pipeline.schema import TASKS, Media, Role, RowError, Status, Task
 
 Row = dict[str, Any]
@@ -33,14 +34,14 @@ class Choice:
     """Which of the crops stand for a clip's words; the fields are those of `InstructConfig`."""
 
     crops: list[Row]
-    """Of all clips of the source video, and of the documents that were retrieved for them."""
+    """Of the clip, or of all clips of its source video, and of the documents that were retrieved for them."""
     max_subjects: int
     background_prob: float
     pairs: Pairs
     bounds: Bounds
     references: int
-    compared: list[Compared] = field(default_factory=list)
-    """What was compared for cross-pairs is added here."""
+    tally: Tally = field(default_factory=Tally)
+    """What was compared for cross-pairs is counted here."""
 
 
 @dataclass(frozen=True)
@@ -96,8 +97,11 @@ def _from_crops(draw: Draw, choice: Choice) -> Made:
     own = [crop for crop in choice.crops if crop["clip_id"] == draw.row["clip_id"] and crop["doc_id"] is None]
     targets = own_pictures(own, at_most=choice.max_subjects)
     if not targets:
-        reasons = [(Status(crop["status"]), crop["error"]) for crop in own] or [(Status.BAD_ROW, "no crops")]
-        raise RowError(*max(reasons, key=reasons.count))
+        fates = {crop["error"]: Status(crop["status"]) for crop in own if crop["nature"] != "place"}
+        if not fates:
+            raise RowError(Status.BAD_ROW, "no crops")
+        reason = main_reason([crop["error"] for crop in own if crop["nature"] != "place"])
+        raise RowError(fates[reason], reason)
     pictures: list[Picture] = []
     for target in targets:
         references = _references(choice, target, own)
@@ -105,8 +109,8 @@ def _from_crops(draw: Draw, choice: Choice) -> Made:
         pictures += [as_picture(target, draw.caption, Role.SUBJECT, crop) for crop in references[:count]]
     if not pictures:
         raise RowError(Status.FILTERED_NO_SUBJECT, "no other clip shows it, like enough and unlike enough")
-    place = next((c for c in own if c["nature"] == "place" and c["frac"] == targets[0]["frac"]), None)
-    if with_place and place is not None:
+    place = next((crop for crop in own if crop["nature"] == "place" and crop["status"] == Status.OK), None)
+    if with_place and place is not None and place["frac"] == targets[0]["frac"]:
         pictures.append(as_picture(place, draw.caption, Role.BACKGROUND, place))
     return replace_words(draw.caption, pictures), []
 
@@ -115,7 +119,7 @@ def _references(choice: Choice, target: Row, own: list[Row]) -> list[Row]:
     """The crops that may stand for `target`, best first."""
     if choice.pairs != "in_pair":
         compared = cross_references(target, choice.crops, choice.bounds, at_most=choice.references)
-        choice.compared.extend(compared)
+        choice.tally.add(compared)
         found = [pair.reference for pair in compared if pair.fate == "used"]
         if found or choice.pairs == "cross_clip":
             return found
@@ -128,7 +132,9 @@ def video_prediction(draw: Draw) -> Made:
     if draw.row["media"] == Media.IMAGE:
         raise RowError(Status.FILTERED_NOT_VIDEO, "a picture has no next frame")
     first = first_frame(draw.row, local_uri=draw.local_uri)
-    data = encode(fit_inside(Image.fromarray(first.frames[0]), SIDE_PX))
+    target = draw.row["target"] or {}  # training shows the target's own frame: the encoder's is no coarser
+    side_px = max(SIDE_PX, target.get("height_px") or 0, target.get("width_px") or 0)
+    data = encode(fit_inside(Image.fromarray(first.frames[0]), side_px))
     segments = [text(draw.caption, Role.CAPTION), image(data, Role.FIRST_FRAME)]
     return segments, _frame_flags(first.from_target)
 

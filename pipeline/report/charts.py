@@ -107,11 +107,25 @@ def histogram(series: Sequence[Series], *, x_label: str, title: str) -> Markup:
     else:
         pad = max(0.5, 1e-3 * abs(low)) if low == high else 0.0
         edges = np.linspace(low - pad, high + pad, BINS + 1)
+    counts = [np.histogram(found, edges)[0] for found in values]
+    return _stairs(counts, edges, [one.style for one in series], x_label=x_label, title=title)
+
+
+def counted_histogram(counts: Sequence[int], *, x_label: str, title: str) -> Markup:
+    """The same of values that were counted in equal bins of [0, 1]."""
+    if not sum(counts):
+        return Markup()
+    edges = np.linspace(0, 1, len(counts) + 1)
+    return _stairs([np.asarray(counts)], edges, ["one"], x_label=x_label, title=title)
+
+
+def _stairs(
+    counts: Sequence[np.ndarray], edges: np.ndarray, styles: Sequence[str], *, x_label: str, title: str
+) -> Markup:
     figure, axes = _figure(x_label, "share")
     axes.yaxis.set_major_formatter(lambda share, _: f"{100 * share:.3g}%")
-    for one, found in zip(series, values, strict=True):
-        shares = np.histogram(found, edges)[0] / max(len(found), 1)
-        axes.stairs(shares, edges, fill=True, linewidth=0, **_style(one.style))
+    for found, style in zip(counts, styles, strict=True):
+        axes.stairs(found / max(found.sum(), 1), edges, fill=True, linewidth=0, **_style(style))
     axes.set_ylim(bottom=0)
     return _svg(figure, title)
 

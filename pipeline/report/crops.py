@@ -6,9 +6,9 @@ from typing import Any
 from infra.certificate import Certificate
 from infra.storage import join
 from pipeline.report.album import Album
-from pipeline.report.charts import Series, histogram
+from pipeline.report.charts import counted_histogram
 from pipeline.report.read import Parts, spread, table_files
-from pipeline.schema import Status
+from pipeline.schema import Status, Task
 from pipeline.shards import PAIRS_FILE, open_part
 
 NUM_KEPT, NUM_LEFT_OUT, NUM_PAIRS = 24, 6, 6
@@ -60,9 +60,9 @@ def cross_pairs(parts: Parts, album: Album) -> Card | None:
     if parts.instructions is None or PAIRS_FILE not in parts.instructions.files:
         return None
     pairs = open_part(join(parts.instructions.uri, PAIRS_FILE)).read().to_pylist()
-    values = [pair["similarity"] for pair in pairs]
+    facts = parts.instructions.certificate.facts
     title = "Similarity of cross-pairs"
-    chart = histogram([Series("pairs", values, (), "one")], x_label="CLIP cosine", title=title)
+    chart = counted_histogram(facts["similarities"], x_label="CLIP cosine", title=title)
     chosen = {fate: _spread_by_similarity(pairs, fate) for fate in FATES}
     wanted = {
         pair[side] for found in chosen.values() for pair in found for side in ("target_crop", "reference_crop")
@@ -79,9 +79,8 @@ def cross_pairs(parts: Parts, album: Album) -> Card | None:
             }
             for pair in found
         ]
-        total = sum(pair["fate"] == fate for pair in pairs)
-        groups.append({"fate": FATES[fate], "total": total, "cards": cards})
-    return {"chart": chart, "total": len(pairs), "groups": groups}
+        groups.append({"fate": FATES[fate], "total": facts["pairs"].get(fate, 0), "cards": cards})
+    return {"chart": chart, "total": sum(facts["pairs"].values()), "groups": groups}
 
 
 def _spread_by_similarity(pairs: list[Card], fate: str) -> list[Card]:
@@ -102,7 +101,10 @@ def _pictures(folder: str, crops: set[str]) -> dict[str, bytes]:
 
 
 def funnel(parts: Parts) -> list[Card]:
-    """From rows of the corpus to subject-driven instructions: counts, and the share of the step before."""
+    """From rows of the corpus to subject-driven instructions: counts, and the share of the step before.
+
+    [] = no step of it has pictures of words.
+    """
     certificates = {job: certificate for job, (_, certificate) in parts.certificates.items()}
     steps: list[tuple[str, int]] = []
     if "crawl" in certificates:
@@ -114,10 +116,11 @@ def funnel(parts: Parts) -> list[Card]:
         steps.append(("prompts", certificates["augment"].num_out))
     if "subjects" in certificates:
         steps.append(("a word is surely shown", certificates["subjects"].facts["clips_with_a_picture"]))
-    if "instruct" in certificates:
+    asked = _asked_for_subjects(certificates.get("instruct"))
+    if "instruct" in certificates and (asked or "subjects" in certificates):
         made = certificates["instruct"].facts.get("tasks", {})
-        steps.append(("subject-driven instructions", made.get("subject_driven", 0)))
-    if len(steps) < 2:
+        steps.append(("subject-driven instructions", made.get(Task.SUBJECT_DRIVEN, 0)))
+    if len(steps) < 2 or not (asked or "subjects" in certificates):
         return []
     first = max(max(count for _, count in steps), 1)
     return [
@@ -126,9 +129,16 @@ def funnel(parts: Parts) -> list[Card]:
     ]
 
 
+def _asked_for_subjects(instruct: Certificate | None) -> bool:
+    """Whether the instructions were to show pictures of words: some do, or some could not."""
+    facts = instruct.facts if instruct else {}
+    made, reasons = facts.get("tasks", {}), facts.get("reasons", {})
+    return Task.SUBJECT_DRIVEN in made or any(reason.startswith(Task.SUBJECT_DRIVEN) for reason in reasons)
+
+
 def subjects_part(parts: Parts, album: Album) -> Card | None:
-    """All of it; None = there is neither a table of crops nor a cross-pair."""
-    groups, pairs = crop_groups(parts, album), cross_pairs(parts, album)
-    if not groups and pairs is None:
+    """All of it; None = there is neither a table of crops nor a cross-pair, nor a step towards them."""
+    groups, pairs, steps = crop_groups(parts, album), cross_pairs(parts, album), funnel(parts)
+    if not groups and pairs is None and not steps:
         return None
-    return {"groups": groups, "pairs": pairs, "funnel": funnel(parts)}
+    return {"groups": groups, "pairs": pairs, "funnel": steps}

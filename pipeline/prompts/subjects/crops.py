@@ -1,19 +1,20 @@
 """The table of crops: what the finder says of each phrase in each frame, and the picture that it gives.
 
 One row a phrase and frame, found or not, with its fate; one more for the place that the caption names, shown
-without the things. Made once (`vimi-data subjects`), read by `vimi-data instruct`.
+without the things. Made once (`vimi-data subjects`), read by `vimi-data instruct`, which finds the rows of a
+clip by the table of places beside it.
 """
 
 import io
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from itertools import groupby
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
 
-from infra.certificate import require_certificate
 from infra.pictures import PictureError, decode_picture, fit_inside
-from infra.storage import absolute
+from infra.storage import absolute, join
 from pipeline.media.clip import read_frames
 from pipeline.prompts.subjects import cutout
 from pipeline.prompts.subjects.cutout import Picture
@@ -21,10 +22,12 @@ from pipeline.prompts.subjects.entities import Entity, background, find_entities
 from pipeline.prompts.subjects.finder import FRAME_FRACS, SubjectFinder, best_frame
 from pipeline.prompts.subjects.saliency import SIDE_PX
 from pipeline.prompts.subjects.verdict import Found, Phrases, Reason, Verdict
-from pipeline.schema import Role, RowError, Status, crop_id
-from pipeline.shards import open_part, shards_of
+from pipeline.schema import CROPS, Role, RowError, Status, crop_id
+from pipeline.shards import PLACES_FILE, open_part
 
 Row = dict[str, Any]
+Place = tuple[str, int]
+"""A file of the table and a row group of it."""
 JOB = "subjects"
 LEFT_OUT_PX = 144
 """Side of the picture of what is left out: to be looked at, never to be trained on. Ours."""
@@ -53,20 +56,24 @@ def clip_crops(
 
 
 def document_crops(row: Row, finder: SubjectFinder, *, at_most: int) -> list[Row]:
-    """The crops of the pictures that were retrieved for a clip, best document first: those with a picture."""
+    """The crops of the pictures that were retrieved for a clip, best document first; each has a row.
+
+    The places in them are not looked for: they would never be shown.
+    """
     crops: list[Row] = []
     for origin, words, image in list(_documents(row))[:at_most]:
+        of = {**row, **{name: origin[name] for name in ("source_uri", "source_sha256", "start_s", "end_s")}}
+        of |= {"clip_source": source_key(row), "doc_id": origin["doc_id"]}
         phrases = Phrases.of(words)
         if not phrases.subjects:
+            crops.append(_without_picture(of, Status.FILTERED_NO_SUBJECT, Reason.NO_SUBJECT))
             continue
         try:
             frame = np.asarray(decode_picture(image).convert("RGB"))
-        except PictureError:
+        except PictureError as error:
+            crops.append(_without_picture(of, Status.UNDECODABLE, str(error)))
             continue
-        of = {**row, **{name: origin[name] for name in ("source_uri", "source_sha256", "start_s", "end_s")}}
-        of["clip_source"] = source_key(row)
-        made = _crops_of({**of, "doc_id": origin["doc_id"]}, phrases, [frame], [0.0], finder)
-        crops += [crop for crop in made if crop["status"] == Status.OK and crop["nature"] != "place"]
+        crops += _crops_of(of, phrases, [frame], [0.0], finder)
     return crops
 
 
@@ -88,10 +95,9 @@ def _crops_of(
 ) -> list[Row]:
     verdicts = finder.finder.find(frames, phrases)
     rows = [_crop(row, verdict, frames, fracs) for verdict in verdicts]
-    place, best = background(list(phrases.entities)), best_frame(verdicts)
-    if place is not None and best:
-        image = cutout.background_picture(frames[best[0].frame], [one.mask for one in best], SIDE_PX)
-        rows.append(_place(row, place, image, fracs[best[0].frame]))
+    place = None if row.get("doc_id") else background(list(phrases.entities))
+    if place is not None:
+        rows.append(_place(row, place, best_frame(verdicts), frames, fracs))
     clip = finder.clip
     shown = [crop for crop in rows if crop["status"] == Status.OK]
     if clip is not None and shown:
@@ -102,7 +108,7 @@ def _crops_of(
 
 
 def _base(row: Row) -> Row:
-    names = ("clip_id", "source_uri", "source_sha256", "start_s", "end_s")
+    names = ("clip_id", "source_uri", "source_sha256", "start_s", "end_s", "split")
     key = row.get("clip_source") or source_key(row)
     return {**EMPTY, **{name: row[name] for name in names}, "clip_source": key, "doc_id": row.get("doc_id")}
 
@@ -145,8 +151,16 @@ def _crop(row: Row, verdict: Verdict, frames: Sequence[np.ndarray], fracs: Seque
     return {**made, **shown, "score": verdict.score, "status": Status.OK.value, "error": None}
 
 
-def _place(row: Row, entity: Entity, image: Image.Image, frac: float) -> Row:
-    made = {**_named(row, entity, frac), "image": cutout.encode(image)}
+def _place(
+    row: Row, entity: Entity, best: list[Found], frames: Sequence[np.ndarray], fracs: Sequence[float]
+) -> Row:
+    """The place without the things that were cut out of the `best` frame; there is none if nothing was."""
+    if not best:
+        made = _named(row, entity, fracs[0])
+        shown = {"image": cutout.encode(fit_inside(Image.fromarray(frames[0]), LEFT_OUT_PX))}
+        return {**made, **shown, "status": Status.FILTERED_NO_SUBJECT.value, "error": str(Reason.NOTHING_CUT)}
+    image = cutout.background_picture(frames[best[0].frame], [one.mask for one in best], SIDE_PX)
+    made = {**_named(row, entity, fracs[best[0].frame]), "image": cutout.encode(image)}
     return {**made, "score": 1.0, "status": Status.OK.value, "error": None}
 
 
@@ -171,20 +185,43 @@ def source_key(row: Row) -> str:
     return row["source_sha256"] or row["source_uri"] or row["clip_id"]
 
 
-def read_crops(folder: str, sources: Iterable[str]) -> dict[str, list[Row]]:
-    """Source -> the crops of its clips and of their documents, in the table's order.
+def crops_key(row: Row, by: Literal["clip_id", "clip_source"]) -> str:
+    """What a row of PROMPTS has in common with its crops, in their column `by`."""
+    return row["clip_id"] if by == "clip_id" else source_key(row)
 
-    Only the row groups that hold one of them are read whole.
+
+def places_of(crops: Sequence[Row], file: str, *, row_group_rows: int) -> list[Row]:
+    """Rows of `schema.CROP_PLACES` for a file of crops: which row groups hold which clips."""
+    places = {(row["clip_id"], row["clip_source"], n // row_group_rows): None for n, row in enumerate(crops)}
+    return [
+        {"clip_id": clip, "clip_source": source, "file": file, "row_group": group}
+        for clip, source, group in places
+    ]
+
+
+def find_places(folder: str, by: str) -> dict[str, list[Place]]:
+    """Clip or source (`by` clip_id or clip_source) -> where its crops lie, in the table's order."""
+    found: dict[str, dict[Place, None]] = {}
+    with open_part(join(absolute(folder), PLACES_FILE)) as table:
+        for batch in table.iter_batches(columns=[by, "file", "row_group"]):
+            for row in batch.to_pylist():
+                found.setdefault(row[by], {})[row["file"], row["row_group"]] = None
+    return {key: list(places) for key, places in found.items()}
+
+
+def read_crops(folder: str, places: Iterable[Place], wanted: set[str], *, by: str) -> dict[str, list[Row]]:
+    """Clip or source -> its crops and those of its clips' documents, in the table's order.
+
+    Nothing but the row groups at `places` is read.
     """
-    wanted, found = set(sources), dict[str, list[Row]]()
-    certificate = require_certificate(folder, job=JOB, made_by="vimi-data subjects")
-    for uri in shards_of(absolute(folder), certificate):
-        part = open_part(uri)
-        for number in range(part.num_row_groups):
-            keys = part.read_row_group(number, ["clip_source"])["clip_source"].to_pylist()
-            if wanted.isdisjoint(keys):
-                continue
-            for crop in part.read_row_group(number).to_pylist():
-                if crop["clip_source"] in wanted:
-                    found.setdefault(crop["clip_source"], []).append(crop)
+    found: dict[str, list[Row]] = {}
+    columns = [name for name in CROPS.names if name not in ("box", "mask")]
+    for file, places_there in groupby(places, key=lambda place: place[0]):
+        with open_part(join(absolute(folder), file)) as part:
+            for _, group in places_there:
+                for crop in part.read_row_group(group, columns).to_pylist():
+                    if crop[by] in wanted:
+                        vector = crop["vector"]
+                        crop["vector"] = None if vector is None else np.asarray(vector, np.float64)
+                        found.setdefault(crop[by], []).append(crop)
     return found

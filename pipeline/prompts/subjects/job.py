@@ -17,11 +17,11 @@ from infra.storage import join
 from pipeline.job import NetworkJobConfig, count_fates, output_hash, refuse_failures, run_job, run_networks
 from pipeline.journal import Receipt, Receipts, Unit
 from pipeline.prompts.inputs import check_prompts, plan_units
-from pipeline.prompts.subjects.crops import JOB, Row, clip_crops, document_crops
+from pipeline.prompts.subjects.crops import JOB, Row, clip_crops, document_crops, places_of
 from pipeline.prompts.subjects.finder import SubjectConfig, SubjectFinder, check_subjects, networks
 from pipeline.prompts.tasks import generator
-from pipeline.schema import CROPS, Status
-from pipeline.shards import ShardSet, shard_name, write_shard
+from pipeline.schema import CROP_PLACES, CROPS, Status
+from pipeline.shards import PLACES_FILE, ShardSet, shard_name, write_shard
 
 
 class CropsConfig(NetworkJobConfig):
@@ -44,7 +44,7 @@ class CropsConfig(NetworkJobConfig):
     seed: int = 0
     """Gives the order in which a clip's frames are looked at; that of `instruct` gives the same cut-outs."""
     max_failed_frac: Incidental[float] = Field(default=0.5, ge=0, le=1)
-    """Greatest share of rows that may die (unreadable sources) before the job fails."""
+    """Greatest share of clips that may die (unreadable sources) before the job fails."""
 
 
 def check(config: CropsConfig) -> ShardSet:
@@ -63,7 +63,7 @@ def run(config: CropsConfig) -> Certificate:
 
     Raises:
         ConfigError: see `check`.
-        TooManyFailuresError: more rows died than `max_failed_frac` allows.
+        TooManyFailuresError: more clips died than `max_failed_frac` allows.
     """
     shards = check(config)
     inputs = {"prompts": shards.certificate.content_hash(), **networks(config.subjects)}
@@ -86,19 +86,22 @@ class CropsWorker:
         for group in payload["row_groups"]:
             for row in self.shards.read_row_group(group).to_pylist():
                 crops += self.crops(row, payload["local"].get(row["clip_id"]))
-        place = join(self.config.out, shard_name(payload["number"]))
-        entry = write_shard(place, crops, CROPS, row_group_rows=self.config.row_group_rows)
+        name, size = shard_name(payload["number"]), self.config.row_group_rows
+        entry = write_shard(join(self.config.out, name), crops, CROPS, row_group_rows=size)
         fates = Counter(crop["status"] for crop in crops)
         facts = Counter(f"reason.{crop['error']}" for crop in crops if crop["error"])
         facts.update(f"nature.{crop['nature']}" for crop in crops if crop["status"] == Status.OK)
         facts["clips"] = len({crop["clip_id"] for crop in crops})
         facts["shown"] = len({c["clip_id"] for c in crops if c["status"] == Status.OK and c["doc_id"] is None})
-        facts["of_documents"] = sum(crop["doc_id"] is not None for crop in crops)
-        failed = (crop for crop in crops if Status(crop["status"]).is_dead)
-        dead = [{name: crop[name] for name in ("source_uri", "status", "error")} for crop in failed][:1]
+        facts["of_documents"] = sum(c["doc_id"] is not None and c["status"] == Status.OK for c in crops)
+        failed = [crop for crop in crops if Status(crop["status"]).is_dead and crop["doc_id"] is None]
+        dead = [{name: crop[name] for name in ("source_uri", "status", "error")} for crop in failed]
+        clips = Counter(crop["status"] for crop in failed)  # a clip that can't be read is one row
+        clips[Status.OK] = facts["clips"] - len(failed)
         notes = {status: count for status, count in fates.items() if status != Status.OK}
-        counts = {"fates": dict(fates), "facts": dict(facts)}
-        return {"entry": entry.model_dump(), **counts, "dead": dead, "notes": notes}
+        counts = {"fates": dict(fates), "facts": dict(facts), "clips": dict(clips)}
+        places = places_of(crops, name, row_group_rows=size)
+        return {"entry": entry.model_dump(), **counts, "dead": dead[:1], "places": places, "notes": notes}
 
     def crops(self, row: Row, local_uri: str | None) -> list[Row]:
         random = generator(self.config.seed, row["clip_id"], "subject")
@@ -111,13 +114,17 @@ def _finish(config: CropsConfig, inputs: dict[str, str], units: list[Unit], rece
     entries: list[FileEntry] = []
     fates: Counter[str] = Counter()
     facts: Counter[str] = Counter()
+    clips: Counter[str] = Counter()
     dead = []
     for _, receipt in receipts.in_order(units):
         entries.append(FileEntry.model_validate(receipt["entry"]))
         fates.update(receipt["fates"])
         facts.update(receipt["facts"])
+        clips.update(receipt["clips"])
         dead += receipt["dead"]
-    refuse_failures(fates, config.max_failed_frac, what="crops could not be made", rejected=dead)
+    refuse_failures(clips, config.max_failed_frac, what="clips could not be looked into", rejected=dead)
+    places = (place for _, receipt in receipts.in_order(units) for place in receipt["places"])
+    index = write_shard(join(config.out, PLACES_FILE), places, CROP_PLACES, row_group_rows=1 << 16)
 
     def below(prefix: str) -> dict[str, int]:
         found = {key.removeprefix(prefix): n for key, n in facts.items() if key.startswith(prefix)}
@@ -127,10 +134,11 @@ def _finish(config: CropsConfig, inputs: dict[str, str], units: list[Unit], rece
         job=JOB,
         config_hash=output_hash(config, inputs),
         **count_fates(fates),
-        files=entries,
+        files=[*entries, index],
         inputs=inputs,
         facts={
-            "accounting": "one row is a phrase in a frame, or a clip without one",
+            "accounting": "one row is a phrase in a frame, or a clip or document without one",
+            "clip": None if config.subjects.clip is None else config.subjects.clip.name,
             "clips": facts["clips"],
             "clips_with_a_picture": facts["shown"],
             "of_documents": facts["of_documents"],

@@ -7,18 +7,23 @@ vectors of the two lie between two bounds (Phantom-Data; it prints neither): bel
 above, the two are all but one picture, and copying is what they would teach.
 """
 
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
 
+from infra.splits import is_held_out
 from pipeline.schema import Status
 
 Row = dict[str, Any]
 Pairs = Literal["in_pair", "cross_clip", "mixed"]
 BINS = 20
 """Of the histogram of similarities, from 0 to 1."""
+NUM_LOOKED_AT = 2
+"""Comparisons of a target that are kept of each fate but `used`, evenly by rank: a film of 2,000 clips makes
+12 million. Ours."""
 
 
 @dataclass(frozen=True)
@@ -57,30 +62,61 @@ def cross_references(target: Row, bank: Sequence[Row], bounds: Bounds, *, at_mos
 
     `bank` holds the crops of the same source video and of the target's own documents.
     """
+    candidates = [crop for crop in bank if is_candidate(target, crop)]
+    if not candidates:
+        return []
+    vectors = np.stack([np.asarray(crop["vector"], np.float64) for crop in candidates])
+    similarities = (vectors * np.asarray(target["vector"], np.float64)).sum(1).tolist()
     compared = []
-    for crop in bank:
-        if not is_candidate(target, crop):
-            continue
-        similarity = float(np.dot(np.asarray(target["vector"]), np.asarray(crop["vector"])))
+    for crop, similarity in zip(candidates, similarities, strict=True):
         low, high = bounds.memory if crop["doc_id"] else bounds.same_source
         fate = "near_duplicate" if similarity > high else "too_unlike" if similarity < low else "spare"
         compared.append(Compared(target, crop, similarity, fate))
     compared.sort(key=lambda pair: (-pair.similarity, pair.reference["crop_id"]))
-    chosen = [pair for pair in compared if pair.fate == "spare"][:at_most]
-    return [
-        Compared(pair.target, pair.reference, pair.similarity, "used") if pair in chosen else pair
-        for pair in compared
-    ]
+    chosen = [place for place, pair in enumerate(compared) if pair.fate == "spare"][:at_most]
+    for place in chosen:
+        compared[place] = replace(compared[place], fate="used")
+    return compared
+
+
+@dataclass
+class Tally:
+    """All comparisons as counts; of each target's a few, to be looked at."""
+
+    fates: Counter[str] = field(default_factory=Counter)
+    similarities: list[int] = field(default_factory=lambda: [0] * BINS)
+    """The histogram."""
+    kept: list[Compared] = field(default_factory=list)
+    """What was used, and `NUM_LOOKED_AT` of each other fate."""
+
+    def add(self, compared: Sequence[Compared]) -> None:
+        """Count what one target was compared with, most similar first."""
+        more = histogram([pair.similarity for pair in compared])
+        self.similarities = [a + b for a, b in zip(self.similarities, more, strict=True)]
+        by_fate: dict[str, list[Compared]] = {}
+        for pair in compared:
+            by_fate.setdefault(pair.fate, []).append(pair)
+        for fate, pairs in by_fate.items():
+            self.fates[fate] += len(pairs)
+            step = 1 if fate == "used" else -(-len(pairs) // NUM_LOOKED_AT)
+            self.kept += pairs[::step]
+
+    def receipt(self) -> dict[str, Any]:
+        """As JSON values."""
+        pairs = [pair.row() for pair in self.kept]
+        return {"pairs": pairs, "fates": dict(self.fates), "similarities": self.similarities}
 
 
 def is_candidate(target: Row, crop: Row) -> bool:
-    """May `crop` show the same thing, and from elsewhere?"""
+    """May `crop` show the same thing, and from elsewhere? What is kept from training is nobody's reference."""
     if crop["status"] != Status.OK or crop["vector"] is None or target["vector"] is None:
         return False
     if crop["head"] != target["head"] or crop["nature"] == "place":
         return False
     if crop["doc_id"] is not None:
         return crop["clip_id"] == target["clip_id"] and target["nature"] != "living"
+    if is_held_out("", crop["split"], 0) and not is_held_out("", target["split"], 0):
+        return False
     same = crop["clip_source"] == target["clip_source"] and crop["clip_id"] != target["clip_id"]
     return same and disjoint(target, crop)
 

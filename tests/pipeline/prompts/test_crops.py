@@ -13,18 +13,27 @@ from hypothesis import strategies as st
 
 from infra.certificate import Certificate, read_certificate, write_certificate
 from infra.cluster import RayConfig
-from infra.errors import ConfigError
+from infra.errors import ConfigError, TooManyFailuresError
 from pipeline.journal import JournalWriter
 from pipeline.prompts.inputs import plan_units
 from pipeline.prompts.instruct import InstructConfig, check, run
 from pipeline.prompts.subjects import job
-from pipeline.prompts.subjects.finder import SubjectConfig
+from pipeline.prompts.subjects.crops import clip_crops, document_crops, places_of
+from pipeline.prompts.subjects.finder import SubjectConfig, SubjectFinder
 from pipeline.prompts.subjects.job import CropsConfig, CropsWorker
-from pipeline.prompts.subjects.pairs import Bounds, cross_references, disjoint, histogram
+from pipeline.prompts.subjects.pairs import (
+    NUM_LOOKED_AT,
+    Bounds,
+    Tally,
+    cross_references,
+    disjoint,
+    histogram,
+)
+from pipeline.prompts.subjects.verdict import Reason
 from pipeline.report.page import run as make_page
 from pipeline.report.read import ReportConfig
-from pipeline.schema import CROPS, Role, Task, crop_id
-from pipeline.shards import ShardSet, shard_name, write_shard
+from pipeline.schema import CROP_PLACES, CROPS, Role, Task, crop_id
+from pipeline.shards import PLACES_FILE, ShardSet, shard_name, write_shard
 from tests.pipeline.prompts.test_instruct import ball as ball
 from tests.pipeline.prompts.test_instruct import draw_frame, jpeg, prompt, read_rows, save_prompts
 from tests.pipeline.prompts.test_instruct import prompts as prompts
@@ -66,6 +75,46 @@ def test_every_clip_has_a_row_that_says_what_became_of_its_words(crops: Path, pr
     assert certificate.dead == {"not_found": 1}
     assert {row["nature"] for row in rows if row["status"] == "ok"} == {"product", "place"}
     assert pq.read_schema(crops / shard_name(0)).equals(CROPS)
+
+
+def test_what_a_document_and_a_place_do_not_show_has_a_row_with_the_reason(tmp_path: Path):
+    finder = SubjectFinder(SUBJECTS)
+    row = prompt(0, tmp_path, "A red ball lies on grass", documents=3)
+    texts = {"text 1": "a red ball in the grass", "text 2": "some birds", "text 3": "a blue ball"}
+    for segment in row["segments"]:
+        origin = segment["document"]
+        if origin:
+            segment["document"] = {**origin, "doc_id": f"doc {origin['rank']}"}
+            segment["text"] = segment["text"] and texts[segment["text"]]
+            if segment["image"] and origin["rank"] == 3:
+                segment["image"] = b"no picture"
+    found = document_crops(row, finder, at_most=3)
+    assert [(crop["doc_id"], crop["phrase"], crop["status"]) for crop in found] == [
+        ("doc 1", "red ball", "ok"),
+        ("doc 2", None, "filtered_no_subject"),
+        ("doc 3", None, "undecodable"),
+    ]
+    picture = tmp_path / "grey.jpg"
+    picture.write_bytes(jpeg(np.full((90, 160, 3), 128, np.uint8)))
+    grey = prompt(1, picture, "A ball in the grass", media="image")
+    own = clip_crops(grey, finder, np.random.default_rng(0), local_uri=None)
+    place = next(crop for crop in own if crop["nature"] == "place")
+    assert (place["status"], place["error"]) == ("filtered_no_subject", Reason.NOTHING_CUT)
+    assert place["image"] and place["vector"] is None and all(crop["status"] != "ok" for crop in own)
+
+
+@pytest.mark.ray
+def test_too_many_unreadable_clips_fail_the_job_however_many_crops_the_others_give(
+    ball: Path, ray_cluster: None, tmp_path: Path
+):
+    rows = [prompt(i, ball, "A red ball is rolling over the grass.") for i in range(2)]
+    rows += [prompt(i, tmp_path / "gone.mp4", "A ball") for i in range(2, 5)]
+    for row in rows[2:]:
+        row["target"] = {**row["target"], "kind": "reference", "data": None}
+    prompts = save_prompts(tmp_path / "prompts", rows)
+    config = CropsConfig(prompts=prompts, out=str(tmp_path / "out"), subjects=SUBJECTS, ray=RAY)
+    with pytest.raises(TooManyFailuresError, match=r"3 of 5 clips .*not_found 3.*gone\.mp4"):
+        job.run(config)
 
 
 @pytest.mark.ray
@@ -160,14 +209,41 @@ def test_used_references_lie_between_the_bounds_and_share_no_moment(
     assert sum(histogram([pair.similarity for pair in compared])) == len(compared)
 
 
-def save_crops(folder: Path, prompts: str, rows: list[dict[str, Any]]) -> str:
+def test_a_held_out_clip_is_no_training_clips_reference():
+    train, test = crop("a", (0, 2), [1, 0], split="train"), crop("b", (2, 4), [1, 0.5], split="test")
+    assert not cross_references(train, [test], BOUNDS, at_most=1)
+    assert cross_references(test, [train], BOUNDS, at_most=1)
+    assert cross_references(test, [crop("c", (4, 6), [1, 0.5], split="test")], BOUNDS, at_most=1)
+
+
+def test_comparisons_are_all_counted_and_few_are_kept():
+    film = [crop(f"c{n}", (n, n + 1), [1, n / 20]) for n in range(60)]
+    tally = Tally()
+    for target in film:
+        tally.add(cross_references(target, film, BOUNDS, at_most=3))
+    assert tally.fates.total() == sum(tally.similarities) == 60 * 59
+    assert set(tally.fates) == {"used", "spare", "near_duplicate", "too_unlike"}
+    kept = Counter(pair.fate for pair in tally.kept)
+    assert kept["used"] == tally.fates["used"] and len(tally.kept) <= 60 * (3 + 3 * NUM_LOOKED_AT)
+
+
+def save_crops(
+    folder: Path, prompts: str, rows: list[dict[str, Any]], *, clip: str | None = "offline", more: int = 0
+) -> str:
+    """A certified table; `more` shards hold the crops of another film."""
     folder.mkdir(parents=True)
     entry = write_shard(f"{folder}/{shard_name(0)}", rows, CROPS, row_group_rows=2)
+    places, files = places_of(rows, shard_name(0), row_group_rows=2), [entry]
+    for number in range(1, more + 1):
+        others = [crop(f"other {number}", (0, 1), [1, 0], clip_source="other film")]
+        files.append(write_shard(f"{folder}/{shard_name(number)}", others, CROPS))
+        places += places_of(others, shard_name(number), row_group_rows=2)
+    files.append(write_shard(f"{folder}/{PLACES_FILE}", places, CROP_PLACES))
     inputs = {"prompts": ShardSet(prompts).certificate.content_hash()}
     n = len(rows)
-    facts = {"clips": n, "clips_with_a_picture": n, "reasons": {}}
+    facts = {"clip": clip, "clips": n, "clips_with_a_picture": n, "reasons": {}}
     done = Certificate(
-        job="subjects", config_hash="x", num_in=n, num_out=n, files=[entry], inputs=inputs, facts=facts
+        job="subjects", config_hash="x", num_in=n, num_out=n, files=files, inputs=inputs, facts=facts
     )
     write_certificate(str(folder), done)
     return str(folder)
@@ -208,6 +284,44 @@ def test_a_cross_pair_shows_the_other_clip_and_the_page_can_tell_how_like_it_is(
         shown = [s["image"] for s in row["segments"] if s["role"] == Role.SUBJECT]
         assert shown and pictures[row["clip_id"]] not in shown
         assert "".join(s["text"] or "" for s in row["segments"][1:]) == row["caption"]
+
+
+@pytest.mark.parametrize("pairs", ["cross_clip", "mixed"])
+def test_cross_pairs_of_crops_without_vectors_are_refused(
+    crops: Path, prompts: str, pairs: Any, tmp_path: Path
+):
+    config = InstructConfig(prompts=prompts, out=str(tmp_path / "x"), crops=str(crops), pairs=pairs)
+    with pytest.raises(ConfigError, match=r"holds no CLIP vectors.*pairs=in_pair.*--clip offline"):
+        check(config)
+    check(config.model_copy(update={"pairs": "in_pair"}))
+
+
+@pytest.mark.ray
+def test_bounds_of_another_clip_than_the_crops_are_remarked(
+    film: tuple[str, str], ray_cluster: None, tmp_path: Path
+):
+    prompts, crops = film
+    table = save_crops(tmp_path / "crops", prompts, read_table(Path(crops)), clip="ViT-B-32")
+    tasks, out = (Task.SUBJECT_DRIVEN,), str(tmp_path / "x")
+    config = InstructConfig(prompts=prompts, out=out, crops=table, pairs="mixed", tasks=tasks, ray=RAY)
+    remarks = run(config).facts["remarks"]
+    assert len(remarks) == 2 and "ViT-B-32" in remarks[1] and "similarity and memory_similarity" in remarks[1]
+    set_by_hand = {"similarity": (0.7, 0.9), "memory_similarity": (0.7, 0.9), "out": str(tmp_path / "y")}
+    assert len(run(config.model_copy(update=set_by_hand)).facts["remarks"]) == 1
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("pairs", ["in_pair", "cross_clip"])
+def test_crops_of_other_films_are_not_opened(
+    film: tuple[str, str], pairs: Any, ray_cluster: None, tmp_path: Path
+):
+    prompts, crops = film
+    table = save_crops(tmp_path / "crops", prompts, read_table(Path(crops)), more=2)
+    for number in (1, 2):
+        (tmp_path / "crops" / shard_name(number)).write_bytes(b"never read")
+    tasks, out = (Task.SUBJECT_DRIVEN,), str(tmp_path / "x")
+    made = run(InstructConfig(prompts=prompts, out=out, crops=table, pairs=pairs, tasks=tasks, ray=RAY))
+    assert made.num_out == 3
 
 
 @pytest.mark.ray
@@ -265,3 +379,15 @@ def test_the_page_shows_crops_by_verdict_pairs_with_their_similarity_and_a_funne
     reasons = {row["error"] for row in read_table(crops) if row["error"]}
     assert len(reasons) >= 2 and all(html.escape(reason.capitalize()) in page for reason in reasons)
     assert "a word is surely shown" in page and 'id="subjects"' in page
+
+
+@pytest.mark.ray
+def test_the_page_shows_the_funnel_of_instructions_without_a_table_of_crops(
+    prompts: str, ray_cluster: None, tmp_path: Path
+):
+    for task, is_shown in [(Task.SUBJECT_DRIVEN, True), (Task.TEXT_TO_VIDEO, False)]:
+        out = str(tmp_path / task)
+        run(InstructConfig(prompts=prompts, out=out, subjects=SUBJECTS, tasks=(task,), ray=RAY))
+        config = ReportConfig(out=str(tmp_path / f"{task}.html"), prompts=prompts, instructions=out)
+        page = Path(make_page(config)).read_text(encoding="utf-8")
+        assert ("subject-driven instructions" in page) == is_shown == ('id="subjects"' in page)

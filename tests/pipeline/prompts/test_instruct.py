@@ -25,12 +25,13 @@ from pipeline.prompts.inputs import plan_units
 from pipeline.prompts.instruct import InstructConfig, InstructWorker, check, input_hashes, run
 from pipeline.prompts.subjects.cutout import Picture
 from pipeline.prompts.subjects.entities import find_entities
-from pipeline.prompts.subjects.finder import FinderConfig, SubjectConfig
+from pipeline.prompts.subjects.finder import FinderConfig, SubjectConfig, SubjectFinder
 from pipeline.prompts.tasks import RECIPES, Draw, Made, Recipe, draw_tasks, replace_words, text
 from pipeline.schema import PROMPTS, REJECTED, Role, Task, content_id
 from pipeline.shards import ShardSet, shard_name, write_meta, write_shard
 from tests.infra import tiny_grounders
 from tests.infra.tiny_clips import MODELS, save_tiny
+from tests.pipeline.conftest import WriteVideo
 
 
 def draw_frame(number: int, height: int = 180, width: int = 320) -> np.ndarray:
@@ -70,11 +71,11 @@ def prompt(
     """A row as `augment` makes it."""
     frames = np.stack([draw_frame(i, 36, 64) for i in range(4)])
     picture = jpeg(draw_frame(number))
-    origin = {"doc_id": f"d{number}", "retriever": "bm25", "rank": 1, "score": 2.0, "clip_similarity": 0.3}
+    origin = {"retriever": "bm25", "rank": 1, "score": 2.0, "clip_similarity": 0.3}
     none = dict.fromkeys(["source_uri", "source_sha256", "start_s", "end_s"])
     retrieved = []
     for rank in range(1, documents + 1):
-        document = {**origin, **none, "rank": rank}
+        document = {**origin, **none, "doc_id": f"d{number}-{rank}", "rank": rank}
         base = {"role": "retrieved", "document": document}
         retrieved.append({**base, "type": "text", "text": f"text {rank}", "image": None})
         retrieved.append({**base, "type": "image", "text": None, "image": picture})
@@ -204,6 +205,17 @@ def test_first_frame_is_the_first_frame_and_pictures_are_pictures(made: Path):
     }
 
 
+def test_a_first_frame_is_as_fine_as_the_frames_that_training_shows(write_video: WriteVideo, tmp_path: Path):
+    video = write_video(tmp_path / "wide.mp4", num_frames=8, fps=8, size_px=(360, 640))
+    finder, sizes = SubjectFinder(SubjectConfig(clip=None)), []
+    for height, width in [(36, 64), (270, 480)]:
+        row = prompt(0, video, "Waves slide.") | {"end_s": 1.0}
+        row["target"] |= {"height_px": height, "width_px": width, "data": None, "kind": "reference"}
+        segments, _ = RECIPES[Task.VIDEO_PREDICTION].make(Draw(row, None, finder, seed=0))
+        sizes.append(Image.open(io.BytesIO(segments[1]["image"])).size)
+    assert sizes == [(336, 189), (480, 270)]
+
+
 @pytest.mark.ray
 def test_same_bytes_for_any_workers_and_after_a_stop(
     made: Path, prompts: str, ray_cluster: None, tmp_path: Path
@@ -269,6 +281,10 @@ def test_grounded_subjects_are_of_the_networks_weights_wherever_they_lie(
 
     made = run(of(places[0]))
     assert made.num_in == 7 and sum(made.facts["reasons"].values()) == 7 - made.num_out > 0
+    Path(weights).write_bytes(Path(weights).read_bytes() + b"other")
+    with pytest.raises(ConfigError, match=r"holds the output of another instruct run .*clip"):
+        run(of(places[0]))
+    save_tiny(tmp_path, MODELS["vit"])
     shutil.rmtree(places[0])
     assert run(of(places[1])).content_hash() == made.content_hash()
     (Path(places[1]) / "model.safetensors").write_bytes(b"other weights")
