@@ -4,7 +4,8 @@
 
 An image autoencoder (AutoencoderKL, AutoencoderTiny, AutoencoderDC, ...) works frame by frame; a video
 autoencoder (Wan, CogVideoX, HunyuanVideo, LTX, ...) also shortens time. Latents are standardised by what
-the model's own config says: per-channel mean and deviation, or shift and scaling factor.
+the model itself says, in its config or beside its weights: per-channel mean and deviation, or shift and
+scaling factor.
 """
 
 import json
@@ -51,7 +52,7 @@ class Latents:
         self.dtype = next(autoencoder.parameters()).dtype
         self.frames_per_call, self.weight_hash = frames_per_call, weight_hash
         self.is_video = any(isinstance(part, nn.Conv3d) for part in autoencoder.modules())
-        self._shift, self._scale = _standards(self.model.config)
+        self._shift, self._scale = _standards(self.model)
 
     @cached_property
     def space(self) -> Space:
@@ -134,7 +135,10 @@ class Latents:
 
     def _decode_raw(self, latents: Tensor) -> Tensor:
         if self.is_video:
-            return self.model.decode(latents.transpose(1, 2)).sample.transpose(1, 2)
+            more: dict[str, Tensor] = {}
+            if self.model.config.get("timestep_conditioning"):  # its pipeline's decode_timestep: no noise left
+                more = {"temb": latents.new_zeros(len(latents))}
+            return self.model.decode(latents.transpose(1, 2), **more).sample.transpose(1, 2)
         frames = latents.flatten(0, 1).split(self.frames_per_call)
         video = torch.cat([self.model.decode(some).sample for some in frames])
         return video.unflatten(0, latents.shape[:2])
@@ -200,14 +204,18 @@ def _find(place: str) -> tuple[str, str | None, Path]:
     return place, SUBFOLDER if found.name == SUBFOLDER else None, found
 
 
-def _standards(config: Any) -> tuple[Tensor, Tensor]:
+def _standards(model: Any) -> tuple[Tensor, Tensor]:
     """(shift, scale) per channel: latents are standardised as (z - shift) * scale."""
-    mean, deviation = config.get("latents_mean"), config.get("latents_std")
+    config = model.config
+    said = {name: value for name, value in config.items() if value is not None}
+    beside = dict(model.named_buffers(recurse=False))  # there LTX keeps what Wan has in its config
+    mean, deviation = (said.get(name, beside.get(name)) for name in ("latents_mean", "latents_std"))
     factor = config.get("scaling_factor")
     factor = 1.0 if factor is None else float(factor)
     if mean is not None and deviation is not None:
-        # Wan's config gives mean and deviation only; where a factor stands too (LTX: 1.0) it multiplies.
-        return torch.tensor(mean), factor / torch.tensor(deviation)
+        # Wan gives mean and deviation only; where a factor stands too (LTX: 1.0) it multiplies.
+        mean, deviation = (torch.as_tensor(values).float() for values in (mean, deviation))
+        return mean, factor / deviation
     return torch.tensor([config.get("shift_factor") or 0.0]), torch.tensor([factor])
 
 

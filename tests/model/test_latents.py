@@ -80,14 +80,35 @@ def test_scaling_follows_the_models_config() -> None:
     torch.testing.assert_close(latents.decode(latents.encode(clip))[:, 0], expected, atol=1e-4, rtol=1e-4)
 
 
-def test_per_channel_standards_of_a_video_autoencoder_are_used() -> None:
+@pytest.mark.parametrize("make", [wan, ltx])
+def test_per_channel_standards_of_a_video_autoencoder_are_used(make: Callable[[], Any]) -> None:
+    """Wan's stand in its config, LTX's beside its weights."""
     torch.manual_seed(0)
-    model = wan()
+    model = make()
     latents = Latents(model)
-    clip = video(5, batch=1)
+    clip = video(9, batch=1)
     raw = model.encode(clip.transpose(1, 2)).latent_dist.mode().transpose(1, 2)
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in ([0.1, -0.2, 0.3], [2.0, 1.5, 0.5]))
-    torch.testing.assert_close(latents.encode(clip), (raw - mean) / std)
+    said = {
+        wan: ([0.1, -0.2, 0.3], [2.0, 1.5, 0.5]),
+        ltx: (torch.linspace(-0.3, 0.4, 8), torch.linspace(0.5, 2.0, 8)),
+    }
+    mean, std = (torch.as_tensor(values).view(-1, 1, 1) for values in said[make])
+    z = latents.encode(clip)
+    torch.testing.assert_close(z, (raw - mean) / std)
+    expected = model.decode(raw.transpose(1, 2)).sample.transpose(1, 2).clamp(-1, 1)
+    torch.testing.assert_close(latents.decode(z), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_decoder_that_wants_a_time_is_told_that_no_noise_is_left() -> None:
+    """As its pipeline does unless told otherwise: LTX 0.9.1 and later."""
+    torch.manual_seed(0)
+    model = ltx(timestep_conditioning=True)
+    latents = Latents(model)
+    z = latents.encode(video(9, batch=1))
+    mean, std = (values.view(-1, 1, 1) for values in (model.latents_mean, model.latents_std))
+    raw = (z * std + mean).transpose(1, 2)
+    expected = model.decode(raw, torch.zeros(1)).sample.transpose(1, 2).clamp(-1, 1)
+    torch.testing.assert_close(latents.decode(z), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_frames_of_an_image_autoencoder_do_not_see_each_other() -> None:
