@@ -13,7 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from model.backbones.folder import SCHEDULER, Base, local_folder, read_base
+from infra.errors import ConfigError
+from model.backbones.folder import INDEX, SCHEDULER, Base, local_folder, read_base
 from model.backbones.pretrained import ADAPTER, PretrainedGenerator
 from model.training.config import StageConfig
 
@@ -26,6 +27,7 @@ def stock_files(
 ) -> Iterator[tuple[str, bytes]]:
     """Path in the export and bytes of each file, one in memory at a time."""
     base, is_whole = read_base(model.backbone_config.model), model.backbone_config.lora is None
+    parts = components(base) if with_base else []
     transformer: Any = model.backbone
     if is_whole:
         yield from _saved(lambda folder: transformer.save_pretrained(Path(folder) / "transformer"))
@@ -33,12 +35,26 @@ def stock_files(
         yield from _saved(lambda folder: _save_adapters(transformer, base.family.pipeline, folder))
     if not with_base:
         return
-    folder = local_folder(base.place)
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        name = path.relative_to(folder).as_posix()
-        if name.startswith(".") or (is_whole and name.startswith("transformer/")):
-            continue
-        yield name, _scheduler(base, config) if name == SCHEDULER else path.read_bytes()
+    parts = [part for part in parts if not (is_whole and part == "transformer")]
+    folder = local_folder(base.place, [INDEX, *(f"{part}/*" for part in parts)])
+    for place in (folder / INDEX, *(folder / part for part in parts)):
+        for path in sorted(path for path in (place, *place.rglob("*")) if path.is_file()):
+            name = path.relative_to(folder).as_posix()
+            yield name, _scheduler(base, config) if name == SCHEDULER else path.read_bytes()
+
+
+def components(base: Base) -> list[str]:
+    """Folders of a pipeline that its index names: repositories hold other forms of the weights beside them.
+
+    Raises:
+        ConfigError: no index, without which no pipeline is loaded.
+    """
+    if not base.index:
+        raise ConfigError(
+            f"backbone.model {base.place} holds no {INDEX}, so that no pipeline could load its copy",
+            cure="--set base=false, for the adapters alone",
+        )
+    return [name for name, value in base.index.items() if isinstance(value, list) and any(value)]
 
 
 def _save_adapters(transformer: Any, pipeline: str, folder: str) -> None:

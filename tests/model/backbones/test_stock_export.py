@@ -20,6 +20,7 @@ from model.sampling.requests import SampleRequest
 from model.sampling.stock import sorted_metadata
 from model.training.config import Stage1Config
 from model.training.state import restore_generator
+from tests.model.backbones.tiny_bases import SAVERS, save_wan
 from tests.model.runs import advance, open_training
 
 WORDS, STEPS = "a dog runs on grass", 3
@@ -33,12 +34,17 @@ assert type(pipe).__module__.startswith("diffusers.")
 if has_lora == "True":
     pipe.load_lora_weights(folder)
 pipe.set_progress_bar_config(disable=True)
-latents = torch.load(noise)
+if type(pipe.scheduler).__name__.startswith("UniPC"):
+    from diffusers import FlowMatchEulerDiscreteScheduler
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=pipe.scheduler.config.flow_shift)
+latents = torch.load(noise).transpose(1, 2)
+sides = latents.shape[2:]
+packs = hasattr(pipe, "_pack_latents")
 made = pipe(
-    "{words}", num_frames=5, height=32, width=48, num_inference_steps={steps}, guidance_scale=3.0,
-    latents=latents.transpose(1, 2), output_type="latent",
+    "{words}", num_frames=9, height=32, width=64, num_inference_steps={steps}, guidance_scale=3.0,
+    latents=pipe._pack_latents(latents) if packs else latents, output_type="latent",
 ).frames
-torch.save(made.transpose(1, 2), out)
+torch.save((pipe._unpack_latents(made, *sides) if packs else made).transpose(1, 2), out)
 """
 
 
@@ -52,22 +58,35 @@ def trained(values: dict[str, Any]) -> Stage1Config:
 
 
 def our_latents(maker: Maker, noise: torch.Tensor) -> torch.Tensor:
-    request = SampleRequest((Segment("text", "caption", text=WORDS),), 8.0, (32, 48))
+    request = SampleRequest((Segment("text", "caption", text=WORDS),), 25.0, (32, 64))
     denoiser = maker._denoiser([request], tuple(noise.shape[1:]))
     return sample_ode(denoiser, denoiser.objective, noise, num_steps=STEPS)
 
 
-@pytest.mark.parametrize("lora", [{"rank": 4, "alpha": 8}, pytest.param(None, marks=pytest.mark.slow)])
+SMALL = {"rank": 4, "alpha": 8}
+
+
+@pytest.mark.parametrize(
+    ("family", "lora"),
+    [
+        *((family, SMALL) for family in sorted(SAVERS)),
+        pytest.param("WanTransformer3DModel", None, marks=pytest.mark.slow),
+    ],
+)
 def test_stock_diffusers_makes_our_latents_of_an_export(
-    base_values: Callable[..., dict[str, Any]], tmp_path: Path, lora: dict[str, Any] | None
+    base_values: Callable[..., dict[str, Any]],
+    save_base: Callable[[str], str],
+    tmp_path: Path,
+    family: str,
+    lora: dict[str, Any] | None,
 ) -> None:
-    config = trained(
-        base_values(text="native", lora=lora, references="faithful", optim={"name": "adamw", "lr": 0.05})
-    )
+    more = {"references": "faithful", "optim": {"name": "adamw", "lr": 0.05}, "num_frames": 9, "width_px": 64}
+    config = trained(base_values(model=save_base(family), text="native", lora=lora, **more))
     run(ExportConfig(run=config.out, out=str(tmp_path / "export")))
     restored = restore_generator(config.out, device=torch.device("cpu"))
     maker = open_maker(restored, GuidanceConfig(weight=3.0))
-    noise = torch.randn(1, 2, 3, 4, 6, generator=torch.Generator().manual_seed(0))
+    shape = restored.space.shape(9, 32, 64)
+    noise = torch.randn(1, *shape, generator=torch.Generator().manual_seed(0))
     ours = our_latents(maker, noise)
     torch.save(noise, tmp_path / "noise.pt")
     code = STOCK.replace("{words}", WORDS).replace("{steps}", str(STEPS))
@@ -94,11 +113,21 @@ def environment() -> dict[str, str]:
 def test_an_export_is_read_back_wherever_it_lies(
     base_values: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:
-    """The base in the folder is taken; without one the training's."""
-    config = trained(base_values(text="append"))
+    """The base in the folder is taken; without one the training's. What its index doesn't name stays behind."""
+    base = save_wan(tmp_path / "base")
+    for beside in ("whole.safetensors", "assets/dog.mp4", "unet/config.json"):
+        (tmp_path / "base" / beside).parent.mkdir(exist_ok=True)
+        (tmp_path / "base" / beside).write_text("{}")
+    config = trained(base_values(model=base, text="append"))
     certificate = run(ExportConfig(run=config.out, out=str(tmp_path / "export")))
     names = {file.path for file in certificate.files}
     assert {"model_index.json", "pytorch_lora_weights.safetensors", "vimi/model.safetensors"} < names
+    parts = {"transformer", "scheduler", "vae", "text_encoder", "tokenizer", "vimi"}
+    assert {name.partition("/")[0] for name in names if "/" in name} == parts
+    assert {name for name in names if "/" not in name} == {
+        "model_index.json",
+        "pytorch_lora_weights.safetensors",
+    }
     moved = (tmp_path / "export").rename(tmp_path / "moved")
     model = load_exported(str(moved))
     assert isinstance(model, PretrainedGenerator) and model.backbone_config.model == str(moved)
