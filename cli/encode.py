@@ -25,7 +25,7 @@ class EncodeConfig(encode.EncodeJobConfig, InputConfig):
 def check(config: EncodeConfig) -> str:
     """Refuse what can't work before Ray starts; the plan in words."""
     shards = encode.check(config)
-    space = measure_space(config)
+    space = measure_space(config, reach=False)
     described = describe_inputs(config)
     targets = f"; targets as {space.channels}-channel latents" if space.is_latent else ""
     return (
@@ -35,6 +35,7 @@ def check(config: EncodeConfig) -> str:
 
 
 def run(config: EncodeConfig) -> Certificate:
+    measure_space(config)  # an autoencoder that can't be loaded is told before Ray starts
     values = config.model_dump(mode="json", include=set(InputConfig.model_fields))
     make = partial(make_row_encoder, values, "cuda" if config.num_gpus else "cpu")
     return encode.run(config, make, facts={"inputs": describe_inputs(config)})

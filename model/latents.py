@@ -176,11 +176,11 @@ def outline_latents(place: str) -> tuple[Space, int]:
 
 def _read(place: str) -> tuple[Any, Any, str, str | None]:
     """(class, config, folder or id, folder inside it) of an autoencoder of diffusers."""
-    source, subfolder, _ = _find(place)
+    source, subfolder, here = _find(place)
     import diffusers
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
-    values: Any = AutoencoderKL.load_config(source, subfolder=subfolder)
+    values: Any = AutoencoderKL.load_config(str(here))
     name = values.get("_class_name", "")
     kind = getattr(diffusers, name, None)
     if kind is None or not (hasattr(kind, "encode") and hasattr(kind, "decode")):

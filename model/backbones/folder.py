@@ -10,6 +10,7 @@ from typing import Any
 from infra.config import canonical_json
 from infra.errors import ConfigError
 from infra.hub import hub_file
+from infra.pretrained import or_refused
 from infra.storage import sha256_file
 from model.backbones.families import FAMILIES
 from model.backbones.family import Family
@@ -112,13 +113,18 @@ def base_sha256(place: str) -> str:
 
 
 def local_folder(place: str, patterns: list[str] | None = None) -> Path:
-    """The folder of a pipeline on this machine, fetched from the hub if it is an id; None = all its files."""
+    """The folder of a pipeline on this machine, fetched from the hub if it is an id; None = all its files.
+
+    Raises:
+        ConfigError: it can't be fetched.
+    """
     folder = Path(place).expanduser()
     if folder.is_dir():
         return folder
     from huggingface_hub import snapshot_download
 
-    return Path(snapshot_download(place, allow_patterns=patterns))
+    with or_refused(f"can't fetch backbone.model {place}", cure=f"the same command again, or give {LEGAL}"):
+        return Path(snapshot_download(place, allow_patterns=patterns))
 
 
 @cache

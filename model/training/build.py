@@ -29,7 +29,7 @@ from model.data.plan import Plan
 from model.edm import Edm, edm_for
 from model.encodings.store import Encodings, StoredRow
 from model.generator import Generator, SmallVideo, build_generator
-from model.latents import Latents, open_latents
+from model.latents import Latents, open_latents, outline_latents
 from model.objective import Objective
 from model.prompt.encoder import PromptEncoder
 from model.prompt.pictures import first_frame, reference_tensors
@@ -318,14 +318,18 @@ def describe_space(space: Space) -> str:
     return f"latents of autoencoder {space.identity[:12]}" if space.is_latent else "pixels"
 
 
-def measure_space(config: InputConfig, encodings: Encodings | None = None) -> Space:
+def measure_space(config: InputConfig, encodings: Encodings | None = None, *, reach: bool = True) -> Space:
     """The space of a config, for the preflight: the autoencoder is loaded on the CPU and measured.
+
+    `reach` False: by its config alone, so that no weights are fetched; the space's identity is then its name.
 
     Raises:
         ConfigError: no such autoencoder, or sides of the clips that it can't divide.
     """
     space = space_of(encodings)
-    if space is None:
+    if space is None and config.autoencoder is not None and not reach:
+        space, _ = outline_latents(config.autoencoder)
+    elif space is None:
         latents = open_latents(config.autoencoder)
         space = latents.space if latents else PIXELS
     for bucket in config.shapes:
@@ -333,6 +337,13 @@ def measure_space(config: InputConfig, encodings: Encodings | None = None) -> Sp
     if config.references == "plus":
         reference_shape(config, space)
     return space
+
+
+def most_references(config: StageConfig) -> int:
+    """Pictures that the generator sees itself beside one video, at most: in stage 1 those of documents."""
+    if config.references == "faithful":
+        return 0
+    return MAX_REFERENCES if config.stage == "stage2" else min(MAX_REFERENCES, max(config.documents))
 
 
 def heaviest_batch(
@@ -352,10 +363,10 @@ def heaviest_batch(
     batch = Batch([0] * count, names, names, [()] * count, pixels, fps, size)
     if has_latents:
         batch = replace(batch, latents=torch.zeros(count, *space.shape(*sizes)))
-    pictures, shown = None, None
+    pictures, shown, most = None, None, most_references(config)
     if config.references == "plus":
-        pictures = torch.zeros(count, MAX_REFERENCES, *reference_shape(config, space))
-        shown = torch.ones(count, MAX_REFERENCES, dtype=torch.bool)
+        pictures = torch.zeros(count, most, *reference_shape(config, space))
+        shown = torch.ones(count, most, dtype=torch.bool)
     return batch, Condition(
         tokens=torch.zeros(count, length, encoder.dim, dtype=encoder.dtype),
         mask=torch.ones(count, length, dtype=torch.bool),

@@ -65,6 +65,8 @@ def run(config: StageConfig) -> Certificate:
     if done is not None:
         say(f"  {config.out} is already complete: {done.num_out:,} samples")
         return done
+    if ready.note:
+        say(f"  note: {ready.note}")
     with alone(config.out):
         carry_out(config, ready.shards, folder)
         return certify(config, ready.inputs)

@@ -27,7 +27,6 @@ from model.space import Space
 from model.training.build import (
     backbone_of,
     condition_config,
-    describe_space,
     make_plan,
     measure_space,
     objective_of,
@@ -46,13 +45,14 @@ DEPTHS = ("num_blocks", "layers_per_block")
 @dataclass(frozen=True)
 class Ready:
     """What the preflight found: the shards, the targets' space, the checkpoint that stage 2 starts from, the
-    hash of a pretrained base.
+    hash of a pretrained base, and what is legal but seldom meant.
     """
 
     shards: Shards
     space: Space
     start_from: str | None
     base: str | None = None
+    note: str | None = None
 
     @property
     def inputs(self) -> dict[str, str]:
@@ -67,7 +67,8 @@ class Ready:
 def inspect(config: StageConfig, *, reach: bool = True) -> Ready:
     """Look at every input without Ray.
 
-    `reach` False: the hub is not asked for the prompt encoder.
+    `reach` False: the hub is not asked for the prompt encoder, and of a pretrained base and its autoencoder the
+    configs are read alone, so that neither weights are fetched nor hashed.
 
     Raises:
         ConfigError: one line: what is wrong, what is legal, how to cure it.
@@ -92,10 +93,10 @@ def inspect(config: StageConfig, *, reach: bool = True) -> Ready:
         check_prompt_encoder(config.encoder, reach=reach)
     if config.pretrained is not None:
         read_base(config.pretrained.model)  # before its autoencoder is asked for
-    space = measure_space(config, encodings)
+    space = measure_space(config, encodings, reach=reach)
     check_backbone(config, space)
-    if config.upsampler is not None:
-        check_upsampler(config, config.upsampler.start_from, shards)
+    if config.upsampler is not None and config.upsampler.start_from is not None:
+        trained_by(config.upsampler.start_from, own=config)
     check_trackers(config.trackers)
     # Pictures of subjects come with stage 2's tasks; augment's prompts have none.
     check_metrics(config, has_references=shards.certificate.job != "augment")
@@ -106,8 +107,9 @@ def inspect(config: StageConfig, *, reach: bool = True) -> Ready:
         check_same_model(config, start_from)
         if config.stage1_prompts is not None:
             open_shards(config.stage1_prompts)
-    base = None if config.pretrained is None else base_sha256(config.pretrained.model)
-    return Ready(shards, space, start_from, base)
+    note = check_targets(config, shards)
+    base = base_sha256(config.pretrained.model) if config.pretrained is not None and reach else None
+    return Ready(shards, space, start_from, base, note)
 
 
 def check_backbone(config: StageConfig, space: Space) -> None:
@@ -214,37 +216,64 @@ def check_trackers(names: tuple[str, ...]) -> None:
             )
 
 
-SIZES = ["target.kind", "target.height_px", "target.width_px", "height_px", "width_px"]
+SIZES = [
+    *("media", "height_px", "width_px"),
+    *("target.kind", "target.num_frames", "target.height_px", "target.width_px"),
+]
+LEAST_SHARE = 0.5
+"""Of the size that a base model makes, what stored frames must have along each side. Ours: between that and the
+whole they are enlarged, with a note."""
 
 
-def check_upsampler(config: StageConfig, base: str | None, shards: Shards) -> None:
-    """Refuse shards whose targets are stored smaller than the upsampler's output, and a missing base.
+def check_targets(config: StageConfig, shards: Shards) -> str | None:
+    """Refuse shards whose targets are much smaller than the videos to be made, and note those that are a little
+    smaller, or shorter.
 
     `frames` targets have one size for all rows; `video` and `reference` targets are as large as their
-    source, so they serve. The first row group speaks for all.
+    source, so that a corpus may hold some small ones. The first row group speaks for all.
+
+    Returns:
+        What to note; None where they are as large and as long as wanted.
 
     Raises:
-        ConfigError: only small frames, no source as large as the output, or no base model.
+        ConfigError: for an upsampler none is as large as its output; else all are frames of less than half of
+            the size.
     """
-    if base is not None:
-        trained_by(base, own=config)
     group = shards.groups[0]
     rows = open_parquet(group.uri).read_row_group(group.index, columns=SIZES).to_pylist()
-    wanted = (config.height_px, config.width_px)
-    stored = {_size(row) for row in rows}
+    smallest = min(config.shapes, key=lambda bucket: bucket.height_px * bucket.width_px)
+    wanted, stored = (smallest.height_px, smallest.width_px), {_size(row) for row in rows}
     if any(height >= wanted[0] and width >= wanted[1] for height, width in stored):
-        return
+        return _shortness(config, rows)
     kinds = {row["target"]["kind"] for row in rows}
     largest = max(stored, key=lambda size: size[0] * size[1])
-    cure = (
-        "make them again with vimi-data augment --set target.kind=video (or reference, or a larger "
-        f"target.height_px and width_px), from sources of at least {wanted[0]} x {wanted[1]}"
-    )
-    raise ConfigError(
+    share = min(largest[0] / wanted[0], largest[1] / wanted[1])
+    learner = "generator" if config.upsampler is None else "upsampler"
+    found = (
         f"{config.prompts} holds {' and '.join(sorted(kinds))} of at most {largest[0]} x {largest[1]} pixels "
-        f"(height x width), the upsampler learns to make {wanted[0]} x {wanted[1]}",
+        f"(height x width), the {learner} learns to make {wanted[0]} x {wanted[1]}"
+    )
+    if config.upsampler is None and (kinds != {"frames"} or share >= LEAST_SHARE):
+        return f"{found}: they are enlarged"
+    raise ConfigError(
+        found,
         legal="targets at least that large",
-        cure=cure,
+        cure="make them again with vimi-data augment --set target.kind=video (or reference, or a larger "
+        f"target.height_px and width_px), from sources of at least {wanted[0]} x {wanted[1]}",
+    )
+
+
+def _shortness(config: StageConfig, rows: list[dict[str, Any]]) -> str | None:
+    """A note on stored videos of fewer frames than any bucket for videos has."""
+    wanted = min((bucket.num_frames for bucket in config.shapes if bucket.media == "video"), default=0)
+    targets = [row["target"] for row in rows if row["media"] == "video"]
+    stored = [target["num_frames"] for target in targets if target["kind"] == "frames"]
+    if not stored or max(stored) >= wanted:
+        return None
+    return (
+        f"{config.prompts} holds videos of {max(stored)} frames, the generator learns to make {wanted}: some "
+        "are shown twice; cure: make them again with vimi-data augment --set "
+        f"target.num_frames={wanted} (or target.kind=video)"
     )
 
 
@@ -347,15 +376,16 @@ def plan_text(config: StageConfig, ready: Ready) -> str:
         f"{rows:,} prompts in {len(ready.shards.groups):,} row groups: "
         f"{config.total_samples / rows:.2f} epochs",
     ]
+    space = f"latents of autoencoder {config.autoencoder}" if ready.space.is_latent else "pixels"
     if config.pretrained is not None:
         lines.append(
-            f"{describe_space(ready.space)}: {backbone.num_frames} x {backbone.out_channels} x "
+            f"{space}: {backbone.num_frames} x {backbone.out_channels} x "
             f"{backbone.height_px} x {backbone.width_px}, flow matching"
         )
     elif ready.space.is_latent or config.upsampler:
         small = f", from {config.small_size_px}" if config.upsampler else ""
         lines.append(
-            f"{describe_space(ready.space)}: {backbone.num_frames} x {backbone.out_channels} x "
+            f"{space}: {backbone.num_frames} x {backbone.out_channels} x "
             f"{backbone.height_px} x {backbone.width_px}, sigma_in "
             f"{sigma_in(backbone.num_frames, backbone.height_px, backbone.width_px):g}{small}"
         )
@@ -363,6 +393,8 @@ def plan_text(config: StageConfig, ready: Ready) -> str:
         lines.append(references_text(config, ready.space))
     if ready.start_from:
         lines.append(f"starts from {ready.start_from}")
+    if ready.note:
+        lines.append(f"note: {ready.note}")
     return "\n".join(lines)
 
 

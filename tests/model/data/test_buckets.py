@@ -9,6 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 from infra.errors import ConfigError
+from model.condition import Condition
 from model.cost import training_flops
 from model.data.buckets import Bucket, nearest_bucket
 from model.data.shards import open_shards
@@ -16,6 +17,7 @@ from model.edm import sigma_in
 from model.sampling.generate import run as sample
 from model.sampling.plan import SampleConfig
 from model.sampling.plan import check as check_sample
+from model.training.build import heaviest_batch
 from model.training.config import Stage1Config
 from model.training.loop import Training
 from model.training.preflight import prepare_index, read_index
@@ -97,12 +99,19 @@ def test_mixed_buckets_train_validate_and_are_counted_at_their_own_cost(mixed: d
     training.close()
 
 
+def heaviest(training: Training) -> Condition:
+    space = training.targets.space
+    return heaviest_batch(training.config, 1, encoder=training.encoder, space=space, has_latents=False)[1]
+
+
 def test_the_largest_bucket_is_rehearsed_and_leaves_no_trace(mixed: dict[str, Any], tmp_path: Path) -> None:
     hashes = []
     for name in ("with", "without"):
         training = open_training(mixed | {"out": str(tmp_path / name), "references": "plus"})
         if name == "with":
             training.rehearse()
+            seen = heaviest(training).references
+            assert seen is not None and seen.shape[1] == max(training.config.documents)
             assert not training.seen
         for _ in range(2):
             training.step()

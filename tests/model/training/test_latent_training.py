@@ -180,7 +180,7 @@ def test_sizes_that_do_not_divide_are_refused_at_the_door(latent_values: Values)
         check(Stage1Config.model_validate(latent_values(width_px=18)))
     with pytest.raises(ConfigError, match="26 x 26 pixels don't divide"):
         check(Stage1Config.model_validate(latent_values(reference_size_px=[26, 26], reference_patch_px=13)))
-    with pytest.raises(ConfigError, match="can't load the autoencoder"):
+    with pytest.raises(ConfigError, match="can't read the autoencoder"):
         missing = latent_values()["prompts"]
         check(Stage1Config.model_validate(latent_values(autoencoder=missing)))
 

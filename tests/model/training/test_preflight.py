@@ -104,6 +104,37 @@ def test_missing_logger_is_refused_with_its_extra(stage_values: Values) -> None:
     assert "cure: pip install -e '.[wandb]'" in refusal(Stage1Config.model_validate(values))
 
 
+def test_stored_frames_much_smaller_than_the_videos_are_refused(stage_values: Values) -> None:
+    values = stage_values(height_px=36, width_px=48)
+    line = refusal(Stage1Config.model_validate(values))
+    assert (
+        "holds frames of at most 12 x 16 pixels (height x width), the generator learns to make 36 x 48" in line
+    )
+    assert "cure: make them again with vimi-data augment --set target.kind=video" in line
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind", "note"),
+    [
+        ({}, "frames", None),
+        ({"height_px": 24, "width_px": 32}, "frames", "learns to make 24 x 32: they are enlarged"),
+        ({"height_px": 36, "width_px": 48}, "video", "learns to make 36 x 48: they are enlarged"),
+        (
+            {"num_frames": 8},
+            "frames",
+            "holds videos of 4 frames, the generator learns to make 8: some are shown",
+        ),
+    ],
+)
+def test_targets_a_little_smaller_or_shorter_than_the_videos_are_noted(
+    stage_values: Values, make_shards: Any, changes: dict[str, Any], kind: str, note: str | None
+) -> None:
+    """Sources may be of any size, and are noted alone where none of the first is large enough."""
+    prompts = str(make_shards(22, kind=kind, num_frames=4, height=12, width=16))
+    plan = check(Stage1Config.model_validate(stage_values(prompts=prompts, **changes)))
+    assert ("note: " in plan) == (note is not None) and (note or "") in plan
+
+
 def test_uncertified_shards_are_refused(stage_values: Values) -> None:
     values = stage_values()
     (Path(values["prompts"]) / "certificate.json").unlink()
