@@ -1,6 +1,7 @@
 """What a training with a pretrained backbone costs, by its config alone, without its weights."""
 
 import importlib
+import json
 from dataclasses import replace
 from typing import Any
 
@@ -9,9 +10,9 @@ import torch
 from infra.errors import ConfigError
 from model.backbones.pretrained import Pretrained
 from model.condition import ConditionConfig
-from model.cost import activation_bytes, gib, on_meta, scaled, section, training_flops
+from model.cost import NO_REFERENCES, activation_bytes, gib, on_meta, scaled, section, training_flops
 from model.latents import outline_latents
-from model.training.build import condition_config
+from model.training.build import condition_config, most_references, reference_shape
 from model.training.config import StageConfig
 from model.training.pretrained import pretrained_of
 
@@ -32,27 +33,26 @@ def describe_training(config: StageConfig, *, batch: int = 1) -> dict[str, Any]:
         raise ConfigError("a config with a preset", cure="vimi-train describe --preset NAME")
     space, in_autoencoder = outline_latents(config.autoencoder)
     backbone = pretrained_of(config, config.pretrained, space)
-    condition = replace(condition_config(config, TOKEN_DIM, space), mode="faithful")
+    condition, seen = condition_config(config, TOKEN_DIM, space), most_references(config)
+    sizes: dict[str, Any] = {"prompt_tokens": backbone.kind.text_tokens // 2, "references": NO_REFERENCES}
+    if seen:
+        sizes["references"] = (seen, *reference_shape(config, space)[1:])
     half, own = config.parallel.dtype == "bfloat16", config.pretrained.reads_captions
     numbers = count(backbone, condition)
-    activations = [
-        activation_bytes(backbone, condition, batch=n, prompt_tokens=backbone.kind.text_tokens // 2, half=half)
-        for n in (1, 2)
-    ]
+    activations = [activation_bytes(backbone, condition, batch=n, half=half, **sizes) for n in (1, 2)]
     ranks = config.num_workers if isinstance(config.num_workers, int) else 1
     shards = ranks if config.parallel.mode == "fsdp" else 1
     state = state_bytes(backbone, numbers, num_emas=len(config.ema), shards=shards)
     frozen = {"autoencoder": in_autoencoder, "text encoder": count_text_encoder(config) if own else 0}
     encoders = {name: number * (2 if half else 4) for name, number in frozen.items() if number}
-    flops = training_flops(backbone, condition, prompt_tokens=backbone.kind.text_tokens // 2)
     return {
         "model": config.pretrained.model,
         "family": backbone.family,
         "clip": [config.num_frames, config.height_px, config.width_px],
         "latents": [backbone.num_frames, backbone.height_px, backbone.width_px],
         "parameters": numbers | {f"{name} (frozen)": number for name, number in frozen.items() if number},
-        "tokens": backbone.tokens(),
-        "flops": flops,
+        "tokens": backbone.tokens() | reference_tokens(backbone, seen),
+        "flops": training_flops(backbone, condition, **sizes),
         "batch": batch,
         "state": state,
         "encoders": encoders,
@@ -61,6 +61,12 @@ def describe_training(config: StageConfig, *, batch: int = 1) -> dict[str, Any]:
             size: fits(size, sum(state.values()), activations, config.parallel.recompute) for size in GPUS_GB
         },
     }
+
+
+def reference_tokens(backbone: Pretrained, references: int) -> dict[str, int]:
+    """Each is a latent frame of its own, behind the video's."""
+    one = replace(backbone, num_frames=backbone.kind.sizes(json.loads(backbone.architecture)).patch[0])
+    return {f"{references} reference(s)": references * one.tokens()["video"]} if references else {}
 
 
 def count(backbone: Pretrained, condition: ConditionConfig) -> dict[str, int]:
@@ -132,6 +138,6 @@ def render(d: dict[str, Any], *, recompute: bool) -> str:
             f"samples of a rank that fit, {how}",
             {f"on {size} GB": str(number or "none") for size, number in d["fits"].items()},
         ),
-        "  computed, not measured; references: as many more frames each",
+        "  computed, not measured, with as many references as a sample can have",
     ]
     return "\n".join(lines)

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag
 
 from infra.config import UNION_TAG, Config, NameOrFolder
+from infra.errors import ConfigError
 
 
 class LoraConfig(Config):
@@ -55,6 +56,9 @@ BackboneFields = Annotated[
 def with_base(values: Any) -> Any:
     """A stage's values with what follows from a pretrained backbone: its autoencoder, its text encoder, and
     references of the videos' size, since they are frames.
+
+    Raises:
+        ConfigError: references of another size are asked for.
     """
     backbone = values.get("backbone") if isinstance(values, Mapping) else None
     if isinstance(backbone, DiffusersConfig):
@@ -67,6 +71,13 @@ def with_base(values: Any) -> Any:
         encoder = {**(encoder or {}), "captions": model, "captions_alone": text == "native"}
     followed = {"autoencoder": values.get("autoencoder") or model, "encoder": encoder}
     if values.get("height_px") and values.get("width_px"):
-        followed["reference_size_px"] = (values["height_px"], values["width_px"])
+        size = (values["height_px"], values["width_px"])
+        asked = values.get("reference_size_px")
+        if asked is not None and (not isinstance(asked, list | tuple) or tuple(asked) != size):
+            raise ConfigError(
+                f"reference_size_px {asked} with backbone.kind diffusers, where a reference is a frame",
+                legal=f"{list(size)}, the size of the videos, or leave it out",
+            )
+        followed["reference_size_px"] = size
         followed["reference_patch_px"] = 1
     return {**values, **{name: value for name, value in followed.items() if value is not None}}

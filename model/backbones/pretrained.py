@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
 from model.backbones.base import BackboneConfig
@@ -272,7 +273,7 @@ class PretrainedGenerator(Generator):
         frames, present, role = condition.references, condition.reference_mask, condition.reference_role
         if frames is None or present is None or role is None:
             return x.new_zeros(0, *x.shape[2:])
-        if frames.is_meta:  # counting: all are there
+        if frames.is_meta or isinstance(frames, FakeTensor):  # counting: all are there
             return frames[row]
         kept = present[row] & ~((role[row] == self.backbone_config.first_frame) & is_given)
         return frames[row][kept]

@@ -15,10 +15,11 @@ from tests.model.backbones.tiny_bases import diffusers
 FOLDER = Path("infra/configs/cluster")
 RECIPES = sorted([*FOLDER.glob("stage1_wan_*.yaml"), *FOLDER.glob("stage1_ltx*.yaml")])
 SIZES: dict[str, dict[str, int]] = {
+    "flat": {"num_attention_heads": 2, "num_layers": 2, "ffn_dim": 512},
     "1.3B": {"num_attention_heads": 12, "num_layers": 30, "ffn_dim": 8960},
     "14B": {"num_attention_heads": 40, "num_layers": 40, "ffn_dim": 13824},
 }
-"""Of Wan 2.1, from the published configs; the rest are the class's defaults."""
+"""Of Wan 2.1, from the published configs, and of a flat one; the rest are the class's defaults."""
 
 
 def outline(folder: Path, size: str) -> str:
@@ -63,6 +64,15 @@ def test_wan_is_counted_at_its_published_size_without_weights(
     assert "on 24 GB" in page and "480 x 832" in page
 
 
+def test_references_are_counted_as_frames_of_their_own(tmp_path: Path) -> None:
+    model = outline(tmp_path, "flat")
+    seen, unseen = (describe_training(stage(model, references=mode)) for mode in ("plus", "faithful"))
+    assert seen["tokens"] == {**unseen["tokens"], "2 reference(s)": 2 * 30 * 52}
+    for part in ("flops", "activations"):
+        assert all(seen[part][name] > unseen[part][name] for name in seen[part] if unseen[part][name])
+    assert seen["flops"]["forward"] > 11 / 9 * unseen["flops"]["forward"] * 0.9
+
+
 def test_a_gpu_fits_what_its_memory_divides_into() -> None:
     acts = [{"stored": 3 * 10**9}, {"stored": 5 * 10**9}]
     assert fits(24, 10 * 10**9, acts, recompute=False) == 1 + int((24 * 0.9 - 10 - 3) // 2)
@@ -73,6 +83,7 @@ def test_a_gpu_fits_what_its_memory_divides_into() -> None:
 def test_recipes_are_configs_of_pretrained_backbones_that_say_where_numbers_come_from(recipe: Path) -> None:
     config = Stage1Config.load(recipe)
     assert config.pretrained is not None and config.autoencoder == config.pretrained.model
+    assert config.prompts.endswith("prompts-video")  # not those that hold frames of 36 x 64
     assert config.num_frames % 4 == 1 and config.height_px % 32 == config.width_px % 32 == 0
     assert config.batch_size % (config.accumulation * (config.num_workers or 1)) == 0  # pyright: ignore
     assert "ours" in recipe.read_text() and read_yaml(recipe)["backbone"]["kind"] == "diffusers"

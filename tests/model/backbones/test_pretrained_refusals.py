@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from infra.errors import ConfigError, TrainingError
+from model.backbones.folder import base_sha256
 from model.training.config import Stage1Config, Stage2Config
 from model.training.driver import check
 from model.training.preflight import inspect
@@ -48,7 +49,7 @@ SPOILT: dict[str, tuple[Callable[[Path], None], dict[str, Any], str]] = {
         lambda f: rewrite(f / "transformer/config.json", image_dim=1280), {}, "an image-to-video model",
     ),
     "two experts": (lambda f: rewrite(f / "model_index.json", boundary_ratio=0.875), {}, "two experts"),
-    "autoencoder": (lambda f: without(f, "vae"), {}, "can't load the autoencoder"),
+    "autoencoder": (lambda f: without(f, "vae"), {}, "can't read the autoencoder"),
     "text encoder": (lambda f: without(f, "text_encoder"), {}, "holds no text_encoder"),
     "weights": (no_weights, {}, "no *.safetensors in transformer"),
     "size": (lambda f: None, {"height_px": 40}, "legal: multiples of 16 x 16"),
@@ -72,6 +73,44 @@ def test_what_is_wrong_with_a_base_is_a_line(base_values: Values, wan: str, tmp_
     with pytest.raises(ConfigError) as caught:
         check(Stage1Config.model_validate(values))
     assert says in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_references_of_another_size_than_the_videos_are_refused(base_values: Values) -> None:
+    """They are frames of one transformer."""
+    with pytest.raises(
+        ConfigError, match=r"reference_size_px \[224, 224\].*legal: \[32, 48\], the size of"
+    ) as one:
+        Stage1Config.load(options=base_values(reference_size_px=[224, 224]))
+    assert "\n" not in str(one.value)
+    assert Stage1Config.load(options=base_values(reference_size_px=[32, 48])).reference_size_px == (32, 48)
+
+
+@pytest.fixture
+def uncached(wan: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A hub id of which the configs alone are here, and no network."""
+    place = tmp_path / "hub/models--someone--tiny"
+    (place / "refs").mkdir(parents=True)
+    (place / "refs/main").write_text("0" * 40)
+    shutil.copytree(wan, place / "snapshots" / ("0" * 40), ignore=shutil.ignore_patterns("*.safetensors"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    return "someone/tiny"
+
+
+def test_a_dry_run_fetches_no_weights(base_values: Values, uncached: str) -> None:
+    config = Stage1Config.model_validate(base_values(model=uncached))
+    assert f"latents of autoencoder {uncached}: 2 x 3 x 4 x 6" in check(config)
+    with pytest.raises(ConfigError, match="can't load the autoencoder 'someone/tiny'"):
+        inspect(config)
+
+
+def test_a_download_that_breaks_off_is_a_line(uncached: str) -> None:
+    with pytest.raises(
+        ConfigError, match=r"can't fetch backbone.model nobody/nothing: .*; cure: the same"
+    ) as one:
+        base_sha256("nobody/nothing")
+    assert "\n" not in str(one.value)
 
 
 def test_a_text_that_is_masked_has_no_room_behind_it(base_values: Values, tmp_path: Path) -> None:
