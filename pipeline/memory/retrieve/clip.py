@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from infra.cluster import may_use_gpu
 from pipeline.memory.retrieve.hits import NOTHING, Hits, ranked
 from pipeline.memory.retrieve.retriever import Retriever, Searched
 from pipeline.memory.vectors import cosines
