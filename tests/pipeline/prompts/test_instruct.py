@@ -209,7 +209,7 @@ def test_a_first_frame_is_as_fine_as_the_frames_that_training_shows(write_video:
     video = write_video(tmp_path / "wide.mp4", num_frames=8, fps=8, size_px=(360, 640))
     finder, sizes = SubjectFinder(SubjectConfig(clip=None)), []
     for height, width in [(36, 64), (270, 480)]:
-        row = prompt(0, video, "Waves slide.") | {"end_s": 1.0}
+        row: dict[str, Any] = prompt(0, video, "Waves slide.") | {"end_s": 1.0}
         row["target"] |= {"height_px": height, "width_px": width, "data": None, "kind": "reference"}
         segments, _ = RECIPES[Task.VIDEO_PREDICTION].make(Draw(row, None, finder, seed=0))
         sizes.append(Image.open(io.BytesIO(segments[1]["image"])).size)
