@@ -14,13 +14,12 @@ from infra.config import ALLOW_IMPORTS
 from infra.errors import ConfigError
 from infra.run_folder import COMMITTED
 from infra.storage import read_json, write_json
-from model.data.shards import open_shards
 from model.sampling import export, plan
 from model.training.build import make_generator
 from model.training.checkpoint import find_checkpoint
 from model.training.config import Stage1Config, Stage2Config
-from model.training.preflight import check_same_model, check_upsampler
-from model.training.state import restore_generator, start_from_base
+from model.training.preflight import check_same_model
+from model.training.state import restore_generator, start_from_base, trained_by
 
 NAME = "strange_code:CONFIG"
 CODE = """
@@ -54,7 +53,6 @@ def _sampling(run: Path) -> plan.SampleConfig:
 def test_nothing_that_a_checkpoint_names_is_imported(
     strange: Path, trained_run: Stage1Config, stage_values: Callable[..., dict[str, Any]]
 ) -> None:
-    shards = open_shards(trained_run.prompts)
     large = Stage1Config.model_validate(
         stage_values(
             height_px=24, width_px=32, upsampler={"small_size_px": [12, 16], "start_from": str(strange)}
@@ -67,7 +65,7 @@ def test_nothing_that_a_checkpoint_names_is_imported(
         "export": lambda: export.check(export.ExportConfig(run=str(strange), out=str(strange / "out"))),
         "restore": lambda: restore_generator(str(strange), device=cpu),
         "stage 2": lambda: check_same_model(second, find_checkpoint(str(strange))),
-        "upsampler": lambda: check_upsampler(large, str(strange), shards),
+        "upsampler": lambda: trained_by(str(strange), own=large),
         "base": lambda: start_from_base(make_generator(large, 8), large, str(strange)),
     }
     for what, use in uses.items():

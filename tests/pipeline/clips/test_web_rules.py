@@ -70,7 +70,7 @@ def test_no_robots_file_can_crash_the_crawler(text, path):
 def test_no_robots_file_costs_more_than_linear_time(text):
     started_s = time.process_time()
     assert Robots(text, "vimi-crawler/0.1").allows("/" + "a" * 2000)
-    assert time.process_time() - started_s < 3
+    assert time.process_time() - started_s < 10
 
 
 def test_opt_out_headers_name_everyone_or_us():
@@ -144,7 +144,7 @@ def test_no_page_costs_more_than_linear_time(piece):
     body = piece * (350_000 // len(piece))
     started_s = time.process_time()
     parse_page("http://site.org/", body)
-    assert time.process_time() - started_s < 1
+    assert time.process_time() - started_s < 5  # a square would take hundreds
 
 
 def test_a_page_gives_so_many_videos_and_links_and_counts_the_rest():
