@@ -7,6 +7,7 @@ import re
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -111,14 +112,9 @@ def stop_signals_end() -> Iterator[list[int]]:
 
 
 def is_importing(frame: FrameType | None) -> bool:
-    """Whether a module is being imported above this frame."""
-    return any(name.startswith("<frozen importlib") for name in files_above(frame))
-
-
-def files_above(frame: FrameType | None) -> Iterator[str]:
-    while frame is not None:
-        yield frame.f_code.co_filename
-        frame = frame.f_back
+    """Whether a module is being imported at this frame."""
+    files = (found.f_code.co_filename for found, _ in traceback.walk_stack(frame))
+    return any(file.startswith("<frozen importlib") for file in files)
 
 
 def tell(error: BaseException) -> tuple[str, int] | None:

@@ -181,8 +181,10 @@ def check_writable(uri: str, *, cure: str = "choose another --out or mend its pe
     """Raise ConfigError unless a file can be written below `uri`; leaves nothing behind."""
     probe = join(absolute(uri), f".writable-{os.getpid()}-{time.time_ns()}")
     try:
-        write_bytes(probe, b"")
-        delete(probe)
+        try:
+            write_bytes(probe, b"")
+        finally:
+            delete(probe)  # also when a stop signal comes between the two
     except OSError as error:
         reason = error.strerror or str(error)
         raise ConfigError(f"can't write to {uri}: {reason}", cure=cure) from None

@@ -230,11 +230,6 @@ class ShardSet:
     def files(self) -> dict[str, FileEntry]:
         return {entry.path: entry for entry in self.certificate.files}
 
-    @property
-    def shards(self) -> list[FileEntry]:
-        """The shards' entries, in row order."""
-        return [entry for entry in self.certificate.files if is_shard(entry.path)]
-
     def __len__(self) -> int:
         return self._meta.num_rows
 
