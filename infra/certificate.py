@@ -172,9 +172,9 @@ def file_entries(folder: str, places: list[str]) -> list[FileEntry]:
     ]
 
 
-def entry_of(path: str, data: bytes) -> FileEntry:
-    """The entry for a certificate of a file that holds one row, by its bytes."""
-    return FileEntry(path=path, rows=1, num_bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+def entry_of(path: str, data: bytes, rows: int = 1) -> FileEntry:
+    """The entry for a certificate of a file of so many rows, by its bytes."""
+    return FileEntry(path=path, rows=rows, num_bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
 
 
 def check_files(folder: str, entries: Iterable[FileEntry]) -> None:

@@ -187,13 +187,13 @@ def own_sigterm() -> Iterator[None]:
 
 
 @contextmanager
-def say_what_is_awaited(every_s: float = 3.0) -> Iterator[None]:
+def say_what_is_awaited() -> Iterator[None]:
     """Say which resources no node of the cluster has free, while that is so: a cluster may start from none."""
     stop = threading.Event()
 
     def watch() -> None:
         said = ""
-        while not stop.wait(every_s):
+        while not stop.wait(3):
             wanted = awaited()
             if wanted and wanted != said:
                 say(f"  waiting for nodes of the cluster with {wanted}")

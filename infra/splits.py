@@ -2,13 +2,16 @@
 
 import hashlib
 
+HELD_OUT = ("val", "validation", "test")
+"""Splits of a corpus that training never sees."""
+
 
 def is_held_out(parent: str, split: str | None, frac: float) -> bool:
     """Whether clips of this parent video are kept from training: the same answer in both stages.
 
     `parent` is the sha256 of its bytes, or its URI; `frac` is kept back beside the videos of a split.
     """
-    if split in ("val", "validation", "test"):
+    if split in HELD_OUT:
         return True
     if frac <= 0:
         return False

@@ -15,8 +15,12 @@ from infra.pictures import PictureError, decode_picture
 from infra.storage import join, write_bytes
 from infra.videos import X264
 
+COLUMNS, GAP_PX = 8, 2
+"""Of a contact sheet."""
 ABOVE_GAP_PX = 8
 """Between the pictures above the frames of a contact sheet and the frames."""
+WANTED_PX = 320
+"""About as wide is a video that is looked at."""
 
 
 def to_frames(video: Tensor) -> np.ndarray:
@@ -25,11 +29,10 @@ def to_frames(video: Tensor) -> np.ndarray:
     return scaled.permute(0, 2, 3, 1).cpu().numpy()
 
 
-def encode_mp4(frames: np.ndarray, fps: float, *, scale: int = 1, crf: int = 12) -> bytes:
+def encode_mp4(frames: np.ndarray, fps: float, *, scale: int = 1) -> bytes:
     """h264 mp4 of uint8 `t h w 3` frames.
 
-    `scale` enlarges by a whole factor, so that small videos can be looked at; `crf` is x264's quality, 0 =
-    lossless.
+    `scale` enlarges by a whole factor, so that small videos can be looked at.
     """
     import av
 
@@ -38,7 +41,7 @@ def encode_mp4(frames: np.ndarray, fps: float, *, scale: int = 1, crf: int = 12)
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="mp4") as container:
         rate = Fraction(fps).limit_denominator(1001)
-        stream = container.add_stream("libx264", rate=rate, options={"crf": str(crf), **X264})
+        stream = container.add_stream("libx264", rate=rate, options=X264)
         stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
         for frame in frames:
             picture = np.ascontiguousarray(frame[:height, :width])
@@ -47,14 +50,12 @@ def encode_mp4(frames: np.ndarray, fps: float, *, scale: int = 1, crf: int = 12)
     return buffer.getvalue()
 
 
-def contact_sheet(
-    frames: np.ndarray, *, columns: int = 8, scale: int = 1, gap_px: int = 2, above: Sequence[bytes] = ()
-) -> bytes:
+def contact_sheet(frames: np.ndarray, *, scale: int = 1, above: Sequence[bytes] = ()) -> bytes:
     """PNG of all frames of uint8 `t h w 3`, in rows, on white; and of encoded pictures in a row above them."""
     frames = frames.repeat(scale, axis=1).repeat(scale, axis=2)
     shown = [_fitted(picture, *frames.shape[1:3]) for picture in above]
-    parts = [_grid(np.stack(shown), columns, gap_px)] if shown else []
-    parts.append(_grid(frames, columns, gap_px))
+    parts = [_grid(np.stack(shown))] if shown else []
+    parts.append(_grid(frames))
     space = ABOVE_GAP_PX if shown else 0
     sheet = np.full(
         (sum(part.shape[0] for part in parts) + space, max(part.shape[1] for part in parts), 3), 255, np.uint8
@@ -66,14 +67,14 @@ def contact_sheet(
     return buffer.getvalue()
 
 
-def _grid(tiles: np.ndarray, columns: int, gap_px: int) -> np.ndarray:
+def _grid(tiles: np.ndarray) -> np.ndarray:
     """uint8 `h w 3` of tiles `n h w 3` in rows, on white."""
     count, height, width, _ = tiles.shape
-    columns = min(columns, count)
+    columns = min(COLUMNS, count)
     rows = -(-count // columns)
-    sheet = np.full((rows * (height + gap_px) - gap_px, columns * (width + gap_px) - gap_px, 3), 255, np.uint8)
+    sheet = np.full((rows * (height + GAP_PX) - GAP_PX, columns * (width + GAP_PX) - GAP_PX, 3), 255, np.uint8)
     for number, tile in enumerate(tiles):
-        top, left = (number // columns) * (height + gap_px), (number % columns) * (width + gap_px)
+        top, left = (number // columns) * (height + GAP_PX), (number % columns) * (width + GAP_PX)
         sheet[top : top + height, left : left + width] = tile
     return sheet
 
@@ -89,9 +90,9 @@ def _fitted(picture: bytes, height: int, width: int) -> np.ndarray:
     return np.asarray(tile)
 
 
-def scale_to_look_at(width_px: int, wanted_px: int = 320) -> int:
-    """Whole factor that brings a small video to about `wanted_px`."""
-    return max(1, wanted_px // width_px)
+def scale_to_look_at(width_px: int) -> int:
+    """Whole factor that brings a small video to about WANTED_PX."""
+    return max(1, WANTED_PX // width_px)
 
 
 def write_video(

@@ -226,7 +226,7 @@ def last_line(error: BaseException) -> str:
     return next((line for line in reversed(str(error).splitlines()) if line.strip()), repr(error))
 
 
-def load_state(uri: str, state: State, *, group: dist.ProcessGroup | None = None) -> None:
+def load_state(uri: str, state: State) -> None:
     """Fill `state`'s tensors in place, each rank its part, whatever the number of ranks that wrote it.
 
     A table of roles may have fewer rows there: roles have been appended since, and keep what they have here.
@@ -254,7 +254,7 @@ def load_state(uri: str, state: State, *, group: dist.ProcessGroup | None = None
     with warnings.catch_warnings():
         # That one process loads alone is meant, and no news to whoever runs `sample`.
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        load({**state, **shorter}, storage_reader=SafeReader(uri), process_group=group, no_dist=alone)
+        load({**state, **shorter}, storage_reader=SafeReader(uri), no_dist=alone)
     for name, rows in shorter.items():
         fill_rows(state[name], rows)
 

@@ -132,11 +132,11 @@ def make_units(config: CrawlConfig, readers: list[Reader]) -> Iterator[Unit]:
             position += 1
 
 
-def _lots(items: Iterator[Item], size: int = 32) -> Iterator[list[Item]]:
+def _lots(items: Iterator[Item]) -> Iterator[list[Item]]:
     lot: list[Item] = []
     for item in items:
         alone = item.media == "video" and not is_url(item.uri)
-        if lot and (alone or len(lot) == size):
+        if lot and (alone or len(lot) == 32):
             yield lot
             lot = []
         lot.append(item)

@@ -35,6 +35,8 @@ Chart = dict[str, Any]
 Curve = list[tuple[float, float]]
 PAIRS = 4000
 """Random pairs: enough for the mean's standard error to be below 0.002."""
+MOST_BARS = 8
+"""The others are one bar."""
 MAX_POINTS = 600
 """Points of a line: more can't be seen and only make the page heavy."""
 VALIDATION_STYLES = ("v0", "v1", "v2", "v3", "v4", "v5")
@@ -151,13 +153,13 @@ def _histogram(title: str, x_label: str, values: list[tuple[str, Any, str]]) -> 
     return {"title": title, "chart": chart, "legend": legend, "note": note}
 
 
-def _bars(title: str, counts: dict[str, int], unit: str, most: int = 8) -> Chart:
+def _bars(title: str, counts: dict[str, int], unit: str) -> Chart:
     """Horizontal bars in HTML, largest first unless the keys are numbers."""
     items = list(counts.items())
     if not all(key.isdigit() for key in counts):
         items = sorted(items, key=lambda item: -item[1])
-    rest = sum(count for _, count in items[most:])
-    items = items[:most] + ([("other", rest)] if rest else [])
+    rest = sum(count for _, count in items[MOST_BARS:])
+    items = items[:MOST_BARS] + ([("other", rest)] if rest else [])
     top, total = max((n for _, n in items), default=1), max(sum(counts.values()), 1)
     bars = [{"name": name, "count": n, "width": 100 * n / max(top, 1), "share": n / total} for name, n in items]
     return {"title": title, "chart": Markup(), "bars": bars, "note": f"{total:,} {unit}."}
@@ -371,9 +373,9 @@ def _number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def smooth(values: list[float], share: float = 0.1) -> list[float]:
-    """Median over a window of `share` of the points: outliers of single batches don't bend it."""
-    half = round(len(values) * share / 2)
+def smooth(values: list[float]) -> list[float]:
+    """Median over a window of a tenth of the points: outliers of single batches don't bend it."""
+    half = round(len(values) / 20)
     array = np.asarray(values, float)
     return [float(np.median(array[max(0, i - half) : i + half + 1])) for i in range(len(array))]
 

@@ -13,7 +13,6 @@ It goes through the commands like any other corpus, with the guard as it is: doc
 for copies of a clip of their noun are drawn again.
 """
 
-import hashlib
 import io
 import json
 import time
@@ -29,7 +28,7 @@ import numpy as np
 from PIL import Image
 from pydantic import Field, field_validator, model_validator
 
-from infra.certificate import Certificate, FileEntry, write_certificate
+from infra.certificate import Certificate, FileEntry, entry_of, write_certificate
 from infra.claim import alone, find_job, open_job
 from infra.config import Config, Incidental, Location
 from infra.errors import ConfigError
@@ -232,7 +231,7 @@ def with_texts_of_others(documents: Sequence[Row], step: int) -> list[Row]:
 
 def _write(out: str, path: str, data: bytes, rows: int = 1) -> FileEntry:
     write_bytes(join(out, path), data)
-    return FileEntry(path=path, rows=rows, num_bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+    return entry_of(path, data, rows)
 
 
 @dataclass(frozen=True)

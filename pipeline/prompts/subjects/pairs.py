@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from infra.splits import is_held_out
+from infra.splits import HELD_OUT
 from pipeline.schema import Status
 
 Row = dict[str, Any]
@@ -115,7 +115,7 @@ def is_candidate(target: Row, crop: Row) -> bool:
         return False
     if crop["doc_id"] is not None:
         return crop["clip_id"] == target["clip_id"] and target["nature"] != "living"
-    if is_held_out("", crop["split"], 0) and not is_held_out("", target["split"], 0):
+    if crop["split"] in HELD_OUT and target["split"] not in HELD_OUT:
         return False
     same = crop["clip_source"] == target["clip_source"] and crop["clip_id"] != target["clip_id"]
     return same and disjoint(target, crop)
