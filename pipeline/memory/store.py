@@ -19,7 +19,14 @@ from urllib.parse import quote
 import numpy as np
 import pyarrow as pa
 
-from infra.certificate import Certificate, check_files, read_certificate, read_sealed, require_certificate
+from infra.certificate import (
+    Certificate,
+    FileEntry,
+    check_files,
+    read_certificate,
+    read_sealed,
+    require_certificate,
+)
 from infra.claim import JOB_FILE
 from infra.clip import ClipConfig
 from infra.errors import ConfigError, DataError, first_line
@@ -28,7 +35,7 @@ from pipeline.memory.retrieve.analysis import Analysis
 from pipeline.memory.retrieve.bm25 import Statistics
 from pipeline.schema import check_table, content_id, memory_schema
 
-TABLE, LANCE_FOLDER, SHARDS = "documents", "lance", "shards"
+TABLE, LANCE_FOLDER, SHARDS, INDICES = "documents", "lance", "shards", "_indices"
 IDS_PER_QUERY = 512  # ids in one `IN (...)`: long lists make the SQL parser slow
 MADE_BY = "vimi-data build-index"
 EMBEDDINGS = ("image_embedding", "text_embedding", "document_embedding")
@@ -130,8 +137,9 @@ def open_memory(uri: str, *, version: str | None = None, read_through: bool = Tr
     Args:
         uri: its folder.
         version: an older tag; None = the newest.
-        read_through: compare every file of every shard with its hash, once a process. False = only that each
-            shard is there, for those who have `check_shard` read each of them.
+        read_through: compare every file of every shard and of the search index with its hash, once a process.
+            False = only that each shard is there, for those who have had `check_shard` and `check_index` read
+            each of them.
 
     Raises:
         ConfigError: no memory there, an unfinished one, a foreign table, an unknown tag, an older layout.
@@ -142,7 +150,7 @@ def open_memory(uri: str, *, version: str | None = None, read_through: bool = Tr
     if "shards" not in certificate.facts:
         cure = "build it again, in another folder"
         raise ConfigError(f"{uri} is a memory of an older layout, without shards", cure=cure)
-    check_files(uri, certificate.files)
+    check_files(uri, [f for f in certificate.files if read_through or f"/{INDICES}/" not in f.path])
     tags = certificate.facts["versions"]
     tag = version or str(certificate.facts["memory_version"])
     if tag not in tags:
@@ -163,6 +171,25 @@ def open_memory(uri: str, *, version: str | None = None, read_through: bool = Tr
     except ValueError as error:
         raise ConfigError(str(error), cure=f"build it again with `{MADE_BY}`") from None
     return Memory(uri, table, certificate, tag, shards)
+
+
+def index_files(certificate: Certificate) -> dict[str, list[FileEntry]]:
+    """The files of each segment of the search index, by the segment's name."""
+    files: dict[str, list[FileEntry]] = {}
+    for entry in certificate.files:
+        _, _, rest = entry.path.partition(f"/{INDICES}/")
+        if rest:
+            files.setdefault(rest.split("/")[0], []).append(entry)
+    return files
+
+
+def check_index(memory: Memory, segment: str) -> None:
+    """Read a segment of the search index through.
+
+    Raises:
+        DataError: names the first file that is missing or damaged, and the cure.
+    """
+    check_files(memory.uri, index_files(memory.certificate)[segment])
 
 
 def check_shard(uri: str, name: str, *, read_through: bool = True, parts: Sequence[str] = ()) -> None:
