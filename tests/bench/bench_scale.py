@@ -233,19 +233,23 @@ def run(rows: int, dim: int, queries: int, shard_rows: int, folder: str) -> dict
     pairs = each(partial(PairFinder, Documents(out, build, None, 0), bands, 10, 0.9, True), partitions)
     shards = each(partial(ShardWriter, out, build, dim, "english"), [group.unit("shard") for group in groups])
     facts, committed = measured(commit_memory, out, [receipt for receipt, _ in shards], rows, dim)
-    parts = {"keys of duplicates": keys, "duplicates": pairs, "shards": shards, DRIVER: [(None, committed)]}
+    parts = {DRIVER: tell(DRIVER, [(None, committed)])}
+    for name, done in (("keys of duplicates", keys), ("duplicates", pairs), ("shards", shards)):
+        parts[name] = tell(name, done)
 
     def measure(what: str, units: Sequence[Unit], make_worker: Callable[[], Any]) -> list[Any]:
-        parts[what] = each(make_worker, units)
-        return [receipt for receipt, _ in parts[what]]
+        done = each(make_worker, units)
+        parts[what] = tell(what, done)
+        return [receipt for receipt, _ in done]
 
     facts["indexes"] = build_indexes(out, build, facts, IndexConfig(min_rows=1), measure)
     certify_memory(out, facts, rows)
     for name in RETRIEVERS:
-        parts[f"join {name}"] = [measured(join_tile, out, name, n, queries) for n in range(len(groups))]
+        tiles = [measured(join_tile, out, name, n, queries) for n in range(len(groups))]
+        parts[f"join {name}"] = tell(f"join {name}", tiles)
     if rows <= PEER_ROWS:
         search_beside(out, queries)
-    return {name: together([cost for _, cost in runs]) for name, runs in parts.items()}
+    return parts
 
 
 def search_beside(out: str, queries: int) -> None:
@@ -258,13 +262,19 @@ def search_beside(out: str, queries: int) -> None:
             print(f"{ours}; {name}: {took_s:.1f}, {took_s / own_s[same]:.2f} times")
 
 
-def together(costs: Sequence[Cost]) -> Cost:
-    """Of all units of a part."""
-    return Cost(
-        sum(cost.cpu_s for cost in costs),
-        sum(cost.wall_s for cost in costs),
-        max(cost.pss_bytes for cost in costs),
-    )
+def tell(name: str, done: Sequence[tuple[Any, Cost]]) -> Cost:
+    """What all units of a part took, printed as soon as it is known."""
+    costs = [cost for _, cost in done]
+    cpu_s, wall_s = sum(cost.cpu_s for cost in costs), sum(cost.wall_s for cost in costs)
+    total = Cost(cpu_s, wall_s, max(cost.pss_bytes for cost in costs))
+    fate = "" if is_within(name, total) else "  above the limit"
+    took = f"{wall_s:8.1f} s {cpu_s:8.1f} CPU s"
+    print(f"  {name:20} {took}  {total.pss_bytes / 2**20:8.0f} MB{fate}", flush=True)
+    return total
+
+
+def is_within(name: str, cost: Cost) -> bool:
+    return cost.pss_bytes <= (DRIVER_BYTES if name == DRIVER else WORKER_BYTES)
 
 
 def profile_run(rows: int, found: dict[str, Cost]) -> dict[str, Any]:
@@ -307,15 +317,10 @@ def main() -> None:
     options = parser.parse_args()
     runs, is_flat = [], True
     for rows in [*options.rows, *options.held_out]:
-        print(f"{rows:,} documents of {options.dim} dimensions, {options.queries:,} captions")
+        print(f"{rows:,} documents of {options.dim} dimensions, {options.queries:,} captions", flush=True)
         with tempfile.TemporaryDirectory() as folder:
             found = run(rows, options.dim, options.queries, options.shard_rows, folder)
-        for name, cost in found.items():
-            is_within = cost.pss_bytes <= (DRIVER_BYTES if name == DRIVER else WORKER_BYTES)
-            is_flat &= is_within
-            took = f"{cost.wall_s:8.1f} s {cost.cpu_s:8.1f} CPU s"
-            fate = "" if is_within else "  above the limit"
-            print(f"  {name:20} {took}  {cost.pss_bytes / 2**20:8.0f} MB{fate}", flush=True)
+        is_flat &= all(is_within(name, cost) for name, cost in found.items())
         runs.append(profile_run(rows, found))
     fitted = runs[: len(options.rows)]
     for held_out in runs[len(options.rows) :]:
