@@ -28,7 +28,9 @@ if TYPE_CHECKING:
     from infra.clip import Clip
 
 SHOWN = ("text", "image", "source_name", "licence", "split", "source_uri", "start_s")
-QUERIES_PER_CALL = 256  # LanceDB shares one scan among them; more costs memory and gains nothing
+QUERIES_PER_SCAN, QUERIES_PER_PROBE = 256, 16
+"""Queries of one call of LanceDB: an exact scan is shared among them; by an index each query holds its own
+candidates in memory, from every segment, and gains nothing by company. Ours."""
 CSP = (
     '<meta http-equiv="Content-Security-Policy" '
     "content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'\">"
@@ -219,8 +221,9 @@ def nearest(
     first = np.zeros(1 + max(shard.fragment for shard in memory.shards), np.int64)
     first[[shard.fragment for shard in memory.shards]] = [shard.first for shard in memory.shards]
     answers: list[Hits] = []
-    for start in range(0, len(queries), QUERIES_PER_CALL):
-        chunk = list(queries[start : start + QUERIES_PER_CALL])
+    lot = QUERIES_PER_SCAN if effort is None else QUERIES_PER_PROBE
+    for start in range(0, len(queries), lot):
+        chunk = list(queries[start : start + lot])
         asked = chunk * 2 if len(chunk) == 1 else chunk  # LanceDB numbers the answers of two queries and more
         query = table.search(asked, vector_column_name=column).distance_type("cosine").with_row_id(True)
         query = (
