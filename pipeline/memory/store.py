@@ -19,14 +19,7 @@ from urllib.parse import quote
 import numpy as np
 import pyarrow as pa
 
-from infra.certificate import (
-    Certificate,
-    FileEntry,
-    check_files,
-    read_certificate,
-    read_sealed,
-    require_certificate,
-)
+from infra.certificate import Certificate, check_files, read_certificate, read_sealed, require_certificate
 from infra.claim import JOB_FILE
 from infra.clip import ClipConfig
 from infra.errors import ConfigError, DataError, first_line
@@ -138,8 +131,8 @@ def open_memory(uri: str, *, version: str | None = None, read_through: bool = Tr
         uri: its folder.
         version: an older tag; None = the newest.
         read_through: compare every file of every shard and of the search index with its hash, once a process.
-            False = only that each shard is there, for those who have had `check_shard` and `check_index` read
-            each of them.
+            False = only that each shard is there, for workers whose job has had `check_shard` and `check_index`
+            read them: the index of a large memory is larger than what a worker reads of it.
 
     Raises:
         ConfigError: no memory there, an unfinished one, a foreign table, an unknown tag, an older layout.
@@ -173,23 +166,13 @@ def open_memory(uri: str, *, version: str | None = None, read_through: bool = Tr
     return Memory(uri, table, certificate, tag, shards)
 
 
-def index_files(certificate: Certificate) -> dict[str, list[FileEntry]]:
-    """The files of each segment of the search index, by the segment's name."""
-    files: dict[str, list[FileEntry]] = {}
-    for entry in certificate.files:
-        _, _, rest = entry.path.partition(f"/{INDICES}/")
-        if rest:
-            files.setdefault(rest.split("/")[0], []).append(entry)
-    return files
-
-
-def check_index(memory: Memory, segment: str) -> None:
-    """Read a segment of the search index through.
+def check_index(memory: Memory) -> None:
+    """Read the files of the memory's indexes through.
 
     Raises:
         DataError: names the first file that is missing or damaged, and the cure.
     """
-    check_files(memory.uri, index_files(memory.certificate)[segment])
+    check_files(memory.uri, memory.certificate.files)
 
 
 def check_shard(uri: str, name: str, *, read_through: bool = True, parts: Sequence[str] = ()) -> None:

@@ -74,7 +74,7 @@ def build_indexes(out: str, build: str, facts: dict[str, Any], config: IndexConf
         return {}
     key = (memory.version, config.recall, str(LADDER))
     units = [Unit(content_id("recall", column, *key), {"column": column}) for column in columns]
-    reached = run("recall of the index", units, partial(RecallMeter, out, build, facts, config.recall))
+    reached = run("recall of the index", units, partial(RecallMeter, out, build, facts, config.recall, LADDER))
     return {
         column: _held(column, receipt, config.recall) for column, receipt in zip(columns, reached, strict=True)
     }
@@ -175,13 +175,14 @@ class RecallMeter(Measuring):
     """The worker: a column in, the recall of its index at growing efforts out, until the floor is met."""
 
     floor: float
+    ladder: Sequence[tuple[int, int]]
 
     def __call__(self, payload: dict[str, Any]) -> Receipt:
         column, memory, queries = payload["column"], self.memory, self.queries
         parts = (np.frombuffer(read_bytes(self.exact(column, s.name)), HIT) for s in memory.shards)
         exact = by_query(merge(parts, K), len(queries))
         table, reached = open_table(self.out), []
-        for effort in LADDER:
+        for effort in self.ladder:
             found = nearest(memory, table, column, queries, K, effort=effort)
             reached.append(round(recall(memory, column, queries, exact, [hits.docs for hits in found]), 4))
             if reached[-1] >= self.floor:

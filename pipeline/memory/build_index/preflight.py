@@ -13,7 +13,7 @@ from pipeline.memory.build_index.duplicates import DedupConfig
 from pipeline.memory.build_index.index import IndexConfig, K
 from pipeline.memory.embed.pictures import KEY_FRAMES
 from pipeline.memory.retrieve.analysis import Analysis
-from pipeline.memory.store import LANCE_FOLDER, SHARDS, check_index, index_files, lance_dataset, open_memory
+from pipeline.memory.store import LANCE_FOLDER, SHARDS, check_index, lance_dataset, open_memory
 from pipeline.schema import CLIPS, check_table
 from pipeline.shards import open_part
 
@@ -91,9 +91,7 @@ def preflight(config: BuildIndexConfig, *, reach: bool = True) -> tuple[Tables, 
         )
     base = find_job(out, job=JOB, config=config, inputs={})
     if base is not None:
-        memory = open_memory(out, read_through=False)
-        for segment in index_files(memory.certificate):  # what grows is certified anew, with its old index
-            check_index(memory, segment)
+        check_index(open_memory(out, read_through=False))  # what grows is certified anew, its old index too
     fresh = [(uri, table) for uri, table in tables if not is_in(base, table)]
     if base is not None and fresh and not config.grow:
         raise ConfigError(

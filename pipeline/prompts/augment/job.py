@@ -19,6 +19,7 @@ from pipeline.job import count_fates, output_hash, refuse_failures, run_job, run
 from pipeline.journal import Receipts, Unit
 from pipeline.memory import Memory, open_memory
 from pipeline.memory.embed.worker import row_doc_id
+from pipeline.memory.store import check_index
 from pipeline.prompts.augment.config import AugmentConfig
 from pipeline.prompts.augment.join import (
     CHECKED,
@@ -109,6 +110,7 @@ def check(config: AugmentConfig) -> Inputs:
             cure="look at the reasons in the certificate, mend the corpus, crawl again",
         )
     memory = open_memory(config.memory, version=config.memory_version, read_through=False)
+    check_index(memory)
     if not memory.num_documents:
         raise ConfigError(f"the memory {config.memory} is empty", cure="build it from a corpus")
     _check_clip(config, clips, memory)

@@ -20,7 +20,7 @@ from infra.storage import exists, filesystem, free_bytes, join, list_files, read
 from pipeline.journal import Receipt, Unit
 from pipeline.memory import Memory
 from pipeline.memory.retrieve.hits import merge
-from pipeline.memory.store import check_index, check_shard, index_files
+from pipeline.memory.store import check_shard
 from pipeline.memory.tile import Tiles
 from pipeline.prompts.augment.candidates import CANDIDATE, candidates, fused
 from pipeline.prompts.augment.config import AugmentConfig
@@ -56,20 +56,15 @@ def check_room(config: AugmentConfig, memory: Memory, rows: int) -> None:
 
 
 def check_units(memory: Memory) -> list[Unit]:
-    shards = [Unit(f"check-{shard.name}", {"shard": shard.name}) for shard in memory.shards]
-    segments = index_files(memory.certificate)
-    return [*shards, *(Unit(f"check-{name}", {"segment": name}) for name in segments)]
+    return [Unit(f"check-{shard.name}", {"shard": shard.name}) for shard in memory.shards]
 
 
 class CheckWorker(Retrieving):
-    """Reads a shard, or a segment of the search index, through; says what differs from its hash."""
+    """Reads a shard through and compares its files with their hashes; says what is damaged."""
 
     def __call__(self, payload: dict[str, Any]) -> Receipt:
         try:
-            if "shard" in payload:
-                check_shard(self.config.memory, payload["shard"])
-            else:
-                check_index(self.memory, payload["segment"])
+            check_shard(self.config.memory, payload["shard"])
         except DataError as error:
             return {"damage": str(error)}
         return {}

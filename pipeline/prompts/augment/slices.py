@@ -26,7 +26,7 @@ class Retrieving:
 
     @cached_property
     def memory(self) -> Memory:
-        """The job has read it through (`join.check_units`)."""
+        """The job has read it through (`job.check`, `join.check_units`)."""
         config = self.config
         return open_memory(config.memory, version=config.memory_version, read_through=False)
 
