@@ -12,7 +12,7 @@ from infra.storage import join, write_bytes
 from pipeline.memory import open_memory, require_model
 from pipeline.memory.build_index.shards import DROPPED, STAGED, ShardWriter, commit, create_table, deal
 from pipeline.memory.search import nearest
-from pipeline.memory.store import arrow_bytes, open_table
+from pipeline.memory.store import arrow_bytes, check_index, open_table
 from pipeline.memory.vectors import vectors_arrow
 from tests.pipeline.memory.memory_tables import documents, make_memory, planted, stage
 
@@ -117,6 +117,18 @@ def test_foreign_and_damaged_memories_are_refused_in_one_line(tmp_path: Path) ->
     with pytest.raises(DataError, match=r"manifest is not the file that was certified") as caught:
         open_memory(str(tmp_path / "n"))
     assert "\n" not in str(caught.value)
+
+
+def test_an_index_is_read_through_by_the_job_and_not_again_by_each_worker(tmp_path: Path) -> None:
+    make_memory(str(tmp_path), documents(5))
+    memory = open_memory(str(tmp_path), read_through=False)
+    check_index(memory)
+    (file,) = (tmp_path / "lance").rglob("page_lookup.lance")
+    file.write_bytes(file.read_bytes()[:-1] + b"?")
+    assert open_memory(str(tmp_path), read_through=False).num_documents == 5
+    for refuse in (lambda: check_index(memory), lambda: open_memory(str(tmp_path))):
+        with pytest.raises(DataError, match=r"page_lookup.lance is not the file that was certified"):
+            refuse()
 
 
 def test_another_model_is_refused(tmp_path: Path) -> None:
