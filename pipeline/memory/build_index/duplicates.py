@@ -48,7 +48,9 @@ KEYED = ("phash", "key", "same")
 KEY = np.dtype([("kind", "u1"), ("value", "u8"), ("place", "i8"), ("phash", "u8")])
 """Something that duplicates share. kind: 0 = the id, 1 = piece and words, from 2 on a band of the hash."""
 MAX_COMPARED = 20_000
-"""Hashes that a document's is compared with, in the mean: 44 us of a core. Ours."""
+"""Hashes that a document's is compared with, in the mean: 32 us of a core. Ours."""
+BLOCK = (64, 1024)
+"""Hashes that are compared with each other at once. Ours."""
 MIN_BANDS = 4
 RAGME_COSINE = 0.94
 SCHEMA = pa.schema(
@@ -261,13 +263,23 @@ def _stars(kind: int, one: np.ndarray, other: np.ndarray) -> np.ndarray:
 
 
 def _alike(hashes: np.ndarray, max_bits: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(rows, rows) of pairs that differ in at most `max_bits`; blocks that stay in the core's cache."""
-    for a in range(0, len(hashes), 256):
-        for b in range(a, len(hashes), 4096):
-            bits = np.bitwise_count(hashes[a : a + 256, None] ^ hashes[None, b : b + 4096])
-            one, other = np.nonzero(bits <= max_bits)
-            once = one + a < other + b
-            yield one[once] + a, other[once] + b
+    """(rows, rows) of pairs that differ in at most `max_bits`.
+
+    Block by block in the same 576 KB, which stay in the core's cache: 1.6 ns a pair; blocks of 256 x 4096, each in
+    memory of its own, took 4.3.
+    """
+    apart, bits = np.empty(BLOCK, np.uint64), np.empty(BLOCK, np.uint8)
+    for a in range(0, len(hashes), BLOCK[0]):
+        left = hashes[a : a + BLOCK[0], None]
+        for b in range(a, len(hashes), BLOCK[1]):
+            right = hashes[None, b : b + BLOCK[1]]
+            part = np.s_[: left.shape[0], : right.shape[1]]
+            np.bitwise_count(np.bitwise_xor(left, right, out=apart[part]), out=bits[part])
+            alike = bits[part] <= max_bits
+            if alike.any():
+                one, other = np.nonzero(alike)
+                once = one + a < other + b
+                yield one[once] + a, other[once] + b
 
 
 def _read_slice(uri: str, start: int, end: int) -> np.ndarray:
