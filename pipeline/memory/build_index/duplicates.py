@@ -265,8 +265,8 @@ def _stars(kind: int, one: np.ndarray, other: np.ndarray) -> np.ndarray:
 def _alike(hashes: np.ndarray, max_bits: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """(rows, rows) of pairs that differ in at most `max_bits`.
 
-    Block by block in the same 576 KB, which stay in the core's cache: 1.6 ns a pair; blocks of 256 x 4096, each in
-    memory of its own, took 4.3.
+    Block by block in the same 576 KB, which stay in the core's cache: 1.6 ns a pair. Blocks of 256 x 4096, each
+    in memory of its own, took 4.3.
     """
     apart, bits = np.empty(BLOCK, np.uint64), np.empty(BLOCK, np.uint8)
     for a in range(0, len(hashes), BLOCK[0]):
