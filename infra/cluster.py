@@ -30,6 +30,9 @@ IN_A_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 OBJECT_STORE_BYTES = 400_000_000
 """Shared memory of a local session: blocks of rows pass through it, tables don't (ours)."""
 
+LOOK_EVERY_S = 3.0
+"""How often a waiting job looks for what the cluster has no room for (ours)."""
+
 
 class RayConfig(Config):
     """Where the job runs."""
@@ -193,7 +196,7 @@ def say_what_is_awaited() -> Iterator[None]:
 
     def watch() -> None:
         said = ""
-        while not stop.wait(3):
+        while not stop.wait(LOOK_EVERY_S):
             wanted = awaited()
             if wanted and wanted != said:
                 say(f"  waiting for nodes of the cluster with {wanted}")

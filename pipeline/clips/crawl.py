@@ -32,6 +32,8 @@ from pipeline.schema import RowError, content_id
 JOB = "crawl"
 CLUSTER_WORKERS = 32
 """Least number of workers that a crawl on a cluster is ready for, if not told: one of its machines. Ours."""
+LOT_ITEMS = 32
+"""Pictures and addresses of one unit, at most. Ours."""
 MIN_ROWS = 500
 """Rows that must have been seen before too many failures stop a crawl in the middle. Ours."""
 
@@ -136,7 +138,7 @@ def _lots(items: Iterator[Item]) -> Iterator[list[Item]]:
     lot: list[Item] = []
     for item in items:
         alone = item.media == "video" and not is_url(item.uri)
-        if lot and (alone or len(lot) == 32):
+        if lot and (alone or len(lot) == LOT_ITEMS):
             yield lot
             lot = []
         lot.append(item)

@@ -131,8 +131,8 @@ def open_memory(uri: str, *, version: str | None = None, read_through: bool = Tr
         uri: its folder.
         version: an older tag; None = the newest.
         read_through: compare every file of every shard and of the search index with its hash, once a process.
-            False = only that each shard is there, for workers whose job has had `check_shard` and `check_index`
-            read them: the index of a large memory is larger than what a worker reads of it.
+            False = only that each shard is there, for workers whose job has had them read by `check_shard` and
+            `check_index`: a large memory's index is more than a worker reads of it.
 
     Raises:
         ConfigError: no memory there, an unfinished one, a foreign table, an unknown tag, an older layout.
@@ -167,7 +167,7 @@ def open_memory(uri: str, *, version: str | None = None, read_through: bool = Tr
 
 
 def check_index(memory: Memory) -> None:
-    """Read the files of the memory's indexes through.
+    """Read through what belongs to no shard: the search index, the table's manifests, the words' statistics.
 
     Raises:
         DataError: names the first file that is missing or damaged, and the cure.
