@@ -116,7 +116,8 @@ def _marks(prompt: Prompt) -> set[str | bytes | None]:
 
 
 def _draw(request: SampleRequest, seed: int) -> bytes:
-    name = request.prompt_id or prompt_hash(request.prompt)
+    """Of the task and the clip, as its noise is: the same corpus in another folder has other prompt ids."""
+    name = f"{request.task}/{request.clip_id}" if request.clip_id else prompt_hash(request.prompt)
     return hashlib.sha256(f"{seed}/{name}/documents".encode()).digest()
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 from infra.errors import ConfigError
 from infra.storage import read_json
 from model.prompt.select import documents, retrieved
-from model.sampling.documents import with_found
+from model.sampling.documents import choose_documents, with_found
 from model.sampling.generate import Sampler, run
 from model.sampling.plan import SampleConfig, check, plan_videos
 from model.sampling.requests import (
@@ -212,6 +212,8 @@ def test_right_none_and_shuffled_differ_in_documents_alone(trained: Stage1Config
         assert sorted(own for own, _ in pairs) == sorted(other for _, other in pairs)
     assert texts_of(shuffled[0::2]) != texts_of(shuffled[1::2])
     assert shuffled == plan(trained, tmp_path, documents="shuffled", seeds=[3, 4])
+    moved = [replace(request, prompt_id=f"{request.prompt_id} elsewhere") for request in right[0::2]]
+    assert texts_of(choose_documents(moved, "shuffled", 3)) == texts_of(shuffled[0::2])
 
 
 def test_each_row_starts_from_its_own_noise_whatever_its_documents_and_folder(
