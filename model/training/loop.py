@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from infra.allocator import keep_freed_memory
 from infra.errors import TrainingError
 from infra.run_folder import RunFolder
 from model.backbones.folder import base_sha256
@@ -71,6 +72,8 @@ class Training:
     def __init__(self, config: StageConfig, index: pa.Table) -> None:
         self.config, self.run, self.device = config, RunFolder(config.out), pick_device()
         make_deterministic(self.device)
+        if self.device.type == "cpu":
+            keep_freed_memory()
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.world_size = dist.get_world_size() if dist.is_initialized() else 1
         self.base = None if config.pretrained is None else base_sha256(config.pretrained.model)

@@ -5,12 +5,13 @@ threads, so no core waits for another and none is asked to do two things at once
 one thread, and all others decode for it.
 """
 
-import ctypes
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
+
+from infra.allocator import keep_freed_memory
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -20,7 +21,6 @@ GPU_BATCH = 512
 CPU_BATCH = 16
 """Most pictures of one forward on a core: a convolution's intermediates for more leave the caches and
 ask for more memory, and gain nothing (offline CLIP, 2 cores: 3.3 ms a picture at 16, 3.4 at 32)."""
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -2, -3, -8  # <malloc.h>
 
 
 @dataclass(frozen=True)
@@ -46,10 +46,6 @@ def settle_process(device: str) -> None:
 
     Numpy's BLAS would start threads of its own in each of ours, for products of a few kB (perceptual
     hashes): on 2 cores that doubled the CPU time of the whole worker.
-
-    PyTorch frees the intermediates of each layer, and glibc gives blocks of that size back to the kernel,
-    which must clear the same pages again for the next layer: half of the time of a small model on CPUs
-    (offline CLIP, 2 cores, batch 64: 10.2 ms a picture, 4.0 ms when they are kept).
     """
     from threadpoolctl import threadpool_limits
 
@@ -59,12 +55,7 @@ def settle_process(device: str) -> None:
     import torch
 
     torch.set_num_threads(1)
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc's; others have none
-    if mallopt is not None:
-        mallopt(M_ARENA_MAX, 1)
-        mallopt(M_MMAP_THRESHOLD, 1 << 30)
-        mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
-        mallopt(M_TOP_PAD, 64 << 20)
+    keep_freed_memory()
 
 
 def ahead(

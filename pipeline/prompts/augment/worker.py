@@ -8,10 +8,12 @@ from typing import Any
 import numpy as np
 
 from infra.clip import Clip
+from infra.clip.preprocess import Preprocessing
 from infra.storage import join
 from pipeline.journal import Receipt
 from pipeline.media.isolate import MEMORY_BYTES, Isolated
-from pipeline.memory.embed.pictures import read_picture
+from pipeline.memory.embed.pictures import KEY_FRAMES, read_picture
+from pipeline.memory.embed.streams import CPU_BATCH, batches
 from pipeline.memory.embed.worker import row_doc_id
 from pipeline.memory.vectors import frame_mean
 from pipeline.prompts.augment.config import AugmentConfig
@@ -129,8 +131,9 @@ class AugmentWorker(Retrieving):
         vectors: list[np.ndarray | None] = [own.get(row_doc_id(row), {}).get("image") for row in rows]
         missing = [i for i, vector in enumerate(vectors) if vector is None]
         if missing and self.config.vectors == "all" and self.config.guard.max_similarity != 1:
-            for i in missing:
-                vectors[i] = clip_picture_vector(rows[i], self.clip)
+            for some in batches(missing, CPU_BATCH // KEY_FRAMES):
+                for i, vector in zip(some, picture_vectors([rows[i] for i in some], self.clip), strict=True):
+                    vectors[i] = vector
         return vectors
 
     def _prompt(self, row: Row, target: Target, match: Match, documents: dict[int, Row]) -> Row:
@@ -156,10 +159,19 @@ class AugmentWorker(Retrieving):
         }
 
 
-def clip_picture_vector(row: Row, clip: Clip) -> np.ndarray | None:
-    """The unit image vector of a clip as `build-index` would make it; None if it can't be read."""
+def picture_vectors(rows: Sequence[Row], clip: Clip) -> list[np.ndarray | None]:
+    """The unit image vectors of clips as `build-index` would make them; None where one can't be read."""
+    frames = [_frames(row, clip.preprocessing) for row in rows]
+    there = [pixels for pixels in frames if pixels is not None]
+    if not there:
+        return [None for _ in rows]
+    means = iter(frame_mean(clip.encode_pixels(np.concatenate(there)), [len(pixels) for pixels in there]))
+    return [None if pixels is None else next(means) for pixels in frames]
+
+
+def _frames(row: Row, preprocessing: Preprocessing) -> np.ndarray | None:
+    """uint8 `f h w 3`; None if they can't be read."""
     try:
-        picture = read_picture(row, clip.preprocessing)
+        return read_picture(row, preprocessing).pixels
     except RowError:
         return None
-    return frame_mean(clip.encode_pixels(picture.pixels), [len(picture.pixels)])[0]
