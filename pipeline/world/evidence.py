@@ -6,7 +6,7 @@ and seeds. Differences are paired, and prompts of one noun count once.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +21,7 @@ from infra.config import Config, Location
 from infra.errors import ConfigError, DataError
 from infra.samples import SAMPLES, read_samples
 from infra.storage import check_writable, exists, join, read_bytes, write_bytes
-from infra.validation_cells import cells_of
+from infra.validation_cells import Cell, cells_of, rows_name
 from pipeline.media.clip import target_frames
 from pipeline.media.frames import clip_times, decode_frames, probe
 from pipeline.report.album import Album
@@ -93,6 +93,21 @@ class Claim(Config):
         return self
 
 
+class LossClaim(Config):
+    """What should be so of the loss of unseen rows, in a training's last validation."""
+
+    words: str = Field(min_length=1)
+    """The claim in words."""
+    run: Location
+    """One of `runs`."""
+    against: Literal["none", "shuffled"]
+    """Whose documents are given in place of the right ones."""
+    quantile: float | None = None
+    """Of the training's noise levels, one that its validation takes; null = the mean over those."""
+    difference: Literal["more", "none"] = "more"
+    """more: with these the loss is higher by two standard errors; none: it is not, as for a control."""
+
+
 class EvidenceConfig(Config):
     """What is judged, and what should come out."""
 
@@ -102,6 +117,8 @@ class EvidenceConfig(Config):
     """Sampled videos by a name of your own."""
     claims: tuple[Claim, ...]
     """In the order of the table."""
+    losses: tuple[LossClaim, ...] = ()
+    """Behind them."""
     out: Location
     """Folder of `evidence.json` and `evidence.html`."""
     strips: tuple[str, ...] = ()
@@ -118,6 +135,9 @@ class EvidenceConfig(Config):
         for name in named:
             if name not in self.sets:
                 raise ValueError(f"set {name!r}; legal: {', '.join(self.sets)}")
+        for claim in self.losses:
+            if claim.run not in self.runs:
+                raise ValueError(f"run {claim.run!r}; legal: {', '.join(self.runs) or 'none: give `runs`'}")
         return self
 
 
@@ -169,6 +189,8 @@ def check(config: EvidenceConfig) -> None:
     for place in config.runs:
         if not last_validation(read_run(place)):
             raise ConfigError(f"no validation in {place}", cure="give the run of a `vimi-train stage1`")
+    for claim in config.losses:
+        decide_loss(claim, last_validation(read_run(claim.run)))
     check_writable(config.out)
 
 
@@ -182,9 +204,11 @@ def run(config: EvidenceConfig) -> list[Row]:
     world = World(config.world)
     prompts = {place: read_prompts(place) for place in {found.prompts for found in config.sets.values()}}
     judged = {name: judge_set(found, prompts[found.prompts], world) for name, found in config.sets.items()}
-    rows = [decide(claim, judged) for claim in config.claims]
     runs = [read_run(place) for place in config.runs]
     cells = {run.name: cells_of(last_validation(run)) for run in runs}
+    of_run = dict(zip(config.runs, runs, strict=True))
+    rows = [decide(claim, judged) for claim in config.claims]
+    rows += [decide_loss(claim, last_validation(of_run[claim.run])) for claim in config.losses]
     names = config.strips or tuple(config.sets)
     found = {
         "claims": rows,
@@ -306,6 +330,34 @@ def decide(claim: Claim, judged: dict[str, list[Judged]]) -> Row:
     asked = {"at_least": claim.at_least, "at_most": claim.at_most, "difference": claim.difference}
     row |= {"asked": {k: v for k, v in asked.items() if v is not None}, "holds": all(holds)}
     return {**row, "numbers": numbers(row)}
+
+
+def decide_loss(claim: LossClaim, validation: Row) -> Row:
+    """Whether a claim about the loss holds, and its numbers."""
+    right = Cell("video", "right", claim.quantile)
+    gain = Cell("video", claim.against, claim.quantile, is_gain=True)
+    error = replace(gain, is_error=True)
+    if any(cell.name not in validation for cell in (right, gain, error)):
+        legal = {f"{cell.quantile:g}" for cell in cells_of(validation) if cell.quantile is not None}
+        raise ConfigError(
+            f"the last validation of {claim.run} has no loss for {claim.words!r}",
+            legal=f"a run with documents; quantile null or {', '.join(sorted(legal)) or 'none'}",
+        )
+    loss, more, sure = (validation[cell.name] for cell in (right, gain, error))
+    level = "over all noise levels" if claim.quantile is None else f"at noise quantile {claim.quantile:g}"
+    return {
+        "claim": claim.words,
+        "measure": "loss",
+        "of": "right",
+        "against": claim.against,
+        "loss": loss,
+        "difference": more,
+        "difference_error": sure,
+        "asked": {"difference": claim.difference},
+        "holds": (more > ERRORS * sure) == (claim.difference == "more"),
+        "numbers": f"loss {loss:.3f} {level}; {claim.against} {more:+.3f} ± {sure:.3f}; "
+        f"{validation[rows_name('video')]} rows",
+    }
 
 
 def table(rows: Sequence[Row]) -> str:

@@ -52,6 +52,7 @@ class Variant:
     lr: float = 5e-3
     log_mean: float = 0.0
     log_std: float = 1.6
+    reference_patch: int = 8
 
 
 VARIANTS = {
@@ -67,6 +68,9 @@ VARIANTS = {
     "dit of 64": Variant("dit-tiny", NARROW, lr=1e-2),
     "dit of 64, pixel head": Variant("dit-tiny", NARROW | {"pixel_dim": 16}, lr=1e-2),
     "dit of 64, pixel head of 24": Variant("dit-tiny", NARROW | {"pixel_dim": 24}, lr=1e-2),
+    "dit of 64, pixel head, references of 4 px": Variant(
+        "dit-tiny", NARROW | {"pixel_dim": 16}, lr=1e-2, reference_patch=4
+    ),
     "dit of 64, lr 2e-2": Variant("dit-tiny", NARROW, lr=2e-2),
     "dit of 64, batch 64": Variant("dit-tiny", NARROW, batch=64, lr=1e-2),
     "dit of 64, AdamW": Variant("dit-tiny", NARROW, optimizer="adamw", lr=5e-3),
@@ -134,7 +138,9 @@ def learn(variant: Variant, clips: Clips, seconds: float) -> tuple[Generator, Ed
     """(the averaged generator, its process, samples seen); a tenth of the nouns has no document."""
     torch.manual_seed(0)
     size = {"num_frames": FRAMES, "height_px": SIDE_PX, "width_px": SIDE_PX}
-    config = ConditionConfig(token_dim=TOKEN_DIM, mode="plus", num_roles=len(ROLES))
+    config = ConditionConfig(
+        token_dim=TOKEN_DIM, mode="plus", num_roles=len(ROLES), reference_patch=variant.reference_patch
+    )
     model = Generator(preset(variant.preset, **size, **variant.backbone), config).to(DEVICE)
     edm = edm_for(FRAMES, SIDE_PX, SIDE_PX)
     edm = replace(edm, sigma_data=0.5, log_mean=variant.log_mean, log_std=variant.log_std)

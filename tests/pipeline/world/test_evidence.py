@@ -102,7 +102,9 @@ LOSSES = {
     "val/video documents right q0.9": 0.5,
     "val/video documents none q0.9": 0.75,
     "val/video none - right q0.9": 0.25,
-    "val/video none - right q0.9 error": 0.125,
+    "val/video none - right q0.9 error": 0.0625,
+    "val/video shuffled - right": 0.125,
+    "val/video shuffled - right error": 0.125,
 }
 
 
@@ -130,8 +132,14 @@ def rows(made: Made) -> dict[str, dict[str, Any]]:
         claim(words="too many", at_most=0.5),
         claim(words="few <enough>", of="shuffled", at_most=0.5),
     ]
-    write_run(made.folder / "stage1", LOSSES)
-    more = {"runs": [str(made.folder / "stage1")], "guidance": {1: "none", 2.5: "right"}}
+    write_run(made.folder / "stage1", {**LOSSES, "val/video rows": 64})
+    stage1 = str(made.folder / "stage1")
+    losses = [
+        {"words": "rises without", "run": stage1, "against": "none", "quantile": 0.9},
+        {"words": "does not rise", "run": stage1, "against": "none", "quantile": 0.9, "difference": "none"},
+        {"words": "within errors", "run": stage1, "against": "shuffled", "difference": "none"},
+    ]
+    more = {"runs": [stage1], "losses": losses, "guidance": {1: "none", 2.5: "right"}}
     found = run(EvidenceConfig.model_validate({**made.config, **more, "claims": claims}))
     return {row["claim"]: row for row in found}
 
@@ -171,6 +179,13 @@ def test_a_claim_that_is_not_so_fails(rows: dict[str, Any]) -> None:
     assert table([rows["too few"]]).startswith("  FAILS  too few: colour right 0.")
 
 
+def test_a_claim_about_the_loss_is_decided_by_two_errors(rows: dict[str, Any]) -> None:
+    assert rows["rises without"]["holds"] and rows["within errors"]["holds"]
+    assert not rows["does not rise"]["holds"]
+    told = "rises without: loss 0.500 at noise quantile 0.9; none +0.250 ± 0.062; 64 rows"
+    assert told in table([rows["rises without"]])
+
+
 def test_the_page_shows_claims_and_strips_and_fetches_nothing(made: Made, rows: dict[str, Any]) -> None:
     page = (made.folder / "out" / "evidence.html").read_text()
     found: list[tuple[str, dict[str, str | None]]] = []
@@ -190,7 +205,7 @@ def test_the_page_shows_claims_and_strips_and_fetches_nothing(made: Made, rows: 
     assert [row["holds"] for row in told["claims"]] == holds
     assert told["sets"]["right"]["colour"] == {"share": 1.0, "error": 0.0}
     assert told["losses"] == {"stage1": LOSSES}
-    assert "+0.2500 ± 0.1250" in page and "guidance weight" in page
+    assert "+0.2500 ± 0.0625" in page and "guidance weight" in page
 
 
 def test_a_report_opens_with_what_was_judged_and_refuses_what_was_edited(
@@ -237,6 +252,14 @@ def test_what_cannot_be_judged_is_refused(made: Made, tmp_path: Path) -> None:
     write_run(tmp_path / "run", {"loss": 1.0})
     with pytest.raises(ConfigError, match="no validation"):
         check(EvidenceConfig.model_validate({**made.config, "claims": claims, "runs": [str(tmp_path / "run")]}))
+    loss = {"words": "so", "run": str(tmp_path / "unsure"), "against": "none"}
+    with pytest.raises(ValueError, match="legal: none: give `runs`"):
+        EvidenceConfig.model_validate({**made.config, "claims": claims, "losses": [loss]})
+    write_run(tmp_path / "unsure", LOSSES)
+    for unknown in ({"quantile": 0.5}, {}):  # no such level; no error of the mean
+        with pytest.raises(ConfigError, match=r"quantile null or 0\.9"):
+            config = {"runs": [loss["run"]], "losses": [loss | unknown]}
+            check(EvidenceConfig.model_validate({**made.config, "claims": claims, **config}))
     for changes in ({"world": str(tmp_path)}, {"sets": {"right": {"samples": str(tmp_path), "prompts": "x"}}}):
         with pytest.raises(ConfigError):
             check(EvidenceConfig.model_validate({**made.config, **changes, "claims": claims}))
