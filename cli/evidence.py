@@ -45,6 +45,7 @@ def quick_steps() -> list[str]:
         command("vimi-data crawl", "crawl_pictures"),
         command("vimi-data build-index"),
         command("vimi-data augment"),
+        encode("stage1"),
         command("vimi-train stage1"),
         *(sample(choice, f"--documents {choice}") for choice in DOCUMENTS),
         command("vimi-data judge"),
@@ -53,22 +54,25 @@ def quick_steps() -> list[str]:
 
 def full_steps() -> list[str]:
     """The commands of the full form, in order: 520,000 samples of training."""
-    shorter = "--set samples=40000"
+    shorter, misled = "--set samples=40000", "--set prompts=prompts-shuffled"
     return [
         command("vimi-data world", more="--nouns 1600 --unseen 128 --distractors 2"),
         command("vimi-data crawl", "crawl_clips"),
         command("vimi-data crawl", "crawl_pictures"),
         command("vimi-data build-index"),
         command("vimi-data augment", more="-k 3"),
+        encode("stage1", "--set documents=[1,3]"),
         command("vimi-train stage1", more="--set samples=260000 --set checkpoint.num_to_keep=null"),
         command("vimi-train stage1", more=f"{shorter} --out three --set documents=[3]"),
         command("vimi-train stage1", more="--set samples=120000 --out faithful --set references=faithful"),
         "vimi-data crawl world/pictures_shuffled.jsonl --out pictures-shuffled",
         "vimi-data build-index pictures-shuffled --out memory-shuffled --clip offline",
         command("vimi-data augment", more="--memory memory-shuffled --out prompts-shuffled"),
-        command("vimi-train stage1", more=f"{shorter} --set prompts=prompts-shuffled --out misled"),
+        encode("stage1", f"{misled} --out encoded-shuffled"),
+        command("vimi-train stage1", more=f"{shorter} {misled} --set encodings=encoded-shuffled --out misled"),
         command("vimi-data augment", more="-k 0 --out prompts-empty"),
         command("vimi-data instruct"),
+        encode("stage2", "--out encoded-instructions"),
         command("vimi-train stage2"),
         *(sample(choice, f"--documents {choice}") for choice in DOCUMENTS),
         sample("halfway", "--set run=stage1/checkpoints/samples-000000120000"),
@@ -86,6 +90,10 @@ def command(words: str, config: str = "", more: str = "") -> str:
     """A command with its config of this folder, by default the one of its name."""
     name = config or words.split()[-1].replace("-", "_")
     return " ".join(filter(None, [words, f"--config {CONFIGS}/{name}.yaml", more]))
+
+
+def encode(stage: str, more: str = "") -> str:
+    return command("vimi-data encode", more=f"--for {CONFIGS}/{stage}.yaml {more}".strip())
 
 
 def sample(name: str, how: str) -> str:
