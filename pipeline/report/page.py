@@ -21,7 +21,14 @@ from pipeline.report.galleries import clip_cards, instruction_cards, prompt_card
 from pipeline.report.provenance import fates, next_steps, provenance, retrieval, summary
 from pipeline.report.read import EVIDENCE, Parts, ReportConfig, previews, read_parts
 from pipeline.report.scores import scores_part
-from pipeline.report.statistics import distributions, document_tables, kept_tables, loss_charts, task_tables
+from pipeline.report.statistics import (
+    distributions,
+    document_tables,
+    kept_tables,
+    loss_charts,
+    score_tables,
+    task_tables,
+)
 
 FOLDER, PAGE, TITLE = Path(__file__).parent, "report.html", "From corpus to video"
 NUM_STRIPS = 6
@@ -118,6 +125,7 @@ def gather(config: ReportConfig, parts: Parts, album: Album) -> dict[str, Any]:
         "documents": document_tables(parts.runs),
         "tasks": task_tables(parts.runs),
         "kept": kept_tables(parts.runs),
+        "trained_scores": score_tables(parts.runs),
         "distributions": distributions(parts),
         "provenance": provenance(parts),
         "next_steps": next_steps(config, parts),

@@ -4,6 +4,7 @@ A record of `metrics.jsonl` is `{"samples": n, "loss": x, ...}`, or a validation
 `infra.validation_cells` names.
 """
 
+import re
 from collections import Counter
 from dataclasses import replace
 from itertools import product
@@ -14,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from markupsafe import Markup
 
-from infra.run_folder import HELD_OUT, LOSS, SEEN, VALIDATION
+from infra.run_folder import HELD_OUT, LOSS, SCORE, SEEN, VALIDATION
 from infra.validation_cells import (
     AXES,
     DOCUMENTS,
@@ -39,6 +40,8 @@ MOST_BARS = 8
 """The others are one bar."""
 MAX_POINTS = 600
 """Points of a line: more can't be seen and only make the page heavy."""
+SCORE_KEY = re.compile(rf"{SCORE}(?P<metric>\S+)(?: (?P<task>\w+))? n(?P<n>\d+)")
+"""A metric of sampled videos in a run's records; the ends of its interval have longer keys."""
 VALIDATION_STYLES = ("v0", "v1", "v2", "v3", "v4", "v5")
 
 
@@ -207,6 +210,37 @@ def task_tables(runs: list[Run]) -> list[Chart]:
 def kept_tables(runs: list[Run]) -> list[Chart]:
     """Of runs of stage 2, what they keep of stage 1: the loss of its rows before the first step and now."""
     return [table for run in runs for table in _kept_tables(run)]
+
+
+def score_tables(runs: list[Run]) -> list[Chart]:
+    """Metrics of the videos that runs sampled while training (`validation.metrics`), over all and by task."""
+    return [table for run in runs for table in _score_tables(run)]
+
+
+def _score_tables(run: Run) -> list[Chart]:
+    keys = dict.fromkeys(key for record in run.records for key in record)
+    found = [match for key in keys if (match := SCORE_KEY.fullmatch(key)) and curve(run.records, key)]
+    tables = []
+    for metric in dict.fromkeys(match["metric"] for match in found):
+        series, rows = [], []
+        for match, style in zip((m for m in found if m["metric"] == metric), VALIDATION_STYLES, strict=False):
+            points, name = curve(run.records, match[0]), _task(match["task"] or "all")
+            low, high = (curve(run.records, f"{match[0]} {end}") for end in ("low", "high"))
+            between = f"{low[-1][1]:.4g} to {high[-1][1]:.4g}" if low and high else "–"
+            series.append(Series(name, [x for x, _ in points], [y for _, y in points], style))
+            rows.append((name, [match["n"], f"{points[0][1]:.4g}", f"{points[-1][1]:.4g}", between]))
+        tables.append(
+            {
+                "title": f"{metric} of {run.name}",
+                "note": f"at {max(series[0].x):,.0f} samples",
+                "chart": line_chart(series, x_label="samples", y_label=metric, title=f"{metric} of {run.name}"),
+                "legend": [(one.style, one.name) for one in series],
+                "first": "task",
+                "columns": ["videos", "at first", "now", "interval"],
+                "rows": rows,
+            }
+        )
+    return tables
 
 
 def _kept_tables(run: Run) -> list[Chart]:

@@ -54,8 +54,13 @@ VALIDATED = {
     "val/stage1 video documents right": 0.26,
     "val/stage1 video since the start": 0.01,
     "val/stage1 video since the start error": 0.002,
+    "score/fvd n64": 812.5,
+    "score/fvd n64 low": 700.0,
+    "score/fvd n64 high": 900.25,
+    "score/fvd video_prediction n21": 640.0,
 }
-"""A record of validation: documents help where there is much noise, and the first frame its task."""
+"""A record of validation: documents help where there is much noise, and the first frame its task; videos were
+sampled and scored."""
 VOID = {"meta", "link", "img", "source", "br", "path", "use"}
 
 
@@ -271,6 +276,16 @@ def test_page_shows_what_documents_are_worth_with_errors(page: str):
     assert "<td>0.2500</td><td>0.2600</td><td>+0.0100 ± 0.0020</td>" in page
     assert "stage1, video video prediction" not in page  # it has no documents to compare
     assert 'aria-label="What documents are worth to stage1, video"' in page
+
+
+def test_page_shows_what_videos_scored_while_training(page: str):
+    assert "fvd of stage1 <small>at 48 samples" in page and 'aria-label="fvd of stage1"' in page
+    for task, cells in (
+        ("all", ("64", "812.5", "812.5", "700 to 900.2")),
+        ("video prediction", ("21", "640", "640", "–")),
+    ):
+        row = "".join(f"<td>{cell}</td>" for cell in cells)
+        assert f'<th scope="row">{task}</th>{row}' in page
 
 
 def test_page_says_what_became_of_each_row(page: str):
