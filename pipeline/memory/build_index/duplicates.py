@@ -335,8 +335,8 @@ class Duplicates:
 
     @property
     def counts(self) -> dict[str, int]:
-        reasons = self.table["reason"].to_pylist()
-        return {reason: reasons.count(reason) for reason in sorted(set(reasons))}
+        found = self.table["reason"].value_counts().to_pylist()
+        return {each["values"]: each["counts"] for each in sorted(found, key=lambda each: each["values"])}
 
 
 def group(pairs: Sequence[pa.Table], old: int) -> Duplicates:
@@ -346,38 +346,84 @@ def group(pairs: Sequence[pa.Table], old: int) -> Duplicates:
         pairs: tables of `PairFinder`.
         old: documents that the memory has already; these all stay.
     """
-    rows = [row for table in pairs for row in table.to_pylist()]
-    copies = {row["other"]: row["one"] for row in rows if row["kind"] == 0}
-    parent: dict[int, int] = {}
-    facts: dict[int, tuple[str, int, int]] = {}
-    closest: dict[int, float] = {}
-    for row in (row for row in rows if row["kind"] > 0):
-        ends = [copies.get(row[side], row[side]) for side in ("one", "other")]
-        if ends[0] == ends[1]:
-            continue
-        for side, place in zip(("one", "other"), ends, strict=True):
-            facts[place] = tuple(row[f"{side}_{name}"] for name in DETAILS)
-            closest[place] = min(1.0, max(closest.get(place, -1.0), row["cosine"]))
-        a, b = (_root(parent, place) for place in ends)
-        parent[max(a, b)] = min(a, b)
-    groups: dict[int, list[int]] = {}
-    for place in facts:
-        groups.setdefault(_root(parent, place), []).append(place)
-    found = []
-    for members in groups.values():
-        kept = min(members, key=lambda p: (p >= old, -facts[p][2], facts[p][0]))
-        for place in (p for p in members if p != kept and p >= old):
-            same = facts[place][1] == facts[kept][1] != 0
-            reason = Status.FILTERED_DUPLICATE if same else Status.FILTERED_NEAR_DUPLICATE
-            found.append((facts[place][0], facts[kept][0], reason.value, closest[place], place))
-    *columns, places = list(zip(*sorted(found), strict=True)) or [()] * (len(SCHEMA) + 1)
-    arrays = [pa.array(values, field.type) for values, field in zip(columns, SCHEMA, strict=True)]
-    table = pa.Table.from_arrays(arrays, schema=SCHEMA)
-    return Duplicates(table, np.array(sorted(copies), np.int64), np.array(places, np.int64))
+    tables = [table for table in pairs if len(table)]
+    if not tables:
+        none = np.zeros(0, np.int64)
+        return Duplicates(SCHEMA.empty_table(), none, none)
+    rows = pa.concat_tables(tables).combine_chunks()
+    is_copy = column(rows, "kind") == 0
+    copies, stands = Copies.of(rows.filter(pa.array(is_copy))), rows.filter(pa.array(~is_copy))
+    one, other = (copies.original(column(stands, side)) for side in ("one", "other"))
+    apart = one != other
+    stands, one, other = stands.filter(pa.array(apart)), one[apart], other[apart]
+    places, first, ends = np.unique(np.concatenate([one, other]), return_index=True, return_inverse=True)
+    one, other = np.split(ends, 2)
+    sides = [stands.select([f"{side}_{name}" for name in DETAILS]) for side in ("one", "other")]
+    facts = pa.concat_tables([side.rename_columns(DETAILS) for side in sides]).take(pa.array(first))
+    closest = np.full(len(places), -1.0)
+    for end in (one, other):
+        np.maximum.at(closest, end, column(stands, "cosine"))
+    labels = components(one, other, len(places))
+    return _all_but_one(facts, places, labels, np.minimum(closest, 1.0), old, copies)
 
 
-def _root(parent: dict[int, int], place: int) -> int:
-    while (above := parent.setdefault(place, place)) != place:
-        parent[place] = parent[above]
-        place = parent[above]
-    return place
+@dataclass(frozen=True)
+class Copies:
+    """Documents that are staged twice."""
+
+    places: np.ndarray
+    """int64, of all but the first of each, ascending."""
+    firsts: np.ndarray
+    """int64, the place of the first for each of `places`."""
+
+    @classmethod
+    def of(cls, rows: pa.Table) -> "Copies":
+        places, at = np.unique(column(rows, "other"), return_index=True)
+        return cls(places, column(rows, "one")[at])
+
+    def original(self, places: np.ndarray) -> np.ndarray:
+        """The places, those of copies replaced by the first."""
+        if not len(self.places):
+            return places
+        at = np.minimum(np.searchsorted(self.places, places), len(self.places) - 1)
+        return np.where(self.places[at] == places, self.firsts[at], places)
+
+
+def components(one: np.ndarray, other: np.ndarray, count: int) -> np.ndarray:
+    """int64 `count`: the smallest node of each node's component, of a graph with edges `one` - `other`.
+
+    Each round an edge's ends take the smaller of their labels, and a label that of its own node (Shiloach and
+    Vishkin 1982): as many rounds as the logarithm of the longest way, in the mean.
+    """
+    labels = np.arange(count)
+    while True:
+        before, least = labels.copy(), np.minimum(labels[one], labels[other])
+        for end in (labels[one], labels[other], one, other):
+            np.minimum.at(labels, end, least)
+        while not np.array_equal(labels, shorter := labels[labels]):
+            labels = shorter
+        if np.array_equal(before, labels):
+            return labels
+
+
+def _all_but_one(
+    facts: pa.Table, places: np.ndarray, labels: np.ndarray, closest: np.ndarray, old: int, copies: Copies
+) -> Duplicates:
+    """Of each component all documents but the one that stays."""
+    nodes = facts.append_column("node", pa.array(np.arange(len(places))))
+    nodes = nodes.append_column("label", pa.array(labels)).append_column("new", pa.array(places >= old))
+    order = [("label", "ascending"), ("new", "ascending"), ("area", "descending"), ("doc_id", "ascending")]
+    ranked = column(nodes.select(["node", *(name for name, _ in order)]).sort_by(order), "node")
+    is_first = np.diff(labels[ranked], prepend=-1) != 0
+    kept = ranked[is_first][np.cumsum(is_first) - 1]
+    gone = ~is_first & (places[ranked] >= old)
+    dropped, kept = ranked[gone], kept[gone]
+    ids = facts["doc_id"].combine_chunks()
+    by_id = np.argsort(ids.take(pa.array(dropped)).to_numpy(zero_copy_only=False), kind="stable")
+    dropped, kept = dropped[by_id], kept[by_id]
+    same = column(facts, "same")
+    is_same = (same[dropped] == same[kept]) & (same[dropped] != 0)
+    reasons = np.where(is_same, Status.FILTERED_DUPLICATE.value, Status.FILTERED_NEAR_DUPLICATE.value)
+    columns = [ids.take(pa.array(nodes)) for nodes in (dropped, kept)]
+    columns += [pa.array(reasons, pa.string()), pa.array(closest[dropped], pa.float32())]
+    return Duplicates(pa.Table.from_arrays(columns, schema=SCHEMA), copies.places, places[dropped])
