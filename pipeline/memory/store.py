@@ -112,6 +112,11 @@ class Memory:
         return found.combine_chunks().take(pa.array([place[d] for d in doc_ids if d in place], pa.int64()))
 
 
+def table_tag(facts: dict[str, Any]) -> str:
+    """Lance's tag of the certified table: the version's own, or that of the indexes it got later."""
+    return str(facts.get("table_tag", facts["memory_version"]))
+
+
 def uncertified(uri: str, facts: dict[str, Any]) -> Memory:
     """A version that is tagged and has no certificate yet: what a build's own workers read.
 
@@ -156,7 +161,7 @@ def open_memory(uri: str, *, version: str | None = None, read_through: bool = Tr
     if table is None:
         raise ConfigError(f"{uri} holds a certificate but no table {TABLE!r}", cure=f"run `{MADE_BY}` again")
     try:
-        table.checkout(tag)
+        table.checkout(table_tag(certificate.facts) if tag == certificate.facts["memory_version"] else tag)
     except (OSError, RuntimeError, ValueError) as error:
         raise _unreadable(uri, error) from None
     try:

@@ -34,9 +34,7 @@ def account(
     counts = {name: count for name, count in sorted((fates + dropped + before).items()) if count}
     inputs = list(base.inputs.values()) if base else []
     inputs += [certificate.content_hash() for _, certificate in new]
-    highlights = {"documents": f"{rows:,}", "version": facts["memory_version"]}
-    if facts["indexes"]:
-        highlights["recall of the index"] = f"{min(i['recall'] for i in facts['indexes'].values()):.3f}"
+    highlights = {"documents": f"{rows:,}", "version": facts["memory_version"]} | told_of(facts["indexes"])
     if len(duplicates.table):
         highlights["duplicates"] = f"{len(duplicates.table):,}"
     return Certificate(
@@ -49,6 +47,11 @@ def account(
         inputs={f"clips-{i}": digest for i, digest in enumerate(inputs)},
         facts=facts | {"highlights": highlights},
     )
+
+
+def told_of(indexes: dict[str, Any]) -> dict[str, str]:
+    """What the closing lines tell of the indexes."""
+    return {"recall of the index": f"{min(i['recall'] for i in indexes.values()):.3f}"} if indexes else {}
 
 
 def one_model(receipts: Sequence[Receipt], base: Certificate | None, out: str) -> dict[str, Any]:

@@ -49,6 +49,12 @@ class IndexConfig(Config):
     """Floor of the mean recall@10 of a sample of captions. Ours."""
 
 
+def is_held(indexes: dict[str, Any], config: IndexConfig, documents: int) -> bool:
+    """Whether a certificate's indexes have all that is asked for."""
+    columns = config.columns if documents >= config.min_rows else ()
+    return all(column in indexes and indexes[column]["recall"] >= config.recall for column in columns)
+
+
 def build_indexes(out: str, build: str, facts: dict[str, Any], config: IndexConfig, run: Run) -> dict[str, Any]:
     """Index the table at its latest version, and measure.
 

@@ -8,7 +8,8 @@
     commits of metadata, certificate                                 (driver)
 
 Killed at any moment, the same command ends in the same memory. A finished memory grows: the same command with
-more tables and `grow` adds shards of the documents that are new; nothing that is there is written again.
+more tables and `grow` adds shards of the documents that are new; nothing that is there is written again. With
+another `index` it gets what its indexes lack, and stays the same version: prompts don't depend on them.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,6 +29,7 @@ from pipeline.memory.build_index.account import (
     account,
     check_failures,
     one_model,
+    told_of,
     write_parquet,
     write_rejected,
 )
@@ -43,12 +45,12 @@ from pipeline.memory.build_index.duplicates import (
     num_bands,
     pair_units,
 )
-from pipeline.memory.build_index.index import build_indexes
+from pipeline.memory.build_index.index import build_indexes, is_held
 from pipeline.memory.build_index.preflight import BUILD, BuildIndexConfig, Tables, begin, preflight
 from pipeline.memory.build_index.publish import own_files, publish, smallest, tag_latest
 from pipeline.memory.build_index.shards import DROPPED, STAGED, Group, ShardWriter, commit, create_table, deal
 from pipeline.memory.embed.worker import Embedder, clip_units
-from pipeline.memory.store import Shard, read_table, version_tag
+from pipeline.memory.store import Shard, lance_dataset, read_table, version_tag
 from pipeline.schema import content_id
 
 MOST_THREADS = 8
@@ -64,12 +66,15 @@ def run(config: BuildIndexConfig) -> Certificate:
         TooManyFailuresError: more rows failed than `max_failed_frac` allows.
     """
     new, base = preflight(config)
-    if base is not None and not new:
+    if base is not None and not new and is_held(base.facts["indexes"], config.index, base.num_out):
         delete(join(config.out, BUILD))
         return base
     begin(config, new, base)
     build = Build(config, new, base)
-    certificate = carry_out(config, work=build.work, finish=build.finish)
+    if base is not None and not new:
+        certificate = carry_out(config, work=partial(build.index, base), finish=partial(build.indexed, base))
+    else:
+        certificate = carry_out(config, work=build.work, finish=build.finish)
     delete(join(config.out, BUILD))
     return certificate
 
@@ -164,6 +169,21 @@ class Build:
             facts["indexes"] = build_indexes(self.out, self.folder, facts, self.config.index, self._run)
             tag_latest(self.out, tag)  # with its indexes
         return facts
+
+    def index(self, base: Certificate) -> Receipts:
+        """Give a finished memory what its indexes lack; call inside a `ray_session`."""
+        added = build_indexes(self.out, self.folder, base.facts, self.config.index, self._run)
+        # A tag of its own: until the new certificate is there, the old one names a table that is as it was.
+        tag = f"{base.facts['memory_version']}-{lance_dataset(self.out).version}"
+        tag_latest(self.out, tag)
+        indexes = base.facts["indexes"] | added
+        told = base.facts["highlights"] | told_of(indexes)
+        self.facts = base.facts | {"indexes": indexes, "highlights": told, "table_tag": tag}
+        return Receipts(self.folder)
+
+    def indexed(self, base: Certificate, receipts: Receipts) -> Certificate:
+        """The finished memory's certificate, with its indexes as they are now."""
+        return base.model_copy(update={"facts": self.facts, "files": own_files(self.out, self.facts)})
 
     def finish(self, receipts: Receipts) -> Certificate:
         """List what was left out, and certify."""

@@ -13,7 +13,7 @@ from pipeline.memory.build_index.duplicates import DedupConfig
 from pipeline.memory.build_index.index import IndexConfig, K
 from pipeline.memory.embed.pictures import KEY_FRAMES
 from pipeline.memory.retrieve.analysis import Analysis
-from pipeline.memory.store import LANCE_FOLDER, SHARDS, check_index, lance_dataset, open_memory
+from pipeline.memory.store import LANCE_FOLDER, SHARDS, check_index, lance_dataset, open_memory, table_tag
 from pipeline.schema import CLIPS, check_table
 from pipeline.shards import open_part
 
@@ -150,7 +150,7 @@ def begin(config: BuildIndexConfig, new: Tables, base: Certificate | None) -> No
         for folder in (LANCE_FOLDER, SHARDS):
             delete(join(out, folder))  # of a build that was given up
     else:
-        dataset = lance_dataset(out, base.facts["memory_version"])
+        dataset = lance_dataset(out, table_tag(base.facts))
         if dataset.version != lance_dataset(out).version:
             dataset.restore()
     write_json(claim, inputs)

@@ -17,12 +17,13 @@ from infra.clip import ClipConfig
 from infra.errors import ConfigError, DataError, TooManyFailuresError
 from infra.storage import exists
 from pipeline.memory import Memory, open_memory
-from pipeline.memory.build_index import BuildIndexConfig, check, index, preflight, run
+from pipeline.memory.build_index import BuildIndexConfig, check, index, job, preflight, run
 from pipeline.memory.build_index.duplicates import DedupConfig
 from pipeline.memory.build_index.index import IndexConfig
 from pipeline.memory.retrieve import RetrieveConfig
 from pipeline.memory.search import SearchConfig
 from pipeline.memory.search import run as search
+from pipeline.memory.store import check_index
 from pipeline.schema import Status
 from pipeline.shards import write_shard
 from tests.pipeline.clip_tables import clip_row, picture, write_clips
@@ -156,6 +157,37 @@ def test_an_index_that_is_refused_costs_no_embedding(
     certificate = run(config(out, clips, index=wanted, **asked))
     assert certificate.num_out == 60 and certificate.facts["indexes"]["image_embedding"]["recall"] >= 0.99
     assert open_memory(str(out)).num_documents == 60
+
+
+@pytest.mark.ray
+def test_a_finished_memory_gets_the_index_that_is_asked_for_and_stays_its_version(
+    ray_cluster: None, tiny: ClipConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clips, out = corpus(tmp_path / "corpus", range(60)), tmp_path / "memory"
+    asked = {"clip": tiny, "shard_rows": 40, "rows_per_unit": 20}
+    plain = run(config(out, clips, **asked))
+    assert plain.facts["indexes"] == {}
+    for file in (tmp_path / "corpus").glob("*.png"):
+        file.unlink()  # who embeds again finds nothing
+    wanted = IndexConfig(min_rows=1, recall=0.9, columns=("image_embedding",))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(job, "own_files", interrupt)  # the index is there, its certificate isn't
+        run(config(out, clips, index=wanted, **asked))
+    assert open_memory(str(out)).certificate == plain
+    indexed = run(config(out, clips, index=wanted, **asked))
+    assert indexed.facts["indexes"]["image_embedding"]["recall"] >= 0.9
+    assert indexed.facts["memory_version"] == plain.facts["memory_version"] and indexed.num_out == 60
+    assert "recall of the index" in indexed.facts["highlights"]
+    memory = open_memory(str(out), version=plain.facts["memory_version"])
+    check_index(memory)
+    assert memory.table is not None
+    assert "image_embedding_idx" in {found.name for found in memory.table.list_indices()}
+    for same in (wanted, IndexConfig()):  # nothing is missing, nothing is taken away
+        assert run(config(out, clips, index=same, **asked)) == memory.certificate
+
+
+def interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 def test_shards_of_another_size_are_refused_while_a_build_is_unfinished(tmp_path: Path) -> None:
