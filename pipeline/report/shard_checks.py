@@ -111,13 +111,13 @@ def check_rejected(uri: str, certificate: Certificate, whole: set[str], report: 
         report.add("rows", f"rejected.parquet holds {counted}, the certificate {certificate.filtered}")
 
 
-def read_rows(uri: str, name: str) -> Iterator[dict[str, Any]]:
-    """The rows of a shard, one row group in memory at a time."""
+def read_rows(uri: str, name: str, columns: list[str] | None = None) -> Iterator[dict[str, Any]]:
+    """The rows of a shard, or some of their columns, one row group in memory at a time."""
     with pq.ParquetFile(pa.BufferReader(read_bytes(join(uri, name)))) as file:
         if [f for f in PROMPTS.names if f not in file.schema_arrow.names]:
             return  # told already as a wrong schema
         for group in range(file.num_row_groups):
-            yield from file.read_row_group(group).to_pylist()
+            yield from file.read_row_group(group, columns).to_pylist()
 
 
 def check_prompt(row: dict[str, Any], where: str, report: Report) -> None:

@@ -120,6 +120,12 @@ def test_a_certified_lie_is_found(good: Path, tmp_path: Path, change: Callable[[
     assert report.lines()[-1].startswith("NOT valid")
 
 
+def test_an_id_that_stands_twice_is_named_with_its_number(good: Path, tmp_path: Path) -> None:
+    other = pq.read_table(good / "part-00001.parquet", columns=["prompt_id"])["prompt_id"][0].as_py()
+    told = check(rewritten(good, tmp_path / "copy", lambda row: row.update(prompt_id=other))).problems["ids"]
+    assert f"{other} stands 2 times" in told and len(told) == 2  # and it is not the hash of its row
+
+
 def test_a_leak_that_was_planted_afterwards_is_found(good: Path, world: Any, tmp_path: Path) -> None:
     """The prompt shows another clip of its own video: ids and hashes are all right, the law is not."""
     from pipeline.memory.embed.worker import row_doc_id
