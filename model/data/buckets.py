@@ -26,10 +26,13 @@ class Bucket:
     num_frames: int
     height_px: int
     width_px: int
+    fps: float | None = None
+    """Of the frames, where the clip is long enough; None = they are spread over it."""
 
     @property
     def name(self) -> str:
-        return f"{self.media} {self.num_frames}x{self.height_px}x{self.width_px}"
+        rate = f" at {self.fps:g} fps" if self.fps else ""
+        return f"{self.media} {self.num_frames}x{self.height_px}x{self.width_px}{rate}"
 
 
 def streams_of(

@@ -52,6 +52,10 @@ class InputConfig(Config):
     """Height of the training videos, pixels; 36 (Snap Video's base model)."""
     width_px: int = Field(default=64, ge=4, le=8192)
     """Width of the training videos, pixels; 64 (Snap Video's base model)."""
+    fps: float | None = Field(default=None, gt=0, le=1000)
+    """Frames a second of the training videos, from each clip's start: a pretrained model knows one rate. A clip
+    that is slower keeps its own, and one that is too short for `num_frames` is spread. None = frames are spread
+    over the whole clip, which the generator is told as a frame rate."""
     autoencoder: NameOrFolder | None = None
     """Folder or hub id of an autoencoder of diffusers (or of a pipeline that holds one): the generator works in
     its latents. Channels, the network's size and sigma_in follow; sizes here stay pixels. None = in pixels, as
@@ -113,6 +117,7 @@ class InputConfig(Config):
                 b.num_frames or (1 if b.media == "image" else self.num_frames),
                 b.height_px or self.height_px,
                 b.width_px or self.width_px,
+                self.fps if b.media == "video" else None,
             )
             for b in self.buckets
         )

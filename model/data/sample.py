@@ -1,4 +1,4 @@
-"""Decodes a row of PROMPTS into a Sample: frames spread over the clip, resized and cropped to the bucket.
+"""Decodes a row of PROMPTS into a Sample: frames of the clip, resized and cropped to the bucket.
 
 Targets come as raw frames (`frames`), as mp4 bytes (`video`) or as a range of a local file (`reference`).
 """
@@ -101,7 +101,7 @@ def read_target(row: dict[str, Any], bucket: Bucket) -> tuple[np.ndarray, float]
         keep = spread(len(frames), bucket.num_frames)
         return frames[keep], slower(target["fps"], len(frames), bucket.num_frames)
     if target["kind"] == TargetKind.VIDEO:
-        return decode_video(io.BytesIO(target["data"]), bucket.num_frames)
+        return decode_video(io.BytesIO(target["data"]), bucket.num_frames, fps=bucket.fps)
     uri = row["source_uri"]
     if is_remote(uri):
         raise DataError(f"target of prompt {row['prompt_id']} is a reference to {uri}: not a local file")
@@ -114,6 +114,7 @@ def read_target(row: dict[str, Any], bucket: Bucket) -> tuple[np.ndarray, float]
         f"file:{absolute(uri)}",  # ffmpeg would take "C:b.mp4" for a protocol
         bucket.num_frames,
         span_s=(row["start_s"] or 0.0, row["end_s"] or float("inf")),
+        fps=bucket.fps,
     )
 
 
@@ -130,14 +131,22 @@ def read_picture(path: str, num_frames: int) -> np.ndarray:
 
 
 def decode_video(
-    source: str | io.BytesIO, num_frames: int, *, span_s: tuple[float, float] | None = None
+    source: str | io.BytesIO,
+    num_frames: int,
+    *,
+    span_s: tuple[float, float] | None = None,
+    fps: float | None = None,
 ) -> tuple[np.ndarray, float]:
-    """`num_frames` frames spread evenly over a video (or a span of it), and their frame rate.
+    """`num_frames` frames of a video (or of a span of it), and their frame rate.
+
+    Without `fps` they are spread evenly over all of it. With it they begin at its start and follow at that
+    rate, or at the video's own where that is slower; what is too short for so many is spread.
 
     Raises:
         ValueError: no container that is read here, or no frame could be decoded.
     """
     start_s, end_s = span_s or (0.0, float("inf"))
+    wanted_s = (num_frames - 1) / fps if fps else float("inf")
     frames, times_s = [], []
     with open_video(source) as container:
         if not container.streams.video:
@@ -154,11 +163,24 @@ def decode_video(
             if time_s >= start_s - 1e-6:
                 frames.append(frame.to_ndarray(format="rgb24"))
                 times_s.append(time_s)
+                if len(frames) >= num_frames and time_s - times_s[0] >= wanted_s:
+                    break
     if not frames:
         raise ValueError("no frame could be decoded")
-    fps = (len(frames) - 1) / (times_s[-1] - times_s[0]) if len(frames) > 1 else 1.0
-    keep = spread(len(frames), num_frames)
-    return np.stack([frames[n] for n in keep]), slower(fps, len(frames), num_frames)
+    keep, rate = choose_frames(np.array(times_s), num_frames, fps)
+    return np.stack([frames[n] for n in keep]), rate
+
+
+def choose_frames(times_s: np.ndarray, num_frames: int, fps: float | None) -> tuple[np.ndarray, float]:
+    """Indices of `num_frames` of the frames at `times_s`, as `decode_video` says, and their frame rate."""
+    available = len(times_s)
+    own = (available - 1) / (times_s[-1] - times_s[0]) if available > 1 else 1.0
+    rate = min(fps, own) if fps else 0.0
+    wanted_s = np.arange(num_frames) / rate if rate else np.array([np.inf])
+    if available < num_frames or times_s[-1] - times_s[0] < wanted_s[-1] - 0.5 / own:
+        return spread(available, num_frames), slower(own, available, num_frames)
+    middles_s = (times_s[1:] + times_s[:-1]) / 2
+    return np.searchsorted(middles_s, times_s[0] + wanted_s), rate
 
 
 def spread(available: int, wanted: int) -> np.ndarray:

@@ -1,5 +1,7 @@
 """Laws of decoding rows into batches."""
 
+import io
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -8,8 +10,9 @@ from infra.errors import ConfigError, DataError
 from infra.pictures import ORIENTATION
 from model.data.batch import check_schema, collate, read_prompt
 from model.data.buckets import Bucket, streams_of
-from model.data.sample import fit_frames, read_sample
+from model.data.sample import decode_video, fit_frames, read_sample
 from pipeline.schema import PROMPTS
+from tests.model.prompt_tables import mp4
 
 VIDEO = Bucket("video", 8, 24, 40)
 
@@ -49,6 +52,24 @@ def test_range_of_a_reference_is_kept(make_row, tmp_path) -> None:
     expected = np.frombuffer(whole["target"]["data"], np.uint8).reshape(32, 24, 40, 3)[8:16]
     found = sample_of(row).video.permute(0, 2, 3, 1).numpy()
     assert np.abs(found.astype(int) - expected.astype(int)).mean() < 4
+
+
+def test_a_bucket_with_a_rate_takes_frames_at_it_from_the_clips_start(tmp_path) -> None:
+    """Frame n of the film is grey of level 6 n; it has 40 at 20 a second."""
+    film = np.broadcast_to((6 * np.arange(40, dtype=np.uint8))[:, None, None, None], (40, 24, 40, 3))
+    data = mp4(np.ascontiguousarray(film), fps=20)
+
+    def shown(num_frames: int, fps: float | None, **span: tuple[float, float]) -> tuple[list[int], float]:
+        frames, rate = decode_video(io.BytesIO(data), num_frames, fps=fps, **span)
+        return [round(float(frame.mean()) / 6) for frame in frames], round(rate, 3)
+
+    assert shown(4, 10) == ([0, 2, 4, 6], 10)
+    assert shown(4, 10, span_s=(0.5, 1.5)) == ([10, 12, 14, 16], 10)
+    assert shown(5, 16) == ([0, 1, 2, 4, 5], 16)  # nearest frames
+    assert shown(4, 60) == ([0, 1, 2, 3], 20)  # the film is slower
+    assert shown(20, 10) == ([*range(0, 40, 2)], 10)
+    assert shown(5, 1) == shown(5, None) == ([0, 10, 20, 29, 39], 2.051)  # too short
+    assert shown(10, 10, span_s=(1.5, 2.0))[0] == [*range(30, 40)]  # too short again: all of it
 
 
 def test_fewer_frames_play_slower(make_row) -> None:
