@@ -10,7 +10,7 @@ alone is only resembled.
 
 import importlib
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -179,6 +179,33 @@ class OwnText(nn.Module):
         return F.pad(tokens * mask[..., None], (0, 0, 0, missing)), F.pad(mask, (0, missing))
 
 
+class ReferenceMarks(nn.Module):
+    """What a reference is for and where it stands in the prompt: an offset of its latents, 0 at first.
+
+    A document, a subject and a background are clean frames alike to the transformer; the adapters learn to tell
+    them apart by these. Ours.
+    """
+
+    def __init__(self, condition: ConditionConfig, channels: int) -> None:
+        super().__init__()
+        self.role = nn.Embedding(condition.num_roles, channels)
+        self.place = nn.Embedding(MAX_SEGMENTS, channels)
+        for table in (self.role, self.place):
+            nn.init.zeros_(table.weight)
+
+    def forward(self, condition: Condition) -> Tensor | None:
+        """`b n c h w` marked latents; None where no prompt has any."""
+        frames, role, place = condition.references, condition.reference_role, condition.reference_place
+        if frames is None or role is None or place is None:
+            return None
+        marks = self.role(role) + self.place(place.clamp(max=MAX_SEGMENTS - 1))
+        return frames + marks[..., None, None].to(frames.dtype)
+
+    def nothing(self) -> Tensor:
+        """0, by way of all weights: sharded ranks reduce the same gradients, with references or without."""
+        return 0 * (self.role.weight.sum() + self.place.weight.sum())
+
+
 class PretrainedGenerator(Generator):
     """A `Generator` whose backbone is a transformer of diffusers; its answer is a velocity."""
 
@@ -188,6 +215,8 @@ class PretrainedGenerator(Generator):
         nn.Module.__init__(self)
         self.backbone_config, self.condition_config, self.level = backbone, condition, None
         self.embedder = OwnText(backbone) if backbone.text == "native" else TextStates(backbone, condition)  # pyright: ignore
+        plus = condition.mode == "plus"
+        self.marks = ReferenceMarks(condition, backbone.in_channels) if plus else None
         self.backbone = backbone.build()
 
     @property
@@ -215,10 +244,11 @@ class PretrainedGenerator(Generator):
         a video with fewer of them than its neighbour would see what pads them.
         """
         text, mask = self.embedder(condition)
-        if self.condition_config.mode == "faithful":
+        if self.marks is None:
             answer = self._velocity(x, sigma, text, mask, condition.fps)
         else:
-            answer = self._with_frames(x, sigma, text, mask, condition)
+            condition = replace(condition, references=self.marks(condition))
+            answer = self._with_frames(x, sigma, text, mask, condition) + self.marks.nothing()
         return answer, x.new_zeros(len(x), 0, 0)
 
     def _velocity(self, x: Tensor, times: Tensor, text: Tensor, mask: Tensor, fps: Tensor) -> Tensor:

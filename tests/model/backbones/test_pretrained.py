@@ -129,6 +129,31 @@ def test_what_references_show_and_say_they_are_changes_the_answer(make) -> None:
 
 
 @torch.no_grad()
+def test_a_reference_is_marked_by_its_role_and_place_once_they_are_learned(make) -> None:
+    """At first neither counts: step 0 is the base model's own answer to a clean frame."""
+    model, x, times = make(text="replace"), noisy(), torch.tensor([0.6])
+    subject = make_condition([4], None, {(0, 0): 2})
+    background = replace(subject, reference_role=torch.full((1, 1), 3))
+    second = replace(subject, reference_place=torch.full((1, 1), 4))
+    at_first = [model(x, times, one)[0] for one in (subject, background, second)]
+    assert torch.equal(at_first[0], at_first[1]) and torch.equal(at_first[0], at_first[2])
+    for table in (model.marks.role, model.marks.place):
+        table.weight.normal_(generator=torch.Generator().manual_seed(5))
+    learned = [model(x, times, one)[0] for one in (subject, background, second)]
+    for one, other in ((0, 1), (0, 2), (1, 2)):
+        assert not torch.allclose(learned[one], learned[other], atol=1e-3)
+
+
+def test_every_mark_has_a_gradient_with_references_or_without(make) -> None:
+    model, times = make(text="replace"), torch.tensor([0.6])
+    for frames, seen in ((None, False), ({(0, 0): 2}, True)):
+        model.zero_grad()
+        model(noisy(), times, make_condition([4], None, frames))[0].square().sum().backward()
+        assert model.marks.role.weight.grad is not None and model.marks.place.weight.grad is not None
+        assert bool(model.marks.role.weight.grad[2].any()) is seen
+
+
+@torch.no_grad()
 def test_sampling_ends_on_the_first_frame_that_is_given(make) -> None:
     """And goes on from it: the frames behind it are others than without it."""
     model, flow = make(text="replace"), Flow(shift=3)
