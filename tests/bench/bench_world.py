@@ -53,6 +53,8 @@ class Variant:
     log_mean: float = 0.0
     log_std: float = 1.6
     reference_patch: int = 8
+    documents: float = 0.9
+    """Share of the nouns that have a document in training."""
 
 
 VARIANTS = {
@@ -70,6 +72,12 @@ VARIANTS = {
     "dit of 64, pixel head of 24": Variant("dit-tiny", NARROW | {"pixel_dim": 24}, lr=1e-2),
     "dit of 64, pixel head, references of 4 px": Variant(
         "dit-tiny", NARROW | {"pixel_dim": 16}, lr=1e-2, reference_patch=4
+    ),
+    "dit of 64, pixel head, documents always": Variant(
+        "dit-tiny", NARROW | {"pixel_dim": 16}, lr=1e-2, documents=1
+    ),
+    "dit of 64, pixel head, documents for half": Variant(
+        "dit-tiny", NARROW | {"pixel_dim": 16}, lr=1e-2, documents=0.5
     ),
     "dit of 64, lr 2e-2": Variant("dit-tiny", NARROW, lr=2e-2),
     "dit of 64, batch 64": Variant("dit-tiny", NARROW, batch=64, lr=1e-2),
@@ -135,7 +143,7 @@ def _tensor(frames: list[np.ndarray]) -> Tensor:
 
 
 def learn(variant: Variant, clips: Clips, seconds: float) -> tuple[Generator, Edm, int]:
-    """(the averaged generator, its process, samples seen); a tenth of the nouns has no document."""
+    """(the averaged generator, its process, samples seen)."""
     torch.manual_seed(0)
     size = {"num_frames": FRAMES, "height_px": SIDE_PX, "width_px": SIDE_PX}
     config = ConditionConfig(
@@ -144,7 +152,8 @@ def learn(variant: Variant, clips: Clips, seconds: float) -> tuple[Generator, Ed
     model = Generator(preset(variant.preset, **size, **variant.backbone), config).to(DEVICE)
     edm = edm_for(FRAMES, SIDE_PX, SIDE_PX)
     edm = replace(edm, sigma_data=0.5, log_mean=variant.log_mean, log_std=variant.log_std)
-    ema, present = Ema(model, HalfLife(1600)), torch.arange(len(clips.videos)) % 10 > 0
+    ema = Ema(model, HalfLife(1600))
+    present = torch.arange(len(clips.videos)) % 10 >= 10 * (1 - variant.documents)
     steps = train(
         model, clips.videos, clips.condition(clips.pictures, present), batch=variant.batch,
         lr=variant.lr, seconds=seconds, ema=ema, build=OPTIMIZERS[variant.optimizer], edm=edm,
