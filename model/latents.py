@@ -28,6 +28,8 @@ SUBFOLDER = "vae"
 """Where pipelines keep their autoencoder: looked up first."""
 FRAMES_PER_CALL = 16
 """Frames that an image autoencoder takes at once: bounds the memory. Ours."""
+DECODER_SEED = 0
+"""Of what a decoder draws itself, as LTX 0.9.1's does: a video is a function of its latents. Ours."""
 PROBE_PX = 64
 PROBE_FRAMES = (1, 17, 33)
 
@@ -122,7 +124,9 @@ class Latents:
         """
         raw = latents.to(self.device).float() / _like(self._scale, latents).to(self.device)
         raw = (raw + _like(self._shift, latents).to(self.device)).to(self.dtype)
-        video = self._decode_raw(raw).float().clamp(-1, 1)
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(DECODER_SEED)
+            video = self._decode_raw(raw).float().clamp(-1, 1)
         return video[:, :num_frames]
 
     def _encode_raw(self, video: Tensor) -> Tensor:

@@ -111,6 +111,23 @@ def test_a_decoder_that_wants_a_time_is_told_that_no_noise_is_left() -> None:
     torch.testing.assert_close(latents.decode(z), expected, atol=1e-4, rtol=1e-4)
 
 
+def test_a_decoder_that_draws_noise_gives_one_video_and_leaves_the_global_state_alone() -> None:
+    """As LTX 0.9.1's does; its weight of the noise is 0 in a fresh model."""
+    model = ltx(timestep_conditioning=True, decoder_inject_noise=(True, True, True, True, True))
+    for name, scale in model.named_parameters():
+        if "per_channel_scale" in name:
+            scale.data.fill_(0.5)
+    latents, z = Latents(model), torch.randn(2, 2, 8, 2, 3, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(1)
+    first, state = latents.decode(z), torch.get_rng_state()
+    torch.manual_seed(2)
+    assert torch.equal(latents.decode(z), first)
+    torch.manual_seed(1)
+    assert torch.equal(torch.get_rng_state(), state)
+    alone = torch.cat([latents.decode(one[None]) for one in z])
+    torch.testing.assert_close(alone, first, atol=1e-5, rtol=1e-5)
+
+
 def test_frames_of_an_image_autoencoder_do_not_see_each_other() -> None:
     torch.manual_seed(0)
     latents = Latents(tiny(), frames_per_call=2)
