@@ -71,7 +71,7 @@ def run(config: SampleConfig, found: Found = NOTHING) -> Certificate:
             entry, written = sampler.write(f"sample-{number:03d}", request, video)
             entries.append(entry)
             files += written
-            progress.add()
+        progress.add(len(requests))  # a batch is made at once: its first video would tell a wrong rate
     progress.close()
     return certify(config, uri, entries, files, inputs=inputs, wall_s=time.monotonic() - started_s)
 
