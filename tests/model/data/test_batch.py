@@ -10,7 +10,7 @@ from infra.errors import ConfigError, DataError
 from infra.pictures import ORIENTATION
 from model.data.batch import check_schema, collate, read_prompt
 from model.data.buckets import Bucket, streams_of
-from model.data.sample import decode_video, fit_frames, read_sample
+from model.data.sample import choose_frames, decode_video, fit_frames, read_sample
 from pipeline.schema import PROMPTS
 from tests.model.prompt_tables import mp4
 
@@ -70,6 +70,15 @@ def test_a_bucket_with_a_rate_takes_frames_at_it_from_the_clips_start(tmp_path) 
     assert shown(20, 10) == ([*range(0, 40, 2)], 10)
     assert shown(5, 1) == shown(5, None) == ([0, 10, 20, 29, 39], 2.051)  # too short
     assert shown(10, 10, span_s=(1.5, 2.0))[0] == [*range(30, 40)]  # too short again: all of it
+
+
+@pytest.mark.parametrize("fps", [None, 4.0])
+@pytest.mark.parametrize("times_s", [[0.0], [1.5, 1.5, 1.5], [2.0, 1.0]])
+def test_frames_whose_times_say_nothing_are_spread_at_one_a_second(
+    times_s: list[float], fps: float | None
+) -> None:
+    keep, rate = choose_frames(np.array(times_s), 5, fps)
+    assert keep.tolist() == np.linspace(0, len(times_s) - 1, 5).round().tolist() and 0 < rate < 10
 
 
 def test_fewer_frames_play_slower(make_row) -> None:
