@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import field_validator
 
-from infra.allocator import keep_freed_memory
 from infra.clip.model import BATCH_ROWS, Clip
 from infra.clip.preprocess import Preprocessing
 from infra.config import Config, NameOrFile
@@ -82,8 +81,6 @@ def load_clip(
     """
     config = config or ClipConfig()
     check_clip(config)
-    if str(device) == "cpu":
-        keep_freed_memory()
     parts = _offline() if config.name == OFFLINE else _from_open_clip(config)
     return Clip(**parts, device=device, precision=config.precision, batch_size=batch_size)
 

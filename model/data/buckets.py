@@ -27,7 +27,7 @@ class Bucket:
     height_px: int
     width_px: int
     fps: float | None = None
-    """Of the frames, where the clip is long enough; None = they are spread over it."""
+    """Frames a second that are wanted of a clip; None = they are spread over it."""
 
     @property
     def name(self) -> str:

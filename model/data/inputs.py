@@ -54,8 +54,8 @@ class InputConfig(Config):
     """Width of the training videos, pixels; 64 (Snap Video's base model)."""
     fps: float | None = Field(default=None, gt=0, le=1000)
     """Frames a second of the training videos, from each clip's start: a pretrained model knows one rate. A clip
-    that is slower keeps its own, and one that is too short for `num_frames` is spread. None = frames are spread
-    over the whole clip, which the generator is told as a frame rate."""
+    that is slower keeps its own, one that is too short for `num_frames` is spread, and frames that are stored
+    have the rate that augment gave them. None = frames are spread over the whole clip."""
     autoencoder: NameOrFolder | None = None
     """Folder or hub id of an autoencoder of diffusers (or of a pipeline that holds one): the generator works in
     its latents. Channels, the network's size and sigma_in follow; sizes here stay pixels. None = in pixels, as

@@ -175,12 +175,13 @@ def choose_frames(times_s: np.ndarray, num_frames: int, fps: float | None) -> tu
     """Indices of `num_frames` of the frames at `times_s`, as `decode_video` says, and their frame rate."""
     available, whole_s = len(times_s), float(times_s[-1] - times_s[0])
     own = (available - 1) / whole_s if whole_s > 0 else 1.0
-    rate = min(fps, own) if fps else 0.0
-    wanted_s = np.arange(num_frames) / rate if rate else np.array([np.inf])
-    if available < num_frames or whole_s < wanted_s[-1] - 0.5 / own:
-        return spread(available, num_frames), slower(own, available, num_frames)
-    middles_s = (times_s[1:] + times_s[:-1]) / 2
-    return np.searchsorted(middles_s, times_s[0] + wanted_s), rate
+    if fps and available >= num_frames:
+        rate = min(fps, own)
+        wanted_s = np.arange(num_frames) / rate
+        if whole_s >= wanted_s[-1] - 0.5 / own:
+            middles_s = (times_s[1:] + times_s[:-1]) / 2  # the nearest frame of each time
+            return np.searchsorted(middles_s, times_s[0] + wanted_s), rate
+    return spread(available, num_frames), slower(own, available, num_frames)
 
 
 def spread(available: int, wanted: int) -> np.ndarray:

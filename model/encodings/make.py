@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from infra.allocator import keep_freed_memory
 from infra.config import canonical_json
 from infra.errors import ConfigError, DataError
 from infra.storage import sha256_file
@@ -45,6 +46,8 @@ class RowEncoder:
 
     def __init__(self, config: InputConfig, device: str) -> None:
         self.config, self.buckets = config, config.shapes
+        if device == "cpu":
+            keep_freed_memory()
         self.encoder = load_prompt_encoder(config.encoder, device, remember=False)  # equal prompts meet below
         self.latents = open_latents(config.autoencoder, device)
         self.variants = variants(config.documents, config.dropout)

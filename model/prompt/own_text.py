@@ -18,7 +18,7 @@ from infra.clip.model import hash_weights
 from infra.errors import ConfigError
 from infra.pretrained import hash_stored_weights, or_refused
 from model.backbones.folder import local_folder, read_base
-from model.backbones.pretrained import NATIVE_SEGMENT
+from model.backbones.pretrained_inputs import NATIVE_SEGMENT
 from model.condition import EncodedPrompt, Prompt
 from model.data.batch import Role, role_number
 from model.prompt.encoder import PromptEncoder, config_text

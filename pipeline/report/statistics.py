@@ -7,7 +7,7 @@ A record of `metrics.jsonl` is `{"samples": n, "loss": x, ...}`, or a validation
 import re
 from collections import Counter
 from dataclasses import replace
-from itertools import product
+from itertools import cycle, product
 from typing import Any
 
 import numpy as np
@@ -223,7 +223,8 @@ def _score_tables(run: Run) -> list[Chart]:
     tables = []
     for metric in dict.fromkeys(match["metric"] for match in found):
         series, rows = [], []
-        for match, style in zip((m for m in found if m["metric"] == metric), VALIDATION_STYLES, strict=False):
+        mine = [match for match in found if match["metric"] == metric]
+        for match, style in zip(mine, cycle(VALIDATION_STYLES), strict=False):
             points, name = curve(run.records, match[0]), _task(match["task"] or "all")
             low, high = (curve(run.records, f"{match[0]} {end}") for end in ("low", "high"))
             between = f"{low[-1][1]:.4g} to {high[-1][1]:.4g}" if low and high else "–"

@@ -352,48 +352,42 @@ def group(pairs: Sequence[pa.Table], old: int) -> Duplicates:
         return Duplicates(SCHEMA.empty_table(), none, none)
     rows = pa.concat_tables(tables).combine_chunks()
     is_copy = column(rows, "kind") == 0
-    copies, stands = Copies.of(rows.filter(pa.array(is_copy))), rows.filter(pa.array(~is_copy))
-    one, other = (copies.original(column(stands, side)) for side in ("one", "other"))
+    staged_again, alike = rows.filter(pa.array(is_copy)), rows.filter(pa.array(~is_copy))
+    copies, at = np.unique(column(staged_again, "other"), return_index=True)
+    firsts = column(staged_again, "one")[at]
+    one, other = (_originals(column(alike, side), copies, firsts) for side in ("one", "other"))
     apart = one != other
-    stands, one, other = stands.filter(pa.array(apart)), one[apart], other[apart]
+    alike, one, other = alike.filter(pa.array(apart)), one[apart], other[apart]
     places, first, ends = np.unique(np.concatenate([one, other]), return_index=True, return_inverse=True)
     one, other = np.split(ends, 2)
-    sides = [stands.select([f"{side}_{name}" for name in DETAILS]) for side in ("one", "other")]
+    sides = [alike.select([f"{side}_{name}" for name in DETAILS]) for side in ("one", "other")]
     facts = pa.concat_tables([side.rename_columns(DETAILS) for side in sides]).take(pa.array(first))
     closest = np.full(len(places), -1.0)
     for end in (one, other):
-        np.maximum.at(closest, end, column(stands, "cosine"))
-    labels = components(one, other, len(places))
-    return _all_but_one(facts, places, labels, np.minimum(closest, 1.0), old, copies)
+        np.maximum.at(closest, end, column(alike, "cosine"))
+    dropped, kept = _all_but_one(facts, places >= old, components(one, other, len(places)))
+    same, ids = column(facts, "same"), facts["doc_id"].combine_chunks()
+    is_same = (same[dropped] == same[kept]) & (same[dropped] != 0)
+    reasons = np.where(is_same, Status.FILTERED_DUPLICATE.value, Status.FILTERED_NEAR_DUPLICATE.value)
+    columns = [ids.take(pa.array(nodes)) for nodes in (dropped, kept)]
+    columns += [pa.array(reasons, pa.string()), pa.array(np.minimum(closest[dropped], 1.0), pa.float32())]
+    return Duplicates(pa.Table.from_arrays(columns, schema=SCHEMA), copies, places[dropped])
 
 
-@dataclass(frozen=True)
-class Copies:
-    """Documents that are staged twice."""
-
-    places: np.ndarray
-    """int64, of all but the first of each, ascending."""
-    firsts: np.ndarray
-    """int64, the place of the first for each of `places`."""
-
-    @classmethod
-    def of(cls, rows: pa.Table) -> "Copies":
-        places, at = np.unique(column(rows, "other"), return_index=True)
-        return cls(places, column(rows, "one")[at])
-
-    def original(self, places: np.ndarray) -> np.ndarray:
-        """The places, those of copies replaced by the first."""
-        if not len(self.places):
-            return places
-        at = np.minimum(np.searchsorted(self.places, places), len(self.places) - 1)
-        return np.where(self.places[at] == places, self.firsts[at], places)
+def _originals(places: np.ndarray, copies: np.ndarray, firsts: np.ndarray) -> np.ndarray:
+    """The places, those of `copies` (ascending) replaced by the first of each."""
+    if not len(copies):
+        return places
+    at = np.minimum(np.searchsorted(copies, places), len(copies) - 1)
+    return np.where(copies[at] == places, firsts[at], places)
 
 
 def components(one: np.ndarray, other: np.ndarray, count: int) -> np.ndarray:
     """int64 `count`: the smallest node of each node's component, of a graph with edges `one` - `other`.
 
-    Each round an edge's ends take the smaller of their labels, and a label that of its own node (Shiloach and
-    Vishkin 1982): as many rounds as the logarithm of the longest way, in the mean.
+    Each round an edge's ends, and the nodes that are their labels, take the smaller label; then labels are
+    followed to their ends (after Shiloach and Vishkin 1982). A shuffled chain of 10^3 nodes takes 8 rounds, one
+    of 10^6 15.
     """
     labels = np.arange(count)
     while True:
@@ -406,24 +400,19 @@ def components(one: np.ndarray, other: np.ndarray, count: int) -> np.ndarray:
             return labels
 
 
-def _all_but_one(
-    facts: pa.Table, places: np.ndarray, labels: np.ndarray, closest: np.ndarray, old: int, copies: Copies
-) -> Duplicates:
-    """Of each component all documents but the one that stays."""
-    nodes = facts.append_column("node", pa.array(np.arange(len(places))))
-    nodes = nodes.append_column("label", pa.array(labels)).append_column("new", pa.array(places >= old))
+def _all_but_one(facts: pa.Table, is_new: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(nodes that go, the node that stands for each), by the id of what goes.
+
+    Of each component the node that stays is an old one, the largest, the first by id; old ones all stay.
+    """
+    nodes = facts.append_column("node", pa.array(np.arange(len(labels))))
+    nodes = nodes.append_column("label", pa.array(labels)).append_column("new", pa.array(is_new))
     order = [("label", "ascending"), ("new", "ascending"), ("area", "descending"), ("doc_id", "ascending")]
     ranked = column(nodes.select(["node", *(name for name, _ in order)]).sort_by(order), "node")
     is_first = np.diff(labels[ranked], prepend=-1) != 0
-    kept = ranked[is_first][np.cumsum(is_first) - 1]
-    gone = ~is_first & (places[ranked] >= old)
-    dropped, kept = ranked[gone], kept[gone]
-    ids = facts["doc_id"].combine_chunks()
-    by_id = np.argsort(ids.take(pa.array(dropped)).to_numpy(zero_copy_only=False), kind="stable")
-    dropped, kept = dropped[by_id], kept[by_id]
-    same = column(facts, "same")
-    is_same = (same[dropped] == same[kept]) & (same[dropped] != 0)
-    reasons = np.where(is_same, Status.FILTERED_DUPLICATE.value, Status.FILTERED_NEAR_DUPLICATE.value)
-    columns = [ids.take(pa.array(nodes)) for nodes in (dropped, kept)]
-    columns += [pa.array(reasons, pa.string()), pa.array(closest[dropped], pa.float32())]
-    return Duplicates(pa.Table.from_arrays(columns, schema=SCHEMA), copies.places, places[dropped])
+    stays = ranked[is_first][np.cumsum(is_first) - 1]
+    goes = ~is_first & is_new[ranked]
+    dropped, kept = ranked[goes], stays[goes]
+    ids = facts["doc_id"].take(pa.array(dropped)).to_numpy(zero_copy_only=False)
+    by_id = np.argsort(ids, kind="stable")
+    return dropped[by_id], kept[by_id]

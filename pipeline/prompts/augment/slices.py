@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from infra.allocator import keep_freed_memory
 from infra.clip import Clip, ClipConfig, load_clip
 from pipeline.memory import Memory, open_memory, require_model, store
 from pipeline.memory.embed.worker import row_doc_id
@@ -39,6 +40,7 @@ class Retrieving:
 
     @cached_property
     def clip(self) -> Clip:
+        keep_freed_memory()
         clip = load_clip(clip_config(self.config, self.memory))
         require_model(self.memory, clip.model_hash, name=clip.name)
         return clip

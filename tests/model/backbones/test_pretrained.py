@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from model.backbones.folder import read_base
-from model.backbones.pretrained import NATIVE_SEGMENT, Lora, Pretrained, PretrainedGenerator
+from model.backbones.pretrained import Lora, Pretrained, PretrainedGenerator
+from model.backbones.pretrained_inputs import NATIVE_SEGMENT
 from model.condition import Condition, ConditionConfig
 from model.flow import Flow
 from model.prompt.own_text import pack
