@@ -23,7 +23,7 @@ from model.training.checkpoint import load_state, tensors_in
 from model.training.config import Stage1Config, StageConfig
 from model.training.loop import Training
 from model.training.preflight import prepare_index, read_index
-from model.training.state import hash_tensors, state_of
+from model.training.state import hash_tensors, state_of, weights_of
 from tests.processes import descendants
 
 ROOT = Path(__file__).parents[2]
@@ -149,6 +149,25 @@ def _rank(rank: int, world: int, port: str, values: dict[str, Any], report: str,
     training.close()
     dist.barrier()
     dist.destroy_process_group()
+
+
+def alone(values: dict[str, Any], steps: int) -> tuple[list[Any], dict[str, torch.Tensor]]:
+    """Rows of each step and the weights after them, on one rank."""
+    training = open_training(Stage1Config.model_validate(values))
+    ids = []
+    for _ in range(steps):
+        ids.append(next_rows(training))
+        training.step()
+    weights = {name: value.clone() for name, value in weights_of(training.model).items()}
+    training.close()
+    return ids, weights
+
+
+def relative_distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    """|one - other| / |other| over all tensors together."""
+    names = sorted(other)
+    mine, theirs = (torch.cat([side[n].double().flatten() for n in names]) for side in (one, other))
+    return float((mine - theirs).norm() / theirs.norm())
 
 
 def next_rows(training: Training) -> list[list[int]]:

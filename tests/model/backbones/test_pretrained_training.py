@@ -17,7 +17,16 @@ from model.training.checkpoint import tensors_in
 from model.training.config import Stage1Config
 from model.training.state import restore_generator
 from tests.model.prompt_tables import prompt_row
-from tests.model.runs import advance, fingerprint, open_training, unbroken
+from tests.model.runs import (
+    advance,
+    alone,
+    fingerprint,
+    on_ranks,
+    open_training,
+    relative_distance,
+    unbroken,
+    weights_at,
+)
 
 Values = Callable[..., dict[str, Any]]
 
@@ -60,6 +69,31 @@ def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(base_values: Values, t
     advance(second, 2)
     assert fingerprint(second) == expected
     second.close()
+
+
+@pytest.mark.parametrize(
+    ("mode", "changes"),
+    [
+        ("fsdp", {"text": "append"}),
+        *(
+            pytest.param(mode, changes, marks=pytest.mark.slow)
+            for mode, changes in (("fsdp", {"lora": None}), ("fsdp", {"text": "replace"}), ("ddp", {}))
+        ),
+    ],
+)
+def test_ranks_that_share_a_base_end_like_one(
+    base_values: Values, tmp_path: Path, mode: str, changes: dict[str, Any]
+) -> None:
+    """Adapters and the frozen base in shards (`lora: null`: all is trained), and one rank goes on from them."""
+    values = base_values(batch_size=4, samples=24, parallel={"mode": mode}, **changes)
+    ids, expected = alone({**values, "out": str(tmp_path / "one")}, 3)
+    many = on_ranks(2, {**values, "out": str(tmp_path / "two")}, tmp_path / "two.json", 3)
+    assert many["ids"] == ids
+    assert relative_distance(weights_at(str(tmp_path / "two")), expected) < 1e-6
+    again = open_training(config_of({**values, "out": str(tmp_path / "two")}))
+    assert (again.position, again.weights_sha256()) == (12, many["sha"])
+    advance(again, 1)
+    again.close()
 
 
 def test_a_sampled_video_begins_with_the_frame_that_its_prompt_gives(base_values: Values) -> None:

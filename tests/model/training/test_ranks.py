@@ -5,35 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from infra.run_folder import RunFolder
 from model.training.checkpoint import read_facts
 from model.training.config import Stage1Config
 from model.training.driver import run
-from model.training.state import weights_of
-from tests.model.runs import advance, next_rows, on_ranks, open_training, weights_at
+from tests.model.runs import advance, alone, on_ranks, open_training, relative_distance, weights_at
 
 Values = Callable[..., dict[str, Any]]
-
-
-def alone(values: dict[str, Any], steps: int) -> tuple[list[Any], dict[str, torch.Tensor]]:
-    """Rows of each step and the weights after them, on one rank."""
-    training = open_training(Stage1Config.model_validate(values))
-    ids = []
-    for _ in range(steps):
-        ids.append(next_rows(training))
-        training.step()
-    weights = {name: value.clone() for name, value in weights_of(training.model).items()}
-    training.close()
-    return ids, weights
-
-
-def relative_distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
-    """|one - other| / |other| over all tensors together."""
-    names = sorted(other)
-    mine, theirs = (torch.cat([side[n].double().flatten() for n in names]) for side in (one, other))
-    return float((mine - theirs).norm() / theirs.norm())
 
 
 @pytest.mark.parametrize(
