@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from infra.errors import DataError
+from infra.recent import Recent
 from model.condition import Prompt, References
 from model.data.batch import ROW_COLUMNS, TARGET_BYTES, Batch, Sample, collate, read_prompt
 from model.data.buckets import Bucket, streams_of
@@ -31,6 +32,8 @@ PREFETCH_BATCHES = 4
 CACHE_BYTES = 2 << 30
 """Row groups kept in memory a rank: room for those that the order walks side by side, lanes / ranks x (window /
 rows of a group + 1), or they are read more than once. Ours."""
+STORED_BYTES = 256 << 20
+"""Encodings kept in memory a rank: those of a small corpus, whose rows come again soon. Ours."""
 OPEN_FILES = 128
 """Parquet files that a thread keeps open, with their footers. Ours."""
 
@@ -90,6 +93,7 @@ class RowGroups:
         self.held_out_frac, self.encodings = held_out_frac, encodings
         self.lock = threading.Lock()
         self.tables: OrderedDict[int, Future[Loaded]] = OrderedDict()
+        self.stored: Recent[tuple[int, int], StoredRow] = Recent(STORED_BYTES)
         self.files = threading.local()
         self.num_bytes = 0
 
@@ -104,9 +108,16 @@ class RowGroups:
         number = loaded.numbers[source.stream][source.try_row(which)]
         row = loaded.row(number)
         if self.encodings is not None:
-            stored = self._open(self.encodings.place(self.shards.groups[source.group]))
-            row["stored"] = self.encodings.read_row(stored, number)
+            row["stored"] = self._stored(self.encodings, source.group, number)
         return row
+
+    def _stored(self, encodings: Encodings, group: int, number: int) -> StoredRow:
+        found = self.stored.find((group, number))
+        if found is None:
+            file = self._open(encodings.place(self.shards.groups[group]))
+            found = encodings.read_row(file, number)
+            self.stored.keep((group, number), found, file.metadata.row_group(number).total_byte_size)
+        return found
 
     def _table(self, group: int) -> Loaded:
         with self.lock:

@@ -8,7 +8,6 @@ What outlives the process is made by `vimi-data encode` (model/encodings).
 
 import json
 from abc import ABC, abstractmethod
-from collections import OrderedDict
 from collections.abc import Sequence
 from functools import cached_property
 from hashlib import sha256
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from infra.clip import OFFLINE, OFFLINE_TOKENS, ClipConfig
 from infra.config import Config, Incidental, NameOrFolder, canonical_json
+from infra.recent import Recent
 from model.condition import Beforehand, Condition, EncodedBatch, EncodedPrompt, Prompt, References, pad
 from model.data.batch import ROLES, role_number
 
@@ -189,10 +189,9 @@ class RememberingEncoder(PromptEncoder):
     """Keeps tokens in memory by the prompt's content, least recently used out first."""
 
     def __init__(self, encoder: PromptEncoder, max_bytes: int = REMEMBERED_BYTES) -> None:
-        self.encoder, self.max_bytes = encoder, max_bytes
+        self.encoder = encoder
         self.dim, self.dtype = encoder.dim, encoder.dtype
-        self.remembered: OrderedDict[str, EncodedPrompt] = OrderedDict()
-        self.num_bytes = 0
+        self.remembered: Recent[str, EncodedPrompt] = Recent(max_bytes)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -204,21 +203,12 @@ class RememberingEncoder(PromptEncoder):
 
     def encode_each(self, prompts: Sequence[Prompt]) -> list[EncodedPrompt]:
         keys = [prompt_key(self.content_hash, prompt) for prompt in prompts]
-        found = {key: self.remembered[key] for key in keys if key in self.remembered}
+        found = {key: there for key in keys if (there := self.remembered.find(key)) is not None}
         missing = {key: prompt for key, prompt in zip(keys, prompts, strict=True) if key not in found}
-        found |= zip(missing, self.encoder.encode_each(list(missing.values())), strict=True)
-        for key, encoded in found.items():
-            self._remember(key, encoded)
+        for key, made in zip(missing, self.encoder.encode_each(list(missing.values())), strict=True):
+            found[key] = made
+            self.remembered.keep(key, made, made.num_bytes)
         return [found[key] for key in keys]
-
-    def _remember(self, key: str, encoded: EncodedPrompt) -> None:
-        if key not in self.remembered:
-            self.num_bytes += encoded.num_bytes
-        self.remembered[key] = encoded
-        self.remembered.move_to_end(key)
-        while self.num_bytes > self.max_bytes:
-            _, gone = self.remembered.popitem(last=False)
-            self.num_bytes -= gone.num_bytes
 
 
 def config_text(model: Any) -> str:

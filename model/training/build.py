@@ -11,6 +11,7 @@ from torch import Tensor
 
 from infra.errors import ConfigError
 from infra.pretrained import or_refused
+from infra.recent import Recent
 from model.backbones.base import BackboneConfig
 from model.backbones.folder import read_base
 from model.backbones.presets import preset
@@ -21,6 +22,7 @@ from model.condition import (
     ConditionConfig,
     Prompt,
     References,
+    Segment,
 )
 from model.data.augment import augment_references
 from model.data.batch import ROLES, Batch
@@ -32,7 +34,7 @@ from model.generator import Generator, SmallVideo, build_generator
 from model.latents import Latents, open_latents, outline_latents
 from model.objective import Objective
 from model.prompt.encoder import PromptEncoder
-from model.prompt.pictures import first_frame, reference_tensors
+from model.prompt.pictures import ReferenceSize, first_frame, reference_pixels, reference_tensors
 from model.prompt.select import select
 from model.space import PIXELS, Space
 from model.step import Draws, draw, draw_dropped, draw_num_documents, sample_generator
@@ -43,6 +45,8 @@ from model.training.pretrained import pretrained_of
 MAX_SMALL_LEVEL = 1.0
 """Noise on an upsampler's small video in training: its standard deviation is uniform in [0, this]. Snap Video
 says "random level" and no more; 1, as much noise as signal, is ours."""
+PICTURE_BYTES = 64 << 20
+"""Decoded pictures that a rank keeps, those of a small corpus. Ours."""
 
 
 def backbone_of(config: StageConfig, space: Space) -> BackboneConfig:
@@ -139,6 +143,7 @@ class Conditioner:
         self.config, self.encoder, self.device = config, encoder, device
         self.space, self.autoencoder = space, autoencoder
         self.gives_first_frames = config.references == "plus" and space.has_first_frame
+        self.pictures: Recent[tuple[bytes, bool], Tensor] = Recent(PICTURE_BYTES)
 
     def __call__(
         self,
@@ -199,10 +204,19 @@ class Conditioner:
         """
         if self.config.references == "faithful":
             return None
-        size = self.config.reference_size
-        if stored is None or not self.space.is_latent:
-            return reference_tensors(prompts, size)
-        return reference_tensors(prompts, size, stored.reference)
+        if stored is not None and self.space.is_latent:
+            return reference_tensors(prompts, self.config.reference_size, stored.reference)
+        return reference_tensors(prompts, self.config.reference_size, self._pixels)
+
+    def _pixels(self, segment: Segment, size: ReferenceSize) -> Tensor:
+        """`reference_pixels`, which a small corpus asks for again in each epoch."""
+        key = (segment.image or b"", ROLES[segment.role].is_scene)
+        pixels = self.pictures.find(key)
+        if pixels is None:
+            pixels = reference_pixels(segment, size)
+            if not self.config.augment_references:  # else no picture comes twice
+                self.pictures.keep(key, pixels, len(key[0]) + pixels.nbytes)
+        return pixels
 
     def choose(self, prompt: Prompt, position: int) -> Prompt:
         """K documents and condition dropout, drawn for the sample at this position."""
