@@ -53,8 +53,8 @@ def quick_steps() -> list[str]:
 
 
 def full_steps() -> list[str]:
-    """The commands of the full form, in order: 520,000 samples of training."""
-    shorter, misled = "--set samples=40000", "--set prompts=prompts-shuffled"
+    """The commands of the full form, in order: 400,000 samples of training."""
+    shorter, misled = "--set samples=30000", "--set prompts=prompts-shuffled"
     return [
         command("vimi-data world", more="--nouns 1600 --unseen 128 --distractors 2"),
         command("vimi-data crawl", "crawl_clips"),
@@ -62,9 +62,9 @@ def full_steps() -> list[str]:
         command("vimi-data build-index"),
         command("vimi-data augment", more="-k 3"),
         encode("stage1", "--set documents=[1,3]"),
-        command("vimi-train stage1", more="--set samples=260000 --set checkpoint.num_to_keep=null"),
+        command("vimi-train stage1", more="--set samples=200000 --set checkpoint.num_to_keep=null"),
         command("vimi-train stage1", more=f"{shorter} --out three --set documents=[3]"),
-        command("vimi-train stage1", more="--set samples=120000 --out faithful --set references=faithful"),
+        command("vimi-train stage1", more="--set samples=100000 --out faithful --set references=faithful"),
         "vimi-data crawl world/pictures_shuffled.jsonl --out pictures-shuffled",
         "vimi-data build-index pictures-shuffled --out memory-shuffled --clip offline",
         command("vimi-data augment", more="--memory memory-shuffled --out prompts-shuffled"),
@@ -75,7 +75,7 @@ def full_steps() -> list[str]:
         encode("stage2", "--out encoded-instructions"),
         command("vimi-train stage2"),
         *(sample(choice, f"--documents {choice}") for choice in DOCUMENTS),
-        sample("halfway", "--set run=stage1/checkpoints/samples-000000120000"),
+        sample("halfway", "--set run=stage1/checkpoints/samples-000000100000"),
         *(sample(run, f"--set run={run}") for run in ("three", "faithful", "misled")),
         sample("misled-none", "--set run=misled --documents none"),
         sample("empty", "--set prompts_uri=prompts-empty"),
