@@ -3,9 +3,10 @@
     python tests/bench/bench_world.py [--seconds 240] [--only NAME ...]
 
 Clips of 4 frames of 16 x 16 px, their nouns' documents as references (`plus`); words are frozen random
-vectors, so that nothing but the generator is measured. Each variant trains for the same seconds of one core.
-Then, of nouns it never saw: the squared error of one denoising by noise level; and what `pipeline.world.judge`
-sees in sampled videos with their own document, none, and another noun's.
+vectors, so that nothing but the generator is measured: one for the direction, or a prompt as a frozen encoder
+reads it (`sentences`), which says it in a part of one token among 23. Each variant trains for the same seconds
+of one core. Then, of nouns it never saw: the squared error of one denoising by noise level; and what
+`pipeline.world.judge` sees in sampled videos with their own document, none, and another noun's.
 """
 
 import argparse
@@ -32,6 +33,7 @@ from tests.bench.bench_quality import DEVICE, train
 
 FRAMES, SIDE_PX, TOKEN_DIM = 4, 16, 64
 SIGMAS = (0.3, 1.0, 3.0, 10.0)
+CAPTION = list(ROLES).index(Role.CAPTION)
 SHAPES = ("square", "disc", "diamond", "cross", "triangle")
 FIT: dict[str, Any] = {
     "patch_dim": 128, "num_latents": 32, "latent_dim": 128, "latent_head_dim": 32, "qk_norm": True,
@@ -55,6 +57,8 @@ class Variant:
     reference_patch: int = 8
     documents: float = 0.9
     """Share of the nouns that have a document in training."""
+    sentences: bool = False
+    """The direction stands among the tokens of a caption and of a document."""
 
 
 VARIANTS = {
@@ -79,6 +83,12 @@ VARIANTS = {
     "dit of 64, pixel head, documents for half": Variant(
         "dit-tiny", NARROW | {"pixel_dim": 16}, lr=1e-2, documents=0.5
     ),
+    "dit of 64, pixel head, sentences": Variant(
+        "dit-tiny", NARROW | {"pixel_dim": 16}, lr=1e-2, sentences=True
+    ),
+    "the same, eight heads": Variant(
+        "dit-tiny", NARROW | {"pixel_dim": 16, "head_dim": 8}, lr=1e-2, sentences=True
+    ),
     "dit of 64, lr 2e-2": Variant("dit-tiny", NARROW, lr=2e-2),
     "dit of 64, batch 64": Variant("dit-tiny", NARROW, batch=64, lr=1e-2),
     "dit of 64, AdamW": Variant("dit-tiny", NARROW, optimizer="adamw", lr=5e-3),
@@ -98,16 +108,16 @@ class Clips:
     truth: list[tuple[str, str, str, float]]
     """(colour, shape, direction, size)."""
 
-    def condition(self, pictures: Tensor, present: Tensor) -> Condition:
+    def condition(self, pictures: Tensor, present: Tensor, sentences: bool) -> Condition:
         """Of all clips, with these documents where `present` (`b` bool) says so."""
         count = len(self.videos)
-        words = torch.randn(len(DIRECTIONS), TOKEN_DIM, generator=torch.Generator().manual_seed(0))
         one = torch.ones(count, 1, dtype=torch.long)
+        tokens, role, segment = self._sentences() if sentences else self._words()
         return Condition(
-            tokens=words[self.directions][:, None],
-            mask=one.bool(),
-            role=one * list(ROLES).index(Role.CAPTION),
-            segment=one * 0,
+            tokens=tokens,
+            mask=torch.ones(tokens.shape[:2], dtype=torch.bool),
+            role=role.expand(count, -1),
+            segment=segment.expand(count, -1),
             fps=torch.full((count,), 8.0),
             original_size_px=torch.full((count, 2), SIDE_PX),
             references=pictures,
@@ -115,6 +125,28 @@ class Clips:
             reference_role=one * list(ROLES).index(Role.RETRIEVED),
             reference_place=one,
         ).to(DEVICE)
+
+    def _words(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(`b 1 e` tokens, role, segment): nothing but the direction."""
+        words = _random(0, len(DIRECTIONS), 1, TOKEN_DIM)
+        return words[self.directions], torch.tensor([CAPTION]), torch.tensor([0])
+
+    def _sentences(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(`b 23 e` tokens, roles, segments) of a document's six words, its picture's nine cells and a caption
+        of eight words. Each word's token tells of its noun too, as those of a sentence encoder do, and the
+        seventh of the caption tells the direction.
+        """
+        count = len(self.videos)
+        words, nouns = _random(0, len(DIRECTIONS), 1, TOKEN_DIM), _random(count, count, 1, TOKEN_DIM)
+        caption = _random(1, 1, 8, TOKEN_DIM) + 0.7 * nouns + 0.3 * words[self.directions]
+        caption[:, 6:7] += 0.7 * words[self.directions]
+        document, cells = _random(2, 1, 6, TOKEN_DIM) + nouns, _random(count + 1, count, 9, TOKEN_DIM)
+        roles = torch.tensor([list(ROLES).index(Role.RETRIEVED)] * 15 + [CAPTION] * 8)
+        return torch.cat([document, cells, caption], dim=1), roles, torch.tensor([0] * 6 + [1] * 9 + [2] * 8)
+
+
+def _random(seed: int, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def draw_clips(count: int, seed: int) -> Clips:
@@ -155,7 +187,7 @@ def learn(variant: Variant, clips: Clips, seconds: float) -> tuple[Generator, Ed
     ema = Ema(model, HalfLife(1600))
     present = torch.arange(len(clips.videos)) % 10 >= 10 * (1 - variant.documents)
     steps = train(
-        model, clips.videos, clips.condition(clips.pictures, present), batch=variant.batch,
+        model, clips.videos, clips.condition(clips.pictures, present, variant.sentences), batch=variant.batch,
         lr=variant.lr, seconds=seconds, ema=ema, build=OPTIMIZERS[variant.optimizer], edm=edm,
     )  # fmt: skip
     model.load_state_dict(ema.weights, strict=False)
@@ -163,10 +195,10 @@ def learn(variant: Variant, clips: Clips, seconds: float) -> tuple[Generator, Ed
 
 
 @torch.no_grad()
-def squared_errors(model: Generator, edm: Edm, clips: Clips) -> list[float]:
+def squared_errors(model: Generator, edm: Edm, clips: Clips, sentences: bool) -> list[float]:
     """Of the clean clips' estimates at each of `SIGMAS`, with their own documents."""
     noise = torch.randn(clips.videos.shape, generator=torch.Generator().manual_seed(2)).to(DEVICE)
-    condition = clips.condition(clips.pictures, torch.full((len(clips.pictures),), True))
+    condition = clips.condition(clips.pictures, torch.full((len(clips.pictures),), True), sentences)
     errors = []
     for sigma in torch.tensor(SIGMAS, device=DEVICE):
         noisy = edm.add_noise(clips.videos, noise, sigma.expand(len(noise)))
@@ -175,14 +207,14 @@ def squared_errors(model: Generator, edm: Edm, clips: Clips) -> list[float]:
     return errors
 
 
-def judge(model: Generator, edm: Edm, clips: Clips) -> dict[str, list[float]]:
+def judge(model: Generator, edm: Edm, clips: Clips, sentences: bool) -> dict[str, list[float]]:
     """Shares of right colours, shapes and directions, by whose document was given."""
     noise = torch.randn(clips.videos.shape, generator=torch.Generator().manual_seed(1)).to(DEVICE)
     given = {"right": (clips.pictures, True), "none": (clips.pictures, False),
              "shuffled": (clips.pictures.roll(1, 0), True)}  # fmt: skip
     found = {}
     for name, (pictures, there) in given.items():
-        condition = clips.condition(pictures, torch.full((len(pictures),), there))
+        condition = clips.condition(pictures, torch.full((len(pictures),), there), sentences)
         videos = sample_ode(Denoiser(model, edm, {FULL: condition}), edm, noise, num_steps=24).clamp(-1, 1)
         frames = ((videos + 1) * 127.5).round().byte().permute(0, 1, 3, 4, 2).cpu().numpy()
         hits = []
@@ -206,8 +238,8 @@ def main() -> None:
         if options.only and name not in options.only:
             continue
         model, edm, samples = learn(variant, seen, options.seconds)
-        errors = "".join(f"{error:>8.4f}" for error in squared_errors(model, edm, unseen))
-        found = judge(model, edm, unseen)
+        errors = "".join(f"{error:>8.4f}" for error in squared_errors(model, edm, unseen, variant.sentences))
+        found = judge(model, edm, unseen, variant.sentences)
         colours = "".join(f"{found[key][0]:>9.2f}" for key in found)
         shapes = "".join(f"{found[key][1]:>10.2f}" for key in ("right", "none"))
         print(
