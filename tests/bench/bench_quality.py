@@ -62,12 +62,13 @@ HELD_OUT_LABS = ("bc15b34b", "5ed85189")
 """Of DROID; `laptop` and `bench_real_clips` keep them from training."""
 SIGMAS = (0.3, 1.0, 3.0, 10.0)
 NARROW: dict[str, Any] = {
-    "dim": 64, "head_dim": 32, "condition_dim": 64, "num_blocks": 4, "qk_norm": True, "pixel_dim": 16,
+    "dim": 64, "head_dim": 8, "condition_dim": 64, "num_blocks": 4, "qk_norm": True, "pixel_dim": 16,
 }  # fmt: skip
 LAPTOP: dict[str, tuple[str, dict[str, Any]]] = {
     "fit": ("fit-tiny", BY_HEART),
     "dit of 64, patches of 4 px": ("dit-tiny", NARROW),
     "dit of 64, patches of 8 px": ("dit-tiny", NARROW | {"patch_px": 8}),
+    "the same, two heads": ("dit-tiny", NARROW | {"patch_px": 8, "head_dim": 32}),
     "dit of 128, patches of 8 px": ("dit-tiny", NARROW | {"patch_px": 8, "dim": 128}),
 }
 """Backbones of `laptop`."""
