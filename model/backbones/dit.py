@@ -96,8 +96,8 @@ class PixelHead(nn.Module):
         """`b t c h w` noisy pixels, `b t f h w` features, `b d` noise level and sizes to `b t c h w`."""
         batch, frames = x.shape[:2]
         pixels = torch.cat([x, features], dim=2).flatten(0, 1)
-        # On CPUs a third less time than `b c h w`, whose convolutions want channels in eights; as SiLU, whose
-        # exponential costs less than GELU's tanh, takes another sixth.
+        # On CPUs convolutions of `b c h w` want channels in eights, and SiLU's exponential costs less than the
+        # tanh of GELU: together a third of the head's time.
         pixels = self.enter(pixels.contiguous(memory_format=torch.channels_last))
         modulation = self.modulate(scalars).repeat_interleave(frames, dim=0)
         scale, shift = modulation[..., None, None].chunk(2, dim=1)

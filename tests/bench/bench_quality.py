@@ -68,7 +68,7 @@ LAPTOP: dict[str, tuple[str, dict[str, Any]]] = {
     "fit": ("fit-tiny", BY_HEART),
     "dit of 64, patches of 4 px": ("dit-tiny", NARROW),
     "dit of 64, patches of 8 px": ("dit-tiny", NARROW | {"patch_px": 8}),
-    "the same, two heads": ("dit-tiny", NARROW | {"patch_px": 8, "head_dim": 32}),
+    "dit of 64, patches of 8 px, two heads": ("dit-tiny", NARROW | {"patch_px": 8, "head_dim": 32}),
     "dit of 128, patches of 8 px": ("dit-tiny", NARROW | {"patch_px": 8, "dim": 128}),
 }
 """Backbones of `laptop`."""

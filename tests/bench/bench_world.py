@@ -86,7 +86,7 @@ VARIANTS = {
     "dit of 64, pixel head, sentences": Variant(
         "dit-tiny", NARROW | {"pixel_dim": 16}, lr=1e-2, sentences=True
     ),
-    "the same, eight heads": Variant(
+    "dit of 64, pixel head, sentences, eight heads": Variant(
         "dit-tiny", NARROW | {"pixel_dim": 16, "head_dim": 8}, lr=1e-2, sentences=True
     ),
     "dit of 64, lr 2e-2": Variant("dit-tiny", NARROW, lr=2e-2),
@@ -107,12 +107,14 @@ class Clips:
     """`b` int64."""
     truth: list[tuple[str, str, str, float]]
     """(colour, shape, direction, size)."""
+    sentences: bool = False
+    """Their prompts are sentences, not a word."""
 
-    def condition(self, pictures: Tensor, present: Tensor, sentences: bool) -> Condition:
+    def condition(self, pictures: Tensor, present: Tensor) -> Condition:
         """Of all clips, with these documents where `present` (`b` bool) says so."""
         count = len(self.videos)
         one = torch.ones(count, 1, dtype=torch.long)
-        tokens, role, segment = self._sentences() if sentences else self._words()
+        tokens, role, segment = self._sentences() if self.sentences else self._words()
         return Condition(
             tokens=tokens,
             mask=torch.ones(tokens.shape[:2], dtype=torch.bool),
@@ -187,7 +189,7 @@ def learn(variant: Variant, clips: Clips, seconds: float) -> tuple[Generator, Ed
     ema = Ema(model, HalfLife(1600))
     present = torch.arange(len(clips.videos)) % 10 >= 10 * (1 - variant.documents)
     steps = train(
-        model, clips.videos, clips.condition(clips.pictures, present, variant.sentences), batch=variant.batch,
+        model, clips.videos, clips.condition(clips.pictures, present), batch=variant.batch,
         lr=variant.lr, seconds=seconds, ema=ema, build=OPTIMIZERS[variant.optimizer], edm=edm,
     )  # fmt: skip
     model.load_state_dict(ema.weights, strict=False)
@@ -195,10 +197,10 @@ def learn(variant: Variant, clips: Clips, seconds: float) -> tuple[Generator, Ed
 
 
 @torch.no_grad()
-def squared_errors(model: Generator, edm: Edm, clips: Clips, sentences: bool) -> list[float]:
+def squared_errors(model: Generator, edm: Edm, clips: Clips) -> list[float]:
     """Of the clean clips' estimates at each of `SIGMAS`, with their own documents."""
     noise = torch.randn(clips.videos.shape, generator=torch.Generator().manual_seed(2)).to(DEVICE)
-    condition = clips.condition(clips.pictures, torch.full((len(clips.pictures),), True), sentences)
+    condition = clips.condition(clips.pictures, torch.full((len(clips.pictures),), True))
     errors = []
     for sigma in torch.tensor(SIGMAS, device=DEVICE):
         noisy = edm.add_noise(clips.videos, noise, sigma.expand(len(noise)))
@@ -207,14 +209,14 @@ def squared_errors(model: Generator, edm: Edm, clips: Clips, sentences: bool) ->
     return errors
 
 
-def judge(model: Generator, edm: Edm, clips: Clips, sentences: bool) -> dict[str, list[float]]:
+def judge(model: Generator, edm: Edm, clips: Clips) -> dict[str, list[float]]:
     """Shares of right colours, shapes and directions, by whose document was given."""
     noise = torch.randn(clips.videos.shape, generator=torch.Generator().manual_seed(1)).to(DEVICE)
     given = {"right": (clips.pictures, True), "none": (clips.pictures, False),
              "shuffled": (clips.pictures.roll(1, 0), True)}  # fmt: skip
     found = {}
     for name, (pictures, there) in given.items():
-        condition = clips.condition(pictures, torch.full((len(pictures),), there), sentences)
+        condition = clips.condition(pictures, torch.full((len(pictures),), there))
         videos = sample_ode(Denoiser(model, edm, {FULL: condition}), edm, noise, num_steps=24).clamp(-1, 1)
         frames = ((videos + 1) * 127.5).round().byte().permute(0, 1, 3, 4, 2).cpu().numpy()
         hits = []
@@ -237,9 +239,10 @@ def main() -> None:
     for name, variant in VARIANTS.items():
         if options.only and name not in options.only:
             continue
-        model, edm, samples = learn(variant, seen, options.seconds)
-        errors = "".join(f"{error:>8.4f}" for error in squared_errors(model, edm, unseen, variant.sentences))
-        found = judge(model, edm, unseen, variant.sentences)
+        training, test = (replace(clips, sentences=variant.sentences) for clips in (seen, unseen))
+        model, edm, samples = learn(variant, training, options.seconds)
+        errors = "".join(f"{error:>8.4f}" for error in squared_errors(model, edm, test))
+        found = judge(model, edm, test)
         colours = "".join(f"{found[key][0]:>9.2f}" for key in found)
         shapes = "".join(f"{found[key][1]:>10.2f}" for key in ("right", "none"))
         print(
