@@ -114,6 +114,13 @@ def add_adapters(base: Any, lora: Lora) -> None:
             p.data = p.data.float()
 
 
+def _text_states(backbone: Pretrained, condition: ConditionConfig) -> OwnText | TextStates:
+    length, gated = backbone.kind.text_tokens, backbone.text == "append"
+    if backbone.text == "native":
+        return OwnText(length)
+    return TextStates(condition, length=length, dim=backbone.condition_dim, gated=gated)
+
+
 class PretrainedGenerator(Generator):
     """A `Generator` whose backbone is a transformer of diffusers; its answer is a velocity."""
 
@@ -122,7 +129,7 @@ class PretrainedGenerator(Generator):
     def __init__(self, backbone: Pretrained, condition: ConditionConfig) -> None:
         nn.Module.__init__(self)
         self.backbone_config, self.condition_config, self.level = backbone, condition, None
-        self.embedder = OwnText(backbone) if backbone.text == "native" else TextStates(backbone, condition)  # pyright: ignore
+        self.embedder = _text_states(backbone, condition)  # pyright: ignore
         plus = condition.mode == "plus"
         self.marks = ReferenceMarks(condition, backbone.in_channels) if plus else None
         self.backbone = backbone.build()

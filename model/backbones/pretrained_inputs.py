@@ -5,27 +5,25 @@ the model's own alone                        --OwnText-----> the same
 latents of references, roles, places         --ReferenceMarks--> latents that say what they are for
 """
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from model.condition import MAX_SEGMENTS, Condition, ConditionConfig
 
-if TYPE_CHECKING:
-    from model.backbones.pretrained import Pretrained
-
 NATIVE_SEGMENT = -1
 """Segment number of tokens that are states of the model's own text encoder; they come first in a prompt."""
 
 
 class TextStates(nn.Module):
-    """Tokens of the prompt encoder (and of the model's own) to text states of one fixed length."""
+    """Tokens of the prompt encoder (and of the model's own) to `length` text states of width `dim`.
 
-    def __init__(self, backbone: "Pretrained", condition: ConditionConfig) -> None:
+    `gated`: ours count nothing at first, so that the model starts as it is.
+    """
+
+    def __init__(self, condition: ConditionConfig, *, length: int, dim: int, gated: bool) -> None:
         super().__init__()
-        self.length, self.dim = backbone.kind.text_tokens, backbone.condition_dim
+        self.length, self.dim = length, dim
         self.rows_per_state = -(-self.dim // condition.token_dim)
         self.norm = nn.LayerNorm(condition.token_dim, elementwise_affine=False)
         self.project = nn.Linear(condition.token_dim, self.dim)
@@ -33,7 +31,7 @@ class TextStates(nn.Module):
         self.segment = nn.Embedding(MAX_SEGMENTS, self.dim)
         for table in (self.role, self.segment):
             nn.init.normal_(table.weight, std=0.02)
-        self.gate = nn.Parameter(torch.zeros(self.dim)) if backbone.text == "append" else None
+        self.gate = nn.Parameter(torch.zeros(self.dim)) if gated else None
 
     def forward(self, condition: Condition) -> tuple[Tensor, Tensor]:
         """`b length dim` text states, zero where there is none, and their `b length` mask.
@@ -72,9 +70,9 @@ class TextStates(nn.Module):
 class OwnText(nn.Module):
     """States of the model's own text encoder, padded with zeros to one fixed length."""
 
-    def __init__(self, backbone: "Pretrained") -> None:
+    def __init__(self, length: int) -> None:
         super().__init__()
-        self.length = backbone.kind.text_tokens
+        self.length = length
 
     def forward(self, condition: Condition) -> tuple[Tensor, Tensor]:
         """As `TextStates.forward`."""
