@@ -8,13 +8,14 @@ from typing import Any
 import torch
 
 from infra.errors import ConfigError
+from infra.pretrained import or_refused
 from model.backbones.pretrained import Pretrained
 from model.condition import ConditionConfig
 from model.cost import NO_REFERENCES, activation_bytes, gib, on_meta, scaled, section, training_flops
 from model.latents import outline_latents
 from model.training.build import condition_config, most_references, reference_shape
 from model.training.config import StageConfig
-from model.training.pretrained import pretrained_of
+from model.training.pretrained import check_targets, pretrained_of
 
 GPUS_GB = (24, 48, 80, 141)
 SPARE = 0.1
@@ -33,6 +34,8 @@ def describe_training(config: StageConfig, *, batch: int = 1) -> dict[str, Any]:
         raise ConfigError("a config with a preset", cure="vimi-train describe --preset NAME")
     space, in_autoencoder = outline_latents(config.autoencoder)
     backbone = pretrained_of(config, config.pretrained, space)
+    if backbone.lora is not None:
+        check_targets(backbone, backbone.lora.targets)
     condition, seen = condition_config(config, TOKEN_DIM, space), most_references(config)
     sizes: dict[str, Any] = {"prompt_tokens": backbone.kind.text_tokens // 2, "references": NO_REFERENCES}
     if seen:
@@ -82,7 +85,9 @@ def count_text_encoder(config: StageConfig) -> int:
 
     if config.pretrained is None:
         return 0
-    values: Any = AutoConfig.from_pretrained(config.pretrained.model, subfolder="text_encoder")
+    place = config.pretrained.model
+    with or_refused(f"can't read the text encoder of {place}"):
+        values: Any = AutoConfig.from_pretrained(place, subfolder="text_encoder")
     cls = getattr(importlib.import_module("transformers"), values.architectures[0])
     with torch.device("meta"):
         return sum(p.numel() for p in cls(values).parameters())

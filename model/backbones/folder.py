@@ -1,6 +1,7 @@
 """Folder or hub id of a pipeline of diffusers: configs, refusals, the hash of its weights."""
 
 import hashlib
+import importlib
 import json
 from dataclasses import dataclass
 from functools import cache
@@ -16,6 +17,8 @@ from model.backbones.families import FAMILIES
 from model.backbones.family import Family
 
 TRANSFORMER, SCHEDULER, INDEX = "transformer/config.json", "scheduler/scheduler_config.json", "model_index.json"
+WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
+"""Of a transformer, as diffusers loads it; those of large ones are listed in an index beside it."""
 LEGAL = "a folder or hub id of a pipeline of diffusers (transformer, scheduler, vae, text_encoder, tokenizer)"
 
 
@@ -55,7 +58,11 @@ def read_base(place: str) -> Base:
             legal="weights in float32 or bfloat16",
             cure="take the model that it was made from",
         )
-    why = base.family.refuse(transformer, base.index)
+    try:
+        why = base.family.refuse(transformer, base.index)
+        base.family.sizes(transformer)
+    except KeyError as error:
+        raise ConfigError(f"{place}/{TRANSFORMER} says nothing of {error}") from None
     if why is not None:
         raise ConfigError(f"backbone.model {place} is {why}", legal=f"text to video by one {name}")
     return base
@@ -86,17 +93,47 @@ def _read(place: str, name: str, *, needed: bool = True) -> dict[str, Any]:
 
 
 def check_weights(base: Base) -> None:
-    """Refuse a local folder whose transformer has a config and no weights.
+    """Refuse a local folder whose transformer has not all weights of its class, by the heads of its files.
 
     Raises:
-        ConfigError: there are none.
+        ConfigError: a file or a tensor is missing, of another shape, or can't be read.
     """
-    folder = Path(base.place).expanduser()
-    if folder.is_dir() and not any((folder / "transformer").glob("*.safetensors")):
+    folder = Path(base.place).expanduser() / "transformer"
+    if not folder.is_dir():
+        return
+    cure = "fetch the whole model, or save it with save_pretrained"
+    with or_refused(f"backbone.model {base.place}: the transformer's weights can't be read", cure=cure):
+        there, wanted = _stored_shapes(folder), _shapes(base.transformer)
+    other = [name for name, shape in wanted.items() if there.get(name) != shape]
+    if other:
         raise ConfigError(
-            f"backbone.model {base.place}: no *.safetensors in transformer",
-            cure="fetch the whole model, or save it with save_pretrained",
+            f"backbone.model {base.place}: {len(other)} of {len(wanted)} tensors of its transformer are "
+            f"missing or of another shape, {other[0]} first",
+            cure=cure,
         )
+
+
+def _stored_shapes(folder: Path) -> dict[str, list[int]]:
+    """Name -> shape of the tensors in the files that diffusers would load."""
+    from safetensors import safe_open
+
+    files, listed = [WEIGHTS_FILE], folder / f"{WEIGHTS_FILE}.index.json"
+    if listed.is_file():
+        files = sorted(set(json.loads(listed.read_text())["weight_map"].values()))
+    found: dict[str, list[int]] = {}
+    for name in files:
+        with safe_open(folder / name, framework="pt") as file:
+            found |= {key: list(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+    return found
+
+
+def _shapes(config: dict[str, Any]) -> dict[str, list[int]]:
+    """Name -> shape of all that a transformer of this config stores."""
+    import torch
+
+    cls: Any = getattr(importlib.import_module("diffusers"), config["_class_name"])
+    with torch.device("meta"):
+        return {name: list(value.shape) for name, value in cls.from_config(config).state_dict().items()}
 
 
 def base_sha256(place: str) -> str:

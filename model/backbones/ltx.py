@@ -13,6 +13,8 @@ from model.flow import TRAIN_STEPS, Flow, shifted
 
 OWN_TEXT_TOKENS = 128
 """To which its pipeline pads a caption: its encoder reads the padding too, so that states hang on it."""
+PIPELINES = ("LTXPipeline", "LTXImageToVideoPipeline")
+"""Of models that are called as this file calls them."""
 
 
 @dataclass(frozen=True)
@@ -51,12 +53,12 @@ class Ltx(Family):
         return Sizes(config["in_channels"], config["caption_channels"], patch, config["num_layers"])
 
     def refuse(self, config: Mapping[str, Any], index: Mapping[str, Any]) -> str | None:
-        del index
-        return (
-            None
-            if config["patch_size"] == config["patch_size_t"] == 1
-            else "packed in patches of several latents"
-        )
+        made_by = index.get("_class_name")
+        if made_by not in (None, *PIPELINES):
+            return f"of a {made_by}, which tells times and places otherwise (LTX-Video 0.9.5 and later)"
+        if not config["patch_size"] == config["patch_size_t"] == 1:
+            return "packed in patches of several latents"
+        return None
 
     def objective(self, scheduler: Mapping[str, Any], num_tokens: int) -> LtxFlow:
         """The scheduler's dynamic shift, e^mu with mu linear in the number of tokens."""

@@ -84,12 +84,22 @@ class Pretrained(BackboneConfig):
         return base
 
     def _base(self) -> Any:
+        """The transformer as it is in its folder.
+
+        Raises:
+            ValueError: the folder lacks some of its weights.
+        """
         cls = getattr(importlib.import_module("diffusers"), self.family)
         if torch.get_default_device().type == "meta":
             return cls.from_config(json.loads(self.architecture))  # in float32: types don't count there
         dtype = torch.bfloat16 if self.half_base else torch.float32
         with torch.random.fork_rng(devices=[]):  # what is drawn beside it doesn't hang on how it is loaded
-            return cls.from_pretrained(self.model, subfolder="transformer", torch_dtype=dtype)
+            base, found = cls.from_pretrained(
+                self.model, subfolder="transformer", torch_dtype=dtype, output_loading_info=True
+            )
+        if found["missing_keys"]:  # diffusers draws them at random, and warns
+            raise ValueError(f"{self.model} holds no weights of {sorted(found['missing_keys'])[0]}")
+        return base
 
     def tokens(self) -> dict[str, int]:
         """Tokens of the video, and of its text."""

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from model.backbones.family import Scale
@@ -30,9 +31,15 @@ class SkyReels(Wan):
         fps: Tensor,
         scale: Scale,
     ) -> Tensor:
-        del text_mask, scale
         rates = None
         if transformer.config.inject_sample_info:
+            if times.ndim == 2 and len(x) > 1:  # diffusers adds the rates to the times of one video alone
+                rows = [slice(n, n + 1) for n in range(len(x))]
+                each = [(x[n], times[n], text[n], text_mask[n], fps[n]) for n in rows]
+                answers = [
+                    self.velocity(transformer, *tensors, fps=rate, scale=scale) for *tensors, rate in each
+                ]
+                return torch.cat(answers)
             rates = [0 if round(rate) == SLOW_FPS else 1 for rate in fps.nan_to_num(posinf=24).tolist()]
         answer = transformer(
             x.transpose(1, 2),

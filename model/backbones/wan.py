@@ -40,6 +40,8 @@ class Wan(Family):
             return "an image-to-video model, whose input carries a picture beside the noise"
         if index.get("boundary_ratio") is not None or any(index.get("transformer_2") or ()):
             return "two experts, one for each half of the noise levels"
+        if self.sizes(config).patch[0] != 1:
+            return "in patches of several latent frames, of which none can be clean alone"
         return None
 
     def objective(self, scheduler: Mapping[str, Any], num_tokens: int) -> Flow:

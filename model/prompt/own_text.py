@@ -24,7 +24,8 @@ from model.data.batch import Role, role_number
 from model.prompt.encoder import PromptEncoder, config_text
 from model.prompt.select import restore_words
 
-PARTS = ("text_encoder", "tokenizer")
+PARTS = {"text_encoder": ("*.safetensors", "*.bin"), "tokenizer": ("*.json", "*.model")}
+"""Parts of a pipeline that read captions, and files one of which each must hold."""
 WITHOUT = {"transformer": None, "vae": None, "scheduler": None}
 """Parts of a pipeline that read no text."""
 
@@ -119,14 +120,15 @@ def read_text_dim(pipeline: Any) -> int:
 
 
 def check_own_text(place: str) -> None:
-    """Refuse a folder without text encoder and tokenizer.
+    """Refuse a folder without text encoder and tokenizer, or with empty ones.
 
     Raises:
         ConfigError: names the part that is missing.
     """
     folder = Path(place).expanduser()
-    for part in PARTS:
-        if folder.is_dir() and not (folder / part).is_dir():
+    for part, patterns in PARTS.items():
+        files = [file for pattern in patterns for file in (folder / part).glob(pattern)]
+        if folder.is_dir() and not files:
             raise ConfigError(
                 f"backbone.model {place} holds no {part}, which reads the captions",
                 legal="text: replace, which needs none, or the whole pipeline",
@@ -151,5 +153,5 @@ def load_own_text(place: str, device: str | torch.device = "cpu") -> OwnTextEnco
     cls: Any = getattr(diffusers, family.pipeline)
     with or_refused(f"can't load the text encoder of {place}"):
         pipeline = cls.from_pretrained(place, **WITHOUT, dtype=dtype)
-        weight_hash = hash_stored_weights(local_folder(place, [f"{PARTS[0]}/*"]) / PARTS[0])
+        weight_hash = hash_stored_weights(local_folder(place, ["text_encoder/*"]) / "text_encoder")
     return OwnTextEncoder(place, pipeline, device, weight_hash)

@@ -91,7 +91,7 @@ def sorted_metadata(data: bytes) -> bytes:
 def _scheduler(base: Base, config: StageConfig) -> bytes:
     """The base's scheduler, with the shift of the times that the run was trained with."""
     values, shift = dict(base.scheduler), config.noise.get("shift")
-    for name in ("shift", "flow_shift"):
-        if shift is not None and name in values:
-            values[name] = shift
+    told: dict[str, Any] = {"shift": shift, "flow_shift": shift, "use_dynamic_shifting": False}
+    if shift is not None:
+        values |= {name: value for name, value in told.items() if name in values}
     return (json.dumps(values, indent=2) + "\n").encode()

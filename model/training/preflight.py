@@ -13,7 +13,7 @@ from infra.certificate import read_sealed, write_sealed
 from infra.errors import ConfigError, DataError
 from infra.run_folder import RunFolder
 from infra.storage import read_bytes, write_bytes
-from model.backbones.folder import base_sha256, read_base
+from model.backbones.folder import base_sha256, check_weights, read_base
 from model.backbones.presets import PRESETS, preset
 from model.cost import on_meta
 from model.data.shards import Shards, index_shards, open_parquet, open_shards
@@ -114,6 +114,7 @@ def inspect(config: StageConfig, *, reach: bool = True) -> Ready:
 
 def check_backbone(config: StageConfig, space: Space) -> None:
     if config.pretrained is not None:
+        check_weights(read_base(config.pretrained.model))
         backbone = check_pretrained(config, config.pretrained, space)
         size = (backbone.num_frames, backbone.out_channels, backbone.height_px, backbone.width_px)
         objective_of(config, size)

@@ -9,11 +9,15 @@ import torch
 from infra.errors import ConfigError
 from model.backbones.config import DiffusersConfig
 from model.backbones.family import Scale
-from model.backbones.folder import check_weights, read_base
+from model.backbones.folder import read_base
 from model.backbones.pretrained import Lora, Pretrained
 from model.data.batch import Role, role_number
 from model.space import Space
 from model.training.config import StageConfig
+
+OWN_ROOM = 128
+"""Places of a text that are left to the model's own states where our tokens follow them: what LTX's pipeline
+gives a caption. Ours for Wan; of a longer caption the last of our tokens are cut."""
 
 
 def pretrained_of(config: StageConfig, chosen: DiffusersConfig, space: Space) -> Pretrained:
@@ -62,18 +66,24 @@ def pretrained_of(config: StageConfig, chosen: DiffusersConfig, space: Space) ->
 
 
 def check_pretrained(config: StageConfig, chosen: DiffusersConfig, space: Space) -> Pretrained:
-    """Refuse adapters of layers that the base doesn't have, prompts that don't fit into its text, and a base
-    without weights.
+    """Refuse adapters of layers that the base doesn't have, and prompts that don't fit into its text.
 
     Raises:
         ConfigError: one line: what is wrong, what is legal, how to cure it.
     """
     backbone, base = pretrained_of(config, chosen, space), read_base(chosen.model)
-    check_weights(base)
-    length, most = base.family.text_tokens, config.encoder.max_tokens
+    if chosen.text == "append" and base.family.has_text_mask:
+        raise ConfigError(
+            f"backbone.text append: {base.family.transformer} hides the padding that our tokens would take, so "
+            "that step 0 would not be the base model",
+            legal="replace or native",
+        )
+    own = OWN_ROOM if chosen.text == "append" else 0
+    length, most = base.family.text_tokens - own, config.encoder.max_tokens
     if most > length and chosen.text != "native":
         raise ConfigError(
-            f"encoder.max_tokens {most}, but {base.family.transformer} reads texts of {length}",
+            f"encoder.max_tokens {most}, but {base.family.transformer} reads texts of {length + own}"
+            + (f", of which {own} are left to its own words" if own else ""),
             legal=f"at most {length}",
             cure=f"--set encoder.max_tokens={length}",
         )
@@ -87,12 +97,6 @@ def check_pretrained(config: StageConfig, chosen: DiffusersConfig, space: Space)
         raise ConfigError(
             f"num_workers {list(config.num_workers)}, parallel.mode {config.parallel.mode}, references: plus",
             legal="a fixed number: videos go one by one, as often on every rank",
-        )
-    if chosen.text == "append" and base.family.has_text_mask:
-        raise ConfigError(
-            f"backbone.text append: {base.family.transformer} hides the padding that our tokens would take, so "
-            "that step 0 would not be the base model",
-            legal="replace or native",
         )
     if chosen.lora is not None:
         check_targets(backbone, chosen.lora.targets)

@@ -42,7 +42,7 @@ def base_values(make_shards: MakeShards, tiny_encoder: dict[str, Any], tmp_path:
         backbone["lora"] = {"rank": 4} if lora == () else lora
         if "prompts" not in changes:
             changes["prompts"] = str(make_shards(12, **SIZE))
-        values = tiny_stage(Path(changes["prompts"]), tmp_path / "run", {**tiny_encoder, "max_tokens": 512})
+        values = tiny_stage(Path(changes["prompts"]), tmp_path / "run", {**tiny_encoder, "max_tokens": 384})
         del values["reference_size_px"]  # that of the videos
         size = {"num_frames": 5, "height_px": 32, "width_px": 48, "batch_size": 2, "ema": ["power-0.05"]}
         return {**values, **size, "backbone": backbone, **changes}

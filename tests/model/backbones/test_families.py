@@ -1,6 +1,9 @@
 """What each family of pretrained transformers owes beside its stock samples: clean frames, text, training."""
 
+import io
+import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +15,7 @@ from model.backbones.pretrained import Lora, Pretrained, PretrainedGenerator
 from model.condition import Condition, ConditionConfig, Segment
 from model.flow import Flow
 from model.prompt.own_text import load_own_text
-from tests.model.backbones.tiny_bases import SAVERS, WORDS
+from tests.model.backbones.tiny_bases import SAVERS, WORDS, save_ltx, save_skyreels
 
 TEXT_DIM, FRAMES, HEIGHT, WIDTH = 20, 3, 4, 6
 
@@ -66,6 +69,20 @@ def test_company_changes_nothing_and_clean_frames_do(folder: str) -> None:
     assert not torch.allclose(given[0], plain[0], atol=1e-5) and torch.allclose(given[1], plain[1], atol=1e-6)
 
 
+@torch.no_grad()
+def test_company_changes_nothing_where_frame_rates_are_told(tmp_path: Path) -> None:
+    """SkyReels' models of 540p and more: diffusers adds the rates to the times of one video alone."""
+    model = make(save_skyreels(tmp_path / "base", inject_sample_info=True))
+    x, t, fps = latents(model, 2), torch.tensor([0.3, 0.7]), torch.tensor([16.0, 24.0])
+    given = torch.tensor([True, True])
+    both = replace(condition([5, 5], has_first_frame=given), fps=fps)
+    answers = model(x, t, both)[0]
+    for n in range(2):
+        alone = model(x[n : n + 1], t[n : n + 1], both.select(torch.tensor([n])))[0]
+        assert torch.allclose(alone, answers[n : n + 1], atol=1e-6)
+    assert not torch.allclose(model(x, t, replace(both, fps=fps.flip(0)))[0], answers, atol=1e-5)
+
+
 def test_adapters_learn(folder: str) -> None:
     model, flow = make(folder).train(), Flow()
     x, prompt, t = latents(model), condition([5]), torch.tensor([0.5])
@@ -90,3 +107,26 @@ def test_captions_are_encoded_alone_to_their_own_length(folder: str) -> None:
     assert [len(one) for one in each] == [3, 7, 1]  # and the end
     assert torch.equal(encoder.encode_each(prompts[1:2])[0].tokens, each[1].tokens)
     assert each[0].tokens.shape[1] == TEXT_DIM == encoder.dim
+
+
+@torch.no_grad()
+def test_a_tokenizer_that_is_a_sentencepiece_model_alone_is_read(tmp_path: Path) -> None:
+    """As LTX-Video's repository holds it."""
+    import sentencepiece
+
+    folder = save_ltx(tmp_path / "base")
+    written = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["a dog runs"] * 20), model_writer=written, vocab_size=len(WORDS) + 3,
+        hard_vocab_limit=False, pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2,
+    )  # fmt: skip
+    place = tmp_path / "base/tokenizer"
+    (place / "tokenizer.json").unlink()
+    (place / "spiece.model").write_bytes(written.getvalue())
+    values = {"tokenizer_class": "T5Tokenizer", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    (place / "tokenizer_config.json").write_text(json.dumps({**values, "extra_ids": 0}))
+    index = json.loads((tmp_path / "base/model_index.json").read_text())
+    index["tokenizer"] = ["transformers", "T5Tokenizer"]
+    (tmp_path / "base/model_index.json").write_text(json.dumps(index))
+    encoded = load_own_text(folder).encode_each([(Segment("text", "caption", text="a dog runs"),)])[0]
+    assert len(encoded) > 1 and encoded.tokens.isfinite().all()

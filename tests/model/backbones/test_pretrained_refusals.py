@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from infra.errors import ConfigError, TrainingError
 from model.backbones.folder import base_sha256
+from model.backbones.pretrained import Pretrained
 from model.training.config import Stage1Config, Stage2Config
 from model.training.driver import check
 from model.training.preflight import inspect
@@ -33,8 +35,37 @@ def quantise(folder: Path) -> None:
     rewrite(folder / "transformer/config.json", quantization_config={"quant_method": "bitsandbytes"})
 
 
+def weights(folder: Path) -> Path:
+    return next((folder / "transformer").glob("*.safetensors"))
+
+
 def no_weights(folder: Path) -> None:
-    next((folder / "transformer").glob("*.safetensors")).unlink()
+    weights(folder).unlink()
+
+
+def cut_weights(folder: Path) -> None:
+    weights(folder).write_bytes(weights(folder).read_bytes()[:-64])
+
+
+def weights_of_one_block(folder: Path) -> None:
+    """As after a download of some of a model's files: diffusers would draw the others at random."""
+    tensors = load_file(weights(folder))
+    save_file({name: v for name, v in tensors.items() if not name.startswith("blocks.1.")}, weights(folder))
+
+
+def other_sizes(folder: Path) -> None:
+    rewrite(folder / "transformer/config.json", ffn_dim=48)
+
+
+def missing_shard(folder: Path) -> None:
+    names = dict.fromkeys(load_file(weights(folder)), "diffusion_pytorch_model-00001-of-00002.safetensors")
+    path = folder / "transformer/diffusion_pytorch_model.safetensors.index.json"
+    path.write_text(json.dumps({"weight_map": names}))
+
+
+def empty(folder: Path, part: str) -> None:
+    without(folder, part)
+    (folder / part).mkdir()
 
 
 SPOILT: dict[str, tuple[Callable[[Path], None], dict[str, Any], str]] = {
@@ -51,10 +82,22 @@ SPOILT: dict[str, tuple[Callable[[Path], None], dict[str, Any], str]] = {
     "two experts": (lambda f: rewrite(f / "model_index.json", boundary_ratio=0.875), {}, "two experts"),
     "autoencoder": (lambda f: without(f, "vae"), {}, "can't read the autoencoder"),
     "text encoder": (lambda f: without(f, "text_encoder"), {}, "holds no text_encoder"),
-    "weights": (no_weights, {}, "no *.safetensors in transformer"),
+    "tokenizer": (lambda f: empty(f, "tokenizer"), {}, "holds no tokenizer"),
+    "weights": (no_weights, {}, "weights can't be read"),
+    "cut weights": (cut_weights, {}, "weights can't be read"),
+    "missing shard": (missing_shard, {}, "weights can't be read"),
+    "half the weights": (weights_of_one_block, {}, "27 of 69 tensors of its transformer are missing"),
+    "other sizes": (other_sizes, {}, "of another shape, blocks.0.ffn"),
+    "thick patches": (
+        lambda f: rewrite(f / "transformer/config.json", patch_size=[2, 2, 2]), {}, "of several latent frames",
+    ),
+    "no sizes": (
+        lambda f: (f / "transformer/config.json").write_text('{"_class_name": "WanTransformer3DModel"}'), {},
+        "says nothing of 'in_channels'",
+    ),
     "size": (lambda f: None, {"height_px": 40}, "legal: multiples of 16 x 16"),
     "targets": (lambda f: None, {"lora": {"targets": ["to_q", "nope"]}}, "'nope': no linear layer"),
-    "tokens": (lambda f: None, {"encoder": {"max_tokens": 600}}, "legal: at most 512"),
+    "tokens": (lambda f: None, {"encoder": {"max_tokens": 600}}, "legal: at most 384"),
     "elastic": (
         lambda f: None, {"parallel": {"mode": "fsdp"}, "num_workers": (1, 2)}, "legal: a fixed number",
     ),
@@ -111,6 +154,26 @@ def test_a_download_that_breaks_off_is_a_line(uncached: str) -> None:
     ) as one:
         base_sha256("nobody/nothing")
     assert "\n" not in str(one.value)
+
+
+def test_an_ltx_that_tells_places_otherwise_is_refused(base_values: Values, tmp_path: Path) -> None:
+    """Since 0.9.5 it counts frames from the first one's end, and its times are spread otherwise."""
+    model = save_ltx(tmp_path / "ltx")
+    rewrite(tmp_path / "ltx/model_index.json", _class_name="LTXConditionPipeline")
+    with pytest.raises(ConfigError, match="of a LTXConditionPipeline"):
+        check(Stage1Config.model_validate(base_values(model=model, num_frames=9, text="replace")))
+
+
+def test_a_base_that_lacks_weights_is_not_filled_with_random_ones(
+    base_values: Values, wan: str, tmp_path: Path
+) -> None:
+    """Also where nobody looked at its files before: one that a hub gave."""
+    folder = tmp_path / "spoilt"
+    shutil.copytree(wan, folder)
+    weights_of_one_block(folder)
+    backbone = Pretrained(model=str(folder), family="WanTransformer3DModel")
+    with pytest.raises(ValueError, match=r"holds no weights of blocks\.1"):
+        backbone.build()
 
 
 def test_a_text_that_is_masked_has_no_room_behind_it(base_values: Values, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ def config(tiny_encoder: dict[str, Any], tmp_path_factory: pytest.TempPathFactor
     prompts = write_shards(
         tmp_path_factory.mktemp("prompts") / "p", rows, job="augment", group_rows=4, file_rows=8
     )
-    values = tiny_stage(prompts, folder / "run", {**tiny_encoder, "max_tokens": 512})
+    values = tiny_stage(prompts, folder / "run", {**tiny_encoder, "max_tokens": 384})
     del values["reference_size_px"]  # that of the videos
     backbone = {"kind": "diffusers", "model": save_wan(folder / "base"), "text": "append", "lora": {"rank": 4}}
     size = {"num_frames": 5, "height_px": 32, "width_px": 48, "batch_size": 2}

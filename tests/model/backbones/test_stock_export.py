@@ -67,10 +67,11 @@ SMALL = {"rank": 4, "alpha": 8}
 
 
 @pytest.mark.parametrize(
-    ("family", "lora"),
+    ("family", "lora", "noise_of"),
     [
-        *((family, SMALL) for family in sorted(SAVERS)),
-        pytest.param("WanTransformer3DModel", None, marks=pytest.mark.slow),
+        *((family, SMALL, {}) for family in sorted(SAVERS)),
+        pytest.param("LTXVideoTransformer3DModel", SMALL, {"shift": 5.0}, id="LTX with a shift of its own"),
+        pytest.param("WanTransformer3DModel", None, {}, marks=pytest.mark.slow),
     ],
 )
 def test_stock_diffusers_makes_our_latents_of_an_export(
@@ -79,8 +80,10 @@ def test_stock_diffusers_makes_our_latents_of_an_export(
     tmp_path: Path,
     family: str,
     lora: dict[str, Any] | None,
+    noise_of: dict[str, float],
 ) -> None:
-    more = {"references": "faithful", "optim": {"name": "adamw", "lr": 0.05}, "num_frames": 9, "width_px": 64}
+    more: dict[str, Any] = {"noise": noise_of} if noise_of else {}
+    more |= {"references": "faithful", "optim": {"name": "adamw", "lr": 0.05}, "num_frames": 9, "width_px": 64}
     config = trained(base_values(model=save_base(family), text="native", lora=lora, **more))
     run(ExportConfig(run=config.out, out=str(tmp_path / "export")))
     restored = restore_generator(config.out, device=torch.device("cpu"))

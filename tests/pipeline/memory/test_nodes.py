@@ -1,4 +1,6 @@
-"""Three nodes of Ray on this machine, of which one is killed: the bytes are those of one node and one shard."""
+"""Three nodes of Ray on this machine, of which one is killed: the bytes are those of one node and one shard,
+on a disk and in an object store.
+"""
 
 import json
 import os
@@ -11,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from infra.storage import list_files
+from infra.storage import exists, join, list_files, read_bytes
 from pipeline.journal import JOURNAL, Receipts
 from pipeline.memory import open_memory
 from tests.pipeline.clip_tables import clip_row, picture, write_clips
@@ -25,6 +27,15 @@ JOBS = {
 }
 COLUMNS = ["doc_id", "text", "image", "phash", "source_uri", "document_embedding"]
 WAIT_S = 900
+
+
+@pytest.fixture(params=["disk", "object store"])
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """Where the nodes write; asked for before the cluster, whose nodes inherit the store's address."""
+    if request.param == "disk":
+        return str(tmp_path)
+    request.getfixturevalue("s3_server")
+    return "s3://bucket/vimi"
 
 
 @pytest.fixture
@@ -54,10 +65,10 @@ def start(job: str, values: dict[str, Any], address: str | None = None) -> subpr
     )
 
 
-def kill_a_node(cluster: Any, job: subprocess.Popen[bytes], folder: Path, receipts: int) -> None:
+def kill_a_node(cluster: Any, job: subprocess.Popen[bytes], out: str, receipts: int) -> None:
     """Take a raylet and its workers away once the journal holds so many receipts; the job must end well."""
     until_s = time.monotonic() + WAIT_S
-    while not (folder / JOURNAL).exists() or len(Receipts(str(folder))) < receipts:
+    while not exists(join(out, JOURNAL)) or len(Receipts(out)) < receipts:
         assert job.poll() is None and time.monotonic() < until_s
         time.sleep(0.05)
     assert job.poll() is None
@@ -65,26 +76,26 @@ def kill_a_node(cluster: Any, job: subprocess.Popen[bytes], folder: Path, receip
     assert job.wait(WAIT_S) == 0
 
 
-def test_a_lost_node_changes_no_byte(cluster: Any, tmp_path: Path) -> None:
+def test_a_lost_node_changes_no_byte(folder: str, cluster: Any, tmp_path: Path) -> None:
     clip = tiny_clip(tmp_path / "tiny").model_dump()
     rows = [clip_row(picture(tmp_path / f"{n}.png", n), f"a wave number {n}") for n in range(24)]
     clips = write_clips(tmp_path / "clips", rows)
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    whole, cut = str(tmp_path / "whole"), join(folder, "cut")
     build = {"clips": [clips], "clip": clip, "rows_per_unit": 1}
-    assert start("build", build | {"out": str(whole)}).wait(WAIT_S) == 0
-    job = start("build", build | {"out": str(cut), "shard_rows": 4}, cluster.address)
-    kill_a_node(cluster, job, cut / "build", 8)
-    one, other = open_memory(str(whole)), open_memory(str(cut))
+    assert start("build", build | {"out": whole}).wait(WAIT_S) == 0
+    job = start("build", build | {"out": cut, "shard_rows": 4}, cluster.address)
+    kill_a_node(cluster, job, join(cut, "build"), 8)
+    one, other = open_memory(whole), open_memory(cut)
     assert len(one.shards) == 1 and len(other.shards) == 6 and one.version == other.version
     assert one.take(range(24), COLUMNS).equals(other.take(range(24), COLUMNS))
 
     prompts = {"clips": clips, "retrieve": {"retriever": "hybrid", "k": 3, "depth": 5}, "shard_rows": 1}
-    made = [tmp_path / "prompts", tmp_path / "prompts-cut"]
-    assert start("augment", prompts | {"memory": str(whole), "out": str(made[0])}).wait(WAIT_S) == 0
+    made = [str(tmp_path / "prompts"), join(folder, "prompts-cut")]
+    assert start("augment", prompts | {"memory": whole, "out": made[0]}).wait(WAIT_S) == 0
     cluster.add_node(num_cpus=1, object_store_memory=100_000_000)
-    job = start("augment", prompts | {"memory": str(cut), "out": str(made[1])}, cluster.address)
+    job = start("augment", prompts | {"memory": cut, "out": made[1]}, cluster.address)
     kill_a_node(cluster, job, made[1], 6)
     whole_bytes, cut_bytes = (
-        {Path(f).name: Path(f).read_bytes() for f in list_files(str(out), suffix=".parquet")} for out in made
+        {Path(f).name: read_bytes(f) for f in list_files(out, suffix=".parquet")} for out in made
     )
     assert len(whole_bytes) == 26 and whole_bytes == cut_bytes
