@@ -235,12 +235,15 @@ def plan_metrics(config: EvaluateConfig, plan: Plan) -> Plan:
 
 
 def compared(plan: Plan) -> Plan:
-    """The plan with the features of real videos that a metric compares; without such videos if none does."""
+    """The plan with the features of real videos that a metric compares; without such videos if none does.
+
+    No metric reads the prompts of real videos, so a picture that theirs lack costs nothing.
+    """
     needed = sorted({name for metric in plan.metrics.values() if metric.needs_real for name in metric.needs})
     videos, inputs = dict(plan.videos), dict(plan.inputs)
     real = videos.pop("real", [])
     if real and needed:
-        videos["real"] = [{**payload, "features": needed} for payload in real]
+        videos["real"] = [{**payload, "prompt": None, "features": needed} for payload in real]
     else:
         inputs.pop("real", None)
     return replace(plan, videos=videos, inputs=inputs)

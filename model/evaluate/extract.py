@@ -95,6 +95,11 @@ class Extractor:
     def of_videos(self) -> list[str]:
         return [name for name in self.names if name in NETWORKS]
 
+    @property
+    def reads_pictures(self) -> bool:
+        """Whether any feature is of reference pictures."""
+        return any(name.endswith("_references") for name in self.names)
+
     def identities(self) -> dict[str, dict[str, Any]]:
         """Of all networks behind the features."""
         return {name: self.network(name).identity for name in sorted({network_of(n) for n in self.names})}

@@ -195,6 +195,15 @@ def test_refusals_are_a_line_each(folders: Path, tiny_encoder: dict[str, Any]) -
         check(config(folders, tiny_encoder, against=str(folders / "gone")))
 
 
+def test_prompts_of_real_videos_are_left_alone(folders: Path, tiny_encoder: dict[str, Any]) -> None:
+    line = {"video": "r0.mp4", "prompt": "A <image>.", "images": ["gone.png"]}
+    (folders / "real" / "prompts.jsonl").write_text(json.dumps(line))
+    plan = module.make_plan(config(folders, tiny_encoder, metrics=["clip_fid"]))
+    assert [payload["prompt"] for payload in plan.videos["real"]] == [None] * 5
+    extractor = module.make_extractor(config(folders, tiny_encoder), plan.features, "cpu")
+    assert not extractor.reads_pictures  # nor those of sampled ones, of which no metric asks for any
+
+
 def test_defaults_that_few_videos_cannot_have_are_left_out(folders: Path, tiny_encoder: dict[str, Any]) -> None:
     (folders / "i3d.ckpt").write_bytes(b"weights")  # a plan doesn't load them
     networks = {"clip": tiny_encoder["clip"], "i3d": str(folders / "i3d.ckpt")}
