@@ -166,7 +166,7 @@ class Strictness(nn.Module):
 
 def test_raft_looks_exactly() -> None:
     network = NETWORKS["raft"](config(), CPU)
-    network.__dict__["model"] = Strictness()  # in place of the loaded weights
+    vars(network)["model"] = Strictness()  # in place of the loaded weights
     assert network(noise(2, 128, 128)).all()
 
 
