@@ -18,7 +18,8 @@ from infra.cluster import is_cluster, wants_gpus
 from infra.config import Incidental, Location, NameOrFolder
 from infra.errors import ConfigError
 from infra.progress import say
-from infra.storage import check_writable, join, user_cache, write_bytes, write_json
+from infra.samples import SAMPLES
+from infra.storage import check_writable, exists, join, user_cache, write_bytes, write_json
 from model.data.shards import open_shards
 from model.evaluate.extract import Extractor, FeatureCache
 from model.evaluate.metric import Metric
@@ -31,6 +32,7 @@ from model.evaluate.sampling import (
     planned,
     prompt_facts,
     system_of,
+    system_of_samples,
     video_name,
 )
 from model.evaluate.scores import DEFAULT_METRICS, Given, chosen, digest, obstacles, refuse_small_n, too_few
@@ -159,8 +161,10 @@ def make_plan(config: EvaluateConfig) -> Plan:
 
 
 def plan_folder(videos: str) -> Plan:
+    """Videos that are there; those of `vimi-train sample` say what made them."""
     found = find_videos(videos)
-    return Plan({"sampled": found}, {}, {}, {"sampled": listing_hash(found)})
+    system = system_of_samples(videos) if exists(join(videos, SAMPLES)) else {}
+    return Plan({"sampled": found}, {}, {}, {"sampled": listing_hash(found)}, system=system)
 
 
 def plan_run(config: EvaluateConfig) -> Plan:
@@ -235,12 +239,15 @@ def plan_metrics(config: EvaluateConfig, plan: Plan) -> Plan:
 
 
 def compared(plan: Plan) -> Plan:
-    """The plan with the features of real videos that a metric compares; without such videos if none does."""
+    """The plan with the features of real videos that a metric compares; without such videos if none does.
+
+    No metric reads the prompts of real videos, so a picture that theirs lack costs nothing.
+    """
     needed = sorted({name for metric in plan.metrics.values() if metric.needs_real for name in metric.needs})
     videos, inputs = dict(plan.videos), dict(plan.inputs)
     real = videos.pop("real", [])
     if real and needed:
-        videos["real"] = [{**payload, "features": needed} for payload in real]
+        videos["real"] = [{**payload, "prompt": None, "features": needed} for payload in real]
     else:
         inputs.pop("real", None)
     return replace(plan, videos=videos, inputs=inputs)

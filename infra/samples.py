@@ -25,3 +25,9 @@ def read_samples(folder: str) -> list[dict[str, Any]]:
         FileNotFoundError: there is none.
     """
     return read_sealed(join(folder, SAMPLES))["samples"]
+
+
+def read_facts(folder: str) -> dict[str, Any]:
+    """What is said of all of them; raises as `read_samples`."""
+    values = read_sealed(join(folder, SAMPLES))
+    return {name: value for name, value in values.items() if name != "samples"}

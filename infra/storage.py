@@ -91,6 +91,19 @@ def exists(uri: str) -> bool:
     return fs.get_file_info(path).type != pafs.FileType.NotFound
 
 
+def is_file(uri: str) -> bool:
+    """Whether a file lies there, or anything else in which nothing can lie."""
+    fs, path = filesystem(uri)
+    return fs.get_file_info(path).type in (pafs.FileType.File, pafs.FileType.Unknown)
+
+
+def size_and_time(uri: str) -> tuple[int, int | None]:
+    """Size of a file and when it was changed, in ns; 0 and None where there is none."""
+    fs, path = filesystem(uri)
+    info = fs.get_file_info(path)
+    return info.size or 0, info.mtime_ns
+
+
 def size_bytes(uri: str | Path) -> int:
     """Size of a file; 0 where there is none."""
     fs, path = filesystem(uri)

@@ -23,7 +23,7 @@ from model.evaluate.networks import NETWORKS, Network, NetworkConfig, network_of
 Keys = dict[str, str]
 """Feature -> its key in the cache."""
 MAX_REFERENCES = 8
-"""Reference pictures of a prompt that are looked at. Ours."""
+"""Reference pictures of a prompt that are looked at, and their words that are looked for. Ours."""
 
 
 class FeatureCache:
@@ -95,6 +95,11 @@ class Extractor:
     def of_videos(self) -> list[str]:
         return [name for name in self.names if name in NETWORKS]
 
+    @property
+    def reads_pictures(self) -> bool:
+        """Whether any feature is of reference pictures."""
+        return any(name.endswith("_references") for name in self.names)
+
     def identities(self) -> dict[str, dict[str, Any]]:
         """Of all networks behind the features."""
         return {name: self.network(name).identity for name in sorted({network_of(n) for n in self.names})}
@@ -104,7 +109,8 @@ class Extractor:
 
         Args:
             video_id: what its frames are a function of: the sha256 of its bytes, and the part of them.
-            words: that name the subjects of its prompt's reference pictures, in their order.
+            words: that name the subjects of its prompt's reference pictures, in their order; as many count as
+                pictures do.
             only: the features that are wanted; None = all.
         """
         return {
@@ -122,7 +128,8 @@ class Extractor:
         """Compute and keep the missing features of uint8 `t h w 3` frames."""
         for name in missing:
             network = self.network(name)
-            found = network.about(frames, words) if network.reads_words else network(frames)
+            wanted = words[:MAX_REFERENCES]
+            found = network.about(frames, wanted) if network.reads_words else network(frames)
             self.cache.put(keys[name], found)
 
     def text(self, text: str) -> Keys:
@@ -157,7 +164,7 @@ class Extractor:
 
 
 def _words_of(name: str, words: Sequence[str]) -> list[list[str]]:
-    return [list(words)] if NETWORKS[name].reads_words else []
+    return [list(words[:MAX_REFERENCES])] if NETWORKS[name].reads_words else []
 
 
 def opened(picture: bytes) -> Image.Image:

@@ -114,7 +114,7 @@ class MeanMetric(Metric):
         if not self.each:
             raise DataError("no video that it can say anything of")
         each = dict(sorted(self.each.items()))
-        values = np.array([*each.values()])
+        values = np.sort([*each.values()])  # by value: what the videos are called can't be seen
         return Score(float(values.mean()), bootstrap(values), len(values), each=each)
 
 

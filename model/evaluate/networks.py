@@ -213,7 +213,7 @@ class RaftNetwork(FileNetwork):
         video = squeeze(frames, (height, width), scaled, self.device)[0].transpose(0, 1) / 127.5 - 1
         found = []
         for one, two in pairwise(video):
-            with torch.inference_mode():
+            with exactly():
                 flow = self.model(one[None], two[None])[-1][0]
             lengths = flow.norm(dim=0).flatten().sort(descending=True).values
             top = lengths[: max(1, round(self.TOP_FRAC * len(lengths)))]

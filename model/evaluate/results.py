@@ -122,7 +122,8 @@ def table_of(rows: Sequence[Row], scores: Mapping[str, Score]) -> bytes:
         own = scores if row["side"] == "sampled" else {}
         each = {name: found.each[row["name"]] for name, found in own.items() if row["name"] in found.each}
         kept = {key: row.get(key) for key in ("side", "name", "text", "status", "error", "sha256")}
-        lines.append(json.dumps({**kept, "scores": each}, sort_keys=True, ensure_ascii=False))
+        # ASCII: a text may hold one of Unicode's line separators.
+        lines.append(json.dumps({**kept, "scores": each}, sort_keys=True))
     return ("\n".join(lines) + "\n").encode()
 
 

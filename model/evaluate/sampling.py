@@ -10,7 +10,9 @@ from typing import Any
 
 import torch
 
+from infra.certificate import input_certificate
 from infra.run_folder import split_checkpoint
+from infra.samples import read_facts, read_samples
 from model.condition import Prompt
 from model.data.batch import Role
 from model.prompt.select import retrieved
@@ -24,6 +26,10 @@ def planned(config: SampleConfig) -> tuple[StageConfig, list[SampleRequest]]:
     """What the run was trained by, and the requests in order."""
     _, base = made_by(config)
     return base, plan_videos(config, base)
+
+
+FILES = "h264 crf 12, enlarged by a whole factor to about 320 pixels in width; scored as made"
+"""What became of the pixels before they were scored, for the manifest."""
 
 
 def video_name(number: int) -> str:
@@ -86,6 +92,27 @@ def system_of(config: SampleConfig, checkpoint: str, num_with_documents: int) ->
         "position": found[1] if found else None,
         "checkpoint": checkpoint,
         "prompts_with_documents": num_with_documents,
-        "files": "h264 crf 12, enlarged by a whole factor to about 320 pixels in width; scored as made",
+        "files": FILES,
         **how,
+    }
+
+
+def system_of_samples(folder: str) -> dict[str, Any]:
+    """The same of a folder of `vimi-train sample`, as far as it tells.
+
+    Raises:
+        DataError: its samples.json is damaged.
+    """
+    facts, entries, certificate = read_facts(folder), read_samples(folder), input_certificate(folder)
+    found = split_checkpoint(facts.get("checkpoint") or "")
+    told = {name: entries[0][name] for name in ("num_steps", "guidance") if entries and name in entries[0]}
+    return {
+        "run": found[0].name if found else str(facts.get("run", "")).rpartition("/")[2],
+        "position": found[1] if found else facts.get("position"),
+        "checkpoint": (certificate.inputs if certificate else {}).get("checkpoint"),
+        "ema": facts.get("ema", ""),
+        "documents": facts.get("documents"),
+        "seeds": sorted({entry["seed"] for entry in entries if "seed" in entry}),
+        "files": FILES,
+        **told,
     }

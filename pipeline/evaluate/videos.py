@@ -13,13 +13,27 @@ A line of prompts.jsonl names its video; `text` is the prompt in words alone, wh
 
 import hashlib
 import json
+import os
+import stat
 from collections.abc import Collection, Iterator
+from pathlib import Path
 from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from infra.certificate import input_certificate
 from infra.errors import ConfigError, DataError
 from infra.samples import SAMPLES, read_samples
-from infra.storage import absolute, exists, is_remote, join, list_files, read_bytes, size_bytes
+from infra.storage import (
+    absolute,
+    exists,
+    is_file,
+    is_remote,
+    join,
+    list_files,
+    read_bytes,
+    size_and_time,
+)
 from pipeline.media.store import file_uri
 from pipeline.schema import ROLES, Media, Role, Status, TargetKind
 from pipeline.shards import SHARD_JOBS, ShardSet, open_part, shards_of
@@ -32,8 +46,9 @@ SIDECARS = frozenset(
 """Endings of files that are no videos and aren't meant to be; all others are tried."""
 PLACEHOLDER = "<image>"
 Payload = dict[str, Any]
-"""One video: name, kind (file, clip or row), where its bytes are, `prompt` {text, references} or None,
-`scale` by which its file is enlarged, if it is."""
+"""One video: name, kind (file, clip, row or unreadable), where its bytes are, `prompt` {text, references} or
+None, `scale` by which its file is enlarged, if it is, `reason` why it is unreadable."""
+PLACES = "a folder of video files, or the output of sample, crawl, augment, instruct or benchmark"
 CLIP_COLUMNS = ["clip_id", "media", "caption", "local_uri", "source_sha256", "start_s", "end_s", "status"]
 ROW_COLUMNS = ["prompt_id", "clip_id", "media", "caption", "source_uri", "source_sha256", "start_s", "end_s"]
 TARGET_COLUMNS = ["target.kind"]
@@ -45,14 +60,13 @@ def find_videos(place: str, *, only: Collection[str | None] | None = None) -> li
     `only` names the rows of prompt shards that count; None = all.
 
     Raises:
-        ConfigError: nothing is there.
+        ConfigError: nothing is there, or a file.
     """
+    if is_file(absolute(place)):
+        raise ConfigError(f"{place} is a file", legal=PLACES, cure="give the folder that it lies in")
     found = _clips_or_files(absolute(place), only)
     if not found:
-        raise ConfigError(
-            f"no video in {place}",
-            legal="a folder of video files, or the output of sample, crawl, augment, instruct or benchmark",
-        )
+        raise ConfigError(f"no video in {place}", legal=PLACES)
     return sorted(found, key=lambda payload: payload["name"])
 
 
@@ -73,10 +87,53 @@ def _clips_or_files(place: str, only: Collection[str | None] | None) -> list[Pay
 
 
 def _files(place: str) -> list[Payload]:
-    files = [file for file in list_files(place) if _is_candidate(file[len(place) + 1 :])]
-    names = [file[len(place) + 1 :] for file in files]
-    prompts = read_prompts(place, names) if exists(join(place, PROMPTS)) else {}
-    return [_file(name, file, prompts.get(name)) for name, file in zip(names, files, strict=True)]
+    found = {name: why for name, why in list_entries(place).items() if _is_candidate(name)}
+    prompts = read_prompts(place, [*found]) if exists(join(place, PROMPTS)) else {}
+    payloads = [(_file(name, f"{place}/{name}", prompts.get(name)), why) for name, why in found.items()]
+    return [p if why is None else {**p, "kind": "unreadable", "reason": why} for p, why in payloads]
+
+
+def list_entries(place: str) -> dict[str, str | None]:
+    """Names of all that lies below a place, in order, each with why it can't be read; None for a file.
+
+    Links to folders are not followed, since one may lead back.
+    """
+    if is_remote(place):
+        return dict.fromkeys(file[len(place) + 1 :] for file in list_files(place))
+    found: dict[str, str | None] = {}
+
+    def note(error: OSError) -> None:
+        if error.filename != place:  # without which there is nothing to name
+            found[_shown(error.filename, place)] = f"a folder that can't be listed: {error.strerror}"
+        elif not isinstance(error, FileNotFoundError):
+            raise error
+
+    for folder, folders, files in os.walk(place, onerror=note):
+        paths = [Path(folder, name) for name in (*folders, *files)]
+        found |= {_shown(path, place): _fault(path) for path in paths if path.is_symlink() or not path.is_dir()}
+    return dict(sorted(found.items()))
+
+
+def _shown(path: str | Path, place: str) -> str:
+    """The name below a place; bytes that are no UTF-8 are escaped."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")[len(place) + 1 :]
+
+
+def _fault(path: Path) -> str | None:
+    """Why a name is no file that can be read."""
+    try:
+        mode = path.stat().st_mode
+    except OSError as error:
+        return f"a link that leads nowhere: {error.strerror}"
+    if stat.S_ISDIR(mode):
+        return "a link to a folder, which is not followed: give that folder, or its files"
+    if not stat.S_ISREG(mode):
+        return "no file, but a pipe, a socket or a device"
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return "a name that is not UTF-8: rename it"
+    return None
 
 
 def _is_candidate(name: str) -> bool:
@@ -89,31 +146,69 @@ def _file(name: str, uri: str, prompt: dict[str, Any] | None) -> Payload:
     return {"kind": "file", "name": name, "uri": file_uri(uri), "prompt": prompt, **range_s}
 
 
+class PromptLine(BaseModel):
+    """A line of prompts.jsonl; keys that are not named here are the user's own."""
+
+    model_config = ConfigDict(strict=True, frozen=True)
+    video: str
+    prompt: str | None = None
+    text: str | None = None
+    images: list[str] = []
+    words: list[str] = []
+
+
+LINE = '{"video": "a.mp4", "prompt": "A <image> runs.", "images": ["dog.png"]}'
+
+
 def read_prompts(place: str, names: list[str]) -> dict[str, dict[str, Any]]:
     """Video -> {text, references} of prompts.jsonl.
 
     Raises:
-        ConfigError: a line that is no prompt, or of a video that isn't there; names the line.
+        ConfigError: a line that is no prompt, of a video that isn't there, or the second of one; names the
+            line.
     """
     file, found, known = join(place, PROMPTS), {}, set(names)
-    for number, line in enumerate(read_bytes(file).decode("utf-8", "replace").splitlines(), start=1):
+    # Not splitlines: a text may hold a line separator of Unicode, which JSON takes for a letter.
+    for number, line in enumerate(read_bytes(file).decode("utf-8", "replace").split("\n"), start=1):
         if not line.strip():
             continue
-        try:
-            value = json.loads(line)
-            video = value["video"]
-            images = [reference(image, place) for image in value.get("images", [])]
-            text = value.get("text") or plain(value["prompt"])
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        said = read_line(line, f"{file} line {number}")
+        if said.video not in known:
             raise ConfigError(
-                f"{file} line {number}: {type(error).__name__} {error}",
-                legal='{"video": "a.mp4", "prompt": "A <image> runs.", "images": ["dog.png"]}',
-            ) from None
-        if video not in known:
-            raise ConfigError(f"{file} line {number}: no video {video!r} there", legal="names of its files")
-        references = [image for image in images if image]
-        found[video] = {"text": text, "references": references, "words": value.get("words", [])}
+                f"{file} line {number}: no video {said.video!r} there", legal="names of its files"
+            )
+        if said.video in found:
+            raise ConfigError(
+                f"{file} line {number}: a second prompt of {said.video!r}",
+                legal="a line for each video",
+                cure="leave one of them out",
+            )
+        images = [reference(image, place) for image in said.images]
+        found[said.video] = {
+            "text": said.text or plain(said.prompt or ""),
+            "references": [image for image in images if image],
+            "words": said.words,
+        }
     return found
+
+
+def read_line(line: str, where: str) -> PromptLine:
+    """A line of prompts.jsonl.
+
+    Raises:
+        ConfigError: no JSON, a value of another type, or neither words nor a prompt.
+    """
+    try:
+        said = PromptLine.model_validate_json(line)
+    except ValidationError as error:
+        fault = error.errors()[0]
+        name = ".".join(map(str, fault["loc"])) or "line"
+        raise ConfigError(
+            f"{where}: {name} = {repr(fault['input'])[:80]}: {fault['msg']}", legal=LINE
+        ) from None
+    if said.text is None and said.prompt is None:
+        raise ConfigError(f"{where}: neither prompt nor text", legal=LINE)
+    return said
 
 
 def reference(image: str, beside: str) -> str | None:
@@ -218,10 +313,13 @@ def _target(row: dict[str, Any], shards: str, group: int, place_in: int) -> Payl
 
 
 def listing_hash(payloads: list[Payload]) -> str:
-    """What a place holds, as far as names, sizes and prompts tell; the videos themselves are not read."""
+    """What a place holds, as far as names, sizes, times of change and prompts tell; no video is read."""
     digest = hashlib.sha256()
     for payload in payloads:
-        size = size_bytes(payload["uri"].removesuffix("#file")) if payload["kind"] == "file" else 0
-        parts = [payload["name"], size, payload["start_s"], payload["end_s"], payload["prompt"]]
+        seen = size_and_time(payload["uri"].removesuffix("#file")) if payload["kind"] == "file" else (0, None)
+        pictures = [
+            size_and_time(p) for p in (payload["prompt"] or {}).get("references", ()) if not is_remote(p)
+        ]
+        parts = [payload["name"], seen, payload["start_s"], payload["end_s"], payload["prompt"], pictures]
         digest.update(json.dumps(parts, sort_keys=True).encode())
     return digest.hexdigest()[:16]

@@ -1,7 +1,7 @@
 """What a worker of an evaluation does with one video: hash, look into the cache, decode, let networks look."""
 
 from collections.abc import Callable, Collection, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from hashlib import sha256
 from typing import Any, Protocol
 
@@ -26,6 +26,8 @@ Keys = dict[str, str]
 class Extractor(Protocol):
     """Gives features of a video and of its prompt; the trainer's networks are behind it."""
 
+    @property
+    def reads_pictures(self) -> bool: ...
     def video_keys(self, video_id: str, words: Sequence[str], only: Collection[str] | None) -> Keys: ...
     def missing(self, keys: Keys) -> list[str]: ...
     def video(self, keys: Keys, missing: Sequence[str], frames: np.ndarray, words: Sequence[str]) -> None: ...
@@ -61,13 +63,15 @@ class EvaluateWorker:
             DataError: an output of ours is not as its job certified it: that is no fate of a row.
         """
         if payload["kind"] == "row":
-            return {**payload, "target": self._target(payload)}
+            return with_target(payload, self.shards)
         files = [payload["uri"].removesuffix("#file")] if payload["kind"] == "file" else []
         for file in [*files, *(payload["prompt"] or {}).get("references", ())]:
             check_certified(file, must_list=False)
         return payload
 
     def _features(self, payload: Payload) -> dict[str, Any]:
+        if payload["kind"] == "unreadable":
+            raise RowError(Status.UNREACHABLE, payload["reason"])
         video_id, digest = self._id(payload)
         words = subjects(payload["prompt"])
         keys = self.extractor.video_keys(video_id, words, payload.get("features"))
@@ -82,7 +86,8 @@ class EvaluateWorker:
             return {"prompt": {}, "references": []}
         texts = self.extractor.text(prompt["text"]) if prompt["text"] else {}
         try:
-            pictures = [read_bytes(place) for place in prompt["references"]]
+            places = prompt["references"] if self.extractor.reads_pictures else []
+            pictures = [read_bytes(place) for place in places]
             keys = texts | self.extractor.references(pictures)
         except (OSError, PictureError) as error:
             raise RowError(Status.BAD_ROW, f"a reference picture can't be read: {error}") from error
@@ -90,36 +95,51 @@ class EvaluateWorker:
 
     def _id(self, payload: Payload) -> tuple[str, str]:
         """What the frames are a function of: the part of the bytes, and their sha256."""
+        how_shown = [payload["scale"]] if payload.get("scale", 1) > 1 else []
         if payload["kind"] == "row":
-            digest = sha256(payload["target"]["data"]).hexdigest()
+            target = payload["target"]
+            digest = sha256(target["data"]).hexdigest()
+            if target["kind"] == TargetKind.FRAMES:  # bare pixels don't say of which shape they are
+                how_shown = [target[name] for name in ("num_frames", "height_px", "width_px", "fps")]
         else:
             digest = payload.get("source_sha256")
             if digest:
                 open_media(payload["uri"], digest)  # refuses other bytes
             else:
                 digest = _hash(payload["uri"])
-        scale = [payload["scale"]] if payload.get("scale", 1) > 1 else []
-        return content_id("video", digest, payload["start_s"], payload["end_s"], *scale), digest
+        return content_id("video", digest, payload["start_s"], payload["end_s"], *how_shown), digest
 
     def _frames(self, payload: Payload) -> np.ndarray:
-        if payload["kind"] == "row":
-            target = payload["target"]
-            if target["kind"] == TargetKind.FRAMES:
-                return target_part(target_frames(target), target["fps"], self.how)
-            payload = {**payload, "uri": target["data"]}
-        return shrunk(self.child.call(DECODER, *arguments(self.how, payload)), payload.get("scale", 1))
-
-    def _target(self, payload: Payload) -> dict[str, Any]:
-        """Of a row that carries it."""
-        place = payload["uri"]
-        if place not in self.shards:
-            self.shards[place] = ShardSet(place)
-        table = self.shards[place].read_row_group(payload["group"], ["target"])
-        return table["target"][payload["row"]].as_py()
+        return scored_frames(payload, self.how, partial(self.child.call, DECODER))
 
     @cached_property
     def child(self) -> Isolated:
         return Isolated(timeout_s=self.timeout_s)
+
+
+def with_target(payload: Payload, shards: dict[str, ShardSet]) -> Payload:
+    """The payload of a row with the target that the row carries; `shards` keeps what was opened."""
+    place = payload["uri"]
+    if place not in shards:
+        shards[place] = ShardSet(place)
+    table = shards[place].read_row_group(payload["group"], ["target"])
+    return {**payload, "target": table["target"][payload["row"]].as_py()}
+
+
+def scored_frames(payload: Payload, how: FrameConfig, decode: Callable[..., np.ndarray]) -> np.ndarray:
+    """The frames of a video that are scored, uint8 `t h w 3`.
+
+    Args:
+        payload: one of a row has its target.
+        how: which frames.
+        decode: `frames_of`, or a call of it in another process.
+    """
+    if payload["kind"] == "row":
+        target = payload["target"]
+        if target["kind"] == TargetKind.FRAMES:
+            return target_part(target_frames(target), target["fps"], how)
+        payload = {**payload, "uri": target["data"]}
+    return shrunk(decode(*arguments(how, payload)), payload.get("scale", 1))
 
 
 def subjects(prompt: dict[str, Any] | None) -> list[str]:

@@ -11,16 +11,18 @@ from typing import Any
 
 from infra.certificate import check_certified, check_files, require_certificate
 from infra.claim import read_job_config
-from infra.storage import absolute, exists, join, list_files, read_bytes, read_json
-from pipeline.evaluate.decode import leading_frames
-from pipeline.evaluate.videos import Payload, find_videos
+from infra.config import canonical_json
+from infra.storage import absolute, exists, join, read_bytes, read_json
+from pipeline.evaluate.decode import FrameConfig, frames_of
+from pipeline.evaluate.videos import Payload, find_videos, list_entries
+from pipeline.evaluate.worker import scored_frames, with_target
 from pipeline.media.store import open_media, row_errors
 from pipeline.report.album import Album
 from pipeline.report.charts import Series, line_chart
 from pipeline.schema import RowError
 
-NUM_SHOWN, STRIP_FRAMES, MAX_METRICS = 2, 5, 4
-"""Best and worst videos of a metric; frames of each; metrics with such videos for each evaluation. Ours."""
+NUM_SHOWN, STRIP_FRAMES = 2, 5
+"""Best and worst videos of a metric; frames of each. Ours."""
 PUBLISHED = [
     ("UCF101, zero-shot", ("FVD", "FID", "IS"), [
         ("Video LDM", ("550.6", "", "33.45")),
@@ -107,7 +109,6 @@ def _table(metric: str, rows: list[tuple[Evaluation, Card]]) -> Card:
         "better": {"lower": "lower is better", "higher": "higher is better"}.get(first["better"], ""),
         "small_n": first["small_n"],
         "rows": [_row(evaluation, found) for evaluation, found in rows],
-        "manifest": json.dumps(manifest, indent=1, sort_keys=True, ensure_ascii=False)[:6000],
     }
 
 
@@ -125,6 +126,7 @@ def _row(evaluation: Evaluation, found: Card) -> Card:
         "value": f"{found['value']:.5g}",
         "interval": f"{interval[0]:.4g} to {interval[1]:.4g}" if interval else "unknown",
         "failed": f"{failed:,} failed" if failed else "",
+        "manifest": json.dumps(found["manifest"], indent=1, sort_keys=True, ensure_ascii=False),
     }
 
 
@@ -133,7 +135,21 @@ def system_in_words(system: Card) -> str:
     if not system:
         return "videos as given"
     position = f" at {system['position']:,} samples" if system.get("position") else ""
-    return f"{system['run']}{position}, {system['num_steps']} steps, {system['ema']}"
+    return f"{system['run']}{position}, {settings_in_words(system)}"
+
+
+def settings_in_words(system: Card) -> str:
+    """How a run was sampled."""
+    guidance, seeds = system.get("guidance"), system.get("seeds", ())
+    if isinstance(guidance, dict):
+        guidance = f"{guidance['scheme']} {guidance['weight']:g}"
+    told = [
+        f"{system['num_steps']} steps" if system.get("num_steps") else "",
+        system["ema"],
+        f"guidance {guidance}" if guidance else "",
+        f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}" if seeds else "",
+    ]
+    return ", ".join(filter(None, told))
 
 
 def missing(evaluations: list[Evaluation]) -> list[str]:
@@ -151,42 +167,44 @@ def missing(evaluations: list[Evaluation]) -> list[str]:
 
 
 def curves(evaluations: list[Evaluation]) -> list[Card]:
-    """Each metric over the checkpoints of a run, where two of its checkpoints share a protocol."""
-    groups: dict[tuple[str, str, str], list[tuple[int, float]]] = {}
+    """Each metric over the checkpoints of a run, where two of them share a protocol and were sampled alike."""
+    groups: dict[tuple[str, str, str, str], tuple[Card, list[tuple[int, float]]]] = {}
     for evaluation in evaluations:
         for metric, found in evaluation.scores.items():
             system = found["manifest"]["system"]
             if system.get("position"):
-                key = metric, found["protocol"], system["run"]
-                groups.setdefault(key, []).append((system["position"], found["value"]))
+                alike = {name: v for name, v in system.items() if name not in ("position", "checkpoint")}
+                key = metric, system["run"], found["protocol"], canonical_json(alike).decode()
+                groups.setdefault(key, (system, []))[1].append((system["position"], found["value"]))
     charts = []
-    for (metric, protocol, run), points in sorted(groups.items()):
+    for (metric, run, protocol, _), (system, points) in sorted(groups.items(), key=lambda item: item[0]):
         if len({position for position, _ in points}) > 1:
             x, y = zip(*sorted(points), strict=True)
-            title = f"{metric} of {run}"
+            title, note = f"{metric} of {run}", f"{settings_in_words(system)} · protocol {protocol}"
             chart = line_chart([Series("", x, y, "v0")], x_label="samples", y_label=metric, title=title)
-            charts.append({"title": title, "note": f"protocol {protocol}", "chart": chart})
+            charts.append({"title": title, "note": note, "chart": chart})
     return charts
 
 
 def extremes(evaluation: Evaluation, album: Album) -> Iterator[Card]:
     """The best and the worst videos of its metrics, beside their prompts and references."""
-    if not list_files(evaluation.videos):
+    if not list_entries(absolute(evaluation.videos)):
         return  # they were not kept
     payloads = {payload["name"]: payload for payload in find_videos(evaluation.videos)}
     ranked = {name: found for name, found in evaluation.scores.items() if found["best"]}
-    table = read_bytes(join(evaluation.uri, "videos.jsonl")).decode().splitlines()
-    rows = {row["name"]: row for row in map(json.loads, table) if row["side"] == "sampled"}
-    for metric, found in list(ranked.items())[:MAX_METRICS]:
+    table = read_bytes(join(evaluation.uri, "videos.jsonl")).decode().split("\n")
+    rows = {row["name"]: row for row in map(json.loads, filter(None, table)) if row["side"] == "sampled"}
+    for metric, found in ranked.items():
         for kind in ("best", "worst"):
             for name in found[kind][:NUM_SHOWN]:
                 if name in payloads:
                     value = f"{rows[name]['scores'][metric]:.4g}"
                     facts = f"{evaluation.name} · {kind} {metric} {value} · {name}"
-                    yield _video(payloads[name], found["manifest"]["frames"], facts, album)
+                    yield _video(payloads[name], FrameConfig(**found["manifest"]["frames"]), facts, album)
 
 
-def _video(payload: Payload, frames: Card, facts: str, album: Album) -> Card:
+def _video(payload: Payload, how: FrameConfig, facts: str, album: Album) -> Card:
+    """The frames that were scored, beside the prompt."""
     prompt = payload["prompt"] or {}
     references = [place for place in prompt.get("references", []) if exists(place)]
     for place in [*references, *([payload["uri"].removesuffix("#file")] if payload["kind"] == "file" else [])]:
@@ -194,9 +212,11 @@ def _video(payload: Payload, frames: Card, facts: str, album: Album) -> Card:
     pictures = [read_bytes(place) for place in references]
     try:
         with row_errors():
-            source = open_media(payload["uri"], payload.get("source_sha256"))
-            how = {"fps": frames["fps"], "stride": frames["stride"]}
-            found = leading_frames(source, frames["num_frames"], **how)
+            if payload["kind"] == "row":
+                payload = with_target(payload, {})
+            elif payload["kind"] == "clip":
+                open_media(payload["uri"], payload["source_sha256"])  # refuses other bytes
+            found = scored_frames(payload, how, frames_of)
             strip = album.filmstrip(found[:: max(1, len(found) // STRIP_FRAMES)][:STRIP_FRAMES], height_px=96)
     except RowError as error:
         strip, facts = None, f"{facts} · can't be read now: {error}"

@@ -19,10 +19,12 @@ from cli.evaluate import EvaluateConfig, check, run
 from infra.errors import ConfigError
 from infra.storage import read_json
 from model.sampling import generate
+from model.sampling.plan import SampleConfig
 from model.training.config import Stage1Config
 from pipeline.evaluate.worker import EvaluateWorker
 from pipeline.report import ReportConfig
 from pipeline.report import run as make_page
+from pipeline.report.scores import system_in_words
 from tests.pipeline.conftest import WriteVideo
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -193,6 +195,34 @@ def test_refusals_are_a_line_each(folders: Path, tiny_encoder: dict[str, Any]) -
         check(config(folders, tiny_encoder, metrics=["fid"]))
     with pytest.raises(ConfigError, match="no video in"):
         check(config(folders, tiny_encoder, against=str(folders / "gone")))
+
+
+def test_videos_of_sample_bring_what_made_them_into_the_manifest(
+    tmp_path: Path, trained_run: Stage1Config, tiny_encoder: dict[str, Any]
+) -> None:
+    guidance = {"scheme": "cfg", "weight": 2.0}
+    fields = {"run": trained_run.out, "out": str(tmp_path / "videos"), "prompts": ["a dog"], "num_steps": 2}
+    generate.run(SampleConfig.load(options={**fields, "seeds": [3, 5], "guidance": guidance}))
+    told = {"videos": fields["out"], "against": None, "metrics": ["flicker"]}
+    system = module.make_plan(config(tmp_path, tiny_encoder, **told)).system
+    expected = {"run": "run", "num_steps": 2, "guidance": "cfg 2", "seeds": [3, 5], "ema": "weights"}
+    assert {name: system[name] for name in expected} == expected
+    asked = {"run": trained_run.out, "videos": None, "against": None, "metrics": ["flicker"]}
+    asked |= {"prompts": trained_run.prompts, "rows": 2, "sample": {"num_steps": 2}}
+    of_run = module.make_plan(config(tmp_path, tiny_encoder, **asked)).system
+    same = ("run", "position", "checkpoint", "ema", "documents", "files")
+    assert {name: system[name] for name in same} == {name: of_run[name] for name in same}
+    assert str(tmp_path) not in json.dumps(system)
+    assert system_in_words(system).endswith("2 steps, weights, guidance cfg 2, seeds 3, 5")
+
+
+def test_prompts_of_real_videos_are_left_alone(folders: Path, tiny_encoder: dict[str, Any]) -> None:
+    line = {"video": "r0.mp4", "prompt": "A <image>.", "images": ["gone.png"]}
+    (folders / "real" / "prompts.jsonl").write_text(json.dumps(line))
+    plan = module.make_plan(config(folders, tiny_encoder, metrics=["clip_fid"]))
+    assert [payload["prompt"] for payload in plan.videos["real"]] == [None] * 5
+    extractor = module.make_extractor(config(folders, tiny_encoder), plan.features, "cpu")
+    assert not extractor.reads_pictures  # nor those of sampled ones, of which no metric asks for any
 
 
 def test_defaults_that_few_videos_cannot_have_are_left_out(folders: Path, tiny_encoder: dict[str, Any]) -> None:

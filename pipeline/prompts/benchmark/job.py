@@ -11,7 +11,7 @@ from infra.certificate import Certificate, FileEntry, file_entries, write_certif
 from infra.claim import open_job
 from infra.config import Incidental, Location
 from infra.errors import ConfigError, DataError
-from infra.storage import exists, join, sha256_file, write_bytes
+from infra.storage import exists, is_file, join, sha256_file, write_bytes
 from pipeline.job import output_hash
 from pipeline.prompts.benchmark.item import Exam, Row, as_row
 from pipeline.prompts.benchmark.msrvtt import read_msrvtt
@@ -64,10 +64,23 @@ def read_exam(config: BenchmarkConfig) -> Exam:
     """The protocol's items.
 
     Raises:
-        ConfigError: the user's copy doesn't fit.
+        ConfigError: the user's copy doesn't fit, or nothing is asked for.
     """
-    if not exists(config.source):
-        raise ConfigError(f"no folder {config.source}", cure="give the place of your copy of the data")
+    if not exists(config.source) or is_file(config.source):
+        got = f"{config.source} is a file" if exists(config.source) else f"no folder {config.source}"
+        raise ConfigError(got, cure="give the folder of your copy of the data")
+    exam = _read_protocol(config)
+    if not exam.items:
+        facts = ", ".join(f"{name} {value}" for name, value in exam.facts.items() if name != "remarks")
+        raise ConfigError(
+            f"no prompt of {config.protocol} in {config.source} ({facts})",
+            legal="a copy with one at least",
+            cure="complete the copy, or ask for another subset, split or mode",
+        )
+    return exam
+
+
+def _read_protocol(config: BenchmarkConfig) -> Exam:
     match config.protocol:
         case "ucf101":
             how = {"subset": config.subset, "fold": config.fold, "count": config.videos}

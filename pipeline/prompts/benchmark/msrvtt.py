@@ -30,14 +30,19 @@ def read_msrvtt(source: str, *, split: str, captions_per_video: int | None) -> E
         fault = f"no video of {missing[0]} and {len(missing) - 1:,} more" if missing else f"no split {split!r}"
         splits = ", ".join(sorted({str(v.get("split")) for v in values["videos"]}))
         raise ConfigError(f"{source} is no copy of MSR-VTT: {fault}; splits there: {splits}", legal=LAYOUT)
-    items, seen = [], dict.fromkeys(videos, 0)
-    for sentence in sorted(values["sentences"], key=lambda s: (str(s["video_id"]), s.get("sen_id", 0))):
+    found, seen = [], dict.fromkeys(videos, 0)
+    for sentence in sorted(values["sentences"], key=lambda s: (str(s["video_id"]), _place(s))):
         name = str(sentence["video_id"])
         if name not in videos or seen[name] == captions_per_video:
             continue
+        if not isinstance(sentence.get("caption"), str):
+            raise ConfigError(f"{source}: a sentence of {name} without a caption: {sentence}", legal=LAYOUT)
         seen[name] += 1
         key = f"{name}/{sentence.get('sen_id', seen[name])}"
-        items.append(Item(key=key, caption=sentence["caption"].strip(), video=files[name], split=split))
+        item = Item(key=key, caption=sentence["caption"].strip(), video=files[name], split=split)
+        found.append((seen[name], name, item))
+    # First captions first, so that the first rows are of as many clips as there can be.
+    items = [item for *_, item in sorted(found, key=lambda each: each[:2])]
     listed = [
         {"source_uri": files[name], **({"url": str(video["url"])} if video.get("url") else {})}
         for name, video in sorted(videos.items())
@@ -47,6 +52,12 @@ def read_msrvtt(source: str, *, split: str, captions_per_video: int | None) -> E
         facts["remarks"] = [f"{len(videos):,} clips and {len(items):,} captions; MSR-VTT's test split has "
                             f"{WHOLE[0]:,} and {WHOLE[1]:,}"]  # fmt: skip
     return Exam(items, listed, facts)
+
+
+def _place(sentence: dict[str, Any]) -> tuple[int, int, str]:
+    """Of a sentence among those of its clip: by number, whether it is written as one or as text."""
+    number = str(sentence.get("sen_id", 0))
+    return (0, int(number), "") if number.isdecimal() else (1, 0, number)
 
 
 def is_video(file: str) -> bool:

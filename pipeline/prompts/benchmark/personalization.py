@@ -44,13 +44,16 @@ def _item(folder: str, mode: str, pictures: Pictures) -> Item | None:
     """One video's prompt; None where the mode leaves it out: none or several subjects."""
     key, suffix = TAGS[mode]
     name = folder.rpartition("/")[2]
-    for part in ("summary_text.txt", "video.mp4"):
+    background = ("background.jpg",) if pictures == "multi_background" else ()
+    for part in ("summary_text.txt", "video.mp4", *background):
         if not exists(join(folder, part)):
             raise ConfigError(f"{folder} has no {part}", legal=LAYOUT)
     try:
         words: Any = json.loads(read_bytes(join(folder, "word_tags.json")))[key]
     except (ValueError, KeyError, TypeError):
         raise ConfigError(f"{folder}/word_tags.json names no {key}", legal=LAYOUT) from None
+    if not isinstance(words, list) or not all(isinstance(word, str) and word for word in words):
+        raise ConfigError(f"{folder}/word_tags.json: {key} is {words!r:.80}, no list of words", legal=LAYOUT)
     if len(words) != 1:
         return None
     stem = words[0].replace(" ", "_").replace("/", "_") + f"{suffix}.frame"

@@ -36,6 +36,12 @@ def read_ucf101(source: str, *, subset: str, fold: int, count: int, class_prompt
     classes = Counter(video.partition("/")[0] for video in videos)
     prompts = read_class_prompts(class_prompts, sorted(classes))
     by_class = {name: [v for v in videos if v.startswith(f"{name}/")] for name in classes}
+    # By the part of each class that is done, so that the first rows are of all classes, by their sizes.
+    order = sorted(
+        (number / share, name, number)
+        for name, share in shares(classes, count).items()
+        for number in range(share)
+    )
     items = [
         Item(
             key=f"{subset}{fold}/{name}/{number}",
@@ -43,12 +49,12 @@ def read_ucf101(source: str, *, subset: str, fold: int, count: int, class_prompt
             video=join(source, "UCF-101", by_class[name][number % len(by_class[name])]),
             split=subset,
         )
-        for name, share in shares(classes, count).items()
-        for number in range(share)
+        for _, name, number in order
     ]
     everything = list_files(join(source, "UCF-101"), suffix=".avi")
     called = "class-names" if class_prompts is None else class_prompts.rpartition("/")[2]
-    facts = {"classes": len(classes), "prompts": called, "subset": f"{subset}list0{fold}", "real": len(videos)}
+    real = len({item.video for item in items})
+    facts = {"classes": len(classes), "prompts": called, "subset": f"{subset}list0{fold}", "real": real}
     return Exam(items, [{"source_uri": place} for place in everything], facts)
 
 

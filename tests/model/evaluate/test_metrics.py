@@ -1,6 +1,7 @@
 """Laws of the metrics behind their one interface, on features made by hand."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -66,6 +67,18 @@ def test_every_metric_scores_and_sees_neither_order_nor_batches(name: str, monke
     shuffled = [given[k] for k in np.random.default_rng(1).permutation(len(given))]
     again, _ = score({name: METRICS[name]}, shuffled)
     assert again[name] == found  # to the last bit
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_no_metric_sees_what_the_videos_are_called(name: str) -> None:
+    given = videos(48, 60)
+    renamed = [
+        (replace(video, name=f"w{place:04d}"), words)
+        for (video, words), place in zip(given, np.random.default_rng(1).permutation(len(given)), strict=True)
+    ]
+    found, again = (score({name: METRICS[name]}, some)[0][name] for some in (given, renamed))
+    assert (again.value, again.interval) == (found.value, found.interval)  # to the last bit
+    assert sorted(again.each.values()) == sorted(found.each.values())
 
 
 @pytest.mark.parametrize("name", METRICS)

@@ -1,5 +1,6 @@
 """What each network sees of a video; tiny or random instances of its class stand in for weights of a hub."""
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ from torch.nn import functional as F
 
 from infra.errors import ConfigError
 from infra.storage import write_bytes
-from model.evaluate.extract import Extractor, FeatureCache
+from model.evaluate.extract import MAX_REFERENCES, Extractor, FeatureCache
+from model.evaluate.metric import Video
 from model.evaluate.networks import NETWORKS, Motion, Network, NetworkConfig, opener, resize, squeeze
+from model.evaluate.scores import chosen, score
 from model.evaluate.subject import SubjectNetwork, alone, square
 from tests.infra import tiny_grounders
 
@@ -153,6 +156,20 @@ def test_raft_gives_a_length_for_each_pair(tmp_path: Path) -> None:
     assert found.shape == (2,) and np.isfinite(found).all() and (found >= 0).all()
 
 
+class Strictness(nn.Module):
+    """Gives as a flow whether convolutions are in full float32 and by kernels of the same bits each time."""
+
+    def forward(self, one: torch.Tensor, two: torch.Tensor) -> list[torch.Tensor]:
+        cudnn = torch.backends.cudnn
+        return [torch.full((1, 2, 1, 1), float(cudnn.deterministic and not cudnn.allow_tf32))]
+
+
+def test_raft_looks_exactly() -> None:
+    network = NETWORKS["raft"](config(), CPU)
+    vars(network)["model"] = Strictness()  # in place of the loaded weights
+    assert network(noise(2, 128, 128)).all()
+
+
 @pytest.mark.parametrize("name", ["inception", "raft", "c3d"])
 def test_a_foreign_file_is_refused_in_a_line(tmp_path: Path, name: str) -> None:
     torch.save({"weight": torch.zeros(3)}, tmp_path / "x.pth")
@@ -236,6 +253,27 @@ def test_features_of_subjects_hang_on_their_words(
     assert keys != extractor.video_keys("video", ["red square"])
     extractor.video(keys, ["subject"], noise(2, 48, 64), ["cat"])
     assert extractor.cache.require(keys["subject"]).shape == (2, 1, 16)
+
+
+def test_as_many_words_count_as_reference_pictures_do(
+    tmp_path: Path, tiny_dino: str, tiny_finders: tuple[str, str]
+) -> None:
+    detector, segmenter = tiny_finders
+    own = config(dino=tiny_dino, detector=detector, segmenter=segmenter)
+    extractor = Extractor(own, ["subject", "subject_references"], FeatureCache(str(tmp_path)), {}, CPU)
+    pictures, words = [png(seed) for seed in range(MAX_REFERENCES + 2)], ["cat"] * (MAX_REFERENCES + 2)
+    keys = extractor.video_keys("video", words)
+    assert keys == extractor.video_keys("video", words[:MAX_REFERENCES])
+    extractor.video(keys, ["subject"], noise(1, 48, 64), words)
+    shown = {name: extractor.cache.require(key) for name, key in extractor.references(pictures).items()}
+    video = Video("a", {"subject": extractor.cache.require(keys["subject"])})
+    assert score(chosen(["subject"]), [(video, shown)])[0]["subject"].n == 1
+
+
+def png(seed: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(noise(1, 16, 16, seed)[0]).save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 def clip_config(tiny_encoder: dict[str, Any]) -> NetworkConfig:

@@ -1,5 +1,6 @@
 """What an evaluation makes of its videos' receipts."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,13 @@ def test_files_that_cannot_be_read_do_not_bring_a_score_of_few_videos(how: dict[
     )
     marked, _ = make_results(rows, metrics, {}, **how, allow_small_n=True)
     assert marked["scores"]["clip_fid"]["small_n"] and not marked["not_computed"]
+
+
+def test_any_text_leaves_a_line_for_each_video(how: dict[str, Any]) -> None:
+    texts = ["one\u2028two", "one\x85two", "zwölf"]
+    rows = [row("sampled", n, text=text) for n, text in enumerate(texts)]
+    _, table = make_results(rows, chosen(["clip_i"]), {}, **how)
+    assert [json.loads(line)["text"] for line in table.decode().splitlines()] == texts
 
 
 def test_other_reference_pictures_are_another_protocol(how: dict[str, Any]) -> None:

@@ -1,6 +1,7 @@
 """Videos of any place are found, counted and decoded; hostile ones end as rows with a reason."""
 
 import json
+import os
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,9 @@ from tests.pipeline.conftest import WriteVideo, numbered_frame
 class Recorder:
     """Stands where the trainer's networks do: keeps the frames that it is shown."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, reads_pictures: bool = True) -> None:
         self.seen: dict[str, np.ndarray] = {}
+        self.reads_pictures = reads_pictures
 
     def video_keys(self, video_id: str, words: Sequence[str], only: Collection[str] | None) -> dict[str, str]:
         return {"frames": video_id}
@@ -105,6 +107,33 @@ def test_nothing_there_is_refused(tmp_path: Path) -> None:
             find_videos(str(place))
 
 
+def test_what_is_no_file_is_counted_and_named_and_no_folder_twice(
+    tmp_path: Path, write_video: WriteVideo, worker_of: Any
+) -> None:
+    folder = tmp_path / "videos"
+    write_video(folder / "good.mp4", num_frames=4)
+    (folder / "link.mp4").symlink_to("good.mp4")
+    (folder / "gone.mp4").symlink_to("nowhere.mp4")
+    (folder / "again").symlink_to(folder)
+    os.mkfifo(folder / "pipe.mp4")
+    os.mkfifo(folder / "notes.txt")  # is not meant to be a video
+    (folder / os.fsdecode(b"caf\xe9.mp4")).write_bytes(b"video")
+    found = {payload["name"]: worker_of()(payload) for payload in find_videos(str(folder))}
+    assert {name: receipt["status"] for name, receipt in found.items()} == {
+        **dict.fromkeys(("again", "caf\\xe9.mp4", "gone.mp4", "pipe.mp4"), "unreachable"),
+        **dict.fromkeys(("good.mp4", "link.mp4"), "ok"),
+    }
+    assert "not followed" in found["again"]["error"] and "UTF-8" in found["caf\\xe9.mp4"]["error"]
+    assert "leads nowhere" in found["gone.mp4"]["error"] and "a pipe" in found["pipe.mp4"]["error"]
+    assert listing_hash(find_videos(str(folder))) == listing_hash(find_videos(str(folder)))
+
+
+def test_a_file_in_place_of_a_folder_is_refused(tmp_path: Path, write_video: WriteVideo) -> None:
+    video = write_video(tmp_path / "one.mp4", num_frames=4)
+    with pytest.raises(ConfigError, match=r"one\.mp4 is a file; legal: a folder .*; cure: give the folder"):
+        find_videos(str(video))
+
+
 def test_the_first_frames_are_scored(tmp_path: Path, write_video: WriteVideo) -> None:
     video = str(write_video(tmp_path / "a.mp4", num_frames=30, fps=30))
     whole = decode_frames(video, [n / 30 for n in range(30)])
@@ -144,10 +173,51 @@ def test_prompts_lie_beside_the_videos(tmp_path: Path, write_video: WriteVideo, 
     assert worker(two)["references"] == []
     (tmp_path / "dog.png").unlink()
     assert worker(one)["status"] == "bad_row"
+    assert worker_of(Recorder(reads_pictures=False), num_frames=2)(one)["status"] == "ok"  # nobody looks at it
     for bad in ('{"video": "c.mp4", "prompt": "x"}', "{}", "[]", "no json"):
         (tmp_path / "prompts.jsonl").write_text(bad)
         with pytest.raises(ConfigError, match="line 1"):
             find_videos(str(tmp_path))
+
+
+@pytest.mark.parametrize("letter", ["\u2028", "\x85", "\x0b", "\x0c"])
+def test_a_prompt_may_hold_any_line_separator_of_unicode(
+    tmp_path: Path, write_video: WriteVideo, letter: str
+) -> None:
+    write_video(tmp_path / "a.mp4", num_frames=2)
+    raw = letter if letter >= "\x20" else json.dumps(letter)[1:-1]  # JSON wants control characters escaped
+    lines = f'{{"video": "a.mp4", "prompt": "x", "text": "one{raw}two"}}\r\n\r\n'
+    (tmp_path / "prompts.jsonl").write_bytes(lines.encode())
+    assert find_videos(str(tmp_path))[0]["prompt"]["text"] == f"one{letter}two"
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ('{"video": "a.mp4", "prompt": "x", "words": 7}', "words = 7: Input should be a valid array"),
+        ('{"video": "a.mp4", "prompt": "x", "images": "dog.png"}', "images = 'dog.png'"),
+        ('{"video": "a.mp4", "prompt": "x", "images": [3]}', r"images\.0 = 3"),
+        ('{"video": ["a.mp4"], "prompt": "x"}', r"video = \['a.mp4'\]"),
+        ('{"video": "a.mp4", "prompt": "x", "text": 5}', "text = 5: Input should be a valid string"),
+        ('{"video": "a.mp4", "prompt": "x", "text": "\\ud800"}', "hex escape"),
+        ('{"video": "a.mp4"}', "neither prompt nor text"),
+    ],
+)
+def test_a_line_of_other_types_is_refused_with_what_is_legal(
+    tmp_path: Path, write_video: WriteVideo, line: str, said: str
+) -> None:
+    write_video(tmp_path / "a.mp4", num_frames=2)
+    (tmp_path / "prompts.jsonl").write_text(f"\n{line}\n")
+    with pytest.raises(ConfigError, match=rf"line 2: .*{said}.*; legal: .*prompt"):
+        find_videos(str(tmp_path))
+
+
+def test_a_second_prompt_of_a_video_is_refused(tmp_path: Path, write_video: WriteVideo) -> None:
+    write_video(tmp_path / "a.mp4", num_frames=2)
+    lines = [json.dumps({"video": "a.mp4", "prompt": prompt}) for prompt in ("x", "y")]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(lines))
+    with pytest.raises(ConfigError, match=r"line 2: a second prompt of 'a\.mp4'; legal: .*; cure: "):
+        find_videos(str(tmp_path))
 
 
 def test_a_folder_of_samples_brings_its_prompts(tmp_path: Path, write_video: WriteVideo) -> None:
@@ -203,6 +273,17 @@ def test_targets_of_shards_are_real_videos(tmp_path: Path, worker_of: Any) -> No
     assert {payload["name"] for payload in find_videos(str(shards), only=some)} == set(some)
 
 
+def test_the_same_bytes_in_another_shape_are_another_video(tmp_path: Path, worker_of: Any) -> None:
+    rows = [prompt_row(n, num_frames=6, height=h, width=w) for n, (h, w) in enumerate(((12, 16), (16, 12)))]
+    for row in rows:
+        row["target"]["data"] = bytes(len(row["target"]["data"]))
+    rows.append(rows[0] | {"prompt_id": "slow", "clip_id": "slow"})
+    rows[2]["target"] = rows[0]["target"] | {"fps": 4.0}
+    shards = write_shards(tmp_path / "prompts", rows, job="augment", group_rows=4, file_rows=4)
+    worker = worker_of()
+    assert len({worker(payload)["id"] for payload in find_videos(str(shards))}) == 3
+
+
 def test_a_clip_counts_once_however_many_tasks_carry_its_frames(tmp_path: Path) -> None:
     rows = [prompt_row(n, task=task) for n in range(2) for task in ("pretrain", "subject_driven")]
     rows += [prompt_row(0, task="text_to_video") | {"start_s": 1.0, "end_s": 2.0}]  # another part of it
@@ -216,3 +297,20 @@ def test_a_changed_folder_has_another_hash(tmp_path: Path, write_video: WriteVid
     assert listing_hash(find_videos(str(tmp_path))) == before
     write_video(tmp_path / "b.mp4", num_frames=2)
     assert listing_hash(find_videos(str(tmp_path))) != before
+
+
+def test_a_video_or_reference_of_equal_size_in_its_place_has_another_hash(
+    tmp_path: Path, write_video: WriteVideo
+) -> None:
+    video, picture = write_video(tmp_path / "a.mp4", num_frames=2), tmp_path / "dog.png"
+    picture.write_bytes(b"dog")
+    line = {"video": "a.mp4", "prompt": "A <image>.", "images": ["dog.png"]}
+    (tmp_path / "prompts.jsonl").write_text(json.dumps(line))
+    hashes = [listing_hash(find_videos(str(tmp_path)))]
+    for place in (video, picture):
+        data, before_ns = bytearray(place.read_bytes()), place.stat().st_mtime_ns
+        data[-1] ^= 1
+        place.write_bytes(data)
+        os.utime(place, ns=(before_ns, before_ns + 1_000_000_000))  # some disks count in seconds
+        hashes.append(listing_hash(find_videos(str(tmp_path))))
+    assert len(set(hashes)) == 3

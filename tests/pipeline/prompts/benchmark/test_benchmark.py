@@ -72,6 +72,20 @@ def test_ucf101_asks_by_the_distribution_and_names_its_real_videos(ucf101: Path)
     assert run(config("ucf101", ucf101, videos=10)).content_hash() == before  # found whole
 
 
+def test_the_first_rows_of_ucf101_are_of_all_classes_by_their_sizes(ucf101: Path) -> None:
+    certificate = run(config("ucf101", ucf101, videos=40))
+    captions = [row["caption"] for row in rows_of(str(ucf101.parent / "prompts"))]
+    for first in (4, 12, 40):
+        assert Counter(captions[:first])["yo yo"] == first // 4
+    assert certificate.facts["highlights"]["real"] == "4"
+
+
+def test_the_certificate_counts_the_real_videos_that_are_used(ucf101: Path) -> None:
+    certificate = run(config("ucf101", ucf101, videos=2))
+    real = find_videos(str(ucf101.parent / "prompts"))
+    assert certificate.facts["highlights"]["real"] == str(len(real)) == "2"
+
+
 def test_class_prompts_are_the_users(ucf101: Path, tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text("ApplyEyeMakeup: A woman paints her lids.\nYoYo: A yo-yo spins.\n")
     run(config("ucf101", ucf101, videos=4, class_prompts=str(tmp_path / "mine.yaml"), subset="all"))
@@ -143,6 +157,25 @@ def test_msrvtt_asks_for_every_caption_of_its_test_split(msrvtt: Path, tmp_path:
     assert "2 prompts of msrvtt" in check(config("msrvtt", msrvtt, captions_per_video=1))
 
 
+def test_the_first_rows_of_msrvtt_are_of_as_many_clips_as_there_are(msrvtt: Path, tmp_path: Path) -> None:
+    run(config("msrvtt", msrvtt))
+    captions = [row["caption"] for row in rows_of(str(tmp_path / "prompts"))]
+    assert captions == [f"video{n} says {k}" for k in range(3) for n in (1, 3)]
+
+
+def test_sentences_are_in_the_order_of_their_numbers_however_those_are_written(
+    msrvtt: Path, tmp_path: Path
+) -> None:
+    values = json.loads((msrvtt / "MSRVTT_data.json").read_text())
+    numbers = iter([10, "9", "x"] * 3)
+    sentences = [s | {"sen_id": next(numbers)} for s in values["sentences"] if s["video_id"] != "video2"]
+    sentences.sort(key=lambda s: s["video_id"])
+    (msrvtt / "MSRVTT_data.json").write_text(json.dumps(values | {"sentences": sentences}))
+    run(config("msrvtt", msrvtt))
+    captions = [row["caption"] for row in rows_of(str(tmp_path / "prompts"))]
+    assert [caption for caption in captions if "video1" in caption] == [f"video1 says {k}" for k in (1, 0, 2)]
+
+
 def test_no_prompt_of_an_exam_is_given_its_own_clip(msrvtt: Path, tmp_path: Path) -> None:
     files = [str(msrvtt / "TestVideo" / f"video{n}.mp4") for n in (1, 2, 3)]
     rows = documents(4, texts=[f"video{n} says {k}" for n, k in ((1, 0), (2, 0), (3, 0), (1, 1))])
@@ -166,6 +199,8 @@ def test_another_layout_of_msrvtt_is_refused(msrvtt: Path) -> None:
     (msrvtt / "TestVideo" / "video3.mp4").unlink()
     with pytest.raises(ConfigError, match="no video of video3"):
         check(config("msrvtt", msrvtt))
+    with pytest.raises(ConfigError, match=r"MSRVTT_data\.json is a file; cure"):
+        check(config("msrvtt", msrvtt / "MSRVTT_data.json"))
     (msrvtt / "MSRVTT_data.json").write_text("[]")
     with pytest.raises(ConfigError, match="no annotations"):
         check(config("msrvtt", msrvtt))
@@ -212,6 +247,39 @@ def test_personalization_puts_the_subjects_picture_in_the_place_of_its_word(pers
         (personalization / "video3_c" / f"cat.frame{frame}.png").unlink()
     with pytest.raises(ConfigError, match=r"no picture cat\.frame\*\.png"):
         check(config("personalization", personalization))
+
+
+def test_an_exam_of_nothing_is_refused(ucf101: Path, msrvtt: Path, personalization: Path) -> None:
+    (ucf101 / "ucfTrainTestlist" / "testlist01.txt").write_text("\n")
+    values = json.loads((msrvtt / "MSRVTT_data.json").read_text())
+    strangers = [{"video_id": "other", "sen_id": 1, "caption": "a"}]
+    (msrvtt / "MSRVTT_data.json").write_text(json.dumps(values | {"sentences": strangers}))
+    nothing = [config("ucf101", ucf101), config("msrvtt", msrvtt), config("personalization", personalization)]
+    for asked in (*nothing[:2], nothing[2].model_copy(update={"mode": "face"})):
+        with pytest.raises(ConfigError, match=rf"no prompt of {asked.protocol} in .*; legal: .*; cure: "):
+            check(asked)
+
+
+def test_a_sentence_without_a_caption_is_refused(msrvtt: Path) -> None:
+    values = json.loads((msrvtt / "MSRVTT_data.json").read_text())
+    del values["sentences"][0]["caption"]
+    (msrvtt / "MSRVTT_data.json").write_text(json.dumps(values))
+    with pytest.raises(ConfigError, match=r"a sentence of video1 without a caption.*; legal: a JSON file"):
+        check(config("msrvtt", msrvtt))
+
+
+@pytest.mark.parametrize("subject", [7, [None], {"dog": 1}, "dog", [""]])
+def test_subjects_that_are_no_list_of_words_are_refused(personalization: Path, subject: Any) -> None:
+    (personalization / "video1_a" / "word_tags.json").write_text(json.dumps({"subject": subject}))
+    with pytest.raises(ConfigError, match=r"word_tags\.json: subject is .*, no list of words; legal: "):
+        check(config("personalization", personalization))
+
+
+def test_a_missing_background_is_refused_where_it_is_asked_for(personalization: Path) -> None:
+    (personalization / "video3_c" / "background.jpg").unlink()
+    check(config("personalization", personalization))
+    with pytest.raises(ConfigError, match=r"video3_c has no background\.jpg; legal: "):
+        check(config("personalization", personalization, pictures="multi_background"))
 
 
 def test_a_word_that_the_caption_lacks_has_its_picture_in_front() -> None:
