@@ -21,7 +21,7 @@ from pipeline.media.clip import first_frame, read_frames
 from pipeline.prompts.subjects.crops import as_picture, own_pictures
 from pipeline.prompts.subjects.cutout import Picture, encode
 from pipeline.prompts.subjects.finder import FRAME_FRACS, SIDE_PX, SubjectFinder
-from pipeline.prompts.subjects.pairs import Bounds, Pairs, Tally, cross_references
+from pipeline.prompts.subjects.pairs import Pairs, Tally, cross_references
 from pipeline.prompts.subjects.verdict import main_reason
 from pipeline.schema import TASKS, Media, Role, RowError, Status, Task
 
@@ -38,7 +38,7 @@ class Choice:
     max_subjects: int
     background_prob: float
     pairs: Pairs
-    bounds: Bounds
+    similarity: tuple[float, float]
     references: int
     tally: Tally = field(default_factory=Tally)
     """What was compared for cross-pairs is counted here."""
@@ -118,7 +118,7 @@ def _from_crops(draw: Draw, choice: Choice) -> Made:
 def _references(choice: Choice, target: Row, own: list[Row]) -> list[Row]:
     """The crops that may stand for `target`, best first."""
     if choice.pairs != "in_pair":
-        compared = cross_references(target, choice.crops, choice.bounds, at_most=choice.references)
+        compared = cross_references(target, choice.crops, choice.similarity, at_most=choice.references)
         choice.tally.add(compared)
         found = [pair.reference for pair in compared if pair.fate == "used"]
         if found or choice.pairs == "cross_clip":

@@ -23,7 +23,6 @@ from pipeline.prompts.subjects.finder import SubjectConfig, SubjectFinder
 from pipeline.prompts.subjects.job import CropsConfig, CropsWorker
 from pipeline.prompts.subjects.pairs import (
     NUM_LOOKED_AT,
-    Bounds,
     Tally,
     cross_references,
     disjoint,
@@ -169,19 +168,19 @@ def crop(clip: str, span: tuple[float, float], vector: list[float], **values: An
     return row | {"crop_id": crop_id(clip, row["doc_id"], row["start"], row["frac"])}
 
 
-BOUNDS = Bounds((0.6, 0.97), (0.9, 0.97))
+BOUNDS: tuple[float, float] = InstructConfig.model_fields["similarity"].default
 
 
 def test_a_reference_is_like_enough_unlike_enough_and_from_elsewhere():
     target = crop("a", (0, 2), [1, 0])
     bank = [
         target,
-        crop("b", (2, 4), [1, 0.5]),  # .89
-        crop("c", (1, 3), [1, 0.5]),  # overlaps
+        crop("b", (2, 4), [1, 0.4]),  # .93
+        crop("c", (1, 3), [1, 0.4]),  # overlaps
         crop("d", (4, 6), [1, 0.01]),  # a copy
-        crop("e", (6, 8), [0, 1]),  # another dog
-        crop("f", (8, 9), [1, 0.5], clip_source="other film"),
-        crop("g", (8, 9), [1, 0.5], head="cat"),
+        crop("e", (6, 8), [1, 0.9]),  # .74: as like as two dogs are
+        crop("f", (8, 9), [1, 0.4], clip_source="other film"),
+        crop("g", (8, 9), [1, 0.4], head="cat"),
         crop("a", (0, 2), [1, 0.3], doc_id="doc"),  # .96, but it lives
     ]
     compared = cross_references(target, bank, BOUNDS, at_most=2)
@@ -190,6 +189,16 @@ def test_a_reference_is_like_enough_unlike_enough_and_from_elsewhere():
     ball = crop("a", (0, 2), [1, 0], nature="product")
     documents = [crop("a", (0, 0), [1, 0.3], nature="product", doc_id="doc")]
     assert [pair.fate for pair in cross_references(ball, documents, BOUNDS, at_most=2)] == ["used"]
+
+
+def test_a_living_thing_of_the_same_film_must_be_as_like_as_a_document():
+    for nature, span, values in [("living", (2, 4), {}), ("product", (0, 0), {"doc_id": "doc"})]:
+        target = crop("a", (0, 2), [1, 0], nature=nature)
+        other = [
+            crop("a" if values else "b", span, [1, y], nature=nature, frac=y, **values) for y in (0.4, 0.9)
+        ]
+        compared = cross_references(target, other, BOUNDS, at_most=2)
+        assert [pair.fate for pair in compared] == ["used", "too_unlike"]  # .93 and .74
 
 
 @given(
@@ -204,16 +213,31 @@ def test_used_references_lie_between_the_bounds_and_share_no_moment(
     used = [pair for pair in compared if pair.fate == "used"]
     assert len(used) <= at_most
     for pair in used:
-        assert 0.6 <= pair.similarity <= 0.97 and disjoint(target, pair.reference)
+        assert BOUNDS[0] <= pair.similarity <= BOUNDS[1] and disjoint(target, pair.reference)
     assert len(compared) == sum(disjoint(target, other) for other in bank)
     assert sum(histogram([pair.similarity for pair in compared])) == len(compared)
 
 
+def test_pictures_of_one_source_are_one_picture_and_no_cross_pair():
+    picture = crop("a", (0, 0), [1, 0])
+    for other in [crop("b", (0, 0), [1, 0.4]), crop("b", (0, 0), [1, 0.4], end_s=None)]:
+        assert not disjoint(picture, other) and not disjoint(other, picture)
+        assert not cross_references(picture, [other], BOUNDS, at_most=1)
+
+
+def test_several_references_of_a_word_are_of_several_clips():
+    target = crop("a", (0, 2), [1, 0])
+    still = [crop("b", (2, 4), [1, 0.4], frac=frac) for frac in (0.05, 0.5, 0.95)]
+    bank = [*still, crop("c", (4, 6), [1, 0.45])]
+    used = [pair.reference for pair in cross_references(target, bank, BOUNDS, at_most=3) if pair.fate == "used"]
+    assert [reference["clip_id"] for reference in used] == ["b", "c"]
+
+
 def test_a_held_out_clip_is_no_training_clips_reference():
-    train, test = crop("a", (0, 2), [1, 0], split="train"), crop("b", (2, 4), [1, 0.5], split="test")
+    train, test = crop("a", (0, 2), [1, 0], split="train"), crop("b", (2, 4), [1, 0.4], split="test")
     assert not cross_references(train, [test], BOUNDS, at_most=1)
     assert cross_references(test, [train], BOUNDS, at_most=1)
-    assert cross_references(test, [crop("c", (4, 6), [1, 0.5], split="test")], BOUNDS, at_most=1)
+    assert cross_references(test, [crop("c", (4, 6), [1, 0.4], split="test")], BOUNDS, at_most=1)
 
 
 def test_comparisons_are_all_counted_and_few_are_kept():
@@ -257,7 +281,7 @@ def film(ball: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str
         prompt(i, ball, "A red dog is running") | {"start_s": 0.5 * i, "end_s": 0.5 * i + 0.5} for i in range(3)
     ]
     prompts = save_prompts(folder / "prompts", rows)
-    vectors = [[1, 0], [1, 0.5], [1, 0.01]]
+    vectors = [[1, 0], [1, 0.4], [1, 0.01]]
     spans = [(float(row["start_s"]), float(row["end_s"])) for row in rows]
     crops = [
         crop(str(row["clip_id"]), span, vector, clip_source=str(ball), image=jpeg(draw_frame(7 * n)))
@@ -305,8 +329,8 @@ def test_bounds_of_another_clip_than_the_crops_are_remarked(
     tasks, out = (Task.SUBJECT_DRIVEN,), str(tmp_path / "x")
     config = InstructConfig(prompts=prompts, out=out, crops=table, pairs="mixed", tasks=tasks, ray=RAY)
     remarks = run(config).facts["remarks"]
-    assert len(remarks) == 2 and "ViT-B-32" in remarks[1] and "similarity and memory_similarity" in remarks[1]
-    set_by_hand = {"similarity": (0.7, 0.9), "memory_similarity": (0.7, 0.9), "out": str(tmp_path / "y")}
+    assert len(remarks) == 2 and "ViT-B-32" in remarks[1] and "the bounds similarity" in remarks[1]
+    set_by_hand = {"similarity": (0.7, 0.9), "out": str(tmp_path / "y")}
     assert len(run(config.model_copy(update=set_by_hand)).facts["remarks"]) == 1
 
 
@@ -373,12 +397,23 @@ def test_the_page_shows_crops_by_verdict_pairs_with_their_similarity_and_a_funne
     )
     config = ReportConfig(out=str(tmp_path / "a.html"), crops=table, instructions=out)
     page = Path(make_page(config)).read_text(encoding="utf-8")
-    assert "Cross-pairs" in page and "red dog · 0.89" in page and "Near-duplicates, left out" in page
+    assert "Cross-pairs" in page and "red dog · 0.93" in page and "Near-duplicates, left out" in page
     config = ReportConfig(out=str(tmp_path / "b.html"), crops=str(crops), prompts=prompts)
     page = Path(make_page(config)).read_text(encoding="utf-8")
     reasons = {row["error"] for row in read_table(crops) if row["error"]}
     assert len(reasons) >= 2 and all(html.escape(reason.capitalize()) in page for reason in reasons)
     assert "a word is surely shown" in page and 'id="subjects"' in page
+
+
+@pytest.mark.ray
+def test_the_page_of_instructions_without_subjects_has_no_cross_pairs_whatever_pairs_says(
+    prompts: str, ray_cluster: None, tmp_path: Path
+):
+    out, tasks = str(tmp_path / "x"), (Task.VIDEO_PREDICTION,)
+    made = run(InstructConfig(prompts=prompts, out=out, pairs="cross_clip", tasks=tasks, ray=RAY))
+    assert made.num_out and not (tmp_path / "x" / "pairs.parquet").exists()
+    page = make_page(ReportConfig(out=str(tmp_path / "a.html"), instructions=out))
+    assert "Cross-pairs" not in Path(page).read_text(encoding="utf-8")
 
 
 @pytest.mark.ray
