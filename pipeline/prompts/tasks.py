@@ -23,10 +23,13 @@ from pipeline.prompts.subjects.cutout import Picture, encode
 from pipeline.prompts.subjects.finder import FRAME_FRACS, SIDE_PX, SubjectFinder
 from pipeline.prompts.subjects.pairs import Pairs, Tally, cross_references
 from pipeline.prompts.subjects.verdict import main_reason
-from pipeline.schema import TASKS, Media, Role, RowError, Status, Task
+from pipeline.schema import TASKS, Media, Role, RowError, Status, TargetKind, Task
 
 Row = dict[str, Any]
 Segment = dict[str, Any]
+MAX_FIRST_PX = 2048
+"""Longest side of a first frame whose target is read from the source: 1080p whole, and no more than training
+may decode. Ours."""
 
 
 @dataclass(frozen=True)
@@ -132,11 +135,17 @@ def video_prediction(draw: Draw) -> Made:
     if draw.row["media"] == Media.IMAGE:
         raise RowError(Status.FILTERED_NOT_VIDEO, "a picture has no next frame")
     first = first_frame(draw.row, local_uri=draw.local_uri)
-    target = draw.row["target"] or {}  # training shows the target's own frame: the encoder's is no coarser
-    side_px = max(SIDE_PX, target.get("height_px") or 0, target.get("width_px") or 0)
-    data = encode(fit_inside(Image.fromarray(first.frames[0]), side_px))
+    data = encode(fit_inside(Image.fromarray(first.frames[0]), first_frame_px(draw.row)))
     segments = [text(draw.caption, Role.CAPTION), image(data, Role.FIRST_FRAME)]
     return segments, _frame_flags(first.from_target)
+
+
+def first_frame_px(row: Row) -> int:
+    """Longest side of a first frame: no coarser than the target's own, which training shows."""
+    target = row["target"] or {}
+    if target.get("kind") != TargetKind.REFERENCE or target.get("width_px"):
+        return max(SIDE_PX, target.get("height_px") or 0, target.get("width_px") or 0)
+    return min(max(SIDE_PX, row["height_px"] or 0, row["width_px"] or 0), MAX_FIRST_PX)
 
 
 def text_to_video(draw: Draw) -> Made:
