@@ -10,15 +10,19 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from infra.certificate import Certificate, read_certificate, write_certificate
+from infra.clip import ClipConfig
 from infra.cluster import RayConfig
 from infra.errors import ConfigError, TooManyFailuresError
+from model.condition import MAX_REFERENCES
 from pipeline.journal import JournalWriter
 from pipeline.prompts.inputs import plan_units
 from pipeline.prompts.instruct import InstructConfig, check, run
 from pipeline.prompts.subjects import job
 from pipeline.prompts.subjects.crops import clip_crops, document_crops, places_of
+from pipeline.prompts.subjects.entities import find_entities
 from pipeline.prompts.subjects.finder import SubjectConfig, SubjectFinder
 from pipeline.prompts.subjects.job import CropsConfig, CropsWorker
 from pipeline.prompts.subjects.pairs import (
@@ -29,6 +33,7 @@ from pipeline.prompts.subjects.pairs import (
     histogram,
 )
 from pipeline.prompts.subjects.verdict import Reason
+from pipeline.prompts.tasks import MAX_PICTURES, RECIPES, Choice, Draw, thinned
 from pipeline.report.page import run as make_page
 from pipeline.report.read import ReportConfig
 from pipeline.schema import CROP_PLACES, CROPS, Role, Task, crop_id
@@ -74,6 +79,9 @@ def test_every_clip_has_a_row_that_says_what_became_of_its_words(crops: Path, pr
     assert certificate.dead == {"not_found": 1}
     assert {row["nature"] for row in rows if row["status"] == "ok"} == {"product", "place"}
     assert pq.read_schema(crops / shard_name(0)).equals(CROPS)
+    dead = {"not_found"}
+    told = Counter(row["status"] if row["status"] in dead else row["error"] for row in rows if row["error"])
+    assert certificate.facts["reasons"] == told and told["not_found"] == 1  # not its file's name
 
 
 def test_what_a_document_and_a_place_do_not_show_has_a_row_with_the_reason(tmp_path: Path):
@@ -231,6 +239,68 @@ def test_several_references_of_a_word_are_of_several_clips():
     bank = [*still, crop("c", (4, 6), [1, 0.45])]
     used = [pair.reference for pair in cross_references(target, bank, BOUNDS, at_most=3) if pair.fate == "used"]
     assert [reference["clip_id"] for reference in used] == ["b", "c"]
+
+
+def test_a_picture_has_one_frame_and_so_one_cut_out_of_a_word(tmp_path: Path):
+    Image.fromarray(draw_frame(3)).save(tmp_path / "ball.png")
+    row = prompt(0, tmp_path / "ball.png", "A red ball in the grass", media="image")
+    finder = SubjectFinder(SubjectConfig(clip=ClipConfig(name="offline")))
+    made = clip_crops(row, finder, np.random.default_rng(0), local_uri=None)
+    assert [(crop["phrase"], crop["frac"]) for crop in made] == [("red ball", 0.0), ("grass", 0.0)]
+
+
+class Broken:
+    """A finder that can't take this frame: transformers refuses pictures of one pixel so."""
+
+    def find(self, frames: Any, phrases: Any) -> Any:
+        raise ValueError("Unable to infer channel dimension format")
+
+
+def test_a_clip_or_document_that_breaks_the_finder_is_one_bad_row(ball: Path, tmp_path: Path):
+    config = CropsConfig(prompts=save_prompts(tmp_path / "p", [prompt(0, ball, "A red ball")]), out="o")
+    worker = CropsWorker(config.model_copy(update={"subjects": SUBJECTS}))
+    worker.finder.__dict__["finder"] = Broken()
+    row = prompt(0, ball, "A red ball")
+    row["segments"][0]["text"] = "a blue ball"
+    made = worker.crops(row, None)
+    assert [(crop["doc_id"], crop["status"]) for crop in made] == [(None, "bad_row"), ("d0-1", "bad_row")]
+    assert all(crop["error"] == "ValueError: Unable to infer channel dimension format" for crop in made)
+
+
+def test_crops_of_a_targets_own_small_frames_say_so_in_the_instruction(ball: Path, tmp_path: Path):
+    finder, rows = SubjectFinder(SUBJECTS), []
+    for source in (ball, tmp_path / "gone.mp4"):
+        row = prompt(0, source, "A red ball in the grass")
+        row["target"] |= {"data": np.stack([draw_frame(i) for i in range(4)]).tobytes()}
+        row["target"] |= {"height_px": 180, "width_px": 320}
+        own = clip_crops(row, finder, np.random.default_rng(0), local_uri=None)
+        choice = Choice(own, 3, 1.0, "in_pair", BOUNDS, references=1)
+        rows.append(RECIPES[Task.SUBJECT_DRIVEN].make(Draw(row, None, finder, 0, choice)))
+    assert [flags for _, flags in rows] == [[], ["frames_from_target"]]
+
+
+def test_a_prompt_has_no_more_pictures_than_the_generator_sees():
+    assert MAX_PICTURES == MAX_REFERENCES
+    caption = "A red dog, a black cat and a white horse run in the park."
+    places = {e.head: e for e in find_entities(caption)}
+    own = [
+        crop("a", (0, 2), [1, 0], frac=frac, phrase=e.text, head=e.head, start=e.start, end=e.end)
+        for e in places.values()
+        for frac in ((0.05, 0.5, 0.95) if e.head != "park" else (0.05,))
+    ]
+    for one in own:
+        one["nature"] = "place" if one["head"] == "park" else "living"
+    row = {"clip_id": "a", "caption": caption}
+    counts = Counter()
+    for seed in range(20):
+        choice = Choice(own, 3, 1.0, "in_pair", BOUNDS, references=3)
+        draw = Draw(row, None, SubjectFinder(SUBJECTS), seed, choice)
+        segments, _ = RECIPES[Task.SUBJECT_DRIVEN].make(draw)
+        counts[sum(s["type"] == "image" for s in segments)] += 1
+        assert sum(s["role"] == Role.BACKGROUND for s in segments) == 1
+        assert "".join(s["text"] or "" for s in segments) == caption
+    assert max(counts) == MAX_PICTURES and len(counts) > 2
+    assert [len(some) for some in thinned([own[:3], own[:1], own[:3]], 5)] == [2, 1, 2]
 
 
 def test_a_held_out_clip_is_no_training_clips_reference():
@@ -400,7 +470,9 @@ def test_the_page_shows_crops_by_verdict_pairs_with_their_similarity_and_a_funne
     assert "Cross-pairs" in page and "red dog · 0.93" in page and "Near-duplicates, left out" in page
     config = ReportConfig(out=str(tmp_path / "b.html"), crops=str(crops), prompts=prompts)
     page = Path(make_page(config)).read_text(encoding="utf-8")
-    reasons = {row["error"] for row in read_table(crops) if row["error"]}
+    rows = [row for row in read_table(crops) if row["error"]]
+    reasons = {row["error"] if row["status"] == "filtered_no_subject" else row["status"] for row in rows}
+    assert "gone.mp4" not in page.partition('id="subjects"')[2] and "not_found" in reasons
     assert len(reasons) >= 2 and all(html.escape(reason.capitalize()) in page for reason in reasons)
     assert "a word is surely shown" in page and 'id="subjects"' in page
 
