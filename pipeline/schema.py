@@ -353,6 +353,7 @@ CROPS = pa.schema(
         ),
         _field("vector", pa.list_(pa.float32()), "CLIP's unit vector of the picture; null without CLIP"),
         _field("score", pa.float32(), "how sure the finder was, 0..1"),
+        _field("from_target", pa.bool_(), "cut out of the target's own, often small frames: no source"),
         _field("status", pa.string(), "a Status", False),
         _field("error", pa.string(), "why, if not ok"),
     ],

@@ -14,8 +14,8 @@ KEY_COLUMNS = [
     *("start_s", "end_s", "fps", "target.num_frames"),
 ]
 """The cheap columns that decide which stream a row belongs to."""
-VALIDATION = "validation"
-"""The stream of rows that are kept from training, in place of their task."""
+VALIDATION = "validation "
+"""In front of the task in the stream of rows that are kept from training."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def streams_of(
 ) -> list[tuple[int, str] | None]:
     """(bucket, task) of each row, from KEY_COLUMNS: the bucket of its medium with the nearest shape.
 
-    None for a row whose medium no bucket takes; (bucket, VALIDATION) for one that is held out.
+    None for a row whose medium no bucket takes; (bucket, VALIDATION + task) for one that is held out.
     """
     nearest: dict[tuple[Any, ...], int | None] = {}
     streams: list[tuple[int, str] | None] = []
@@ -53,7 +53,7 @@ def streams_of(
             nearest[shape] = nearest_bucket(media, height, width, buckets, num_frames=num_frames)
         bucket = nearest[shape]
         kept_back = is_held_out(sha256 or uri or "", split, held_out_frac)
-        streams.append(None if bucket is None else (bucket, VALIDATION if kept_back else task))
+        streams.append(None if bucket is None else (bucket, VALIDATION + task if kept_back else task))
     return streams
 
 

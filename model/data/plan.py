@@ -77,7 +77,8 @@ class Plan:
         lanes: int = LANES,
         window_rows: int = WINDOW_ROWS,
     ) -> None:
-        counts = {s: rows for s, rows in count_streams(index, num_groups).items() if s[1] != VALIDATION}
+        streams = count_streams(index, num_groups)
+        counts = {s: rows for s, rows in streams.items() if not s[1].startswith(VALIDATION)}
         if task_weights is not None:
             counts = _keep_tasks(counts, task_weights)
         if not counts:

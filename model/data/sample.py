@@ -153,11 +153,12 @@ def decode_video(
             raise ValueError("no video stream")
         stream = container.streams.video[0]
         stream.thread_count = 1  # the loader has threads of its own
-        base = stream.time_base or Fraction(1, 1000)
+        base, begin = stream.time_base or Fraction(1, 1000), stream.start_time or 0
         if start_s > 0:
-            container.seek(int(start_s / base), stream=stream)
+            container.seek(int(start_s / base) + begin, stream=stream)
         for frame in container.decode(stream):
-            time_s = float((frame.pts or 0) * base)
+            pts = begin if frame.pts is None else frame.pts
+            time_s = float((pts - begin) * base)  # spans count from the stream's first frame
             if time_s >= end_s - 1e-6 and frames:
                 break
             if time_s >= start_s - 1e-6:

@@ -65,9 +65,10 @@ class ValidationConfig(Config):
     """
 
     num_samples: int = Field(default=16, ge=0, le=1_000_000)
-    """Rows of each medium; 0 switches validation off. A row costs up to 12 forward passes (16 in stage 2):
-    three choices of documents, and nothing shown, at four noise levels each; twice as many with
-    self-conditioning. 16 (ours) shows where a run goes; to show that documents help takes about a hundred."""
+    """Rows of each bucket, in stage 2 evenly of its tasks; 0 switches validation off. A row costs up to 12
+    forward passes (16 in stage 2): three choices of documents, and nothing shown, at four noise levels each;
+    twice as many with self-conditioning. 16 (ours) shows where a run goes; to show that documents help takes
+    about a hundred."""
     held_out_frac: float = Field(default=0.01, ge=0, lt=1)
     """Share of the parent videos whose clips are kept from training, chosen by the hash of the parent, so
     that both stages keep the same ones back. Rows of a val or test split always are. A hundredth (ours) is

@@ -16,6 +16,7 @@ from infra.storage import read_bytes, write_bytes
 from model.backbones.folder import base_sha256, check_weights, read_base
 from model.backbones.presets import PRESETS, preset
 from model.cost import on_meta
+from model.data.buckets import VALIDATION
 from model.data.shards import Shards, index_shards, open_parquet, open_shards
 from model.edm import sigma_in
 from model.encodings.make import check_encodings
@@ -327,7 +328,9 @@ def prepare_index(config: StageConfig, shards: Shards) -> pa.Table:
         ConfigError: the shards hold no row for the buckets, or lack a task of the mixture.
     """
     try:
-        return read_index(config.out)
+        index = read_index(config.out)
+        if VALIDATION.strip() not in index["task"].unique().to_pylist():
+            return index  # else of an earlier version, which did not tell held-out rows' tasks
     except (DataError, FileNotFoundError):
         pass  # none yet, or a damaged one: it is made of the shards alone
     index = index_shards(shards, config.shapes, held_out_frac=config.validation.held_out_frac)

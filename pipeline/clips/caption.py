@@ -224,6 +224,9 @@ class Worker:
             return self.child.call("pipeline.clips.parent:judge_clip", row, self.filters)
         except RowError as error:
             return {**row, "status": error.status.value, "error": str(error)}
+        except Exception as error:  # noqa: BLE001 - the row boundary: one odd file must cost one row
+            told = f"{type(error).__name__}: {error}"[:300]
+            return {**row, "status": Status.UNDECODABLE.value, "error": told}
 
 
 def wants_caption(row: Row, config: CaptionConfig) -> bool:

@@ -70,12 +70,15 @@ class Captioner:
             for some, question in zip(images, questions, strict=True)
         ]
         bos = self.processor.tokenizer.bos_token
+        # Idefics3 and SmolVLM would cut each frame into tiles besides the whole: up to 17 times the tokens.
+        can_split = hasattr(self.processor.image_processor, "do_image_splitting")
         batch = self.processor(
             text=texts,
             images=images,
             padding=True,
             return_tensors="pt",
             add_special_tokens=not (bos and texts[0].startswith(bos)),
+            **({"do_image_splitting": False} if can_split else {}),
         )
         return {
             name: value.to(self.device, self.dtype if value.is_floating_point() else None)

@@ -11,7 +11,7 @@ from av.error import FFmpegError
 
 from infra.pictures import decode_picture
 from infra.videos import X264
-from pipeline.media.frames import decode_frames, probe
+from pipeline.media.frames import decode_frames, frame_from, probe
 from pipeline.media.store import open_media, read_media, row_errors
 from pipeline.schema import Media, RowError, Status, TargetKind
 
@@ -50,6 +50,10 @@ def first_frame(row: dict[str, Any], *, local_uri: str | None = None) -> ClipFra
         RowError: neither the source nor the target gives a frame.
     """
     target = row["target"] or {}
+    if target.get("kind") == TargetKind.REFERENCE and row["media"] != Media.IMAGE:
+        with row_errors():  # training begins with the first frame of the span, not with what is on screen then
+            source = open_media(local_uri or row["source_uri"], row["source_sha256"])
+            return ClipFrames(frame_from(source, row["start_s"] or 0.0)[None], from_target=False)
     found = read_frames(row, (_first_frac(row, target),), local_uri=local_uri)
     if found.from_target:
         return ClipFrames(read_frames(row, (0.0,), local_uri=local_uri).frames, from_target=True)

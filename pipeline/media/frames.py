@@ -102,6 +102,22 @@ def decode_frames(source: Source, times_s: Sequence[float], *, size_px: Size = N
         return np.stack([found[ticks] for ticks in wanted])
 
 
+def frame_from(source: Source, time_s: float) -> np.ndarray:
+    """The first frame that begins at `time_s` or after: uint8 RGB `h w 3`. Training reads a span's first so.
+
+    Raises:
+        RowError: there is none, or the decoder refuses it.
+    """
+    with opened(source) as (container, stream):
+        base, begin = stream.time_base or Fraction(1, 90000), stream.start_time or 0
+        if time_s > 0:
+            container.seek(int(time_s / base) + begin, stream=stream)
+        for frame in container.decode(stream):
+            if frame.pts is not None and (frame.pts - begin) * base >= time_s - 1e-6:
+                return to_rgb(frame, stream)
+    raise RowError(Status.UNDECODABLE, f"no frame from {time_s:g} s on")
+
+
 def decode_from_start(source: Source, wanted: list[int], size_px: Size = None) -> dict[int, np.ndarray]:
     """Decode every frame up to the last wanted tick and keep the one on screen at each."""
     with opened(source) as (container, stream):

@@ -21,12 +21,17 @@ from pipeline.media.clip import first_frame, read_frames
 from pipeline.prompts.subjects.crops import as_picture, own_pictures
 from pipeline.prompts.subjects.cutout import Picture, encode
 from pipeline.prompts.subjects.finder import FRAME_FRACS, SIDE_PX, SubjectFinder
-from pipeline.prompts.subjects.pairs import Bounds, Pairs, Tally, cross_references
+from pipeline.prompts.subjects.pairs import Pairs, Tally, cross_references
 from pipeline.prompts.subjects.verdict import main_reason
-from pipeline.schema import TASKS, Media, Role, RowError, Status, Task
+from pipeline.schema import TASKS, Media, Role, RowError, Status, TargetKind, Task
 
 Row = dict[str, Any]
 Segment = dict[str, Any]
+MAX_PICTURES = 8
+"""Of a prompt: more than the generator sees itself (`model.condition.MAX_REFERENCES`) would be lost there."""
+MAX_FIRST_PX = 2048
+"""Longest side of a first frame whose target is read from the source: 1080p whole, and no more than training
+may decode. Ours."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +43,7 @@ class Choice:
     max_subjects: int
     background_prob: float
     pairs: Pairs
-    bounds: Bounds
+    similarity: tuple[float, float]
     references: int
     tally: Tally = field(default_factory=Tally)
     """What was compared for cross-pairs is counted here."""
@@ -86,7 +91,7 @@ def subject_driven(draw: Draw) -> Made:
     pictures = draw.finder.find(draw.caption, list(found.frames), random)
     if isinstance(pictures, str):
         raise RowError(Status.FILTERED_NO_SUBJECT, pictures)
-    return replace_words(draw.caption, pictures), _frame_flags(found.from_target)
+    return replace_words(draw.caption, pictures[:MAX_PICTURES]), _frame_flags(found.from_target)
 
 
 def _from_crops(draw: Draw, choice: Choice) -> Made:
@@ -97,28 +102,48 @@ def _from_crops(draw: Draw, choice: Choice) -> Made:
     own = [crop for crop in choice.crops if crop["clip_id"] == draw.row["clip_id"] and crop["doc_id"] is None]
     targets = own_pictures(own, at_most=choice.max_subjects)
     if not targets:
-        fates = {crop["error"]: Status(crop["status"]) for crop in own if crop["nature"] != "place"}
-        if not fates:
-            raise RowError(Status.BAD_ROW, "no crops")
-        reason = main_reason([crop["error"] for crop in own if crop["nature"] != "place"])
-        raise RowError(fates[reason], reason)
-    pictures: list[Picture] = []
+        raise _nothing_shown(own)
+    shown: list[list[Row]] = []
     for target in targets:
         references = _references(choice, target, own)
         count = 1 + int(random.integers(min(choice.references, len(references)))) if references else 0
-        pictures += [as_picture(target, draw.caption, Role.SUBJECT, crop) for crop in references[:count]]
-    if not pictures:
+        shown.append(references[:count])
+    if not any(shown):
         raise RowError(Status.FILTERED_NO_SUBJECT, "no other clip shows it, like enough and unlike enough")
-    place = next((crop for crop in own if crop["nature"] == "place" and crop["status"] == Status.OK), None)
-    if with_place and place is not None and place["frac"] == targets[0]["frac"]:
-        pictures.append(as_picture(place, draw.caption, Role.BACKGROUND, place))
-    return replace_words(draw.caption, pictures), []
+    places = [crop for crop in own if crop["nature"] == "place" and crop["status"] == Status.OK]
+    places = [crop for crop in places if with_place and crop["frac"] == targets[0]["frac"]]
+    shown = thinned(shown, MAX_PICTURES - len(places))
+    pictures = [
+        as_picture(target, draw.caption, Role.SUBJECT, crop)
+        for target, crops in zip(targets, shown, strict=True)
+        for crop in crops
+    ]
+    pictures += [as_picture(place, draw.caption, Role.BACKGROUND, place) for place in places]
+    is_small = any(crop.get("from_target") for crops in [*shown, places] for crop in crops)
+    return replace_words(draw.caption, pictures), _frame_flags(is_small)
+
+
+def _nothing_shown(own: list[Row]) -> RowError:
+    """Why a clip's own crops show none of its words."""
+    fates = {crop["error"]: Status(crop["status"]) for crop in own if crop["nature"] != "place"}
+    if not fates:
+        return RowError(Status.BAD_ROW, "no crops")
+    reason = main_reason([crop["error"] for crop in own if crop["nature"] != "place"])
+    return RowError(fates[reason], reason)
+
+
+def thinned(shown: Sequence[list[Row]], most: int) -> list[list[Row]]:
+    """At most `most` crops in all: the last one of the subject that has most of them goes first."""
+    kept = [list(crops) for crops in shown]
+    while sum(map(len, kept)) > most:
+        max(reversed(kept), key=len).pop()
+    return kept
 
 
 def _references(choice: Choice, target: Row, own: list[Row]) -> list[Row]:
     """The crops that may stand for `target`, best first."""
     if choice.pairs != "in_pair":
-        compared = cross_references(target, choice.crops, choice.bounds, at_most=choice.references)
+        compared = cross_references(target, choice.crops, choice.similarity, at_most=choice.references)
         choice.tally.add(compared)
         found = [pair.reference for pair in compared if pair.fate == "used"]
         if found or choice.pairs == "cross_clip":
@@ -132,11 +157,17 @@ def video_prediction(draw: Draw) -> Made:
     if draw.row["media"] == Media.IMAGE:
         raise RowError(Status.FILTERED_NOT_VIDEO, "a picture has no next frame")
     first = first_frame(draw.row, local_uri=draw.local_uri)
-    target = draw.row["target"] or {}  # training shows the target's own frame: the encoder's is no coarser
-    side_px = max(SIDE_PX, target.get("height_px") or 0, target.get("width_px") or 0)
-    data = encode(fit_inside(Image.fromarray(first.frames[0]), side_px))
+    data = encode(fit_inside(Image.fromarray(first.frames[0]), first_frame_px(draw.row)))
     segments = [text(draw.caption, Role.CAPTION), image(data, Role.FIRST_FRAME)]
     return segments, _frame_flags(first.from_target)
+
+
+def first_frame_px(row: Row) -> int:
+    """Longest side of a first frame: no coarser than the target's own, which training shows."""
+    target = row["target"] or {}
+    if target.get("kind") != TargetKind.REFERENCE or target.get("width_px"):
+        return max(SIDE_PX, target.get("height_px") or 0, target.get("width_px") or 0)
+    return min(max(SIDE_PX, row["height_px"] or 0, row["width_px"] or 0), MAX_FIRST_PX)
 
 
 def text_to_video(draw: Draw) -> Made:

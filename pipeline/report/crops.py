@@ -5,6 +5,7 @@ from typing import Any
 
 from infra.certificate import Certificate
 from infra.storage import join
+from pipeline.prompts.subjects.crops import reason_of
 from pipeline.report.album import Album
 from pipeline.report.charts import counted_histogram
 from pipeline.report.read import Parts, spread, table_files
@@ -30,7 +31,7 @@ def crop_groups(parts: Parts, album: Album) -> list[Card]:
     rows: dict[str, list[Card]] = {}
     for row in _some_rows(parts.crops):
         kept = row["status"] == Status.OK
-        rows.setdefault("kept" if kept else row["error"] or row["status"], []).append(row)
+        rows.setdefault("kept" if kept else reason_of(row), []).append(row)
     total = _totals(parts.certificates["subjects"][1])
     groups = []
     for verdict in sorted(rows, key=lambda name: (name != "kept", -total.get(name, 0), name)):

@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import islice, zip_longest
 from statistics import NormalDist
 from typing import Any
 
@@ -32,6 +33,7 @@ from model.data.inputs import SHOWN
 from model.data.order import permute_all
 from model.data.plan import Source, count_streams
 from model.data.sample import read_sample
+from model.data.shards import Stream
 from model.encodings.store import StoredEncoder
 from model.prompt.select import retrieved, select, with_retrieved
 from model.step import Draws, losses, sample_generator, sample_key
@@ -57,20 +59,28 @@ class Chosen:
 
 
 def choose_rows(buckets: Sequence[Bucket], num_groups: int, index: pa.Table, count: int) -> list[Chosen]:
-    """`count` rows of each medium: held-out ones if there are any, else rows of the training."""
+    """`count` rows of each bucket: held-out ones if there are any, else rows of the training.
+
+    As many of each task: the rarest would else have none, or too few for a number of its own. Those of a task
+    that has fewer go to the others.
+    """
     chosen, streams = [], count_streams(index, num_groups) if count else {}
     for number, bucket in enumerate(buckets):
         ours = {s: n for s, n in streams.items() if s[0] == number}
-        kept = {s: n for s, n in ours.items() if s[1] == KEPT_BACK}
-        rows = [
-            (stream, group, row)
-            for stream, counts in (kept or ours).items()
-            for group in np.flatnonzero(counts).tolist()
-            for row in range(int(counts[group]))
-        ]
-        for stream, group, row in (rows[n] for n in (permute_all(len(rows), 0)[:count] if rows else [])):
-            chosen.append(Chosen(bucket.media, Source(number, group, row, stream), bool(kept)))
+        kept = {s: n for s, n in ours.items() if s[1].startswith(KEPT_BACK)}
+        tasks = [_shuffled(stream, counts, count) for stream, counts in (kept or ours).items()]
+        turns = (source for turn in zip_longest(*tasks) for source in turn if source is not None)
+        chosen += [Chosen(bucket.media, source, bool(kept)) for source in islice(turns, count)]
     return chosen
+
+
+def _shuffled(stream: Stream, counts: np.ndarray, count: int) -> list[Source]:
+    """Up to `count` rows of a stream that has `counts` in each row group, the same each time."""
+    ends = np.cumsum(counts)
+    places = permute_all(int(ends[-1]), 0)[:count]
+    groups = np.searchsorted(ends, places, side="right")
+    rows = places - (ends - counts)[groups]
+    return [Source(stream[0], int(g), int(r), stream) for g, r in zip(groups, rows, strict=True)]
 
 
 def rows_of(training: Training, index: pa.Table, count: int) -> list[Chosen]:

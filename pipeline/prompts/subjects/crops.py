@@ -6,7 +6,8 @@ clip by the table of places beside it.
 """
 
 import io
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from itertools import groupby
 from typing import Any, Literal
 
@@ -19,10 +20,10 @@ from pipeline.media.clip import read_frames
 from pipeline.prompts.subjects import cutout
 from pipeline.prompts.subjects.cutout import Picture
 from pipeline.prompts.subjects.entities import Entity, background, find_entities
-from pipeline.prompts.subjects.finder import FRAME_FRACS, SubjectFinder, best_frame
+from pipeline.prompts.subjects.finder import FRAME_FRACS, SubjectFinder, best_frame, why_no_place
 from pipeline.prompts.subjects.saliency import SIDE_PX
 from pipeline.prompts.subjects.verdict import Found, Phrases, Reason, Verdict
-from pipeline.schema import CROPS, Role, RowError, Status, crop_id
+from pipeline.schema import CROPS, Media, Role, RowError, Status, crop_id
 from pipeline.shards import PLACES_FILE, open_part
 
 Row = dict[str, Any]
@@ -43,16 +44,18 @@ def clip_crops(
 
     `row` is of PROMPTS; `random` of this clip alone gives the order in which frames are looked at.
     """
-    phrases = Phrases.of(row["caption"])
-    if not phrases.subjects:
-        return [_without_picture(row, Status.FILTERED_NO_SUBJECT, Reason.NO_SUBJECT)]
-    try:
-        found = read_frames(row, FRAME_FRACS, local_uri=local_uri)
-    except RowError as error:
-        return [_without_picture(row, error.status, str(error))]
-    order = random.permutation(len(FRAME_FRACS))
-    frames = [found.frames[i] for i in order]
-    return _crops_of(row, phrases, frames, [FRAME_FRACS[i] for i in order], finder)
+
+    def find() -> list[Row]:
+        phrases = Phrases.of(row["caption"])
+        if not phrases.subjects:
+            raise RowError(Status.FILTERED_NO_SUBJECT, Reason.NO_SUBJECT)
+        fracs = (0.0,) if row["media"] == Media.IMAGE else FRAME_FRACS
+        found = read_frames(row, fracs, local_uri=local_uri)
+        order = random.permutation(len(fracs))
+        of = {**row, "from_target": found.from_target}
+        return _crops_of(of, phrases, [found.frames[i] for i in order], [fracs[i] for i in order], finder)
+
+    return _or_reason(row, find)
 
 
 def document_crops(row: Row, finder: SubjectFinder, *, at_most: int) -> list[Row]:
@@ -64,17 +67,29 @@ def document_crops(row: Row, finder: SubjectFinder, *, at_most: int) -> list[Row
     for origin, words, image in list(_documents(row))[:at_most]:
         of = {**row, **{name: origin[name] for name in ("source_uri", "source_sha256", "start_s", "end_s")}}
         of |= {"clip_source": source_key(row), "doc_id": origin["doc_id"]}
-        phrases = Phrases.of(words)
-        if not phrases.subjects:
-            crops.append(_without_picture(of, Status.FILTERED_NO_SUBJECT, Reason.NO_SUBJECT))
-            continue
-        try:
-            frame = np.asarray(decode_picture(image).convert("RGB"))
-        except PictureError as error:
-            crops.append(_without_picture(of, Status.UNDECODABLE, str(error)))
-            continue
-        crops += _crops_of(of, phrases, [frame], [0.0], finder)
+        crops += _or_reason(of, partial(_of_document, of, words, image, finder))
     return crops
+
+
+def _of_document(row: Row, words: str, image: bytes, finder: SubjectFinder) -> list[Row]:
+    phrases = Phrases.of(words)
+    if not phrases.subjects:
+        raise RowError(Status.FILTERED_NO_SUBJECT, Reason.NO_SUBJECT)
+    try:
+        frame = np.asarray(decode_picture(image).convert("RGB"))
+    except PictureError as error:
+        raise RowError(Status.UNDECODABLE, str(error)) from error
+    return _crops_of(row, phrases, [frame], [0.0], finder)
+
+
+def _or_reason(row: Row, find: Callable[[], list[Row]]) -> list[Row]:
+    """What is found of a clip or document, or the row that says why nothing can be."""
+    try:
+        return find()
+    except RowError as error:
+        return [_without_picture(row, error.status, str(error))]
+    except Exception as error:  # noqa: BLE001 - the row boundary: one bad row must not stop the job
+        return [_without_picture(row, Status.BAD_ROW, f"{type(error).__name__}: {error}"[:300])]
 
 
 def _documents(row: Row) -> Iterator[tuple[Row, str, bytes]]:
@@ -97,7 +112,8 @@ def _crops_of(
     rows = [_crop(row, verdict, frames, fracs) for verdict in verdicts]
     place = None if row.get("doc_id") else background(list(phrases.entities))
     if place is not None:
-        rows.append(_place(row, place, best_frame(verdicts), frames, fracs))
+        best = best_frame(verdicts)
+        rows.append(_place(row, place, best, why_no_place(phrases, verdicts, best), frames, fracs))
     clip = finder.clip
     shown = [crop for crop in rows if crop["status"] == Status.OK]
     if clip is not None and shown:
@@ -110,7 +126,8 @@ def _crops_of(
 def _base(row: Row) -> Row:
     names = ("clip_id", "source_uri", "source_sha256", "start_s", "end_s", "split")
     key = row.get("clip_source") or source_key(row)
-    return {**EMPTY, **{name: row[name] for name in names}, "clip_source": key, "doc_id": row.get("doc_id")}
+    of = {"clip_source": key, "doc_id": row.get("doc_id"), "from_target": row.get("from_target", False)}
+    return {**EMPTY, **{name: row[name] for name in names}, **of}
 
 
 def _without_picture(row: Row, status: Status, error: str) -> Row:
@@ -152,16 +169,26 @@ def _crop(row: Row, verdict: Verdict, frames: Sequence[np.ndarray], fracs: Seque
 
 
 def _place(
-    row: Row, entity: Entity, best: list[Found], frames: Sequence[np.ndarray], fracs: Sequence[float]
+    row: Row,
+    entity: Entity,
+    best: list[Found],
+    why_not: Reason | None,
+    frames: Sequence[np.ndarray],
+    fracs: Sequence[float],
 ) -> Row:
-    """The place without the things that were cut out of the `best` frame; there is none if nothing was."""
-    if not best:
-        made = _named(row, entity, fracs[0])
-        shown = {"image": cutout.encode(fit_inside(Image.fromarray(frames[0]), LEFT_OUT_PX))}
-        return {**made, **shown, "status": Status.FILTERED_NO_SUBJECT.value, "error": str(Reason.NOTHING_CUT)}
-    image = cutout.background_picture(frames[best[0].frame], [one.mask for one in best], SIDE_PX)
-    made = {**_named(row, entity, fracs[best[0].frame]), "image": cutout.encode(image)}
-    return {**made, "score": 1.0, "status": Status.OK.value, "error": None}
+    """The place without the things that were cut out of the `best` frame, or `why_not`."""
+    number = best[0].frame if best else 0
+    made = _named(row, entity, fracs[number])
+    if why_not is not None:
+        shown = {"image": cutout.encode(fit_inside(Image.fromarray(frames[number]), LEFT_OUT_PX))}
+        return {**made, **shown, "status": Status.FILTERED_NO_SUBJECT.value, "error": str(why_not)}
+    image = cutout.background_picture(frames[number], [one.mask for one in best], SIDE_PX)
+    return {**made, "image": cutout.encode(image), "score": 1.0, "status": Status.OK.value, "error": None}
+
+
+def reason_of(crop: Row) -> str:
+    """Why a row has no picture, as it is counted: the error of a dead one may name its file."""
+    return crop["error"] if Status(crop["status"]).is_filtered else crop["status"]
 
 
 def own_pictures(crops: Sequence[Row], *, at_most: int) -> list[Row]:

@@ -4,7 +4,7 @@ caption -> Phrases -> Finder (saliency.py, grounded.py) -> verdicts -> pictures 
 """
 
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import cached_property
 from typing import Literal
 
@@ -22,7 +22,7 @@ from pipeline.prompts.subjects.entities import Entity, background
 from pipeline.prompts.subjects.faces import cascade_path
 from pipeline.prompts.subjects.grounded import GroundedFinder, Rules
 from pipeline.prompts.subjects.mask import BOX_FRAC, MIN_SIDE_PX, OFFLINE, model_path
-from pipeline.prompts.subjects.saliency import SIDE_PX, SaliencyFinder
+from pipeline.prompts.subjects.saliency import MIN_SIMILARITY, OTHER_CLIPS, SIDE_PX, SaliencyFinder
 from pipeline.prompts.subjects.verdict import Finder, Found, Phrases, Reason, Verdict, main_reason
 from pipeline.schema import Role
 
@@ -54,9 +54,9 @@ class FinderConfig(Config):
     max_iou: float = Field(default=0.8, ge=0, le=1)
     """Boxes that overlap more are one: of a phrase the surest counts, of two phrases only one keeps it
     (Phantom-Data)."""
-    min_similarity: float = Field(default=0.0, ge=-1, le=1)
-    """Least CLIP cosine of a cut-out and its phrase. Ours: 0, because each CLIP has a scale of its own; that it
-    is nearer to its phrase than to any other of the caption is always asked."""
+    min_similarity: float | None = Field(default=None, ge=-1, le=1)
+    """Least CLIP cosine of a cut-out and its phrase; null = as saliency asks: .24 of a contrastive CLIP, .4 of
+    `offline`. That it is nearer to its phrase than to any other of the caption is always asked."""
     batch_size: int = Field(default=16, ge=1, le=4096)
     """Pairs of frame and phrase that go through the detector at once. Ours."""
 
@@ -152,11 +152,12 @@ class SubjectFinder:
             return Reason.NO_SUBJECT
         shown = [frames[i] for i in order]
         verdicts = self.finder.find(shown, phrases)
-        found = best_frame(verdicts)[: self.config.max_subjects]
+        found = best_frame(verdicts)
         if not found:
             return main_reason([verdict.reason for verdict in verdicts if not isinstance(verdict, Found)])
+        with_background &= why_no_place(phrases, verdicts, found) is None
         place = background(list(phrases.entities)) if with_background else None
-        return _pictures(shown[found[0].frame], found, place)
+        return _pictures(shown[found[0].frame], found, place, at_most=self.config.max_subjects)
 
 
 def _grounded(config: FinderConfig, clip: Clip, device: str) -> Finder:
@@ -165,6 +166,8 @@ def _grounded(config: FinderConfig, clip: Clip, device: str) -> Finder:
     detector = Detector(config.detector, device, field=DETECTOR)
     segmenter = None if detector.gives_masks else Segmenter(config.segmenter, device, field=SEGMENTER)
     rules = Rules(**{field.name: getattr(config, field.name) for field in fields(Rules)})
+    if config.min_similarity is None:
+        rules = replace(rules, min_similarity=MIN_SIMILARITY.get(clip.name, OTHER_CLIPS))
     return GroundedFinder(detector, segmenter, clip, rules, config.batch_size)
 
 
@@ -178,9 +181,27 @@ def best_frame(verdicts: Sequence[Verdict]) -> list[Found]:
     return max(best, key=lambda found: (len(found), sum(one.score for one in found)), default=[])
 
 
-def _pictures(frame: np.ndarray, found: Sequence[Found], place: Entity | None) -> list[Picture]:
+def why_no_place(phrases: Phrases, verdicts: Sequence[Verdict], found: Sequence[Found]) -> Reason | None:
+    """Why the frame where all of `found` were cut out may not show the place; None = it may.
+
+    What the caption names and what is still in the frame would be shown twice. A single thing that saliency
+    does not look for is left out of this: what stands out was cut out, and it alone.
+    """
+    if not found:
+        return Reason.NOTHING_CUT
+    gone = {one.entity for one in found}
+    gone |= {v.entity for v in verdicts if not isinstance(v, Found) and v.reason == Reason.NOT_LOOKED_FOR}
+    named = {entity for entity in phrases.entities if entity.kind == "subject"}
+    return None if named <= gone else Reason.NOT_ALL_CUT
+
+
+def _pictures(
+    frame: np.ndarray, found: Sequence[Found], place: Entity | None, *, at_most: int
+) -> list[Picture]:
+    """Cut-outs of the first of `found`, and the place without any of them."""
     pictures = [
-        _picture(one.entity, Role.SUBJECT, cutout.subject_picture(frame, one.mask, SIDE_PX)) for one in found
+        _picture(one.entity, Role.SUBJECT, cutout.subject_picture(frame, one.mask, SIDE_PX))
+        for one in found[:at_most]
     ]
     if place is not None:
         image = cutout.background_picture(frame, [one.mask for one in found], SIDE_PX)

@@ -117,7 +117,7 @@ class GroundedFinder:
                 cut[one.entity] = (mask, one.score)
         reasons |= self._recheck(frame, {entity: mask for entity, (mask, _) in cut.items()}, phrases)
         return [
-            Rejected(entity, number, reasons[entity])
+            Rejected(entity, number, reasons[entity], cut[entity][0] if entity in cut else None)
             if entity in reasons
             else Found(entity, number, *cut[entity])
             for entity in phrases.subjects

@@ -17,7 +17,14 @@ from infra.storage import join
 from pipeline.job import NetworkJobConfig, count_fates, output_hash, refuse_failures, run_job, run_networks
 from pipeline.journal import Receipt, Receipts, Unit
 from pipeline.prompts.inputs import check_prompts, plan_units
-from pipeline.prompts.subjects.crops import JOB, Row, clip_crops, document_crops, places_of
+from pipeline.prompts.subjects.crops import (
+    JOB,
+    Row,
+    clip_crops,
+    document_crops,
+    places_of,
+    reason_of,
+)
 from pipeline.prompts.subjects.finder import SubjectConfig, SubjectFinder, check_subjects, networks
 from pipeline.prompts.tasks import generator
 from pipeline.schema import CROP_PLACES, CROPS, Status
@@ -89,7 +96,7 @@ class CropsWorker:
         name, size = shard_name(payload["number"]), self.config.row_group_rows
         entry = write_shard(join(self.config.out, name), crops, CROPS, row_group_rows=size)
         fates = Counter(crop["status"] for crop in crops)
-        facts = Counter(f"reason.{crop['error']}" for crop in crops if crop["error"])
+        facts = Counter(f"reason.{reason_of(crop)}" for crop in crops if crop["status"] != Status.OK)
         facts.update(f"nature.{crop['nature']}" for crop in crops if crop["status"] == Status.OK)
         facts["clips"] = len({crop["clip_id"] for crop in crops})
         facts["shown"] = len({c["clip_id"] for c in crops if c["status"] == Status.OK and c["doc_id"] is None})

@@ -27,14 +27,6 @@ NUM_LOOKED_AT = 2
 
 
 @dataclass(frozen=True)
-class Bounds:
-    """Least and greatest similarity of a pair."""
-
-    same_source: tuple[float, float]
-    memory: tuple[float, float]
-
-
-@dataclass(frozen=True)
 class Compared:
     """A cut-out of the target and one of another place."""
 
@@ -57,24 +49,31 @@ class Compared:
         }
 
 
-def cross_references(target: Row, bank: Sequence[Row], bounds: Bounds, *, at_most: int) -> list[Compared]:
+def cross_references(
+    target: Row, bank: Sequence[Row], similarity: tuple[float, float], *, at_most: int
+) -> list[Compared]:
     """Everything that `target` was compared with, most similar first; `at_most` of them are used.
 
-    `bank` holds the crops of the same source video and of the target's own documents.
+    `bank` holds the crops of the same source video and of the target's own documents; `similarity` are the
+    bounds of a pair.
     """
+    low, high = similarity
     candidates = [crop for crop in bank if is_candidate(target, crop)]
     if not candidates:
         return []
     vectors = np.stack([np.asarray(crop["vector"], np.float64) for crop in candidates])
     similarities = (vectors * np.asarray(target["vector"], np.float64)).sum(1).tolist()
     compared = []
-    for crop, similarity in zip(candidates, similarities, strict=True):
-        low, high = bounds.memory if crop["doc_id"] else bounds.same_source
-        fate = "near_duplicate" if similarity > high else "too_unlike" if similarity < low else "spare"
-        compared.append(Compared(target, crop, similarity, fate))
+    for crop, cosine in zip(candidates, similarities, strict=True):
+        fate = "near_duplicate" if cosine > high else "too_unlike" if cosine < low else "spare"
+        compared.append(Compared(target, crop, cosine, fate))
     compared.sort(key=lambda pair: (-pair.similarity, pair.reference["crop_id"]))
-    chosen = [place for place, pair in enumerate(compared) if pair.fate == "spare"][:at_most]
-    for place in chosen:
+    # One of each clip and document: several frames of a still one are one picture.
+    chosen: dict[tuple[str, str | None], int] = {}
+    for place, pair in enumerate(compared):
+        if pair.fate == "spare":
+            chosen.setdefault((pair.reference["clip_id"], pair.reference["doc_id"]), place)
+    for place in list(chosen.values())[:at_most]:
         compared[place] = replace(compared[place], fate="used")
     return compared
 
@@ -122,10 +121,9 @@ def is_candidate(target: Row, crop: Row) -> bool:
 
 
 def disjoint(one: Row, other: Row) -> bool:
-    """Do the spans of two clips of one source share no moment?"""
-    if one["end_s"] is None or other["end_s"] is None:
-        return False
-    return one["end_s"] <= (other["start_s"] or 0.0) or other["end_s"] <= (one["start_s"] or 0.0)
+    """Do the spans of two clips of one source share no moment? Pictures have no span: they are one picture."""
+    first, second = sorted((row["start_s"] or 0.0, row["end_s"] or 0.0) for row in (one, other))
+    return first[0] < first[1] <= second[0] < second[1]
 
 
 def histogram(similarities: Sequence[float]) -> list[int]:

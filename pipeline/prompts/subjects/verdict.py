@@ -33,6 +33,7 @@ class Reason(StrEnum):
     UNLIKE = "the cut-out is too unlike its phrase"
     # of a place
     NOTHING_CUT = "nothing was cut out, so that the place can't be shown without it"
+    NOT_ALL_CUT = "not all that the caption names was cut out, so that the place may still show it"
     # of both
     TOO_SMALL = "subject too small"
     TOO_LARGE = "subject too large"

@@ -95,6 +95,24 @@ def test_every_family_answers_in_a_line_whatever_the_batch(family: str, tmp_path
     assert captioner.answer([], [], max_tokens=6) == []
 
 
+@pytest.mark.parametrize("family", ["idefics3", "smolvlm"])
+def test_a_frame_is_seen_whole_and_not_in_tiles(family: str, tmp_path: Path):
+    captioner = Captioner(save(family, tmp_path))
+    frames = list(np.random.default_rng(0).integers(0, 256, (2, 252, 448, 3), dtype=np.uint8))
+    inputs = captioner._inputs([frames], ["What?"])
+    assert inputs["pixel_values"].shape[:2] == (1, 2)  # of two frames
+
+
+def test_a_clip_that_breaks_the_filters_costs_its_row_and_not_the_job(write_video, tmp_path: Path):
+    video = write_video(tmp_path / "no span.mp4")
+    row = {**dict.fromkeys(CLIPS.names), "media": "video", "source_uri": str(video), "caption": GOOD}
+    worker = Worker(config("clips", "model", tmp_path / "out"), FilterConfig(), "m")
+    judged = worker._judge(row)
+    worker.close()
+    assert judged["status"] == Status.UNDECODABLE and judged["error"].startswith("TypeError: ")
+    assert judged["caption"] == GOOD
+
+
 @pytest.mark.ray
 def test_silent_and_poor_clips_get_words_and_keep_their_own(clips: str, model: str, made: Path):
     before, after = rows_of(clips), rows_of(made)

@@ -10,26 +10,30 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from infra.certificate import Certificate, read_certificate, write_certificate
+from infra.clip import ClipConfig
 from infra.cluster import RayConfig
 from infra.errors import ConfigError, TooManyFailuresError
+from model.condition import MAX_REFERENCES
 from pipeline.journal import JournalWriter
 from pipeline.prompts.inputs import plan_units
 from pipeline.prompts.instruct import InstructConfig, check, run
 from pipeline.prompts.subjects import job
 from pipeline.prompts.subjects.crops import clip_crops, document_crops, places_of
+from pipeline.prompts.subjects.entities import find_entities
 from pipeline.prompts.subjects.finder import SubjectConfig, SubjectFinder
 from pipeline.prompts.subjects.job import CropsConfig, CropsWorker
 from pipeline.prompts.subjects.pairs import (
     NUM_LOOKED_AT,
-    Bounds,
     Tally,
     cross_references,
     disjoint,
     histogram,
 )
 from pipeline.prompts.subjects.verdict import Reason
+from pipeline.prompts.tasks import MAX_PICTURES, RECIPES, Choice, Draw, thinned
 from pipeline.report.page import run as make_page
 from pipeline.report.read import ReportConfig
 from pipeline.schema import CROP_PLACES, CROPS, Role, Task, crop_id
@@ -75,6 +79,9 @@ def test_every_clip_has_a_row_that_says_what_became_of_its_words(crops: Path, pr
     assert certificate.dead == {"not_found": 1}
     assert {row["nature"] for row in rows if row["status"] == "ok"} == {"product", "place"}
     assert pq.read_schema(crops / shard_name(0)).equals(CROPS)
+    dead = {"not_found"}
+    told = Counter(row["status"] if row["status"] in dead else row["error"] for row in rows if row["error"])
+    assert certificate.facts["reasons"] == told and told["not_found"] == 1  # not its file's name
 
 
 def test_what_a_document_and_a_place_do_not_show_has_a_row_with_the_reason(tmp_path: Path):
@@ -169,19 +176,19 @@ def crop(clip: str, span: tuple[float, float], vector: list[float], **values: An
     return row | {"crop_id": crop_id(clip, row["doc_id"], row["start"], row["frac"])}
 
 
-BOUNDS = Bounds((0.6, 0.97), (0.9, 0.97))
+BOUNDS: tuple[float, float] = InstructConfig.model_fields["similarity"].default
 
 
 def test_a_reference_is_like_enough_unlike_enough_and_from_elsewhere():
     target = crop("a", (0, 2), [1, 0])
     bank = [
         target,
-        crop("b", (2, 4), [1, 0.5]),  # .89
-        crop("c", (1, 3), [1, 0.5]),  # overlaps
+        crop("b", (2, 4), [1, 0.4]),  # .93
+        crop("c", (1, 3), [1, 0.4]),  # overlaps
         crop("d", (4, 6), [1, 0.01]),  # a copy
-        crop("e", (6, 8), [0, 1]),  # another dog
-        crop("f", (8, 9), [1, 0.5], clip_source="other film"),
-        crop("g", (8, 9), [1, 0.5], head="cat"),
+        crop("e", (6, 8), [1, 0.9]),  # .74: as like as two dogs are
+        crop("f", (8, 9), [1, 0.4], clip_source="other film"),
+        crop("g", (8, 9), [1, 0.4], head="cat"),
         crop("a", (0, 2), [1, 0.3], doc_id="doc"),  # .96, but it lives
     ]
     compared = cross_references(target, bank, BOUNDS, at_most=2)
@@ -190,6 +197,16 @@ def test_a_reference_is_like_enough_unlike_enough_and_from_elsewhere():
     ball = crop("a", (0, 2), [1, 0], nature="product")
     documents = [crop("a", (0, 0), [1, 0.3], nature="product", doc_id="doc")]
     assert [pair.fate for pair in cross_references(ball, documents, BOUNDS, at_most=2)] == ["used"]
+
+
+def test_a_living_thing_of_the_same_film_must_be_as_like_as_a_document():
+    for nature, span, values in [("living", (2, 4), {}), ("product", (0, 0), {"doc_id": "doc"})]:
+        target = crop("a", (0, 2), [1, 0], nature=nature)
+        other = [
+            crop("a" if values else "b", span, [1, y], nature=nature, frac=y, **values) for y in (0.4, 0.9)
+        ]
+        compared = cross_references(target, other, BOUNDS, at_most=2)
+        assert [pair.fate for pair in compared] == ["used", "too_unlike"]  # .93 and .74
 
 
 @given(
@@ -204,16 +221,93 @@ def test_used_references_lie_between_the_bounds_and_share_no_moment(
     used = [pair for pair in compared if pair.fate == "used"]
     assert len(used) <= at_most
     for pair in used:
-        assert 0.6 <= pair.similarity <= 0.97 and disjoint(target, pair.reference)
+        assert BOUNDS[0] <= pair.similarity <= BOUNDS[1] and disjoint(target, pair.reference)
     assert len(compared) == sum(disjoint(target, other) for other in bank)
     assert sum(histogram([pair.similarity for pair in compared])) == len(compared)
 
 
+def test_pictures_of_one_source_are_one_picture_and_no_cross_pair():
+    picture = crop("a", (0, 0), [1, 0])
+    for other in [crop("b", (0, 0), [1, 0.4]), crop("b", (0, 0), [1, 0.4], end_s=None)]:
+        assert not disjoint(picture, other) and not disjoint(other, picture)
+        assert not cross_references(picture, [other], BOUNDS, at_most=1)
+
+
+def test_several_references_of_a_word_are_of_several_clips():
+    target = crop("a", (0, 2), [1, 0])
+    still = [crop("b", (2, 4), [1, 0.4], frac=frac) for frac in (0.05, 0.5, 0.95)]
+    bank = [*still, crop("c", (4, 6), [1, 0.45])]
+    used = [pair.reference for pair in cross_references(target, bank, BOUNDS, at_most=3) if pair.fate == "used"]
+    assert [reference["clip_id"] for reference in used] == ["b", "c"]
+
+
+def test_a_picture_has_one_frame_and_so_one_cut_out_of_a_word(tmp_path: Path):
+    Image.fromarray(draw_frame(3)).save(tmp_path / "ball.png")
+    row = prompt(0, tmp_path / "ball.png", "A red ball in the grass", media="image")
+    finder = SubjectFinder(SubjectConfig(clip=ClipConfig(name="offline")))
+    made = clip_crops(row, finder, np.random.default_rng(0), local_uri=None)
+    assert [(crop["phrase"], crop["frac"]) for crop in made] == [("red ball", 0.0), ("grass", 0.0)]
+
+
+class Broken:
+    """A finder that can't take this frame: transformers refuses pictures of one pixel so."""
+
+    def find(self, frames: Any, phrases: Any) -> Any:
+        raise ValueError("Unable to infer channel dimension format")
+
+
+def test_a_clip_or_document_that_breaks_the_finder_is_one_bad_row(ball: Path, tmp_path: Path):
+    config = CropsConfig(prompts=save_prompts(tmp_path / "p", [prompt(0, ball, "A red ball")]), out="o")
+    worker = CropsWorker(config.model_copy(update={"subjects": SUBJECTS}))
+    worker.finder.__dict__["finder"] = Broken()
+    row = prompt(0, ball, "A red ball")
+    row["segments"][0]["text"] = "a blue ball"
+    made = worker.crops(row, None)
+    assert [(crop["doc_id"], crop["status"]) for crop in made] == [(None, "bad_row"), ("d0-1", "bad_row")]
+    assert all(crop["error"] == "ValueError: Unable to infer channel dimension format" for crop in made)
+
+
+def test_crops_of_a_targets_own_small_frames_say_so_in_the_instruction(ball: Path, tmp_path: Path):
+    finder, rows = SubjectFinder(SUBJECTS), []
+    for source in (ball, tmp_path / "gone.mp4"):
+        row = prompt(0, source, "A red ball in the grass")
+        row["target"] |= {"data": np.stack([draw_frame(i) for i in range(4)]).tobytes()}
+        row["target"] |= {"height_px": 180, "width_px": 320}
+        own = clip_crops(row, finder, np.random.default_rng(0), local_uri=None)
+        choice = Choice(own, 3, 1.0, "in_pair", BOUNDS, references=1)
+        rows.append(RECIPES[Task.SUBJECT_DRIVEN].make(Draw(row, None, finder, 0, choice)))
+    assert [flags for _, flags in rows] == [[], ["frames_from_target"]]
+
+
+def test_a_prompt_has_no_more_pictures_than_the_generator_sees():
+    assert MAX_PICTURES == MAX_REFERENCES
+    caption = "A red dog, a black cat and a white horse run in the park."
+    places = {e.head: e for e in find_entities(caption)}
+    own = [
+        crop("a", (0, 2), [1, 0], frac=frac, phrase=e.text, head=e.head, start=e.start, end=e.end)
+        for e in places.values()
+        for frac in ((0.05, 0.5, 0.95) if e.head != "park" else (0.05,))
+    ]
+    for one in own:
+        one["nature"] = "place" if one["head"] == "park" else "living"
+    row = {"clip_id": "a", "caption": caption}
+    counts = Counter()
+    for seed in range(20):
+        choice = Choice(own, 3, 1.0, "in_pair", BOUNDS, references=3)
+        draw = Draw(row, None, SubjectFinder(SUBJECTS), seed, choice)
+        segments, _ = RECIPES[Task.SUBJECT_DRIVEN].make(draw)
+        counts[sum(s["type"] == "image" for s in segments)] += 1
+        assert sum(s["role"] == Role.BACKGROUND for s in segments) == 1
+        assert "".join(s["text"] or "" for s in segments) == caption
+    assert max(counts) == MAX_PICTURES and len(counts) > 2
+    assert [len(some) for some in thinned([own[:3], own[:1], own[:3]], 5)] == [2, 1, 2]
+
+
 def test_a_held_out_clip_is_no_training_clips_reference():
-    train, test = crop("a", (0, 2), [1, 0], split="train"), crop("b", (2, 4), [1, 0.5], split="test")
+    train, test = crop("a", (0, 2), [1, 0], split="train"), crop("b", (2, 4), [1, 0.4], split="test")
     assert not cross_references(train, [test], BOUNDS, at_most=1)
     assert cross_references(test, [train], BOUNDS, at_most=1)
-    assert cross_references(test, [crop("c", (4, 6), [1, 0.5], split="test")], BOUNDS, at_most=1)
+    assert cross_references(test, [crop("c", (4, 6), [1, 0.4], split="test")], BOUNDS, at_most=1)
 
 
 def test_comparisons_are_all_counted_and_few_are_kept():
@@ -257,7 +351,7 @@ def film(ball: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str
         prompt(i, ball, "A red dog is running") | {"start_s": 0.5 * i, "end_s": 0.5 * i + 0.5} for i in range(3)
     ]
     prompts = save_prompts(folder / "prompts", rows)
-    vectors = [[1, 0], [1, 0.5], [1, 0.01]]
+    vectors = [[1, 0], [1, 0.4], [1, 0.01]]
     spans = [(float(row["start_s"]), float(row["end_s"])) for row in rows]
     crops = [
         crop(str(row["clip_id"]), span, vector, clip_source=str(ball), image=jpeg(draw_frame(7 * n)))
@@ -305,8 +399,8 @@ def test_bounds_of_another_clip_than_the_crops_are_remarked(
     tasks, out = (Task.SUBJECT_DRIVEN,), str(tmp_path / "x")
     config = InstructConfig(prompts=prompts, out=out, crops=table, pairs="mixed", tasks=tasks, ray=RAY)
     remarks = run(config).facts["remarks"]
-    assert len(remarks) == 2 and "ViT-B-32" in remarks[1] and "similarity and memory_similarity" in remarks[1]
-    set_by_hand = {"similarity": (0.7, 0.9), "memory_similarity": (0.7, 0.9), "out": str(tmp_path / "y")}
+    assert len(remarks) == 2 and "ViT-B-32" in remarks[1] and "the bounds similarity" in remarks[1]
+    set_by_hand = {"similarity": (0.7, 0.9), "out": str(tmp_path / "y")}
     assert len(run(config.model_copy(update=set_by_hand)).facts["remarks"]) == 1
 
 
@@ -373,12 +467,25 @@ def test_the_page_shows_crops_by_verdict_pairs_with_their_similarity_and_a_funne
     )
     config = ReportConfig(out=str(tmp_path / "a.html"), crops=table, instructions=out)
     page = Path(make_page(config)).read_text(encoding="utf-8")
-    assert "Cross-pairs" in page and "red dog · 0.89" in page and "Near-duplicates, left out" in page
+    assert "Cross-pairs" in page and "red dog · 0.93" in page and "Near-duplicates, left out" in page
     config = ReportConfig(out=str(tmp_path / "b.html"), crops=str(crops), prompts=prompts)
     page = Path(make_page(config)).read_text(encoding="utf-8")
-    reasons = {row["error"] for row in read_table(crops) if row["error"]}
+    rows = [row for row in read_table(crops) if row["error"]]
+    reasons = {row["error"] if row["status"] == "filtered_no_subject" else row["status"] for row in rows}
+    assert "gone.mp4" not in page.partition('id="subjects"')[2] and "not_found" in reasons
     assert len(reasons) >= 2 and all(html.escape(reason.capitalize()) in page for reason in reasons)
     assert "a word is surely shown" in page and 'id="subjects"' in page
+
+
+@pytest.mark.ray
+def test_the_page_of_instructions_without_subjects_has_no_cross_pairs_whatever_pairs_says(
+    prompts: str, ray_cluster: None, tmp_path: Path
+):
+    out, tasks = str(tmp_path / "x"), (Task.VIDEO_PREDICTION,)
+    made = run(InstructConfig(prompts=prompts, out=out, pairs="cross_clip", tasks=tasks, ray=RAY))
+    assert made.num_out and not (tmp_path / "x" / "pairs.parquet").exists()
+    page = make_page(ReportConfig(out=str(tmp_path / "a.html"), instructions=out))
+    assert "Cross-pairs" not in Path(page).read_text(encoding="utf-8")
 
 
 @pytest.mark.ray

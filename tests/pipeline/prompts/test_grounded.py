@@ -1,7 +1,9 @@
 """Laws of grounded subjects: one box a phrase, nobody else's, whole, and the phrase at a second look."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +15,8 @@ from cli.demo import locate
 from infra.clip import Clip, ClipConfig, load_clip
 from infra.errors import ConfigError
 from infra.grounding import Boxes
+from pipeline.prompts.subjects.crops import clip_crops
+from pipeline.prompts.subjects.entities import Entity
 from pipeline.prompts.subjects.finder import (
     FinderConfig,
     SubjectConfig,
@@ -24,7 +28,7 @@ from pipeline.prompts.subjects.finder import (
 from pipeline.prompts.subjects.grounded import GroundedFinder, Rules, overlap, recheck, suppress
 from pipeline.prompts.subjects.saliency import MIN_LEAD
 from pipeline.prompts.subjects.verdict import Phrases, Reason, Rejected
-from pipeline.schema import Role
+from pipeline.schema import PROMPTS, Role
 from tests.infra import tiny_grounders
 from tests.infra.tiny_clips import MODELS, save_tiny
 
@@ -60,6 +64,13 @@ class Planted:
         for mask, (left, top, right, bottom) in zip(masks, boxes.round().astype(int), strict=True):
             mask[top:bottom, left:right] = True
         return masks, np.full(len(boxes), self.mask_score)
+
+
+class Lenient(GroundedFinder):
+    """Whatever was planted is what its phrase says."""
+
+    def _recheck(self, frame: np.ndarray, cut: Any, phrases: Phrases) -> dict[Entity, Reason]:
+        return {}
 
 
 @pytest.fixture(scope="module")
@@ -132,6 +143,62 @@ def test_a_mask_is_held_to_the_size_of_a_box(
 ):
     planted = Planted({"red cup": [(CUP, 0.9)]}, masked=masked)
     assert reasons(planted, ONE, frame, clip) == {"red cup": reason}
+
+
+def test_what_a_second_look_rejects_is_shown_as_it_was_cut_out(frame: np.ndarray, clip: Clip):
+    planted = Planted({"man": [(CUP, 0.9)]})
+    phrases = Phrases.of("A man drinks from a red cup.")
+    man, cup = GroundedFinder(planted, planted, clip, RULES).find([frame], phrases)
+    assert isinstance(man, Rejected) and man.mask is not None
+    assert man.mask.box == tuple(int(edge) for edge in CUP)
+    assert isinstance(cup, Rejected) and cup.mask is None  # it had no box
+
+
+@pytest.mark.parametrize(
+    ("caption", "dogs", "error"),
+    [
+        ("A red cup and a dog in a park.", [((525.0, 200.0, 599.0, 399.0), 0.9)], None),
+        ("A red cup and a dog in a park.", [((525.0, 200.0, 599.0, 399.0), 0.9), (CUP, 0.5)], "dog"),
+        ("A red cup and a dog in a park.", [], "dog"),
+        ("A red cup and some dogs in a park.", [], "dogs"),
+        ("A red cup in a park.", [], None),
+    ],
+)
+def test_a_place_is_shown_only_where_all_that_the_caption_names_is_cut_out(
+    caption: str, dogs: list, error: str | None, frame: np.ndarray, clip: Clip, tmp_path: Path
+):
+    anything = replace(RULES, min_similarity=-1.0, box_frac=(0.0, 1.0))
+    finder = SubjectFinder(SubjectConfig(finder=FinderConfig(kind="grounded"), background_prob=1.0))
+    planted = Planted({"red cup": [(CUP, 0.9)], "dog": dogs})
+    finder.__dict__ |= {"clip": clip, "finder": Lenient(planted, planted, clip, anything)}
+    Image.fromarray(frame).save(tmp_path / "cup.png")
+    row = {**dict.fromkeys(PROMPTS.names), "clip_id": "c", "media": "image", "caption": caption}
+    row |= {"source_uri": str(tmp_path / "cup.png"), "segments": []}
+    crops = clip_crops(row, finder, np.random.default_rng(0), local_uri=None)
+    assert [crop["status"] for crop in crops if crop["phrase"] == "red cup"] == ["ok"]
+    (place,) = [crop for crop in crops if crop["nature"] == "place"]
+    assert place["error"] == (error and Reason.NOT_ALL_CUT)
+    pictures = finder.find(caption, [frame], np.random.default_rng(0))
+    assert not isinstance(pictures, str)
+    assert (Role.BACKGROUND in {picture.role for picture in pictures}) == (error is None)
+
+
+def test_a_cut_out_of_the_only_phrase_is_held_to_its_clips_own_scale(tmp_path: Path, frame: np.ndarray):
+    name, weights = save_tiny(tmp_path, MODELS["vit"])
+    detector = tiny_grounders.save("sam3", tmp_path / "sam3")
+    for clip, least in [(ClipConfig(name="offline"), 0.4), (ClipConfig(name=name, pretrained=weights), 0.24)]:
+        own = FinderConfig(kind="grounded", detector=detector)
+        finder = SubjectFinder(SubjectConfig(finder=own, clip=clip)).finder
+        assert isinstance(finder, GroundedFinder) and finder.rules.min_similarity == least
+        given = SubjectConfig(finder=own.model_copy(update={"min_similarity": 0.1}), clip=clip)
+        other = SubjectFinder(given).finder
+        assert isinstance(other, GroundedFinder) and other.rules.min_similarity == 0.1
+        if clip.name == "offline":
+            planted = Planted({"panda": [(CUP, 0.9)]})
+            found = GroundedFinder(planted, planted, finder.clip, finder.rules).find(
+                [frame], Phrases.of("A panda sits.")
+            )
+            assert [one.reason for one in found if isinstance(one, Rejected)] == [Reason.UNLIKE]
 
 
 def test_every_phrase_of_every_frame_has_a_verdict_and_the_fullest_frame_is_shown(

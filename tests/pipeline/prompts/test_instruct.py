@@ -19,19 +19,31 @@ from infra.certificate import Certificate, read_certificate, write_certificate
 from infra.clip import ClipConfig
 from infra.cluster import RayConfig
 from infra.errors import ConfigError, TooManyFailuresError
+from model.data.sample import decode_video
 from pipeline.job import output_hash
 from pipeline.journal import JournalWriter
+from pipeline.media.clip import first_frame
 from pipeline.prompts.inputs import plan_units
 from pipeline.prompts.instruct import InstructConfig, InstructWorker, check, input_hashes, run
 from pipeline.prompts.subjects.cutout import Picture
 from pipeline.prompts.subjects.entities import find_entities
 from pipeline.prompts.subjects.finder import FinderConfig, SubjectConfig, SubjectFinder
-from pipeline.prompts.tasks import RECIPES, Draw, Made, Recipe, draw_tasks, replace_words, text
-from pipeline.schema import PROMPTS, REJECTED, Role, Task, content_id
+from pipeline.prompts.tasks import (
+    MAX_FIRST_PX,
+    RECIPES,
+    Draw,
+    Made,
+    Recipe,
+    draw_tasks,
+    first_frame_px,
+    replace_words,
+    text,
+)
+from pipeline.schema import PROMPTS, REJECTED, Role, RowError, Task, content_id
 from pipeline.shards import ShardSet, shard_name, write_meta, write_shard
 from tests.infra import tiny_grounders
 from tests.infra.tiny_clips import MODELS, save_tiny
-from tests.pipeline.conftest import WriteVideo
+from tests.pipeline.conftest import WriteVideo, numbered_frame
 
 
 def draw_frame(number: int, height: int = 180, width: int = 320) -> np.ndarray:
@@ -208,12 +220,34 @@ def test_first_frame_is_the_first_frame_and_pictures_are_pictures(made: Path):
 def test_a_first_frame_is_as_fine_as_the_frames_that_training_shows(write_video: WriteVideo, tmp_path: Path):
     video = write_video(tmp_path / "wide.mp4", num_frames=8, fps=8, size_px=(360, 640))
     finder, sizes = SubjectFinder(SubjectConfig(clip=None)), []
-    for height, width in [(36, 64), (270, 480)]:
+    for height, width in [(36, 64), (270, 480), (None, None)]:
         row: dict[str, Any] = prompt(0, video, "Waves slide.") | {"end_s": 1.0}
+        row |= {"height_px": 360, "width_px": 640}  # what a target that augment only refers to is shown from
         row["target"] |= {"height_px": height, "width_px": width, "data": None, "kind": "reference"}
         segments, _ = RECIPES[Task.VIDEO_PREDICTION].make(Draw(row, None, finder, seed=0))
         sizes.append(Image.open(io.BytesIO(segments[1]["image"])).size)
-    assert sizes == [(336, 189), (480, 270)]
+    assert sizes == [(336, 189), (480, 270), (640, 360)]
+    row = prompt(0, video, "Waves") | {"height_px": 4320, "width_px": 7680, "target": {"kind": "reference"}}
+    assert first_frame_px(row) == MAX_FIRST_PX  # whose pixels training may decode
+
+
+@pytest.mark.parametrize("start_s", [0.0, 0.3, 0.375])
+@pytest.mark.parametrize("begins_s", [0, 2])
+def test_the_first_frame_of_a_referred_span_is_the_one_that_training_begins_with(
+    start_s: float, begins_s: int, write_video: WriteVideo, tmp_path: Path
+):
+    times = [Fraction(n, 8) + begins_s for n in range(8)]
+    video = write_video(tmp_path / "film.mkv", num_frames=8, fps=8, times=times)
+    with av.open(str(video)) as container:
+        assert (container.streams.video[0].start_time or 0) == 1000 * begins_s
+    row = prompt(0, video, "Waves") | {"start_s": start_s, "end_s": 1.0, "target": {"kind": "reference"}}
+    shown = first_frame(row)
+    trained, _ = decode_video(str(video), 2, span_s=(start_s, 1.0))
+    assert np.array_equal(shown.frames[0], trained[0]) and not shown.from_target
+    away = [np.abs(shown.frames[0].astype(int) - numbered_frame(n)).mean() for n in range(8)]
+    assert int(np.argmin(away)) == (3 if start_s else 0)
+    with pytest.raises(RowError, match="no frame from 7 s on"):
+        first_frame(row | {"start_s": 7.0, "end_s": 8.0})
 
 
 @pytest.mark.ray

@@ -1,5 +1,6 @@
 """Laws of the validation loss: fixed, resumable to the bit, honest about held-out rows."""
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,16 +11,18 @@ import torch
 
 from infra.run_folder import RunFolder
 from infra.validation_cells import Cell, cells_of
-from model.data.shards import open_shards
+from model.data.buckets import VALIDATION, Bucket
+from model.data.loader import RowGroups
+from model.data.shards import index_shards, open_shards
 from model.prompt.select import retrieved
 from model.training.config import Stage1Config
 from model.training.driver import Looks
 from model.training.loop import Training
 from model.training.metrics import MetricsLog
-from model.training.preflight import prepare_index, read_index
+from model.training.preflight import prepare_index, read_index, write_index
 from model.training.report import Reporter, validation_line
 from model.training.stop_signals import StopSignals
-from model.training.validation.loss import QUANTILES, Validation, summarise
+from model.training.validation.loss import QUANTILES, Validation, choose_rows, summarise
 from model.training.validation.preview import Preview
 from tests.model.conftest import shake
 from tests.model.runs import fingerprint
@@ -179,6 +182,33 @@ def test_tasks_are_validated_apart_with_all_that_they_show_and_with_nothing(
     line = validation_line({"samples": 8, **record})
     assert all(f"video {task} own" in line for task in tasks)
     training.close()
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_the_rarest_task_is_validated_as_often_as_the_others(split: str, make_shards, make_row) -> None:
+    counts = {"subject_driven": 2, "text_to_video": 30, "video_prediction": 30}
+    tasks = [task for task, count in counts.items() for _ in range(count)]
+    rows = [make_row(n, task=task, num_frames=4, height=12, width=16) for n, task in enumerate(tasks)]
+    shards = open_shards(str(make_shards(rows=[row | {"split": split} for row in rows], name="unequal")))
+    buckets = (Bucket("video", 4, 12, 16),)
+    index, groups = index_shards(shards, buckets), RowGroups(shards, buckets)
+    for count, expected in [(6, [2, 2, 2]), (16, [2, 7, 7]), (99, [2, 30, 30])]:
+        chosen = choose_rows(buckets, len(shards.groups), index, count)
+        read = [groups.row(one.source, 0) for one in chosen]
+        assert [Counter(row["task"] for row in read)[task] for task in counts] == expected
+        assert len({row["clip_id"] for row in read}) == len(read)
+        assert all(one.held_out == (split == "val") for one in chosen)
+
+
+def test_an_index_that_hides_the_tasks_of_held_out_rows_is_made_again(stage_values: Values) -> None:
+    values = stage_values(validation={"num_samples": 2, "held_out_frac": 0.4})
+    config = Stage1Config.model_validate(values)
+    shards = open_shards(config.prompts)
+    index = prepare_index(config, shards)
+    tasks = [VALIDATION.strip() if t.startswith(VALIDATION) else t for t in index["task"].to_pylist()]
+    assert tasks != index["task"].to_pylist()
+    write_index(config.out, index.set_column(2, "task", [tasks]))  # as an earlier version left it
+    assert prepare_index(config, shards) == read_index(config.out) == index
 
 
 def test_without_references_a_word_stands_in_its_pictures_place(
