@@ -63,6 +63,10 @@ def missing_shard(folder: Path) -> None:
     path.write_text(json.dumps({"weight_map": names}))
 
 
+def no_sizes(folder: Path) -> None:
+    (folder / "transformer/config.json").write_text('{"_class_name": "WanTransformer3DModel"}')
+
+
 def empty(folder: Path, part: str) -> None:
     without(folder, part)
     (folder / part).mkdir()
@@ -91,10 +95,7 @@ SPOILT: dict[str, tuple[Callable[[Path], None], dict[str, Any], str]] = {
     "thick patches": (
         lambda f: rewrite(f / "transformer/config.json", patch_size=[2, 2, 2]), {}, "of several latent frames",
     ),
-    "no sizes": (
-        lambda f: (f / "transformer/config.json").write_text('{"_class_name": "WanTransformer3DModel"}'), {},
-        "says nothing of 'in_channels'",
-    ),
+    "no sizes": (no_sizes, {}, "says nothing of 'in_channels'"),
     "size": (lambda f: None, {"height_px": 40}, "legal: multiples of 16 x 16"),
     "targets": (lambda f: None, {"lora": {"targets": ["to_q", "nope"]}}, "'nope': no linear layer"),
     "tokens": (lambda f: None, {"encoder": {"max_tokens": 600}}, "legal: at most 384"),
