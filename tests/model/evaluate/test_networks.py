@@ -242,31 +242,28 @@ def test_a_subject_is_cut_out_on_white() -> None:
     assert square(cut).size == (12, 12) and square(cut).getpixel((5, 5)) == (7, 7, 7)
 
 
-def test_features_of_subjects_hang_on_their_words(
-    tmp_path: Path, tiny_dino: str, tiny_finders: tuple[str, str]
-) -> None:
+@pytest.fixture
+def subjects(tmp_path: Path, tiny_dino: str, tiny_finders: tuple[str, str]) -> Extractor:
     detector, segmenter = tiny_finders
     own = config(dino=tiny_dino, detector=detector, segmenter=segmenter)
-    extractor = Extractor(own, ["subject", "subject_references"], FeatureCache(str(tmp_path)), {}, CPU)
-    assert extractor.video_keys("video") == {}  # a video without references has none
-    keys = extractor.video_keys("video", ["cat"])
-    assert keys != extractor.video_keys("video", ["red square"])
-    extractor.video(keys, ["subject"], noise(2, 48, 64), ["cat"])
-    assert extractor.cache.require(keys["subject"]).shape == (2, 1, 16)
+    return Extractor(own, ["subject", "subject_references"], FeatureCache(str(tmp_path)), {}, CPU)
 
 
-def test_as_many_words_count_as_reference_pictures_do(
-    tmp_path: Path, tiny_dino: str, tiny_finders: tuple[str, str]
-) -> None:
-    detector, segmenter = tiny_finders
-    own = config(dino=tiny_dino, detector=detector, segmenter=segmenter)
-    extractor = Extractor(own, ["subject", "subject_references"], FeatureCache(str(tmp_path)), {}, CPU)
+def test_features_of_subjects_hang_on_their_words(subjects: Extractor) -> None:
+    assert subjects.video_keys("video") == {}  # a video without references has none
+    keys = subjects.video_keys("video", ["cat"])
+    assert keys != subjects.video_keys("video", ["red square"])
+    subjects.video(keys, ["subject"], noise(2, 48, 64), ["cat"])
+    assert subjects.cache.require(keys["subject"]).shape == (2, 1, 16)
+
+
+def test_as_many_words_count_as_reference_pictures_do(subjects: Extractor) -> None:
     pictures, words = [png(seed) for seed in range(MAX_REFERENCES + 2)], ["cat"] * (MAX_REFERENCES + 2)
-    keys = extractor.video_keys("video", words)
-    assert keys == extractor.video_keys("video", words[:MAX_REFERENCES])
-    extractor.video(keys, ["subject"], noise(1, 48, 64), words)
-    shown = {name: extractor.cache.require(key) for name, key in extractor.references(pictures).items()}
-    video = Video("a", {"subject": extractor.cache.require(keys["subject"])})
+    keys = subjects.video_keys("video", words)
+    assert keys == subjects.video_keys("video", words[:MAX_REFERENCES])
+    subjects.video(keys, ["subject"], noise(1, 48, 64), words)
+    shown = {name: subjects.cache.require(key) for name, key in subjects.references(pictures).items()}
+    video = Video("a", {"subject": subjects.cache.require(keys["subject"])})
     assert score(chosen(["subject"]), [(video, shown)])[0]["subject"].n == 1
 
 
