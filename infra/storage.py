@@ -8,9 +8,9 @@ import errno
 import hashlib
 import json
 import os
+import secrets
 import shutil
 import stat
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -116,12 +116,12 @@ def read_bytes(uri: str) -> bytes:
         return stream.read()
 
 
-def write_bytes(uri: str, data: bytes) -> None:
-    """Write whole or not at all; a reader never sees a part."""
+def write_bytes(uri: str, data: bytes, *, synced: bool = True) -> None:
+    """Write whole or not at all; a reader never sees a part. What isn't synced a power cut may still lose."""
     fs, path = filesystem(uri)
     if isinstance(fs, pafs.LocalFileSystem):
         with full_disk_told(uri):
-            _write_local(Path(path), data)
+            _write_local(Path(path), data, synced)
         return
     make_folder(uri.rpartition("/")[0])
     with fs.open_output_stream(path, compression=None) as stream:
@@ -135,18 +135,20 @@ def make_folder(uri: str) -> None:
         fs.create_dir(path, recursive=True)
 
 
-def _write_local(target: Path, data: bytes) -> None:
+def _write_local(target: Path, data: bytes, synced: bool) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    # Named before it is there, or a stop signal between the two would leave it.
+    part = target.with_name(f".{target.name}.{secrets.token_hex(8)}")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with part.open("xb") as file:
             file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(name).chmod(0o644)
-        Path(name).replace(target)
+            if synced:
+                file.flush()
+                os.fsync(file.fileno())
+        part.chmod(0o644)
+        part.replace(target)
     except BaseException:
-        Path(name).unlink(missing_ok=True)
+        part.unlink(missing_ok=True)
         raise
 
 

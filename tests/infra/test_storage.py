@@ -3,6 +3,8 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -30,6 +32,41 @@ def test_written_bytes_come_back_and_leave_no_temporary_file(tmp_path: Path) -> 
     storage.write_bytes(place, b"\x00\x1fdata")
     assert storage.read_bytes(place) == b"\x00\x1fdata"
     assert [Path(f).name for f in storage.list_files(str(tmp_path))] == ["b.bin"]
+
+
+def stop_at(count: int) -> Any:
+    """A trace function that raises Ctrl-C at the count-th line that Python runs, of any file."""
+    left = count
+
+    def trace(frame: FrameType, event: str, value: Any) -> Any:
+        nonlocal left
+        left -= event == "line"
+        if left == 0 and event == "line":
+            raise KeyboardInterrupt
+        return trace
+
+    return trace
+
+
+def test_a_write_that_is_stopped_at_any_line_leaves_the_old_bytes_or_the_new_and_nothing_else(
+    tmp_path: Path,
+) -> None:
+    place, count, tracer = tmp_path / "b.bin", 0, sys.gettrace()
+    place.write_bytes(b"old")
+    stopped = True
+    while stopped:
+        count += 1
+        sys.settrace(stop_at(count))
+        try:
+            storage.write_bytes(str(place), b"new")
+            stopped = False
+        except KeyboardInterrupt:
+            pass
+        finally:
+            sys.settrace(tracer)
+        assert [path.name for path in tmp_path.iterdir()] == ["b.bin"]
+        assert place.read_bytes() in ((b"old", b"new") if stopped else (b"new",))
+    assert count > 10
 
 
 @given(st.text(alphabet="ab./\\", min_size=1, max_size=12))

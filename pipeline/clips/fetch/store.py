@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from infra.storage import absolute, exists, is_remote, join, read_json, write_bytes, write_json
+from infra.storage import absolute, exists, is_remote, join, read_json, write_bytes
 from pipeline.clips.sources.base import without_credentials
 from pipeline.media.store import image_kind
 
@@ -105,15 +105,8 @@ class MediaStore:
         return record
 
     def _write_record(self, url: str, record: Record) -> None:
-        place = self._record_uri(url)
-        if is_remote(self.folder):
-            write_json(place, asdict(record))
-            return
-        path = Path(place)  # a lost record costs one download: renamed, but not synced to the disk
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-            json.dump(asdict(record), file)
-        Path(file.name).replace(path)
+        # A lost record costs one download.
+        write_bytes(self._record_uri(url), json.dumps(asdict(record)).encode(), synced=False)
 
     def _record_uri(self, url: str) -> str:
         key = _key(url)
