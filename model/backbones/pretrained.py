@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from infra.errors import ConfigError
 from model.backbones.base import BackboneConfig
 from model.backbones.families import FAMILIES
 from model.backbones.family import Family, Scale
@@ -87,7 +88,7 @@ class Pretrained(BackboneConfig):
         """The transformer as it is in its folder.
 
         Raises:
-            ValueError: the folder lacks some of its weights.
+            ConfigError: the folder lacks some of its weights.
         """
         cls = getattr(importlib.import_module("diffusers"), self.family)
         if torch.get_default_device().type == "meta":
@@ -98,7 +99,10 @@ class Pretrained(BackboneConfig):
                 self.model, subfolder="transformer", torch_dtype=dtype, output_loading_info=True
             )
         if found["missing_keys"]:  # diffusers draws them at random, and warns
-            raise ValueError(f"{self.model} holds no weights of {sorted(found['missing_keys'])[0]}")
+            raise ConfigError(
+                f"backbone.model {self.model} holds no weights of {sorted(found['missing_keys'])[0]}",
+                cure="name the whole model",
+            )
         return base
 
     def tokens(self) -> dict[str, int]:
