@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa
 from pydantic import field_validator
 
 from infra.config import Config
@@ -158,6 +159,10 @@ class Searcher:
         effort, where = known.get("effort"), self.where
         found = nearest(self.memory, self.memory.table, column, vectors, depth, effort=effort, where=where)
         return [hits if vector.any() else NOTHING for hits, vector in zip(found, vectors, strict=True)]
+
+    def take(self, docs: np.ndarray, columns: Sequence[str]) -> pa.Table:
+        """Columns of the table for these documents."""
+        return self.memory.take(docs.tolist(), columns)
 
     def _filter(self, where: str | None) -> None:
         """Let only documents that pass be found by words; LanceDB filters for itself."""

@@ -147,6 +147,10 @@ class Tile:
         """The `depth` nearest documents of each vector (float32 `q d`)."""
         return clip.nearest(self.blocks(), vectors, self.keys, depth)
 
+    def take(self, docs: np.ndarray, columns: Sequence[str]) -> pa.Table:
+        """Columns of the table for these rows of the shard."""
+        return self.memory.take((docs + self.first).tolist(), columns)
+
     def blocks(self) -> Iterable[clip.Block]:
         """The shard's vectors; small shards keep them."""
         if self.kept is None:

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-HIT = np.dtype([("query", "i8"), ("kind", "u1"), ("score", "f8"), ("key", "u8"), ("doc", "i8")])
+HIT = np.dtype(
+    [("query", "i8"), ("kind", "u1"), ("score", "f8"), ("key", "u8"), ("doc", "i8"), ("second", "f8")]
+)
 """One document of one ranked list: whose query, which of the retriever's lists, and where it stands."""
 
 
@@ -21,6 +23,9 @@ class Hits:
     docs: np.ndarray  # int64 [n] rows of the shard that was asked, or numbers of documents
     scores: np.ndarray  # float64 [n]
     keys: np.ndarray  # uint64 [n]
+    second: np.ndarray | None = (
+        None  # float64 [n] what a second look says of each, for `Retriever.fuse`; None = 0
+    )
 
     def __len__(self) -> int:
         return len(self.docs)
@@ -63,6 +68,9 @@ def flatten(lists: Sequence[Sequence[Hits]], first: int = 0) -> np.ndarray:
         found["score"] = np.concatenate([hits.scores for *_, hits in parts])
         found["key"] = np.concatenate([hits.keys for *_, hits in parts])
         found["doc"] = np.concatenate([hits.docs for *_, hits in parts]) + first
+        found["second"] = np.concatenate(
+            [np.zeros(len(h)) if h.second is None else h.second for *_, h in parts]
+        )
     return found
 
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
+import pyarrow as pa
 
 from pipeline.memory.retrieve.hits import Hits
 
@@ -14,6 +15,10 @@ class Searched(Protocol):
     def by_words(self, texts: Sequence[str], depth: int) -> list[Hits]: ...
 
     def by_vectors(self, vectors: np.ndarray, depth: int) -> list[Hits]: ...
+
+    def take(self, docs: np.ndarray, columns: Sequence[str]) -> pa.Table:
+        """Columns of the memory's table for documents that were found."""
+        ...
 
 
 class Retriever(Protocol):
@@ -34,6 +39,9 @@ class Retriever(Protocol):
             texts: `q` queries.
             vectors: their CLIP vectors, float32 `q d`, or `q 0` where none are needed.
             depth: documents wanted of each list.
+
+        A reranker finds by one of these scores and says in `Hits.second` what it thinks of each: so the shards
+        don't decide which documents it looks at.
         """
         ...
 

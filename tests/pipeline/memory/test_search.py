@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -31,10 +32,9 @@ def clip() -> Clip:
     return load_clip(ClipConfig(name="offline"))
 
 
-@pytest.fixture(scope="module")
-def memory(clip: Clip, tmp_path_factory: pytest.TempPathFactory) -> Memory:
+def made(clip: Clip, folder: Path, shard_rows: int) -> Memory:
     """Real pictures and words with their real vectors."""
-    folder = tmp_path_factory.mktemp("memory")
+    folder.mkdir(exist_ok=True)
     files = [picture(folder / f"{n}.jpg", n) for n in range(COUNT)]
     rows = documents(COUNT, dim=clip.dim)
     image = clip.encode_images([Image.open(file).convert("RGB") for file in files])
@@ -46,9 +46,14 @@ def memory(clip: Clip, tmp_path_factory: pytest.TempPathFactory) -> Memory:
     place = rows.schema.get_field_index("image")
     rows = rows.set_column(place, rows.schema.field(place), pa.array([f.read_bytes() for f in files]))
     uri = str(folder / "memory")
-    make_memory(uri, rows, shard_rows=11, unit_rows=11, model_hash=clip.model_hash)
+    make_memory(uri, rows, shard_rows=shard_rows, unit_rows=shard_rows, model_hash=clip.model_hash)
     write_sealed(f"{uri}/job.json", {"config": {"clip": {"name": "offline"}}})
     return open_memory(uri)
+
+
+@pytest.fixture(scope="module")
+def memory(clip: Clip, tmp_path_factory: pytest.TempPathFactory) -> Memory:
+    return made(clip, tmp_path_factory.mktemp("memory"), 11)
 
 
 def searcher(memory: Memory, clip: Clip, **values) -> Searcher:
@@ -164,6 +169,47 @@ def test_a_retriever_from_elsewhere_is_one_entry(
         check(SearchConfig(memory=memory.uri, image="dog.jpg", retrieve=config))
     with pytest.raises(ValueError, match="k 0; legal: at least 1"):
         SearchConfig(memory=memory.uri, text="a dog", retrieve=RetrieveConfig(k=0))
+
+
+class Reranked(Retriever):
+    """The first by words, in the order of their pictures' cosines."""
+
+    needs_words = needs_vectors = True
+
+    def search(self, tile: Searched, texts: Sequence[str], vectors: np.ndarray, depth: int) -> list[list[Hits]]:
+        return [
+            [self._look(tile, *one) for one in zip(tile.by_words(texts, depth), vectors, strict=True)],
+        ]
+
+    def _look(self, tile: Searched, hits: Hits, vector: np.ndarray) -> Hits:
+        column = tile.take(hits.docs, ["image_embedding"])["image_embedding"]
+        pictures = np.array(column.to_pylist(), np.float64).reshape(len(hits), len(vector))
+        return replace(hits, second=(pictures * vector).sum(1))
+
+    def fuse(self, rows: np.ndarray, depth: int) -> np.ndarray:
+        return rows[np.lexsort((rows["key"], -rows["second"]))]
+
+
+def test_a_reranker_is_one_class_whose_answer_does_not_hang_on_the_shards(
+    clip: Clip, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By words alone many documents are equal: more than are looked at."""
+    monkeypatch.setitem(RETRIEVERS, "reranked", Reranked())
+    answers = []
+    for shard_rows in (30, 7, 1):
+        memory = made(clip, tmp_path / str(shard_rows), shard_rows)
+        ask = Searcher(memory, RetrieveConfig(retriever="reranked", k=4, depth=8), clip)
+        ids = [
+            memory.take([hit.number for hit in hits], ["doc_id"])["doc_id"].to_pylist()
+            for hits in ask([Query("a white ball"), Query("a red ball number 3"), Query("zzz")])
+        ]
+        tiles, method = Tiles(memory, "document"), RETRIEVERS["reranked"]
+        vectors = clip.encode_texts(["a white ball"])
+        joined = method.fuse(ask_all(tiles, method, ["a white ball"], vectors, 8), 8)
+        assert joined["doc"][:4].tolist() == [hit.number for hit in ask([Query("a white ball")])[0]]
+        assert (np.diff(joined["second"]) <= 0).all() and (np.diff(joined["score"]) > 0).any()
+        answers.append(ids)
+    assert answers[0] == answers[1] == answers[2] and list(map(len, answers[0])) == [4, 4, 0]
 
 
 def test_the_command_prints_a_table_and_writes_pictures(

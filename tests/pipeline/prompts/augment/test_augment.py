@@ -267,12 +267,12 @@ def test_a_disk_that_the_candidates_do_not_fit_is_refused(
 ) -> None:
     memory = world.write_memory(tmp_path / "memory", world.rows, shard_rows=8)
     monkeypatch.setattr(join, "free_bytes", lambda place: 30_000)
-    refused(world, tmp_path, r"24 captions in 3 shards need up to 42,624 bytes; .* has 30,000", memory=memory)
+    refused(world, tmp_path, r"24 captions in 3 shards need up to 47,232 bytes; .* has 30,000", memory=memory)
     check(config(world, tmp_path / "out", memory=memory, retrieve={"depth": 4}))
     check(config(world, tmp_path / "out"))  # one shard: no files
     file = tmp_path / "out" / join.FOLDER / "tile-00000-00000.bin"
     file.parent.mkdir(parents=True)
-    file.write_bytes(bytes(13_000))  # of a run that was killed: it takes its room already
+    file.write_bytes(bytes(18_000))  # of a run that was killed: it takes its room already
     check(config(world, tmp_path / "out", memory=memory))
 
 
