@@ -20,7 +20,7 @@ $(READY): pyproject.toml constraints.txt constraints-nodeps.txt
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r constraints-nodeps.txt
 	@touch $(READY)
 
-demo: $(READY) ## real footage -> prompts; a world -> training -> judged videos; one HTML page; 8 to 12 minutes, resumable
+demo: $(READY) ## real footage -> prompts; a world -> training -> judged videos; one HTML page; 8 to 14 minutes, resumable
 	@$(BIN)/python -m cli.demo $(ARGS)
 
 evidence: $(READY) ## claims measured in a controlled world, with errors and a page; ARGS=--full for all of them

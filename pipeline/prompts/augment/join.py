@@ -139,18 +139,26 @@ def found(config: AugmentConfig, payload: dict[str, Any], queries: int, shards: 
         shards: of the memory.
     """
     block, place = divmod(payload["number"], BLOCK_SLICES)
-    parts = (_read_part(_tile(config, block, shard), place) for shard in range(shards))
+    parts = (read_part(_tile(config, block, shard), place) for shard in range(shards))
     depth = config.retrieve.depth
     return fused(config.retrieve.method, merge(parts, depth), queries, depth)
 
 
-def _read_part(uri: str, place: int) -> np.ndarray:
+def read_part(uri: str, place: int) -> np.ndarray:
+    """`CANDIDATE [n]` of one slice of a tile's file.
+
+    Raises:
+        DataError: the file has not the size that it speaks of.
+    """
     fs, path = filesystem(uri)
     with fs.open_input_file(path) as file:
-        head = 8 * (BLOCK_SLICES + 1)
-        start, end = np.frombuffer(file.read_at(16, 8 * place), np.int64).tolist()
-        data = file.read_at((end - start) * CANDIDATE.itemsize, head + start * CANDIDATE.itemsize)
-        return np.frombuffer(data, CANDIDATE)
+        head, row = 8 * (BLOCK_SLICES + 1), CANDIDATE.itemsize
+        ends = np.frombuffer(file.read_at(head, 0), np.int64)
+        if file.size() != head + int(ends.max()) * row:
+            out = uri.rpartition(f"/{FOLDER}/")[0]
+            raise DataError(f"{uri} is cut short or of another version; cure: delete {out}, and run again")
+        start, end = ends[place : place + 2].tolist()
+        return np.frombuffer(file.read_at((end - start) * row, head + start * row), CANDIDATE)
 
 
 def _queries(config: AugmentConfig, block: int) -> str:

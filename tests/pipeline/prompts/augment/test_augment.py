@@ -276,6 +276,18 @@ def test_a_disk_that_the_candidates_do_not_fit_is_refused(
     check(config(world, tmp_path / "out", memory=memory))
 
 
+def test_candidates_that_are_cut_short_or_of_another_version_are_told(tmp_path: Path) -> None:
+    file = tmp_path / "out" / join.FOLDER / "tile-00000-00002.bin"
+    file.parent.mkdir(parents=True)
+    ends = np.array([0, 2, *[3] * (join.BLOCK_SLICES - 1)], np.int64)
+    rows = np.zeros(3, join.CANDIDATE)
+    file.write_bytes(ends.tobytes() + rows.tobytes())
+    assert [len(join.read_part(str(file), place)) for place in (0, 1, 2)] == [2, 1, 0]
+    file.write_bytes(ends.tobytes() + rows.tobytes()[:-8])
+    with pytest.raises(DataError, match=r"tile-00000-00002.bin is cut short .* delete .*/out, and run again"):
+        join.read_part(str(file), 0)
+
+
 def test_wrong_inputs_are_refused_in_one_line(world: Any, tmp_path: Path) -> None:
     refused(world, tmp_path, "no certified crawl output", clips=str(tmp_path))
     refused(world, tmp_path, "was made by 'crawl'", memory=world.clips)
