@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from infra.errors import ConfigError
 from model.backbones.base import BackboneConfig
 from model.backbones.families import FAMILIES
 from model.backbones.family import Family, Scale
@@ -88,7 +87,7 @@ class Pretrained(BackboneConfig):
         """The transformer as it is in its folder.
 
         Raises:
-            ConfigError: the folder lacks some of its weights.
+            ValueError: the folder lacks some of its weights.
         """
         cls = getattr(importlib.import_module("diffusers"), self.family)
         if torch.get_default_device().type == "meta":
@@ -99,10 +98,7 @@ class Pretrained(BackboneConfig):
                 self.model, subfolder="transformer", torch_dtype=dtype, output_loading_info=True
             )
         if found["missing_keys"]:  # diffusers draws them at random, and warns
-            raise ConfigError(
-                f"backbone.model {self.model} holds no weights of {sorted(found['missing_keys'])[0]}",
-                cure="name the whole model",
-            )
+            raise ValueError(f"{self.model} holds no weights of {sorted(found['missing_keys'])[0]}")
         return base
 
     def tokens(self) -> dict[str, int]:
